@@ -1,0 +1,1 @@
+"""Configurations: each file is a runnable page with get_config() -> RunConfig."""

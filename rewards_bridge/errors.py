@@ -1,0 +1,32 @@
+"""What can go wrong between the trainer and its scorer; nothing of it is answered by a made-up score."""
+
+from __future__ import annotations
+
+
+class UsageError(ValueError):
+    """Arguments or options that cannot work; the text says what to change."""
+
+
+class BridgeError(RuntimeError):
+    """The scorer process cannot be started, reached or understood, or died more often than it may."""
+
+
+class DeadlineError(BridgeError, TimeoutError):
+    """A batch was not scored within its deadline."""
+
+
+class ScorerError(BridgeError):
+    """The scorer raised; the text holds its own traceback. The batch is not tried again."""
+
+
+class ScoreError(BridgeError):
+    """The scorer answered with wrong counts, NaN or infinity.
+
+    indexes and prompts are the images concerned (their index in the submitted batch), kept the files they were kept in.
+    """
+
+    def __init__(self, message: str, indexes: list[int], prompts: list[str], kept: list[str]) -> None:
+        super().__init__(message)
+        self.indexes = indexes
+        self.prompts = prompts
+        self.kept = kept

@@ -1,0 +1,32 @@
+"""A server that ends when the trainer that started it is gone, however it went: that one holds our standard input."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+GRACE_S = 3.0
+
+
+def exit_with_parent(stop: Callable[[], None]) -> None:
+    """Call stop once standard input ends; if that does not end the process within GRACE_S, kill it and its children."""
+    threading.Thread(target=_watch, args=(stop,), name="lifeline", daemon=True).start()
+
+
+def _watch(stop: Callable[[], None]) -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    timer = threading.Timer(GRACE_S, kill_group)
+    timer.daemon = True
+    timer.start()
+    stop()
+
+
+def kill_group() -> None:
+    """Kill this process, and its children where it leads a process group of its own."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)

@@ -1,0 +1,166 @@
+"""The server a client talks to, its own or somebody else's, and how often it may be lost and found again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import tempfile
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rewards_bridge import transport
+from rewards_bridge.connection import Connection
+from rewards_bridge.errors import BridgeError, UsageError
+from rewards_bridge.process import ScorerProcess
+from rewards_bridge.protocol import messages
+
+_LOG = logging.getLogger("rewards_bridge")
+_STOP_GRACE_S = 3.0
+_MAX_SOCKET_PATH = 100  # the kernel allows 107 bytes
+
+
+@dataclass(frozen=True)
+class BridgeConfig:
+    """Which scorer, where, and how long to wait for it."""
+
+    scorer: str = "shapes"  # a known name, or "module:Class"
+    options: dict[str, str] = field(default_factory=dict)  # of the scorer
+    address: str | None = None  # unix:/path or HOST:PORT of a running server; None: start one
+    interpreter: str | None = None  # of the started process; None: this one
+    environment: dict[str, str] = field(default_factory=dict)  # added for the started process
+    deadline_s: float = 300.0  # from sending a batch to its scores, at most one other batch being scored in between
+    start_timeout_s: float = 300.0  # for loading the scorer
+    max_restarts: int = 3  # of the process, or reconnections to the address, in the client's life
+    kept_images: str | None = None  # folder for the images of bad scores
+    tls_ca: str | None = None  # PEM
+    token_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.deadline_s <= messages.MAX_DEADLINE_S or self.start_timeout_s <= 0 or self.max_restarts < 0:
+            raise UsageError(
+                f"deadline_s has to be in (0, {messages.MAX_DEADLINE_S}], start_timeout_s positive, max_restarts not "
+                f"negative; found {self.deadline_s}, {self.start_timeout_s} and {self.max_restarts}"
+            )
+        if self.address is None:
+            if self.tls_ca or self.token_file:
+                raise UsageError("tls_ca and token_file are for a running server; give its address, or neither")
+        elif not transport.is_local(self.address) and not (self.tls_ca and self.token_file):
+            raise UsageError(f"{self.address} is another machine: give tls_ca and token_file")
+        elif self.options or self.interpreter or self.environment:
+            raise UsageError(
+                f"options, interpreter and environment are for a process to start, and {self.address} already runs; "
+                "give them to its own command line"
+            )
+
+
+class Peer:
+    """A serving scorer. link is the present connection; recover replaces it."""
+
+    def __init__(self, config: BridgeConfig) -> None:
+        self.restarts = 0
+        self._config = config
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._failure: tuple[type[BridgeError], str] | None = None
+        self._process: ScorerProcess | None = None
+        self._links: list[Connection] = []
+        self._folder = None if config.address else _private_folder()
+        try:
+            self.link = self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def is_own(self) -> bool:
+        """Whether we started the process and may kill it."""
+        return self._config.address is None
+
+    def has_died(self) -> bool:
+        """Whether our own process has ended."""
+        return self._process is not None and self._process.exit_code() is not None
+
+    def describe_process(self) -> str:
+        """How our process is and what it wrote last; "" for somebody else's."""
+        return self._process.describe() if self._process else ""
+
+    def recover(self, link: Connection, kind: type[BridgeError], problem: str) -> None:
+        """Replace a link that failed, once for all who report it; raise kind if it has failed too often."""
+        with self._lock:
+            if self._closed.is_set():
+                raise BridgeError("the client was closed before this batch was scored")
+            if self._failure:
+                raise self._failure[0](self._failure[1])
+            if link is not self.link:
+                return
+            if self._process:
+                # A broken connection is noticed a moment before the process is gone; its own exit code says more.
+                if kind is BridgeError:
+                    self._process.exit_code(wait_s=1.0)
+                problem = f"{problem}; {self._process.describe()}"
+                self._process.stop(grace_s=0)
+            try:
+                if self.restarts >= self._config.max_restarts:
+                    raise kind(f"{problem}\n(given up after {self.restarts} restarts, max_restarts)")
+                self.restarts += 1
+                verb = "restarting it" if self.is_own else "connecting again"
+                _LOG.warning("%s (%s, %d of %d)", problem, verb, self.restarts, self._config.max_restarts)
+                self.link = self._open()
+            except BridgeError as error:
+                self._failure = (type(error), str(error))
+                raise
+
+    def close(self) -> None:
+        """End our process, close the connections, remove the socket. Safe to call twice."""
+        self._closed.set()  # first: a recovery under way holds the lock and looks here
+        with self._lock:
+            if self._process:
+                self._process.stop(_STOP_GRACE_S)
+            for link in self._links:
+                link.close()
+            self._links.clear()
+            if self._folder:
+                shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _open(self) -> Connection:
+        config = self._config
+        address = config.address
+        if address is None:
+            # Another socket each time: an older connection must never reach a newer process.
+            address = f"unix:{self._folder}/{self.restarts}"
+            try:
+                self._process = ScorerProcess(
+                    config.scorer, config.options, address, config.interpreter, config.environment
+                )
+            except OSError as error:
+                raise BridgeError(
+                    f"cannot start the scorer with interpreter {config.interpreter!r}: {error}"
+                ) from error
+        link = Connection(address, config.tls_ca, config.token_file)
+        self._links.append(link)
+        try:
+            link.wait_until_serving(config.start_timeout_s, self._check_alive)
+        except BridgeError as error:
+            if self._process and self._process.exit_code() is None:
+                raise BridgeError(f"{error}; {self._process.describe()}") from error
+            raise
+        link.check_identity(config.scorer)
+        return link
+
+    def _check_alive(self) -> None:
+        if self._closed.is_set():
+            raise BridgeError("the client was closed while its scorer started")
+        if self.has_died():
+            raise BridgeError(f"scorer {self._config.scorer!r} could not be started: {self.describe_process()}")
+
+
+def _private_folder() -> str:
+    """A new folder only we may enter, its path short enough for a unix socket."""
+    folder = tempfile.mkdtemp(prefix="rewards-bridge-")
+    if len(folder) < _MAX_SOCKET_PATH:
+        return folder
+    with contextlib.suppress(OSError):
+        Path(folder).rmdir()
+    return tempfile.mkdtemp(prefix="rewards-bridge-", dir="/tmp")

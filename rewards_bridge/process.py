@@ -1,0 +1,99 @@
+"""A scorer process of our own: started on a private socket, watched, stopped with everything it started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+TAIL_BYTES = 16 << 10
+_REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+class ScorerProcess:
+    """`python -m rewards_bridge serve` under an interpreter and environment of its own, ending when we do."""
+
+    def __init__(
+        self,
+        scorer: str,
+        options: Mapping[str, str],
+        address: str,
+        interpreter: str | None,
+        environment: Mapping[str, str],
+    ) -> None:
+        command = [interpreter or sys.executable, "-m", "rewards_bridge", "serve", "--exit-with-parent"]
+        command += ["--scorer", scorer, "--listen", address]
+        for key, value in options.items():
+            command += ["--option", f"{key}={value}"]
+        self._tail = b""
+        # No preexec_fn: Python then runs no fork handlers, which the threads of JAX and gRPC would not survive.
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,  # its end tells the server that we are gone
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=_environment(environment),
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read_output, name="scorer-output", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    def exit_code(self, wait_s: float = 0.0) -> int | None:
+        """The exit code, waiting for it at most this long; None while the process lives."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(wait_s)
+        return None
+
+    def describe(self) -> str:
+        """How the process ended, and the end of what it wrote."""
+        code = self.exit_code()
+        if code is None:
+            state = "is still running"
+        elif code < 0:
+            state = f"was ended by {signal.Signals(-code).name} (exit code {code})"
+        else:
+            state = f"ended with exit code {code}"
+        return f"the scorer process {self.pid} {state}; {self.tail()}"
+
+    def tail(self) -> str:
+        """The last of what the process wrote to stdout and stderr."""
+        if self.exit_code() is not None:
+            self._reader.join(1.0)
+        text = self._tail.decode(errors="replace").rstrip()
+        return f"the end of its output:\n{text}" if text else "it wrote nothing"
+
+    def stop(self, grace_s: float) -> None:
+        """Ask it to end, kill it and what it started after grace_s."""
+        if grace_s > 0 and self.exit_code() is None:
+            self._process.terminate()
+            self.exit_code(grace_s)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        self._reader.join(1.0)
+        if self._process.stdin:
+            self._process.stdin.close()
+
+    def _read_output(self) -> None:
+        stream = self._process.stdout
+        if stream is None:
+            return
+        with stream:
+            while chunk := os.read(stream.fileno(), 65536):
+                self._tail = (self._tail + chunk)[-TAIL_BYTES:]
+
+
+def _environment(extra: Mapping[str, str]) -> dict[str, str]:
+    merged = {"OMP_WAIT_POLICY": "passive", **os.environ, **extra}  # passive: idle threads leave the cores to XLA
+    merged["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_REPOSITORY), merged.get("PYTHONPATH"))))
+    return merged

@@ -1,0 +1,79 @@
+"""The scorers by name. A user's own is written "module:Class"; its options are the arguments of the class."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+
+from rewards_bridge.errors import UsageError
+from rewards_bridge.scorers.base import Scorer, Scores
+
+__all__ = ["KNOWN", "Scorer", "Scores", "load_scorer"]
+
+KNOWN = {
+    "shapes": "rewards_bridge.scorers.shapes:ShapesScorer",
+}
+
+
+def load_scorer(name: str, options: Mapping[str, str]) -> Scorer:
+    """The scorer of this name or "module:Class", made with these options; UsageError says what is wrong with either.
+
+    Option values come as text (from a config or a command line) and are converted where the class annotates an argument
+    as int, float or bool.
+    """
+    if name in KNOWN:
+        target = KNOWN[name]
+    elif ":" in name:
+        target = name
+    else:
+        raise UsageError(f'unknown scorer {name!r}; known: {", ".join(sorted(KNOWN))}, or your own as "module:Class"')
+    scorer = _find_class(name, target)
+    made = scorer(**_convert(name, scorer, options))
+    if not callable(getattr(made, "score", None)):
+        raise UsageError(f"scorer {name!r}: {target} has no method score(images, prompts, metadata)")
+    return made
+
+
+def _find_class(name: str, target: str) -> Callable[..., Scorer]:
+    module_name, _, class_name = target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"scorer {name!r}: {error} while importing {module_name!r} with {sys.executable}; install it there, "
+            "put its folder on PYTHONPATH, or choose another interpreter"
+        ) from error
+    if not hasattr(module, class_name):
+        raise UsageError(f"scorer {name!r}: module {module_name!r} ({module.__file__}) has no {class_name!r}")
+    found: Callable[..., Scorer] = getattr(module, class_name)
+    return found
+
+
+def _convert(name: str, scorer: Callable[..., Scorer], options: Mapping[str, str]) -> dict[str, object]:
+    signature = inspect.signature(scorer)
+    converted: dict[str, object] = {}
+    for key, value in options.items():
+        wanted = signature.parameters[key].annotation if key in signature.parameters else str
+        converted[key] = _convert_one(name, key, value, wanted)
+    try:
+        signature.bind(**converted)
+    except TypeError as error:
+        known = ", ".join(str(parameter) for parameter in signature.parameters.values()) or "none"
+        raise UsageError(f"scorer {name!r}: {error}; its options: {known}") from None
+    return converted
+
+
+def _convert_one(name: str, key: str, value: str, wanted: object) -> object:
+    truth = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    try:
+        if wanted in (bool, "bool"):
+            return truth[value.lower()]
+        if wanted in (int, "int"):
+            return int(value)
+        if wanted in (float, "float"):
+            return float(value)
+    except (ValueError, KeyError):
+        raise UsageError(f"scorer {name!r}: option {key}={value!r} is no {wanted}") from None
+    return value

@@ -1,0 +1,183 @@
+"""GenEval's scoring rule, for any detector: what a prompt asks for and what was detected in, three verdicts out.
+
+    verdict = judge(metadata, keep(metadata, detections))
+
+Detections are {class: [{"box": [x0, y0, x1, y1], "score": float, "color": str or callable}]}, y down. A colour that is
+costly to tell may be a function without arguments that returns the word: it is called only if a verdict depends on it.
+
+Source: Ghosh et al. 2023, "GenEval" (the official rule), and the soft and strict rules of UDM-GRPO's reward (SPEC 6).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Detection = Mapping[str, Any]
+Detections = Mapping[str, Sequence[Detection]]
+Tell = Callable[[Detection], str]
+
+SCORE_THRESHOLD = 0.3
+COUNTING_SCORE_THRESHOLD = 0.9
+MAX_OBJECTS = 16
+POSITION_THRESHOLD = 0.1
+RELATIONS = ("left of", "right of", "above", "below")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One image judged: soft is what is optimised, strict what is logged, official the benchmark's own rule.
+
+    Soft is at most 1 and not bounded below. Reasons name what strict found wrong and are empty if it holds.
+    """
+
+    strict: bool
+    soft: float
+    official: bool
+    reasons: list[str]
+
+
+@dataclass(frozen=True)
+class _Want:
+    name: str
+    count: int
+    color: str | None
+    relation: str | None
+    target: int
+
+
+def keep(metadata: Mapping[str, Any], detections: Detections) -> dict[str, list[Detection]]:
+    """The detections that count, by class: above the threshold of the metadata's tag, best first, at most 16."""
+    if "tag" not in metadata:
+        raise ValueError(f"GenEval metadata need the key 'tag'; found {dict(metadata)}")
+    threshold = COUNTING_SCORE_THRESHOLD if metadata["tag"] == "counting" else SCORE_THRESHOLD
+    return {
+        name: sorted((d for d in found if d["score"] > threshold), key=lambda d: -d["score"])[:MAX_OBJECTS]
+        for name, found in detections.items()
+    }
+
+
+def judge(metadata: Mapping[str, Any], kept: Detections) -> Verdict:
+    """Score one image's detections, as keep() returns them, against its GenEval metadata.
+
+    Raises ValueError, naming the key, if the metadata lack what the rule needs.
+    """
+    wants, unwanted = _read(metadata)
+    tell = _remembering_tell()
+    soft, reasons = _exact(wants, kept, tell)
+    return Verdict(not reasons, soft, _official(wants, unwanted, kept, tell), reasons)
+
+
+def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
+    """Where a box lies relative to another, both [x0, y0, x1, y1]: none, one or two of RELATIONS."""
+    dx, reduced_x = _offset(box[0], box[2], other[0], other[2])
+    dy, reduced_y = _offset(box[1], box[3], other[1], other[3])
+    if abs(reduced_x) < 1e-3 and abs(reduced_y) < 1e-3:
+        return set()
+    distance = math.hypot(dx, dy)
+    x, y = reduced_x / distance, reduced_y / distance
+    holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return {relation for relation, true in holds.items() if true}
+
+
+def _offset(low: float, high: float, other_low: float, other_high: float) -> tuple[float, float]:
+    """The distance of two intervals' centres, and the same less a tenth of both lengths."""
+    distance = (low + high - other_low - other_high) / 2
+    lengths = abs(high - low) + abs(other_high - other_low)
+    return distance, math.copysign(max(abs(distance) - POSITION_THRESHOLD * lengths, 0.0), distance)
+
+
+def _exact(wants: list[_Want], kept: Detections, tell: Tell) -> tuple[float, list[str]]:
+    """The soft score and what is wrong: every wanted class has to be there exactly as often as wanted."""
+    parts: list[float] = []
+    reasons: list[str] = []
+    groups: list[Sequence[Detection] | None] = []  # by want: the objects that met it, None if they did not
+    for want in wants:
+        found = kept.get(want.name, [])
+        parts.append(1 - abs(want.count - len(found)) / want.count)
+        wrong = None
+        if len(found) != want.count:
+            wrong = f"expected {want.count} {want.name}, found {len(found)}"
+            if want.color is not None or want.relation is not None:
+                parts.append(0.0)
+        else:
+            if want.color is not None:
+                colors = [tell(detection) for detection in found]
+                parts.append(1 - abs(want.count - colors.count(want.color)) / want.count)
+                if colors.count(want.color) != want.count:
+                    wrong = f"expected {want.count} {want.color} {want.name}, found {', '.join(colors)}"
+            if want.relation is not None and wrong is None:
+                wrong = _misplaced(want, found, groups[want.target])
+                parts.append(1.0 if wrong is None else 0.0)
+        groups.append(found if wrong is None else None)
+        if wrong is not None:
+            reasons.append(wrong)
+    return sum(parts) / len(parts), reasons
+
+
+def _official(wants: list[_Want], unwanted: list[_Want], kept: Detections, tell: Tell) -> bool:
+    """The benchmark's rule: of every wanted class at least as many as wanted, the best of them as asked for."""
+    correct = True
+    groups: list[Sequence[Detection] | None] = []
+    for want in wants:
+        found = kept.get(want.name, [])[: want.count]
+        met = len(found) == want.count
+        if met and want.color is not None:
+            met = all(tell(detection) == want.color for detection in found)
+        if met and want.relation is not None:
+            met = _misplaced(want, found, groups[want.target]) is None
+        groups.append(found if met else None)
+        correct = correct and met
+    return correct and all(len(kept.get(want.name, [])) < want.count for want in unwanted)
+
+
+def _misplaced(want: _Want, found: Sequence[Detection], target: Sequence[Detection] | None) -> str | None:
+    """What is wrong with the place of the objects found, None if every one is where it should be of every target."""
+    if target is None:
+        return f"no target for {want.name} to be {want.relation}"
+    for detection in found:
+        for other in target:
+            held = relations(detection["box"], other["box"])
+            if want.relation not in held:
+                seen = " and ".join(sorted(held)) or "neither beside, above nor below"
+                return f"expected {want.name} {want.relation} target, found {seen} target"
+    return None
+
+
+def _remembering_tell() -> Tell:
+    """A function that says a detection's colour and asks a lazy one only once."""
+    told: dict[int, str] = {}
+
+    def tell(detection: Detection) -> str:
+        key = id(detection)
+        if key not in told:
+            color = detection["color"]
+            told[key] = color() if callable(color) else color
+        return told[key]
+
+    return tell
+
+
+def _read(metadata: Mapping[str, Any]) -> tuple[list[_Want], list[_Want]]:
+    """The include and exclude clauses, checked."""
+    if not metadata.get("include"):
+        raise ValueError(f"GenEval metadata need the key 'include' with at least one class; found {dict(metadata)}")
+    wants = [_read_clause(clause, index, metadata) for index, clause in enumerate(metadata["include"])]
+    return wants, [_read_clause(clause, 0, metadata) for clause in metadata.get("exclude", [])]
+
+
+def _read_clause(clause: Mapping[str, Any], index: int, metadata: Mapping[str, Any]) -> _Want:
+    for key in ("class", "count"):
+        if key not in clause:
+            raise ValueError(f"every clause of GenEval metadata needs the key {key!r}; found {dict(metadata)}")
+    if clause["count"] < 1:
+        raise ValueError(f"a class has to be wanted at least once; found count {clause['count']} in {dict(metadata)}")
+    relation, target = clause.get("position", (None, 0))
+    if relation is not None and (relation not in RELATIONS or not 0 <= target < index):
+        raise ValueError(
+            f"'position' is [one of {', '.join(RELATIONS)}; index of an earlier clause]; "
+            f"found {clause['position']} in clause {index} of {dict(metadata)}"
+        )
+    return _Want(clause["class"], clause["count"], clause.get("color"), relation, target)

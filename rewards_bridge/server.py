@@ -1,0 +1,270 @@
+"""The scorer process: one scorer, loaded once, scoring one batch at a time while the next ones arrive."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from rewards_bridge import lifeline, transport
+from rewards_bridge.errors import UsageError
+from rewards_bridge.protocol import bridge_pb2, messages
+from rewards_bridge.scorers import Scorer, Scores, load_scorer
+
+MAX_CALLS = 64  # at once; more are refused
+MAX_HELD_BATCHES = 8  # in memory at once; the senders of more wait
+STOP_GRACE_S = 1.0
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Arguments of serve: addresses are unix:/path or HOST:PORT (port 0: any free one), files are PEM."""
+
+    scorer: str
+    listen: str
+    options: dict[str, str] = field(default_factory=dict)
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    token_file: str | None = None
+    exit_with_parent: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise UsageError("--tls-cert and --tls-key belong together; one of them is missing")
+        if not transport.is_local(self.listen) and not (self.tls_cert and self.token_file):
+            raise UsageError(
+                f"refusing to listen on {self.listen}, which other machines can reach, without --tls-cert, --tls-key "
+                "and --token-file; give all three, or listen on 127.0.0.1 or a unix socket"
+            )
+
+
+class _Bridge:
+    """The two calls of bridge.proto."""
+
+    def __init__(self, name: str, scorer: Scorer) -> None:
+        self._name = name
+        self._scorer = scorer
+        self._worker = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="scorer")
+        self._held = threading.BoundedSemaphore(MAX_HELD_BATCHES)
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        return grpc.method_handlers_generic_handler(
+            messages.SERVICE,
+            {
+                "Describe": grpc.unary_unary_rpc_method_handler(
+                    self.describe, response_serializer=bridge_pb2.DescribeReply.SerializeToString
+                ),
+                "Score": grpc.stream_unary_rpc_method_handler(
+                    self.score, response_serializer=bridge_pb2.ScoreReply.SerializeToString
+                ),
+            },
+        )
+
+    def describe(self, message: bytes, context: grpc.ServicerContext) -> bridge_pb2.DescribeReply:
+        """Our version and scorer, whatever the caller's version: it is the caller's to object."""
+        try:
+            bridge_pb2.DescribeRequest.FromString(message)
+        except DecodeError as error:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no DescribeRequest: {error}")
+        return bridge_pb2.DescribeReply(protocol_version=messages.PROTOCOL_VERSION, scorer=self._name)
+
+    def score(self, stream: Iterator[bytes], context: grpc.ServicerContext) -> bridge_pb2.ScoreReply:
+        """Receive one batch, wait for its turn, score it; every error becomes a status."""
+        with _errors_as_status(context):
+            started = time.monotonic()
+            first = next(stream, None)
+            if first is None:
+                raise messages.MalformedError("a batch starts with a header; the stream was empty")
+            header = messages.decode_header(first)
+            with self._room_for_a_batch(context):
+                batch = messages.decode_batch(header, stream)
+                received = time.monotonic()
+                job = self._worker.submit(self._score, batch)
+                _cancel_with_call(job, context)
+                scores, began, ended = job.result()
+            reply = _encode_reply(header.batch_id, scores)
+            reply.seconds_receiving = received - started
+            reply.seconds_queued = began - received
+            reply.seconds_scoring = ended - began
+            return reply
+
+    def _score(self, batch: messages.Batch) -> tuple[Scores, float, float]:
+        began = time.monotonic()
+        try:
+            scores = self._scorer.score(batch.images, batch.prompts, batch.metadata)
+        except BaseException as error:
+            raise _ScorerRaisedError(traceback.format_exc()) from error
+        return scores, began, time.monotonic()
+
+    @contextmanager
+    def _room_for_a_batch(self, context: grpc.ServicerContext) -> Iterator[None]:
+        seconds = context.time_remaining()
+        if seconds is None or seconds > messages.MAX_DEADLINE_S:
+            raise messages.MalformedError(
+                f"a call needs a deadline of at most {messages.MAX_DEADLINE_S} s; it could hold its place forever"
+            )
+        while not self._held.acquire(timeout=1.0):
+            if not context.is_active():  # its deadline passed, or it went away
+                raise futures.CancelledError
+        try:
+            yield
+        finally:
+            self._held.release()
+
+    def finish(self) -> bool:
+        """Take no more batches; whether the one being scored ended within the grace period."""
+        last = self._worker.submit(lambda: None)
+        done, _ = futures.wait([last], timeout=STOP_GRACE_S)
+        self._worker.shutdown(wait=False, cancel_futures=True)
+        return last in done
+
+
+def _cancel_with_call(job: futures.Future, context: grpc.ServicerContext) -> None:
+    """A client that goes away before its turn is not scored."""
+
+    def cancel() -> None:
+        job.cancel()
+
+    if not context.add_callback(cancel):
+        cancel()
+
+
+class _ScorerRaisedError(Exception):
+    """Carries the traceback of a scorer."""
+
+
+def _encode_reply(batch_id: int, scores: Scores) -> bridge_pb2.ScoreReply:
+    try:
+        return messages.encode_reply(batch_id, scores)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _ScorerRaisedError(traceback.format_exc()) from error
+
+
+@contextmanager
+def _errors_as_status(context: grpc.ServicerContext) -> Iterator[None]:
+    try:
+        yield
+    except messages.VersionError as error:
+        context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+    except messages.MalformedError as error:
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+    except _ScorerRaisedError as error:
+        # ABORTED, since the gRPC library itself never answers it
+        context.abort(grpc.StatusCode.ABORTED, transport.shorten(str(error)))
+    except (futures.CancelledError, grpc.RpcError):
+        seconds = context.time_remaining()
+        if seconds is not None and seconds <= 0:
+            context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the batch was scored")
+        context.abort(grpc.StatusCode.CANCELLED, "the client went away")
+
+
+class _TokenCheck(grpc.ServerInterceptor):
+    """Refuses every call that does not carry the token."""
+
+    def __init__(self, token: str) -> None:
+        self._wanted = f"Bearer {token}".encode()
+        self._refusal = grpc.unary_unary_rpc_method_handler(self._refuse)
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        for key, value in handler_call_details.invocation_metadata:
+            found = value if isinstance(value, bytes) else value.encode()
+            if key == transport.TOKEN_KEY and hmac.compare_digest(found, self._wanted):
+                return continuation(handler_call_details)
+        return self._refusal
+
+    def _refuse(self, request: bytes, context: grpc.ServicerContext) -> None:
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, "this server wants its token, and this call has none or another")
+
+
+def serve(config: ServeConfig) -> int:
+    """Load the scorer, serve until SIGTERM or SIGINT (or the parent's end), return the exit status."""
+    stopped = threading.Event()
+    if config.exit_with_parent:
+        lifeline.exit_with_parent(lambda: _parent_is_gone(config.listen, stopped))
+    interceptors: list[grpc.ServerInterceptor] = []
+    if config.token_file:
+        interceptors.append(_TokenCheck(transport.read_token(config.token_file)))
+    server = grpc.server(
+        futures.ThreadPoolExecutor(max_workers=MAX_CALLS, thread_name_prefix="call"),
+        interceptors=interceptors,
+        options=transport.SERVER_OPTIONS,
+        maximum_concurrent_rpcs=MAX_CALLS,
+    )
+    address = _bind(server, config)
+    try:
+        bridge = _Bridge(config.scorer, load_scorer(config.scorer, config.options))
+        server.add_generic_rpc_handlers((bridge.handlers(),))
+        status = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(status, server)
+        for service in ("", messages.SERVICE):
+            status.set(service, health_pb2.HealthCheckResponse.SERVING)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stopped.set())
+        server.start()
+        print(f"rewards_bridge: {config.scorer} serving on {address}", flush=True)
+        stopped.wait()
+        status.enter_graceful_shutdown()
+    finally:
+        server.stop(STOP_GRACE_S).wait()
+        _remove_socket(config.listen)
+    if not bridge.finish():
+        # A thread that is still scoring cannot be ended, and Python would wait for it at exit.
+        sys.stdout.flush()
+        os._exit(0)
+    return 0
+
+
+def _bind(server: grpc.Server, config: ServeConfig) -> str:
+    """Take the address before the scorer is loaded, so that one in use is found at once; return it in full."""
+    if config.listen.startswith("unix:") and _answers(config.listen.removeprefix("unix:")):
+        raise UsageError(f"cannot listen on {config.listen}: another server does")
+    previous = os.umask(0o077)  # a unix socket is for its owner only
+    try:
+        if config.tls_cert and config.tls_key:
+            pair = (transport.read_file(config.tls_key), transport.read_file(config.tls_cert))
+            port = server.add_secure_port(config.listen, grpc.ssl_server_credentials([pair]))
+        else:
+            port = server.add_insecure_port(config.listen)
+    except RuntimeError as error:
+        raise UsageError(f"cannot listen on {config.listen}: {error}") from error
+    finally:
+        os.umask(previous)
+    return config.listen if config.listen.startswith("unix:") else f"{config.listen.rpartition(':')[0]}:{port}"
+
+
+def _answers(path: str) -> bool:
+    """Whether somebody listens on this unix socket; gRPC itself would silently take it over."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == 0
+
+
+def _parent_is_gone(address: str, stopped: threading.Event) -> None:
+    """Remove the socket and the folder that the parent made for it, then stop."""
+    _remove_socket(address)
+    if address.startswith("unix:"):
+        with suppress(OSError):  # it is not empty, hence not a folder of a client's
+            Path(address.removeprefix("unix:")).parent.rmdir()
+    stopped.set()
+
+
+def _remove_socket(address: str) -> None:
+    if address.startswith("unix:"):
+        Path(address.removeprefix("unix:")).unlink(missing_ok=True)

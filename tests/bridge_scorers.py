@@ -1,0 +1,149 @@
+"""Scorers for the bridge's tests, good and bad; loaded by real server processes as "bridge_scorers:Class"."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rewards_bridge.scorers.base import Scores
+
+
+def _scores(score: np.ndarray, prompts: Sequence[str]) -> Scores:
+    return Scores(np.array(score, np.float32), {"raw": np.array(score, np.float32)}, list(prompts))
+
+
+class Echo:
+    """Says which image it saw: its first two bytes as a number, its mean, its prompt and its metadata."""
+
+    def __init__(self, delay: float = 0.0) -> None:
+        self.delay = delay
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
+        time.sleep(self.delay)
+        number = images[:, 0, 0, 0] + 256.0 * images[:, 0, 0, 1]
+        raw = {"mean": images.mean((1, 2, 3)), "number": np.array([item.get("number", -1) for item in metadata])}
+        return Scores(number.astype(np.float32), raw, [f"seen: {prompt}" for prompt in prompts])
+
+
+class First:
+    """Looks at one byte an image: what is measured with it is the bridge."""
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
+        return _scores(images[:, 0, 0, 0], prompts)
+
+
+class Where:
+    """Says in its reasons in which process and environment it runs."""
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
+        found = {"pid": os.getpid(), "executable": sys.executable, "environment": dict(os.environ)}
+        return Scores(np.zeros(len(prompts), np.float32), {}, [json.dumps(found)] * len(prompts))
+
+
+class Crash:
+    """Ends its process at every batch whose metadata says "crash"; with a flag file, only at the first."""
+
+    def __init__(self, flag: str = "", how: str = "exit") -> None:
+        self.flag = Path(flag) if flag else None
+        self.how = how
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
+        if any("crash" in item for item in metadata) and not (self.flag and self.flag.exists()):
+            if self.flag:
+                self.flag.touch()
+            print("the card is on fire", file=sys.stderr, flush=True)
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            os._exit(7)
+        return Echo().score(images, prompts, metadata)
+
+
+class Hang:
+    """Never answers a batch whose metadata says "hang"; with a flag file, only the first."""
+
+    def __init__(self, flag: str = "") -> None:
+        self.flag = Path(flag) if flag else None
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
+        if any("hang" in item for item in metadata) and not (self.flag and self.flag.exists()):
+            if self.flag:
+                self.flag.touch()
+            time.sleep(1000)
+        return Echo().score(images, prompts, metadata)
+
+
+class WithChild(Hang):
+    """Keeps a child process; its reasons are both process ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
+        super().score(images, prompts, metadata)
+        pids = json.dumps([os.getpid(), self.child.pid])
+        return Scores(np.zeros(len(prompts), np.float32), {}, [pids] * len(prompts))
+
+
+class Raise:
+    """Raises, with a message of the wished length."""
+
+    def __init__(self, length: int = 0) -> None:
+        self.length = length
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
+        return self._look_closely(prompts)
+
+    def _look_closely(self, prompts: Sequence[str]) -> Scores:
+        raise LookupError(f"the judge is confused by {prompts[0]!r}" + "é" * self.length + " at the end")
+
+
+class Wrong:
+    """Answers as the metadata of the first image says: nan, inf, raw nan, too few, raw too few, no Scores."""
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
+        wish = metadata[0].get("wish", "")
+        score = np.arange(len(prompts), dtype=np.float32)
+        scores = _scores(score, prompts)
+        if wish == "nan":
+            scores.score[[1, 3]] = np.nan
+        if wish == "inf":
+            scores.score[0] = -np.inf
+        if wish == "raw nan":
+            scores.raw["raw"] = score * np.float32(np.nan)
+        if wish == "too few":
+            scores = Scores(score[1:], {}, list(prompts))
+        if wish == "raw too few":
+            scores.raw["raw"] = score[:-1]
+        if wish == "too few reasons":
+            scores.reasons.pop()
+        if wish == "no Scores":
+            return score.tolist()
+        return scores
+
+
+class FailsToLoad:
+    """Cannot find its weights."""
+
+    def __init__(self) -> None:
+        raise RuntimeError("no weights in /nowhere")
+
+
+class NotAScorer:
+    """Has no score method."""
+
+
+class Slow:
+    """Takes its time to load."""
+
+    def __init__(self) -> None:
+        print("reading many weights", flush=True)
+        time.sleep(1000)

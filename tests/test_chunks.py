@@ -1,0 +1,31 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from udm_grpo.diffusion.chunks import chunk_size, join, map_chunks, split
+
+
+def test_join_undoes_split() -> None:
+    x = jnp.arange(24).reshape(12, 2)
+    np.testing.assert_array_equal(join(split(x, 4)), x)
+    assert split(x, 4).shape == (3, 4, 2)
+
+
+def test_a_chunk_takes_images_from_everywhere() -> None:
+    np.testing.assert_array_equal(split(jnp.arange(6), 2), [[0, 3], [1, 4], [2, 5]])
+
+
+@pytest.mark.parametrize(("batch", "wanted", "size"), [(12, 5, 4), (12, 0, 12), (12, 99, 12), (7, 3, 1)])
+def test_chunk_size_divides(batch: int, wanted: int, size: int) -> None:
+    assert chunk_size(batch, wanted) == size
+
+
+@pytest.mark.parametrize("size", [1, 4, 12])
+def test_map_chunks_equals_the_whole(size: int) -> None:
+    x = jnp.arange(12, dtype=jnp.float32)
+    np.testing.assert_array_equal(map_chunks(lambda part: part * 2, x, size), x * 2)
+
+
+def test_uneven_split_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch of 12"):
+        split(jnp.arange(12), 5)

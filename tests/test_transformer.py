@@ -1,0 +1,114 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_data import GoldenCase, assert_close, first_case, golden_cases
+from golden_model import load_model
+
+from udm_grpo.diffusion.pretrain import cross_entropy
+from udm_grpo.model.transformer import (
+    Execution,
+    TransformerConfig,
+    abstract,
+    head,
+    hidden_states,
+    image_rows,
+    init,
+    input_ids,
+)
+
+TINY = TransformerConfig(32, 48, 2, 1, 2, 1e6, 30, 10, 20, 2)
+
+
+@golden_cases()
+def test_logits(case: GoldenCase) -> None:
+    model = load_model(case)
+    prompts, images = model.ids("prompt_ids"), model.ids("image_ids")
+    hidden = hidden_states(model.config, model.params, prompts, images, model.grid)
+    cond = head(model.params, image_rows(hidden, model.tokens))
+    assert_close(cond, case.arrays["logits_image"])
+    assert_close(head(model.params, hidden[0]), case.arrays["logits_all_row0"])
+    hidden = hidden_states(model.config, model.params, model.ids("empty_prompt_ids"), images, model.grid)
+    uncond = head(model.params, image_rows(hidden, model.tokens))
+    assert_close(uncond + 3 * (cond - uncond), case.arrays["guided_logits_scale3"])
+
+
+@golden_cases()
+def test_input_ids(case: GoldenCase) -> None:
+    model = load_model(case)
+    found = input_ids(model.config, model.ids("prompt_ids"), model.ids("image_ids"))
+    np.testing.assert_array_equal(found, case.arrays["input_ids"])
+
+
+@golden_cases()
+def test_pretraining_loss(case: GoldenCase) -> None:
+    model = load_model(case)
+    prompts = model.ids("grpo_input_ids")[:, : case.setup["L"]]
+    loss = cross_entropy(
+        model.config, Execution(), model.params, prompts, model.ids("grpo_noisy"), model.ids("grpo_clean"), model.grid
+    )
+    assert_close(loss, case.arrays["pretrain_ce"])
+
+
+def test_abstract_equals_init() -> None:
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), init(TINY, jax.random.key(0)))
+    assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract(TINY))
+
+
+def _loss(params: dict, execution: Execution) -> jax.Array:
+    prompts = jnp.arange(6, dtype=jnp.int32).reshape(2, 3)
+    images = jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
+    return jnp.mean(hidden_states(TINY, params, prompts, images, (2, 2), execution) ** 2)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_nothing(remat: str) -> None:
+    params = init(TINY, jax.random.key(0))
+    plain = jax.jit(jax.grad(lambda p: _loss(p, Execution())))(params)
+    again = jax.jit(jax.grad(lambda p: _loss(p, Execution(remat=remat))))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, again)
+
+
+def test_left_padding_takes_part() -> None:
+    case = first_case()
+    model = load_model(case)
+    prompts, images = model.ids("prompt_ids"), model.ids("image_ids")
+    plain = hidden_states(model.config, model.params, prompts, images, model.grid)
+    other = hidden_states(model.config, model.params, prompts.at[:, 0].set(5), images, model.grid)
+    assert float(jnp.abs(plain - other)[:, -1].max()) > 1e-4
+
+
+def test_bfloat16_is_near_float32() -> None:
+    model = load_model(first_case())
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
+    prompts, images = model.ids("prompt_ids"), model.ids("image_ids")
+    logits = head(half, image_rows(hidden_states(model.config, half, prompts, images, model.grid), model.tokens))
+    assert logits.dtype == jnp.float32
+    assert_close(logits, model.case.arrays["logits_image"], tolerance=0.05)
+
+
+def test_bad_sizes_are_named() -> None:
+    raw = dict(zip(TransformerConfig.__dataclass_fields__, (32, 48, 2, 1, 2, 1e6, 30, 10, 20, 2), strict=True))
+    with pytest.raises(ValueError, match=r"lacks bov_token_id"):
+        TransformerConfig.from_json({name: value for name, value in raw.items() if name != "bov_token_id"})
+    with pytest.raises(ValueError, match=r"10 \+ 21"):
+        TransformerConfig.from_json(raw | {"lm_head_size": 21})
+    with pytest.raises(ValueError, match=r"not a multiple"):
+        TransformerConfig.from_json(raw | {"num_attention_heads": 3, "num_key_value_heads": 2})
+    with pytest.raises(ValueError, match=r"grid is 2 x 3"):
+        params = init(TINY, jax.random.key(0))
+        hidden_states(TINY, params, jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 4), jnp.int32), (2, 3))
+    with pytest.raises(ValueError, match=r"remat is 'some'"):
+        _loss(init(TINY, jax.random.key(0)), Execution(remat="some"))
+
+
+def test_no_wide_logits_in_the_program() -> None:
+    """The head only sees the N image rows: nothing of shape (B, L+1+N, V) exists."""
+    config = TransformerConfig(32, 48, 2, 1, 2, 1e6, 10 + 77, 10, 77, 2)
+    shape = (jax.ShapeDtypeStruct((3, 5), jnp.int32), jax.ShapeDtypeStruct((3, 4), jnp.int32))
+    program = jax.jit(
+        lambda p, a, b: head(p, image_rows(hidden_states(config, p, a, b, (2, 2)), 4))
+    ).lower(abstract(config), *shape)
+    text = program.as_text()
+    assert "3x4x77x" in text
+    assert "3x10x77x" not in text

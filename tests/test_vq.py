@@ -1,0 +1,126 @@
+"""AutoencoderVQ against the release's numbers, its quantizers against hand-computed codes, and its gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.golden_data import GoldenCase, golden_cases
+from udm_grpo.model import quantizers, vq
+
+LFQ = vq.VQConfig(num_vq_embeddings=64, vq_embed_dim=6, quantizer_name="LFQuantizer")
+FSQ = vq.VQConfig(num_vq_embeddings=64000, vq_embed_dim=6, quantizer_name="FSQuantizer")
+TINY = vq.VQConfig(
+    block_out_channels=(32, 64), layers_per_block=1, latent_channels=4, num_vq_embeddings=12, vq_embed_dim=5
+)
+NO_PARAMS: vq.Params = {}
+
+
+def channels_last(array: np.ndarray) -> jax.Array:
+    return jnp.asarray(np.moveaxis(array, 1, -1))
+
+
+@golden_cases()
+@pytest.mark.parametrize(("name", "config"), [("lfq", LFQ), ("fsq", FSQ)])
+def test_scalar_quantizers_match_the_release(case: GoldenCase, name: str, config: vq.VQConfig):
+    ids = vq.quantize(config, NO_PARAMS, channels_last(case.arrays["quantizer_z"]))
+    assert ids.dtype == jnp.int32
+    np.testing.assert_array_equal(ids, case.arrays[f"{name}_ids"])
+    vectors = vq.embed_codes(config, NO_PARAMS, ids)
+    np.testing.assert_allclose(vectors, channels_last(case.arrays[f"{name}_decoded"]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [LFQ, FSQ], ids=["lfq", "fsq"])
+def test_every_scalar_code_survives_a_round_trip(config: vq.VQConfig):
+    ids = jnp.arange(config.num_vq_embeddings, dtype=jnp.int32).reshape(1, -1, 8)
+    vectors = vq.embed_codes(config, NO_PARAMS, ids)
+    # FSQ's levels are read back from the middle of the bounded range: undo its tanh first.
+    if config is FSQ:
+        levels = np.array(quantizers.FSQ_LEVELS)
+        half, offset = (levels - 1) * (1 + quantizers.FSQ_EPS) / 2, np.where(levels % 2 == 0, 0.5, 0.0)
+        wanted = np.asarray(vectors, np.float64) * (levels // 2)
+        vectors = jnp.asarray(np.arctanh((wanted + offset) / half) - np.arctanh(offset / half), jnp.float32)
+    np.testing.assert_array_equal(vq.quantize(config, NO_PARAMS, vectors), ids)
+
+
+def test_vq_takes_the_largest_dot_product_not_the_nearest():
+    codebook = jnp.array([[1.0, 0.0], [3.0, 0.0], [0.0, -2.0], [3.0, 0.0]])
+    z = jnp.array([[1.0, 0.0], [0.1, -1.0]])[None, None]
+    np.testing.assert_array_equal(quantizers.vq_ids(z, codebook), [[[1, 2]]])
+
+
+def test_vq_in_chunks_equals_vq_at_once(monkeypatch: pytest.MonkeyPatch):
+    key_z, key_codes = jax.random.split(jax.random.key(0))
+    z, codebook = jax.random.normal(key_z, (2, 3, 5, 4)), jax.random.normal(key_codes, (40, 4))
+    at_once = quantizers.vq_ids(z, codebook)
+    monkeypatch.setattr(quantizers, "MAX_SIMILARITIES", 280)
+    np.testing.assert_array_equal(quantizers.vq_ids(z, codebook), at_once)
+
+
+def test_everything_the_tokenizer_trains_has_a_gradient():
+    """With a straight-through estimator the whole tree, codebook included, gets finite non-zero gradients."""
+    params = vq.init(TINY, jax.random.key(1))
+    pixels = jax.random.uniform(jax.random.key(2), (2, 4, 6, 3), minval=-1.0)
+
+    def loss(params: vq.Params) -> jax.Array:
+        z = vq.encode_latent(TINY, params, pixels)
+        codes = vq.embed_codes(TINY, params, vq.quantize(TINY, params, z))
+        straight_through = codes + z - jax.lax.stop_gradient(z)
+        return jnp.mean((vq.decode_latent(TINY, params, straight_through) - pixels) ** 2)
+
+    gradients = jax.jit(jax.grad(loss))(params)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        name = jax.tree_util.keystr(path)
+        assert jnp.isfinite(gradient).all(), name
+        # A softmax does not change when a constant is added to all its inputs, so the bias of k has no gradient.
+        assert "to_k" in name or jnp.any(gradient != 0), name
+
+
+def test_abstract_describes_init_and_init_depends_on_the_key():
+    params = vq.init(TINY, jax.random.key(1))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    assert shapes == vq.abstract(TINY)
+    other = vq.init(TINY, jax.random.key(2))
+    assert not np.array_equal(params["codebook"]["embedding"], other["codebook"]["embedding"])
+    assert not np.array_equal(params["encoder"]["conv_in"]["kernel"], other["encoder"]["conv_in"]["kernel"])
+
+
+def test_bfloat16_parameters_give_float32_pixels_near_the_float32_ones():
+    params = vq.init(TINY, jax.random.key(3))
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    ids = jnp.arange(12, dtype=jnp.int32).reshape(1, 3, 4)
+    wanted, found = vq.decode(TINY, params, ids), vq.decode(TINY, half, ids)
+    assert found.dtype == jnp.float32
+    assert jnp.abs(found - wanted).max() < 0.1 * jnp.abs(wanted).max()
+    assert vq.encode(TINY, half, wanted).shape == ids.shape
+
+
+def test_sizes_that_the_stride_does_not_divide_are_refused():
+    params = vq.init(TINY, jax.random.key(4))
+    with pytest.raises(ValueError, match=r"5x8.*multiples of 2"):
+        vq.encode(TINY, params, jnp.zeros((1, 5, 8, 3)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_quantizer_name": "Magic"}, "Magic.*VQuantizer"),
+        ({"block_out_channels": [32, 40]}, r"\[40\].*32 groups"),
+        ({"block_out_channels": []}, "empty"),
+        ({"_quantizer_name": "LFQuantizer"}, "2\\*\\*vq_embed_dim"),
+        ({"_quantizer_name": "FSQuantizer"}, "64000"),
+        ({"_class_name": "AutoencoderVQCosmos3D"}, "_class_name"),
+        ({"temporal_stride": 4}, "temporal_stride"),
+        ({"norm_num_groups": 16}, "norm_num_groups"),
+    ],
+)
+def test_configs_that_cannot_be_computed_are_refused(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        vq.VQConfig.from_json({"block_out_channels": [32], "num_vq_embeddings": 10, "vq_embed_dim": 8} | changes)
+
+
+def test_config_reads_the_json_names():
+    config = vq.VQConfig.from_json({"block_out_channels": [32, 32, 64], "_quantizer_name": "VQuantizer", "x": 1})
+    assert config.block_out_channels == (32, 32, 64)
+    assert config.stride == 4
+    assert config.vq_embed_dim == 8

@@ -1,0 +1,1 @@
+"""The probability path, its sampler and the pre-training loss."""

@@ -1,0 +1,1 @@
+"""The UDM-GRPO advantages, training states, loss and update."""

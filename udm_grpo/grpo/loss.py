@@ -1,0 +1,149 @@
+"""Token-mean log-probabilities and the UDM-GRPO loss."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int32
+
+from udm_grpo.batches import Params, Samples
+from udm_grpo.diffusion.chunks import chunk_size, join, split
+from udm_grpo.model.transformer import Execution, TransformerConfig, hidden_states, image_rows
+
+
+@dataclass(frozen=True)
+class LossPlan:
+    """The loss's constants; static under jit."""
+
+    grid: tuple[int, int]
+    """(h, w), the token grid."""
+    clip_range: float = 1e-4
+    """eps of the ratio's clip."""
+    kl_weight: float = 0.05
+    """beta of the KL term."""
+    rows: int = 4
+    """Images whose logits exist at a time."""
+
+
+def _row_logits(hidden: Float[Array, "r n d"], kernel: Float[Array, "d v"]) -> Float[Array, "r n v"]:
+    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def head_logps(
+    hidden: Float[Array, "s n d"], kernel: Float[Array, "d v"], action: Int[Array, "s n"], rows: int
+) -> tuple[Float[Array, "s n"], Float[Array, "s n"]]:
+    """(log softmax(hidden @ kernel)[action], entropy) of every token, `rows` images at a time.
+
+    No logits are kept for the backward pass, which computes them again chunk by chunk and sums the kernel's gradient
+    in float32. The entropy is a metric: no gradient flows through it.
+    """
+    return _head_logps_forward(hidden, kernel, action, rows)[0]
+
+
+def _head_logps_forward(hidden: Array, kernel: Array, action: Array, rows: int) -> tuple[Any, Any]:
+    def chunk(work: tuple[Array, Array]) -> tuple[Array, Array]:
+        features, target = work
+        log_p = jax.nn.log_softmax(_row_logits(features, kernel), axis=-1)
+        picked = jnp.take_along_axis(log_p, target[:, :, None], axis=-1)[:, :, 0]
+        return picked, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+    size = chunk_size(hidden.shape[0], rows)
+    out = join(jax.lax.map(chunk, split((hidden, action), size)))
+    return out, (hidden, kernel, action)
+
+
+def _head_logps_backward(rows: int, saved: tuple[Array, Array, Array], cotangent: tuple[Array, Array]) -> Any:
+    hidden, kernel, action = saved
+
+    def chunk(kernel_gradient: Array, work: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        features, target, g = work
+        p = jax.nn.softmax(_row_logits(features, kernel), axis=-1)
+        onehot = jax.nn.one_hot(target, kernel.shape[1], dtype=jnp.float32)
+        d_logits = (g[:, :, None] * (onehot - p)).astype(kernel.dtype)
+        d_hidden = jnp.einsum("rnv,dv->rnd", d_logits, kernel)
+        d_kernel = jnp.einsum("rnd,rnv->dv", features, d_logits, preferred_element_type=jnp.float32)
+        return kernel_gradient + d_kernel, d_hidden
+
+    size = chunk_size(hidden.shape[0], rows)
+    start = jnp.zeros(kernel.shape, jnp.float32)
+    kernel_gradient, d_hidden = jax.lax.scan(chunk, start, split((hidden, action, cotangent[0]), size))
+    return join(d_hidden), kernel_gradient.astype(kernel.dtype), None
+
+
+head_logps.defvjp(_head_logps_forward, _head_logps_backward)
+
+
+def token_mean_logps(
+    config: TransformerConfig,
+    execution: Execution,
+    plan: LossPlan,
+    params: Params,
+    prompt_ids: Int[Array, "s l"],
+    noisy: Int32[Array, "s n"],
+    action: Int32[Array, "s n"],
+) -> tuple[Float[Array, " s"], Float[Array, " s"]]:
+    """(mean over the N tokens of log p(action | noisy), mean entropy), one number each an image.
+
+    A mean, not a sum. Only the N image rows reach the head.
+
+    Source: UDM-GRPO, arXiv 2604.18518.
+    """
+    hidden = hidden_states(config, params, prompt_ids, noisy, plan.grid, execution)
+    rows = image_rows(hidden, noisy.shape[1])
+    logp, entropy = head_logps(rows, params["lm_head"]["kernel"], action, plan.rows)
+    return jnp.mean(logp, axis=1), jnp.mean(entropy, axis=1)
+
+
+def policy_loss(
+    logp: Float[Array, " s"], old_logp: Float[Array, " s"], advantage: Float[Array, " s"], clip_range: float
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(the clipped surrogate -mean min(A r, A clip(r, 1 - eps, 1 + eps)), the fraction of ratios outside the clip).
+
+    r = exp(logp - old_logp).
+
+    Source: GRPO, arXiv 2402.03300, with the token-mean ratio of UDM-GRPO.
+    """
+    ratio = jnp.exp(logp - old_logp)
+    clipped = jnp.clip(ratio, 1 - clip_range, 1 + clip_range)
+    outside = jnp.mean((jnp.abs(ratio - 1) > clip_range).astype(jnp.float32))
+    return -jnp.mean(jnp.minimum(advantage * ratio, advantage * clipped)), outside
+
+
+def k3(logp: Float[Array, " s"], ref_logp: Float[Array, " s"]) -> Float[Array, ""]:
+    """The mean of exp(ref - logp) - (ref - logp) - 1: a KL estimate that is never negative.
+
+    Source: Schulman, "Approximating KL divergence" (2020), estimator k3.
+    """
+    difference = ref_logp - logp
+    return jnp.mean(jnp.expm1(difference) - difference)
+
+
+def grpo_loss(
+    config: TransformerConfig, execution: Execution, plan: LossPlan, params: Params, samples: Samples
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """(policy loss + beta KL, metrics) over S training states, each a mean over them.
+
+    With `samples.old_logp` None (one update a rollout) the old policy is this one: the ratio is 1 and only its
+    gradient acts.
+
+    Source: UDM-GRPO, arXiv 2604.18518.
+    """
+    logp, entropy = token_mean_logps(
+        config, execution, plan, params, samples.prompt_ids, samples.noisy, samples.action
+    )
+    old_logp = jax.lax.stop_gradient(logp) if samples.old_logp is None else samples.old_logp
+    policy, clip_fraction = policy_loss(logp, old_logp, samples.advantage, plan.clip_range)
+    kl = k3(logp, samples.ref_logp)
+    loss = policy + plan.kl_weight * kl
+    metrics = {
+        "loss": loss,
+        "policy_loss": policy,
+        "kl": kl,
+        "entropy": jnp.mean(entropy),
+        "logp": jnp.mean(logp),
+        "clip_fraction": clip_fraction,
+    }
+    return loss, metrics

@@ -1,0 +1,46 @@
+"""AdamW with a schedule, on gradients clipped to a global norm."""
+
+import optax
+
+
+def learning_rate(
+    peak: float,
+    schedule: str,
+    total: int,
+    warmup: int = 0,
+    final_fraction: float = 0.0,
+    milestones: tuple[int, ...] = (),
+    milestone_factor: float = 0.1,
+) -> optax.Schedule:
+    """The rate of each update 0 .. total-1: a linear warm-up from 0 over `warmup` updates, then by `schedule`.
+
+    "constant"; "cosine", down to final_fraction * peak at the end; "multistep", times milestone_factor at each
+    milestone (counted from the first update). Raises ValueError for another name.
+    """
+    if schedule == "constant":
+        main = optax.constant_schedule(peak)
+    elif schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, max(1, total - warmup), final_fraction)
+    elif schedule == "multistep":
+        # join_schedules counts the main part from the end of the warm-up.
+        main = optax.piecewise_constant_schedule(peak, {max(0, at - warmup): milestone_factor for at in milestones})
+    else:
+        raise ValueError(f"schedule is {schedule!r}; it must be constant, cosine or multistep.")
+    if warmup == 0:
+        return main
+    # The first update already moves: rate peak/warmup, not 0.
+    ramp = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+    return optax.join_schedules([ramp, main], [warmup])
+
+
+def adamw(
+    rate: optax.Schedule, beta1: float, beta2: float, weight_decay: float, max_grad_norm: float
+) -> optax.GradientTransformation:
+    """Clip to `max_grad_norm`, then decoupled-decay Adam (eps 1e-8) on every parameter.
+
+    Source: AdamW, arXiv 1711.05101.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(max_grad_norm),
+        optax.adamw(rate, b1=beta1, b2=beta2, eps=1e-8, weight_decay=weight_decay),
+    )

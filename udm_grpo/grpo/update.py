@@ -1,0 +1,78 @@
+"""One optimizer step from accumulated gradients."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from udm_grpo.batches import Params, Samples, TrainState
+from udm_grpo.diffusion.chunks import chunk_size, split
+from udm_grpo.grpo.loss import LossPlan, grpo_loss
+from udm_grpo.model.transformer import Execution, TransformerConfig
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """The parameters in the dtype they compute in."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def accumulated_gradients(
+    config: TransformerConfig,
+    execution: Execution,
+    plan: LossPlan,
+    params: Params,
+    samples: Samples,
+    micro_batch: int,
+) -> tuple[Params, dict[str, Float[Array, ""]]]:
+    """(float32 gradients, metrics), averaged over S samples that are worked through `micro_batch` at a time."""
+    gradient = jax.value_and_grad(
+        lambda weights, part: grpo_loss(config, execution, plan, weights, part), has_aux=True
+    )
+    total = samples.noisy.shape[0]
+    size = chunk_size(total, micro_batch)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+
+    def add(carry: Params, part: Samples) -> tuple[Params, dict[str, Array]]:
+        (_, metrics), gradients = gradient(params, part)
+        return jax.tree.map(lambda a, g: a + g.astype(jnp.float32), carry, gradients), metrics
+
+    gradients, metrics = jax.lax.scan(add, zeros, split(samples, size))
+    count = total // size
+    return jax.tree.map(lambda g: g / count, gradients), jax.tree.map(jnp.mean, metrics)
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation, ema_decay: float, state: TrainState, gradients: Params
+) -> TrainState:
+    """One optimizer step on the master weights, and one of their moving average if there is one."""
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        ema = jax.tree.map(lambda slow, fast: ema_decay * slow + (1 - ema_decay) * fast, ema, params)
+    return TrainState(params=params, opt_state=opt_state, ema=ema, step=state.step + 1)
+
+
+def update(
+    config: TransformerConfig,
+    execution: Execution,
+    plan: LossPlan,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    compute_dtype: Any,
+    micro_batch: int,
+    state: TrainState,
+    samples: Samples,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """(next state, metrics): gradients in `compute_dtype` on one copy of the weights, the step on float32 masters.
+
+    `optimizer` clips the gradients itself; the metric `grad_norm` is their norm before that.
+
+    Source: UDM-GRPO, arXiv 2604.18518.
+    """
+    compute = cast(state.params, compute_dtype)
+    gradients, metrics = accumulated_gradients(config, execution, plan, compute, samples, micro_batch)
+    metrics["grad_norm"] = optax.global_norm(gradients)
+    return apply_gradients(optimizer, ema_decay, state, gradients), metrics

@@ -1,0 +1,1 @@
+"""The rim: files, processes and the network."""

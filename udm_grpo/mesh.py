@@ -1,0 +1,92 @@
+"""The device mesh and the one table that says how parameters lie on it. The only file that names mesh axes."""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embed/embedding$", ("tensor", "fsdp")),
+    (r"layers/attn/[qkv]/kernel$", (None, "fsdp", "tensor")),
+    (r"layers/attn/o/kernel$", (None, "tensor", "fsdp")),
+    (r"layers/mlp/(gate|up)/kernel$", (None, "fsdp", "tensor")),
+    (r"layers/mlp/down/kernel$", (None, "tensor", "fsdp")),
+    (r"lm_head/kernel$", ("fsdp", "tensor")),
+)
+"""(pattern of a leaf's path, axis of each of its dimensions); what no pattern matches is replicated. Moments and
+averages of a parameter end in its path, so they follow the same rules."""
+
+
+class MeshError(ValueError):
+    """A mesh that does not fit the devices or the batch."""
+
+
+def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
+    """A mesh of axes data, fsdp and tensor; a size of -1 takes the rest of the devices.
+
+    Raises MeshError when the sizes do not multiply up to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    wanted = [sizes[axis] for axis in AXES]
+    fixed = int(np.prod([size for size in wanted if size != -1]))
+    if -1 in wanted and len(devices) % fixed == 0:
+        wanted = [len(devices) // fixed if size == -1 else size for size in wanted]
+    if -1 in wanted or int(np.prod(wanted)) != len(devices):
+        raise MeshError(
+            f"mesh {sizes} does not fit {len(devices)} device(s); the sizes must multiply to that number (-1 for one "
+            "of them takes the rest)."
+        )
+    grid = np.asarray(devices, dtype=object).reshape(wanted)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Devices that a batch is spread over."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def over_batch(mesh: Mesh) -> NamedSharding:
+    """The first axis over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    for pattern, axes in RULES:
+        if re.search(pattern, path) and len(axes) == len(shape):
+            # A dimension that the axis does not divide stays whole: tiny models on wide meshes.
+            fitting = (
+                axis if axis is not None and size % mesh.shape[axis] == 0 else None
+                for axis, size in zip(axes, shape, strict=True)
+            )
+            return PartitionSpec(*fitting)
+    return PartitionSpec()
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """A NamedSharding for every leaf of `tree`, by RULES."""
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, _spec(name, tuple(leaf.shape), mesh))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def check_batch(mesh: Mesh, sizes: dict[str, int]) -> None:
+    """Raise MeshError listing every batch size (by its config name) that the batch axes do not divide."""
+    shards = batch_shards(mesh)
+    wrong = [f"{name} is {size}" for name, size in sizes.items() if size % shards]
+    if wrong:
+        raise MeshError(
+            f"the batch is spread over data x fsdp = {shards} devices, which must divide it: {'; '.join(wrong)}. "
+            "Change those sizes or the mesh."
+        )

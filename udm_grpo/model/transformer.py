@@ -1,0 +1,220 @@
+"""URSA's transformer: a Qwen3 trunk that attends in both directions, over [text, BOV, image tokens].
+
+Flax modules describe one block; `nnx.split` is called once, and from then on parameters are a plain nested dict whose
+block leaves carry the layers on axis 0, so that a `lax.scan` runs through the depth and compile time does not grow
+with it.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Int32
+
+from udm_grpo.batches import Params
+from udm_grpo.model.rope import HEAD_DIM, positions, rotary_table, rotate
+
+RMS_NORM_EPS = 1e-6
+"""Fixed by the checkpoint format."""
+ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
+"""What `Execution.attention` may name: plain XLA anywhere, cuDNN's flash attention on NVIDIA GPUs (bfloat16)."""
+REMAT_POLICIES = ("none", "dots", "full")
+
+RotaryTable = tuple[Any, Any]
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The sizes in transformer/config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    num_hidden_layers: int
+    rope_theta: float
+    vocab_size: int
+    lm_vocab_size: int
+    lm_head_size: int
+    bov_token_id: int
+
+    @classmethod
+    def from_json(cls, config: dict[str, Any]) -> "TransformerConfig":
+        """Read the sizes from the parsed config.json; raises ValueError naming what is missing or cannot be."""
+        missing = [field.name for field in fields(cls) if field.name not in config]
+        if missing:
+            raise ValueError(f"transformer config.json lacks {', '.join(missing)}; found {', '.join(sorted(config))}.")
+        made = cls(**{field.name: config[field.name] for field in fields(cls)})
+        if made.vocab_size != made.lm_vocab_size + made.lm_head_size:
+            raise ValueError(
+                f"transformer config.json: vocab_size is {made.vocab_size}, but lm_vocab_size + lm_head_size is "
+                f"{made.lm_vocab_size} + {made.lm_head_size}."
+            )
+        if made.num_attention_heads % made.num_key_value_heads:
+            raise ValueError(
+                f"transformer config.json: num_attention_heads {made.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {made.num_key_value_heads}."
+            )
+        return made
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the trunk is computed; changes speed and memory, never the result beyond rounding."""
+
+    attention: str = "xla"
+    """One of ATTENTION_IMPLEMENTATIONS."""
+    remat: str = "none"
+    """What the backward pass recomputes: nothing, all but matrix products ("dots"), or whole blocks ("full")."""
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm, in float32 up to the multiplication by the scale."""
+
+    def __init__(self, size: int):
+        self.scale = nnx.Param(jnp.ones(size))
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """Normalise the last axis."""
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+        normed = (x32 * jax.lax.rsqrt(mean_square + RMS_NORM_EPS)).astype(x.dtype)
+        scale = self.scale[...]
+        return normed * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
+def _linear(d_in: int, d_out: int, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(d_in, d_out, use_bias=False, kernel_init=nnx.initializers.normal(0.02), rngs=rngs)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention without a mask: left padding takes part like any token."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.q = _linear(width, config.num_attention_heads * HEAD_DIM, rngs)
+        self.k = _linear(width, config.num_key_value_heads * HEAD_DIM, rngs)
+        self.v = _linear(width, config.num_key_value_heads * HEAD_DIM, rngs)
+        self.o = _linear(config.num_attention_heads * HEAD_DIM, width, rngs)
+        self.q_norm = RMSNorm(HEAD_DIM)
+        self.k_norm = RMSNorm(HEAD_DIM)
+
+    def __call__(self, x: Float[Array, "b s d"], rope: RotaryTable, implementation: str) -> Float[Array, "b s d"]:
+        """Attend over the whole sequence."""
+        B, S, _ = x.shape
+        q = rotate(self.q_norm(self.q(x).reshape(B, S, -1, HEAD_DIM)), rope)
+        k = rotate(self.k_norm(self.k(x).reshape(B, S, -1, HEAD_DIM)), rope)
+        v = self.v(x).reshape(B, S, -1, HEAD_DIM)
+        mixed = jax.nn.dot_product_attention(q, k, v, implementation=implementation)  # type: ignore[arg-type]
+        return self.o(mixed.reshape(B, S, -1))
+
+
+class MLP(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        self.gate = _linear(config.hidden_size, config.intermediate_size, rngs)
+        self.up = _linear(config.hidden_size, config.intermediate_size, rngs)
+        self.down = _linear(config.intermediate_size, config.hidden_size, rngs)
+
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        """Apply to every token on its own."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """One pre-norm layer."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        self.input_norm = RMSNorm(config.hidden_size)
+        self.attn = Attention(config, rngs)
+        self.post_norm = RMSNorm(config.hidden_size)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x: Float[Array, "b s d"], rope: RotaryTable, implementation: str) -> Float[Array, "b s d"]:
+        """Residual attention, then residual MLP."""
+        x = x + self.attn(self.input_norm(x), rope, implementation)
+        return x + self.mlp(self.post_norm(x))
+
+
+@functools.lru_cache(maxsize=8)
+def _block_graph(config: TransformerConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))[0]
+
+
+def init(config: TransformerConfig, key: Array) -> Params:
+    """Fresh float32 parameters: normal(0.02) matrices, unit norms."""
+    embed_key, head_key, *layer_keys = jax.random.split(key, 2 + config.num_hidden_layers)
+    layers = [nnx.to_pure_dict(nnx.state(Block(config, nnx.Rngs(layer_key)))) for layer_key in layer_keys]
+    return {
+        "embed": {"embedding": 0.02 * jax.random.normal(embed_key, (config.vocab_size, config.hidden_size))},
+        "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers),
+        "norm": {"scale": jnp.ones(config.hidden_size)},
+        "lm_head": {"kernel": 0.02 * jax.random.normal(head_key, (config.hidden_size, config.lm_head_size))},
+    }
+
+
+def abstract(config: TransformerConfig) -> Params:
+    """The parameter tree as float32 `jax.ShapeDtypeStruct`."""
+    return jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+
+
+def input_ids(
+    config: TransformerConfig, prompt_ids: Int[Array, "b l"], image_ids: Int[Array, "b n"]
+) -> Int32[Array, "b s"]:
+    """The sequence [text, BOV, lm_vocab_size + code] of S = L + 1 + N tokens."""
+    bov = jnp.full((prompt_ids.shape[0], 1), config.bov_token_id, jnp.int32)
+    image = image_ids.astype(jnp.int32) + jnp.int32(config.lm_vocab_size)
+    return jnp.concatenate([prompt_ids.astype(jnp.int32), bov, image], axis=1)
+
+
+def _rematerialised(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    if policy == "none":
+        return body
+    if policy == "dots":
+        return jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    if policy == "full":
+        return jax.checkpoint(body)
+    raise ValueError(f"remat is {policy!r}; it must be one of {', '.join(REMAT_POLICIES)}.")
+
+
+def hidden_states(
+    config: TransformerConfig,
+    params: Params,
+    prompt_ids: Int[Array, "b l"],
+    image_ids: Int[Array, "b n"],
+    grid: tuple[int, int],
+    execution: Execution = Execution(),  # noqa: B008  (frozen)
+) -> Float[Array, "b s d"]:
+    """The trunk's output at all S = L + 1 + N rows, after the last norm, in the dtype of `params`.
+
+    `grid` is (h, w) with h*w = N. The logits of image token n are read one position to the left, at row L + n.
+
+    Source: URSA, arXiv 2510.24717; Qwen3.
+    """
+    if grid[0] * grid[1] != image_ids.shape[1]:
+        raise ValueError(f"image_ids has {image_ids.shape[1]} tokens an image, but the grid is {grid[0]} x {grid[1]}.")
+    rope = rotary_table(positions(prompt_ids.shape[1], *grid), config.rope_theta)
+    graph = _block_graph(config)
+
+    def body(x: Array, layer: Params) -> tuple[Array, None]:
+        return nnx.merge(graph, layer)(x, rope, execution.attention), None
+
+    x = params["embed"]["embedding"][input_ids(config, prompt_ids, image_ids)]
+    x, _ = jax.lax.scan(_rematerialised(body, execution.remat), x, params["layers"])
+    norm_graph = nnx.split(nnx.eval_shape(lambda: RMSNorm(config.hidden_size)))[0]
+    return nnx.merge(norm_graph, params["norm"])(x)
+
+
+def image_rows(hidden: Float[Array, "b s d"], tokens: int) -> Float[Array, "b n d"]:
+    """The rows that predict the N image tokens: L .. L + N - 1, which are the last N + 1 without the very last."""
+    return hidden[:, -tokens - 1 : -1]
+
+
+def head(params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+    """Logits over the V codes, accumulated and returned in float32."""
+    return jnp.matmul(hidden, params["lm_head"]["kernel"], preferred_element_type=jnp.float32)

@@ -1,0 +1,160 @@
+"""Pre-train a transformer on (prompt, image tokens) pairs.
+
+    python -m udm_grpo.pretrain --checkpoint START --data tokens.npz --output FOLDER --updates 20000
+
+`START` is a folder in the released format (its weights are where training starts), `tokens.npz` holds prompts (text)
+and images i32[M,h,w]. A killed run goes on where it stopped, from its last saved state, to the same end.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from udm_grpo import steps
+from udm_grpo.batches import Params
+from udm_grpo.diffusion.path import Path
+from udm_grpo.grpo.optimizer import adamw, learning_rate
+from udm_grpo.host.checkpoint import Checkpoints
+from udm_grpo.host.weights import Checkpoint, load_folder, save_folder
+from udm_grpo.model.transformer import Execution
+
+
+@dataclass(frozen=True)
+class PretrainPlan:
+    """How long and how fast."""
+
+    updates: int
+    batch: int = 128
+    """Images an update."""
+    learning_rate: float = 1e-3
+    """Peak of a cosine schedule that ends at 2 % of it."""
+    warmup: int = 200
+    """Updates."""
+    weight_decay: float = 0.01
+    seed: int = 0
+    save_every: int = 1000
+    """Updates between saved states."""
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """M pairs; an image may come again under another prompt."""
+
+    prompt_ids: np.ndarray
+    """i32[M, L]."""
+    image_ids: np.ndarray
+    """i32[M, h, w]."""
+    empty_ids: np.ndarray
+    """i32[L], the empty prompt."""
+
+
+def batch_indices(count: int, plan: PretrainPlan, update: int) -> np.ndarray:
+    """Which pairs update `update` sees: a function of the seed and the update alone."""
+    generator = np.random.Generator(np.random.Philox(key=plan.seed, counter=[0, 0, 0, update]))
+    return generator.integers(0, count, plan.batch)
+
+
+def pretrain(
+    checkpoint: Checkpoint,
+    path: Path,
+    data: TokenData,
+    plan: PretrainPlan,
+    states: Checkpoints | None,
+    log: Callable[[dict[str, Any]], None],
+) -> Params:
+    """Train and return the transformer's parameters; with `states`, go on from its newest and save there.
+
+    `log` gets {"update", "loss"} (mean cross-entropy in nats) every 100 updates.
+
+    Source: URSA, arXiv 2510.24717.
+    """
+    rate = learning_rate(plan.learning_rate, "cosine", plan.updates, plan.warmup, final_fraction=0.02)
+    optimizer = adamw(rate, 0.9, 0.98, plan.weight_decay, 1.0)
+    grid = (data.image_ids.shape[1], data.image_ids.shape[2])
+    step = steps.pretrain_step(
+        checkpoint.transformer_config, Execution(), path, checkpoint.scheduler.shift, grid, optimizer
+    )
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), checkpoint.transformer)
+    opt_state = optimizer.init(params)
+    start = 0
+    if states is not None and states.latest() is not None:
+        (params, opt_state), meta = states.restore(states.latest(), (params, opt_state))
+        start = meta["updates"]
+    clean = data.image_ids.reshape(len(data.image_ids), -1)
+    root = jax.random.key(plan.seed)
+    losses = []
+    for update in range(start, plan.updates):
+        chosen = batch_indices(len(clean), plan, update)
+        key = jax.random.fold_in(root, update)
+        params, opt_state, loss = step(
+            params, opt_state, data.prompt_ids[chosen], data.empty_ids, clean[chosen], key
+        )
+        losses.append(loss)
+        done = update + 1
+        if done % 100 == 0 or done == plan.updates:
+            log({"update": done, "loss": round(float(jnp.mean(jnp.stack(losses))), 5)})
+            losses = []
+        if states is not None and done % plan.save_every == 0:
+            states.save(done, (params, opt_state), {"updates": done})
+    return params
+
+
+def read_tokens(file: FilePath, checkpoint: Checkpoint) -> TokenData:
+    """Read tokens.npz and tokenize its prompts; raises ValueError when it lacks an array or holds foreign codes."""
+    with np.load(file, allow_pickle=False) as archive:
+        missing = {"prompts", "images"} - set(archive.files)
+        if missing:
+            raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; found {', '.join(archive.files)}.")
+        prompts, images = archive["prompts"], archive["images"].astype(np.int32)
+    codes = checkpoint.transformer_config.lm_head_size
+    if images.ndim != 3 or len(images) != len(prompts) or images.min() < 0 or images.max() >= codes:
+        raise ValueError(
+            f"{file}: images must be i32[{len(prompts)}, h, w] with codes in [0, {codes}); found shape {images.shape}, "
+            f"codes {images.min()} to {images.max()}."
+        )
+    ids = checkpoint.tokenizer.tokenize([str(prompt) for prompt in prompts])
+    return TokenData(prompt_ids=ids, image_ids=images, empty_ids=checkpoint.tokenizer.tokenize([""])[0])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Pre-train a transformer on (prompt, image tokens) pairs.")
+    parser.add_argument("--checkpoint", required=True, help="folder in the released format to start from")
+    parser.add_argument("--data", required=True, help="tokens.npz with prompts and images i32[M,h,w]")
+    parser.add_argument("--output", required=True, help="folder for the trained checkpoint, its log and its states")
+    parser.add_argument("--updates", type=int, required=True)
+    parser.add_argument("--batch", type=int, default=PretrainPlan.batch)
+    parser.add_argument("--learning_rate", type=float, default=PretrainPlan.learning_rate)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    output = FilePath(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint = load_folder(arguments.checkpoint)
+    plan = PretrainPlan(arguments.updates, arguments.batch, arguments.learning_rate, seed=arguments.seed)
+    with open(output / "pretrain.jsonl", "a", encoding="utf-8") as file:
+
+        def log(row: dict[str, Any]) -> None:
+            print(row, flush=True)
+            print(json.dumps(row), file=file, flush=True)
+
+        params = pretrain(
+            checkpoint,
+            checkpoint.path(),
+            read_tokens(FilePath(arguments.data), checkpoint),
+            plan,
+            Checkpoints(output / "states", keep=1),
+            log,
+        )
+    save_folder(replace(checkpoint, transformer=params), output / "checkpoint")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""The one place that jits: pure stages in, compiled stages with shardings and donation out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int32, Key, UInt8
+
+from udm_grpo import mesh as meshes
+from udm_grpo.batches import Params, Rollout, Samples, TrainState
+from udm_grpo.config import RunConfig
+from udm_grpo.diffusion.chunks import map_chunks
+from udm_grpo.diffusion.path import Path
+from udm_grpo.diffusion.pretrain import pretrain_loss
+from udm_grpo.diffusion.rollout import RolloutPlan, rollout
+from udm_grpo.grpo.advantages import advantages
+from udm_grpo.grpo.loss import LossPlan, token_mean_logps
+from udm_grpo.grpo.trajectory import TrajectoryPlan, trajectory
+from udm_grpo.grpo.update import cast, update
+from udm_grpo.model import vq
+from udm_grpo.model.transformer import Execution, TransformerConfig, head, hidden_states, image_rows
+from udm_grpo.model.vq_loss import tokenizer_loss, unit
+
+Metrics = dict[str, Float[Array, ""]]
+RolloutStep = Callable[[Params, Array, Array, Array, Array], Rollout]
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Everything about a run's stages that is static under jit."""
+
+    transformer: TransformerConfig
+    vq: vq.VQConfig
+    execution: Execution
+    rollout: RolloutPlan
+    trajectory: TrajectoryPlan
+    loss: LossPlan
+    compute_dtype: Any
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The compiled stages of an iteration."""
+
+    plans: Plans
+    rollout: RolloutStep
+    """(compute params, prompt_ids i32[m,L], empty_ids i32[L], image_index i32[m], key) -> Rollout, in T steps."""
+    rollout_in: Callable[[int], RolloutStep]
+    """The same for another T, without guidance or trajectory: for evaluation."""
+    decode: Callable[[Params, Array], UInt8[Array, "m hh ww 3"]]
+    """(tokenizer params, ids i32[m,N]) -> pictures."""
+    prepare: Callable[[Params, Params, Array, Rollout, Array], Samples]
+    """(policy, reference, prompt_ids i32[B,L], rollout of B images, key) -> training states, advantages still 0."""
+    update: Callable[[TrainState, Samples, Array], tuple[TrainState, Metrics]]
+    """(state, training states, score f32[P,G]) -> the next state (the old one is donated), metrics."""
+    compute_copy: Callable[[Params], Params]
+    """Master weights -> one copy in the compute dtype."""
+
+
+def make_plans(
+    config: RunConfig, transformer: TransformerConfig, vq_config: vq.VQConfig, shift: float, shards: int
+) -> Plans:
+    """The static plans of a run; `shift` is the checkpoint's, `shards` the devices that share a batch."""
+    grid = (config.model.height // vq_config.stride, config.model.width // vq_config.stride)
+    shift = config.rollout.shift or shift
+    rows = config.model.logit_rows * shards
+    grpo = config.grpo
+    return Plans(
+        transformer=transformer,
+        vq=vq_config,
+        execution=Execution(config.model.attention, config.model.remat),
+        rollout=RolloutPlan(
+            grid=grid,
+            steps=config.rollout.steps,
+            shift=shift,
+            guidance_scale=config.rollout.guidance_scale,
+            guidance_trunc=config.rollout.guidance_trunc,
+            rows=rows,
+            keep_trajectory=grpo.trajectory == "rollout" or grpo.action == "intermediate",
+        ),
+        trajectory=TrajectoryPlan(
+            steps=config.rollout.steps,
+            shift=shift,
+            trained_steps=grpo.trained_steps,
+            window_starts=grpo.window_starts,
+            trajectory=grpo.trajectory,
+            action=grpo.action,
+            rows=rows,
+        ),
+        loss=LossPlan(grid=grid, clip_range=grpo.clip_range, kl_weight=grpo.kl_weight, rows=rows),
+        compute_dtype=jnp.dtype(config.model.dtype),
+    )
+
+
+def to_pixels(decoded: Float[Array, "b hh ww 3"]) -> UInt8[Array, "b hh ww 3"]:
+    """Decoded values, nominally in [-1, 1], as 8-bit pictures."""
+    return jnp.round(jnp.clip((decoded + 1) / 2, 0, 1) * 255).astype(jnp.uint8)
+
+
+def logps_in_chunks(
+    plans: Plans, params: Params, prompts: Array, noisy: Array, action: Array, micro_batch: int
+) -> Float[Array, " s"]:
+    """Token-mean log-probabilities of S states without gradients, `micro_batch` at a time."""
+
+    def one(work: dict[str, Array]) -> Float[Array, " m"]:
+        return token_mean_logps(
+            plans.transformer, plans.execution, plans.loss, params, work["prompts"], work["noisy"], work["action"]
+        )[0]
+
+    return map_chunks(one, {"prompts": prompts, "noisy": noisy, "action": action}, micro_batch)
+
+
+def prepare_samples(
+    plans: Plans,
+    path: Path,
+    micro_batch: int,
+    with_old: bool,
+    policy: Params,
+    reference: Params,
+    prompt_ids: Int32[Array, "b l"],
+    rolled: Rollout,
+    key: Key[Array, ""],
+) -> Samples:
+    """Training states of a rollout with their log-probabilities: all that an update needs but the scores."""
+    B = prompt_ids.shape[0]
+    states = trajectory(path, plans.trajectory, rolled, jnp.arange(B, dtype=jnp.int32), key)
+    K = states.noisy.shape[0]
+    noisy, action = (array.reshape(K * B, -1) for array in (states.noisy, states.action))
+    prompts = jnp.tile(prompt_ids, (K, 1))
+    ref_logp = logps_in_chunks(plans, reference, prompts, noisy, action, micro_batch)
+    old_logp = logps_in_chunks(plans, policy, prompts, noisy, action, micro_batch) if with_old else None
+    return Samples(
+        prompt_ids=prompts,
+        noisy=noisy,
+        action=action,
+        advantage=jnp.zeros(K * B),
+        ref_logp=ref_logp,
+        old_logp=old_logp,
+    )
+
+
+def with_advantages(samples: Samples, score: Float[Array, "p g"], clip: float, global_std: bool) -> Samples:
+    """The training states with each image's advantage, repeated over the K steps."""
+    advantage = advantages(score, clip, global_std).reshape(-1)
+    K = samples.noisy.shape[0] // advantage.shape[0]
+    return Samples(
+        prompt_ids=samples.prompt_ids,
+        noisy=samples.noisy,
+        action=samples.action,
+        advantage=jnp.tile(advantage, K),
+        ref_logp=samples.ref_logp,
+        old_logp=samples.old_logp,
+    )
+
+
+def build(
+    config: RunConfig, plans: Plans, path: Path, optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState
+) -> Steps:
+    """Compile-on-first-use stages of a run on `mesh`; `state` may be abstract and gives the shardings."""
+    over_batch, replicated = meshes.over_batch(mesh), meshes.replicated(mesh)
+    state_shardings = meshes.shardings(mesh, state)
+    grpo, micro_batch = config.grpo, config.optimizer.micro_batch
+
+    def rollout_step(plan: RolloutPlan) -> RolloutStep:
+        kept = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *over_batch.spec))
+        out = Rollout(over_batch, kept, kept) if plan.keep_trajectory else Rollout(over_batch)
+        return jax.jit(partial(rollout, plans.transformer, plans.execution, path, plan), out_shardings=out)
+
+    def evaluation_step(steps: int) -> RolloutStep:
+        return rollout_step(
+            RolloutPlan(grid=plans.rollout.grid, steps=steps, shift=plans.rollout.shift, rows=plans.rollout.rows)
+        )
+
+    def decode(params: Params, ids: Int32[Array, "m n"]) -> UInt8[Array, "m hh ww 3"]:
+        return to_pixels(vq.decode(plans.vq, params, ids.reshape(-1, *plans.rollout.grid)))
+
+    def update_step(state: TrainState, samples: Samples, score: Array) -> tuple[TrainState, Metrics]:
+        return update(
+            plans.transformer,
+            plans.execution,
+            plans.loss,
+            optimizer,
+            config.optimizer.ema_decay,
+            plans.compute_dtype,
+            micro_batch,
+            state,
+            with_advantages(samples, score, grpo.advantage_clip, grpo.global_std),
+        )
+
+    prepare = partial(prepare_samples, plans, path, micro_batch, grpo.updates_per_rollout > 1)
+    return Steps(
+        plans=plans,
+        rollout=rollout_step(plans.rollout),
+        rollout_in=evaluation_step,
+        decode=jax.jit(decode, out_shardings=over_batch),
+        prepare=jax.jit(prepare, out_shardings=over_batch),
+        update=jax.jit(update_step, out_shardings=(state_shardings, replicated), donate_argnums=0),
+        compute_copy=jax.jit(partial(cast, dtype=plans.compute_dtype), out_shardings=state_shardings.params),
+    )
+
+
+def tokenizer_step(
+    config: vq.VQConfig, optimizer: optax.GradientTransformation, quantized: bool
+) -> Callable[[Params, optax.OptState, Array], tuple[Params, optax.OptState, Metrics]]:
+    """One training step of the image tokenizer: (params, opt_state, pixels f32[B,H,W,3]) -> the next, and metrics.
+
+    The codebook is brought back to rows of length 1 after each step.
+    """
+
+    def step(params: Params, opt_state: optax.OptState, pixels: Array) -> tuple[Params, optax.OptState, Metrics]:
+        gradients, metrics = jax.grad(lambda p: tokenizer_loss(config, p, pixels, quantized), has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        params["codebook"] = {"embedding": unit(params["codebook"]["embedding"])}
+        return params, opt_state, metrics
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def tokenizer_codec(config: vq.VQConfig) -> tuple[Callable[[Params, Array], Array], Callable[[Params, Array], Array]]:
+    """(encode: pixels f32[B,H,W,3] -> ids i32[B,h,w], decode: ids -> pixels f32[B,H,W,3]), compiled per shape."""
+    encode = jax.jit(lambda params, pixels: vq.encode(config, params, pixels))
+    decode = jax.jit(lambda params, ids: vq.decode(config, params, ids))
+    return encode, decode
+
+
+def image_logits(
+    config: TransformerConfig, execution: Execution, grid: tuple[int, int]
+) -> Callable[[Params, Array, Array], Float[Array, "b n v"]]:
+    """(params, prompt_ids i32[B,L], image_ids i32[B,N]) -> logits f32[B,N,V], compiled per shape."""
+
+    def logits(params: Params, prompt_ids: Array, image_ids: Array) -> Float[Array, "b n v"]:
+        hidden = hidden_states(config, params, prompt_ids, image_ids, grid, execution)
+        return head(params, image_rows(hidden, image_ids.shape[1]))
+
+    return jax.jit(logits)
+
+
+def free_rollout(config: TransformerConfig, execution: Execution, path: Path, plan: RolloutPlan) -> RolloutStep:
+    """A rollout outside a run: for notebooks and sampling."""
+    return jax.jit(partial(rollout, config, execution, path, plan))
+
+
+def pretrain_step(
+    config: TransformerConfig,
+    execution: Execution,
+    path: Path,
+    shift: float,
+    grid: tuple[int, int],
+    optimizer: optax.GradientTransformation,
+) -> Callable[..., tuple[Params, optax.OptState, Array]]:
+    """One pre-training step: (params, opt_state, prompt_ids i32[B,L], empty_ids i32[L], clean i32[B,N], key)."""
+
+    def step(
+        params: Params, opt_state: optax.OptState, prompt_ids: Array, empty_ids: Array, clean: Array, key: Array
+    ) -> tuple[Params, optax.OptState, Array]:
+        loss, gradients = jax.value_and_grad(
+            lambda p: pretrain_loss(config, execution, path, shift, p, prompt_ids, empty_ids, clean, grid, key)
+        )(params)
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    return jax.jit(step, donate_argnums=(0, 1))
