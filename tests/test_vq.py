@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.golden_data import GoldenCase, golden_cases
+from golden_data import GoldenCase, golden_cases
 from udm_grpo.model import quantizers, vq
 
 LFQ = vq.VQConfig(num_vq_embeddings=64, vq_embed_dim=6, quantizer_name="LFQuantizer")

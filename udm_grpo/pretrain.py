@@ -25,6 +25,7 @@ from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.host.checkpoint import Checkpoints
 from udm_grpo.host.weights import Checkpoint, load_folder, save_folder
 from udm_grpo.model.transformer import Execution
+from udm_grpo.run import path_of
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ def read_tokens(file: FilePath, checkpoint: Checkpoint) -> TokenData:
             f"{file}: images must be i32[{len(prompts)}, h, w] with codes in [0, {codes}); found shape {images.shape}, "
             f"codes {images.min()} to {images.max()}."
         )
-    ids = checkpoint.tokenizer.tokenize([str(prompt) for prompt in prompts])
-    return TokenData(prompt_ids=ids, image_ids=images, empty_ids=checkpoint.tokenizer.tokenize([""])[0])
+    ids = checkpoint.tokenizer([str(prompt) for prompt in prompts])
+    return TokenData(prompt_ids=ids, image_ids=images, empty_ids=checkpoint.tokenizer.empty())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         params = pretrain(
             checkpoint,
-            checkpoint.path(),
+            path_of(checkpoint),
             read_tokens(FilePath(arguments.data), checkpoint),
             plan,
             Checkpoints(output / "states", keep=1),

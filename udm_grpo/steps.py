@@ -222,6 +222,11 @@ def tokenizer_step(
     return jax.jit(step, donate_argnums=(0, 1))
 
 
+def tokenizer_latents(config: vq.VQConfig) -> Callable[[Params, Array], Array]:
+    """Pixels f32[B,H,W,3] -> latents of length 1, f32[B,h,w,e]: what the tokenizer's codebook is set from."""
+    return jax.jit(lambda params, pixels: unit(vq.encode_latent(config, params, pixels)))
+
+
 def tokenizer_codec(config: vq.VQConfig) -> tuple[Callable[[Params, Array], Array], Callable[[Params, Array], Array]]:
     """(encode: pixels f32[B,H,W,3] -> ids i32[B,h,w], decode: ids -> pixels f32[B,H,W,3]), compiled per shape."""
     encode = jax.jit(lambda params, pixels: vq.encode(config, params, pixels))

@@ -1,8 +1,8 @@
 """The judge of the shapes world: GenEval's rule on what is seen in the pixels, and in nothing else.
 
-A picture is read in three steps. What stands out from the plain ground is segmented by colour into connected regions; the
-outline of each is measured as a radial profile; the profile is compared, free in size and turn, with those of ideal
-shapes. How well it fits one, and how clearly better than the next, is the detection's score.
+A picture is read in three steps. What stands out from the plain ground is segmented by colour into connected regions;
+the outline of each is measured as a radial profile; the profile is compared, free in size and turn, with those of
+ideal shapes. How well it fits one, and how clearly better than the next, is the detection's score.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def _check_words(metadata: Mapping[str, Any]) -> None:
 def detect(image: np.ndarray) -> dict[str, list[dict[str, Any]]]:
     """What is seen in a picture u8[H,W,3]: {class: [{"box": [x0, y0, x1, y1], "score": 0..1, "color": word}]}.
 
-    Every object is given to the shape of CLASSES or DECOYS it fits best; hollow and bent ones are left out. A colour that
-    is none of COLORS has another word, such as "grey".
+    Every object is given to the shape of CLASSES or DECOYS it fits best; hollow and bent ones are left out. A colour
+    that is none of COLORS has another word, such as "grey".
     """
     unit = min(image.shape[:2]) / LEAST_SIDE  # everything that is a length is in pixels of a 32x32 picture
     smooth = gaussian_filter(image.astype(np.float32), (0.5 * unit, 0.5 * unit, 0))
@@ -94,7 +94,7 @@ _TYPICAL = ((210, 45, 45), (235, 200, 40), (45, 155, 70), (45, 85, 210), (145, 6
 
 @dataclass(frozen=True)
 class _Thing:
-    """One object seen: its pixels, its colour, and how far every pixel of the picture is from the ground to that colour."""
+    """One object seen: its pixels, its colour, and how much of that colour covers the ground, everywhere."""
 
     ys: np.ndarray
     xs: np.ndarray
@@ -164,7 +164,8 @@ _HARMONICS = 12
 _TURNS = 64
 _THETA = np.arange(_TURNS) * (2 * np.pi / _TURNS)
 _ROUNDINGS = (0.06, 0.12, 0.2)  # radians over which corners are smeared, the more the smaller the object
-_TOLERANCE = {"circle": 0.06, "square": 0.08, "triangle": 0.09, "star": 0.11, "pentagon": 0.08}  # misfit at which fit is 1/2
+# the misfit at which the score is one half
+_TOLERANCE = {"circle": 0.06, "square": 0.08, "triangle": 0.09, "star": 0.13, "pentagon": 0.08}
 _CLARITY = 0.01  # misfits that differ by less are hard to tell apart
 
 

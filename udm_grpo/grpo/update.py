@@ -47,7 +47,8 @@ def apply_gradients(
     optimizer: optax.GradientTransformation, ema_decay: float, state: TrainState, gradients: Params
 ) -> TrainState:
     """One optimizer step on the master weights, and one of their moving average if there is one."""
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float32 to the power of its int32 count
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:

@@ -130,13 +130,33 @@ class _Attention(nnx.Module):
         self.to_q = nnx.Linear(channels, channels, rngs=rngs)
         self.to_k = nnx.Linear(channels, channels, rngs=rngs)
         self.to_v = nnx.Linear(channels, channels, rngs=rngs)
-        self.to_out = nnx.Linear(channels, channels, rngs=rngs)
+        self.to_out = nnx.List([nnx.Linear(channels, channels, rngs=rngs)])
 
     def __call__(self, x: Array) -> Array:
         b, h, w, channels = x.shape
         rows = self.group_norm(x).reshape(b, h * w, 1, channels)
         mixed = jax.nn.dot_product_attention(self.to_q(rows), self.to_k(rows), self.to_v(rows))
-        return x + self.to_out(mixed).reshape(x.shape)
+        return x + self.to_out[0](mixed).reshape(x.shape)
+
+
+class _Downsample(nnx.Module):
+    def __init__(self, channels: int, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(channels, channels, (3, 3), strides=2, padding=((0, 1), (0, 1)), rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.conv(x)
+
+
+class _Upsample(nnx.Module):
+    """Nearest-neighbour doubling, then a convolution."""
+
+    def __init__(self, channels: int, rngs: nnx.Rngs):
+        self.conv = _conv3x3(channels, channels, rngs)
+
+    def __call__(self, x: Array) -> Array:
+        b, h, w, channels = x.shape
+        doubled = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, channels))
+        return self.conv(doubled.reshape(b, 2 * h, 2 * w, channels))
 
 
 class _Block(nnx.Module):
@@ -146,33 +166,26 @@ class _Block(nnx.Module):
         widths = [channels] + [out_channels] * (depth - 1)
         self.resnets = nnx.List([_ResBlock(width, out_channels, rngs) for width in widths])
         self.attentions = nnx.List([_Attention(out_channels, rngs) for _ in widths] if attention else [])
-        self.resize = resize
-        if resize == "down":
-            self.downsample = nnx.Conv(
-                out_channels, out_channels, (3, 3), strides=2, padding=((0, 1), (0, 1)), rngs=rngs
-            )
-        if resize == "up":
-            self.upsample = _conv3x3(out_channels, out_channels, rngs)
+        self.downsamplers = nnx.List([_Downsample(out_channels, rngs)] if resize == "down" else [])
+        self.upsamplers = nnx.List([_Upsample(out_channels, rngs)] if resize == "up" else [])
 
     def __call__(self, x: Array) -> Array:
         for index, resnet in enumerate(self.resnets):
             x = resnet(x)
             if self.attentions:
                 x = self.attentions[index](x)
-        if self.resize == "down":
-            return self.downsample(x)
-        if self.resize == "up":
-            return self.upsample(_nearest_double(x))
+        for resize in (*self.downsamplers, *self.upsamplers):
+            x = resize(x)
         return x
 
 
 class _MidBlock(nnx.Module):
     def __init__(self, channels: int, rngs: nnx.Rngs):
         self.resnets = nnx.List([_ResBlock(channels, channels, rngs), _ResBlock(channels, channels, rngs)])
-        self.attention = _Attention(channels, rngs)
+        self.attentions = nnx.List([_Attention(channels, rngs)])
 
     def __call__(self, x: Array) -> Array:
-        return self.resnets[1](self.attention(self.resnets[0](x)))
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
 class _Encoder(nnx.Module):
@@ -233,12 +246,6 @@ def _conv3x3(channels: int, out_channels: int, rngs: nnx.Rngs) -> nnx.Conv:
     return nnx.Conv(channels, out_channels, (3, 3), padding=1, rngs=rngs)
 
 
-def _nearest_double(x: Array) -> Array:
-    b, h, w, channels = x.shape
-    doubled = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, channels))
-    return doubled.reshape(b, 2 * h, 2 * w, channels)
-
-
 @functools.lru_cache(maxsize=16)
 def _structure(config: VQConfig) -> tuple[nnx.GraphDef, Params]:
     """Return the graph of the modules and their parameters' shapes."""
@@ -266,8 +273,8 @@ def _module(config: VQConfig, params: Params) -> _AutoencoderVQ:
 def abstract(config: VQConfig) -> Params:
     """Return the parameter tree with a float32 jax.ShapeDtypeStruct for every array.
 
-    Top keys: encoder, decoder, quant_conv, post_quant_conv, and for VQ codebook: {embedding: (V, e)}. Members of a list
-    have the keys "0", "1", ...
+    Top keys: encoder, decoder, quant_conv, post_quant_conv, and for VQ codebook: {embedding: (V, e)}. Below, names are
+    those of the release's state dict, with "0", "1", ... for the members of a list.
     """
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), _structure(config)[1])
 

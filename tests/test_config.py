@@ -1,0 +1,210 @@
+"""What `validate` accepts, and what it says of every field and combination that cannot run."""
+
+import dataclasses
+
+import pytest
+
+from udm_grpo.config import ConfigError, RunConfig, as_dict, validate
+
+
+def runnable() -> RunConfig:
+    """The defaults, with the three fields that have none."""
+    config = RunConfig()
+    config.model.path = "folder"
+    config.prompts.train = "train.jsonl"
+    config.prompts.heldout = "heldout.jsonl"
+    return config
+
+
+def change(config: RunConfig, name: str, value: object) -> None:
+    """Set a field by its dotted name."""
+    *sections, field = name.split(".")
+    for section in sections:
+        config = getattr(config, section)
+    assert hasattr(config, field), name
+    setattr(config, field, value)
+
+
+def problems(**changes: object) -> list[str]:
+    """The lines of the error about runnable() with these changes (a__b stands for a.b); none if there is no error."""
+    config = runnable()
+    for name, value in changes.items():
+        change(config, name.replace("__", "."), value)
+    try:
+        validate(config)
+    except ConfigError as error:
+        heading, *lines = str(error).splitlines()
+        assert heading == "this configuration cannot run:"
+        assert all(line.startswith("  - ") and line.endswith(".") for line in lines)
+        return [line.removeprefix("  - ") for line in lines]
+    return []
+
+
+def test_the_defaults_run_once_the_required_fields_are_given():
+    assert problems() == []
+
+
+def test_the_defaults_alone_name_each_missing_field():
+    with pytest.raises(ConfigError) as caught:
+        validate(RunConfig())
+    for name in ("model.path", "prompts.train", "prompts.heldout"):
+        assert f"{name} is empty" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.dtype",
+        "model.attention",
+        "model.remat",
+        "grpo.trajectory",
+        "grpo.action",
+        "optimizer.schedule",
+    ],
+)
+def test_a_choice_names_what_may_be_chosen(name):
+    (line,) = problems(**{name.replace(".", "__"): "nosuch"})
+    section, field = name.split(".")
+    default = getattr(getattr(RunConfig(), section), field)
+    assert line.startswith(f"{name} is 'nosuch'; set it to one of ")
+    assert default in line
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("iterations", 1),
+        ("rollout.prompts", 1),
+        ("rollout.steps", 1),
+        ("rollout.micro_batch", 1),
+        ("rollout.group_size", 2),
+        ("rollout.guidance_scale", 1),
+        ("rollout.shift", 0),
+        ("grpo.trained_steps", 1),
+        ("grpo.window_starts", 1),
+        ("grpo.updates_per_rollout", 1),
+        ("grpo.kl_weight", 0),
+        ("grpo.clip_range", 0),
+        ("optimizer.micro_batch", 1),
+        ("optimizer.learning_rate", 0),
+        ("optimizer.warmup_updates", 0),
+        ("optimizer.weight_decay", 0),
+        ("evaluation.prompts", 1),
+        ("evaluation.final_prompts", 1),
+        ("evaluation.images_per_prompt", 1),
+        ("evaluation.batch", 1),
+        ("evaluation.picture_prompts", 1),
+        ("evaluation.every", 0),
+        ("evaluation.picture_every", 0),
+        ("checkpoint.every", 0),
+        ("checkpoint.keep", 1),
+        ("model.text_length", 0),
+        ("model.logit_rows", 1),
+        ("model.height", 1),
+        ("model.width", 1),
+    ],
+)
+def test_a_number_that_is_too_small_is_named_with_the_least(name, least):
+    lines = problems(**{name.replace(".", "__"): least - 1})
+    assert f"{name} is {least - 1}; set it to at least {least}." in lines
+
+
+# The remaining ranges of config.py. A field whose bad value only fails later, in the middle of a run, belongs here.
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rewards.deadline_s", 0.0),
+        ("rewards.start_timeout_s", 0.0),
+        ("rewards.max_restarts", -1),
+        ("grpo.advantage_clip", 0.0),
+        ("optimizer.beta1", 1.0),
+        ("optimizer.beta2", -0.1),
+        ("evaluation.steps", (10, 0)),
+        ("optimizer.ema_decay", 1.0),
+        ("optimizer.ema_decay", -0.1),
+        ("optimizer.max_grad_norm", 0.0),
+        ("optimizer.learning_rate", float("nan")),
+    ],
+)
+def test_a_number_out_of_its_range_is_named_with_its_value(name, value):
+    (line,) = problems(**{name.replace(".", "__"): value})
+    assert line.startswith(f"{name} is ")
+    assert "; set it " in line
+
+
+def test_evaluation_needs_a_number_of_steps():
+    assert problems(evaluation__steps=()) == ["evaluation.steps is empty; name at least one number of rollout steps."]
+
+
+def test_the_trained_window_has_to_fit_the_rollout():
+    assert problems(rollout__steps=5) == []
+    (line,) = problems(rollout__steps=4)
+    assert line.startswith("grpo.window_starts + grpo.trained_steps - 1 is 5, past the rollout's 4 steps")
+
+
+def test_micro_batches_have_to_divide_what_they_split():
+    (line,) = problems(rollout__micro_batch=48)
+    assert line.startswith("rollout.prompts x rollout.group_size is 128, which rollout.micro_batch 48 does not divide")
+    (line,) = problems(optimizer__micro_batch=256)
+    assert "= 384 states, which optimizer.micro_batch 256 does not divide" in line
+
+
+def test_milestones_and_multistep_go_together():
+    assert problems(optimizer__schedule="multistep", optimizer__milestones=(3, 5)) == []
+    (line,) = problems(optimizer__schedule="multistep")
+    assert line.startswith("optimizer.schedule is multistep without optimizer.milestones")
+    (line,) = problems(optimizer__milestones=(3,))
+    assert line.startswith("optimizer.milestones acts only with optimizer.schedule=multistep")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fine"),
+    [
+        ((-1, 1, 1), True),
+        ((2, -1, 2), True),
+        ((2, 2, 2), True),
+        ((-1, -1, 1), False),
+        ((0, 1, 1), False),
+        ((1, -2, 1), False),
+    ],
+)
+def test_at_most_one_mesh_size_takes_the_rest(sizes, fine):
+    found = problems(mesh__data=sizes[0], mesh__fsdp=sizes[1], mesh__tensor=sizes[2])
+    assert len(found) == (0 if fine else 1)
+    assert fine or found[0].startswith("mesh is {'data': ")
+
+
+def test_keeping_the_best_needs_evaluations_on_the_way():
+    assert problems(checkpoint__keep_best=True) == []
+    (line,) = problems(checkpoint__keep_best=True, evaluation__every=0)
+    assert line.startswith("checkpoint.keep_best needs evaluations on the way")
+
+
+def test_all_problems_are_listed_at_once():
+    lines = problems(
+        iterations=0,
+        model__dtype="float16",
+        rollout__micro_batch=48,
+        optimizer__ema_decay=2.0,
+        mesh__fsdp=0,
+        prompts__heldout="",
+    )
+    named = ("iterations", "model.dtype", "rollout.micro_batch", "optimizer.ema_decay", "mesh", "prompts.heldout")
+    assert len(lines) == len(named)
+    for name in named:
+        assert any(name in line for line in lines), name
+
+
+def test_a_micro_batch_of_zero_is_a_message_and_not_a_division_by_zero():
+    for name in ("rollout__micro_batch", "optimizer__micro_batch"):
+        assert any("set it to at least 1" in line for line in problems(**{name: 0}))
+
+
+def test_the_dict_of_a_config_makes_the_same_config_again():
+    config = runnable()
+    nested = as_dict(config)
+    sections = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    again = {name: sections[name](**value) if name in nested and isinstance(value, dict) else value
+             for name, value in nested.items()}
+    assert RunConfig(**again) == config

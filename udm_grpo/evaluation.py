@@ -1,0 +1,78 @@
+"""Held-out evaluation and sample pictures, drawn from the same noise each time."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from rewards_bridge.scorers.base import Scores
+from udm_grpo import mesh as meshes
+from udm_grpo.batches import Params
+from udm_grpo.host.rewards import collect
+from udm_grpo.run import Run, Stage
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A micro-batch of pictures and what they were asked to show; the last one's tail may be padding."""
+
+    images: np.ndarray
+    """u8[batch, H, W, 3]."""
+    rows: np.ndarray
+    """Which of the prompts each picture is of."""
+
+
+def draw(run: Run, policy: Params, texts: Sequence[str], copies: int, steps: int) -> Iterator[Drawn]:
+    """`copies` pictures of every prompt in `steps` steps, prompt-major; CFG-free and from the same noise each time."""
+    rollout = run.steps.rollout_in(steps)
+    batch = run.config.evaluation.batch
+    wanted = np.repeat(np.arange(len(texts)), copies)
+    padded = np.pad(wanted, (0, -len(wanted) % batch), mode="edge")
+    for at in range(0, len(padded), batch):
+        rows = padded[at : at + batch]
+        index = jax.device_put(np.arange(at, at + batch, dtype=np.int32), meshes.over_batch(run.mesh))
+        prompt_ids = run.prompt_ids([texts[row] for row in rows])
+        rolled = rollout(policy, prompt_ids, run.empty_ids(), index, run.key(Stage.EVALUATION, 0))
+        yield Drawn(np.asarray(run.steps.decode(run.vq_params, rolled.clean)), rows)
+
+
+def evaluate(run: Run, policy: Params, count: int, steps: int) -> dict[str, Any]:
+    """Means over `count` held-out prompts (all, if there are fewer), balanced over tags.
+
+    {"score": what is optimised, each raw score by its name, "tags": {tag: the same}, "prompts", "images"}.
+    """
+    texts, metadata, indices = run.heldout.fixed(min(count, len(run.heldout)), run.config.seed)
+    copies = run.config.evaluation.images_per_prompt
+    tickets: list[Future[Scores]] = []
+    for drawn in draw(run, policy, texts, copies, steps):
+        tickets.append(
+            run.client.submit(drawn.images, [texts[row] for row in drawn.rows], [metadata[row] for row in drawn.rows])
+        )
+    rewards = collect(tickets, len(texts) * copies)
+    parts = {"score": rewards.score, **rewards.raw}
+    tags = np.repeat([run.heldout.tags[index] for index in indices], copies)
+    result: dict[str, Any] = {name: float(np.mean(values)) for name, values in parts.items()}
+    result["tags"] = {
+        str(tag): {name: float(np.mean(values[tags == tag])) for name, values in parts.items()}
+        for tag in sorted(set(tags))
+    }
+    return {**result, "prompts": len(texts), "images": len(tags)}
+
+
+def pictures(run: Run, policy: Params) -> tuple[np.ndarray, list[str]]:
+    """(u8[n, H, W, 3], captions): one picture of each of the first held-out prompts, always from the same noise."""
+    count = min(run.config.evaluation.picture_prompts, len(run.heldout))
+    texts, _, _ = run.heldout.fixed(count, run.config.seed)
+    steps = run.config.evaluation.steps[0]
+    images = np.concatenate([drawn.images for drawn in draw(run, policy, texts, 1, steps)])
+    return images[:count], list(texts)
+
+
+def evaluate_all(run: Run, policy: Params) -> dict[str, Any]:
+    """The evaluation at the start and the end: at every number of steps in evaluation.steps, by that number."""
+    given = run.config.evaluation
+    return {str(steps): evaluate(run, policy, given.final_prompts, steps) for steps in given.steps}
+

@@ -1,0 +1,247 @@
+"""The tensor files of PyTorch checkpoints, read and written: safetensors and .bin/.pth, whole or in shards.
+
+The only file that imports torch, when a .bin or .pth asks for it, and then always with weights_only: nothing that
+such a file holds is ever executed.
+"""
+
+import io
+import json
+import os
+import pickle
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from udm_grpo.host.weight_table import TensorInfo
+
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".pt")
+"""What a part's tensors may be called, in the order in which they are looked for."""
+GIT_LFS_POINTER = b"version https://git-lfs"
+_NUMPY_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SAFETENSORS_NAMES = {name: short for short, name in _NUMPY_NAMES.items()}
+
+
+class WeightsError(ValueError):
+    """A checkpoint that cannot be read or does not fit; the message names every problem and what to do."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How tensors lie in files: enough to write them in the same way again."""
+
+    files: Mapping[str, tuple[str, ...]]
+    """File name -> names of its tensors, in their order."""
+    dtypes: Mapping[str, str]
+    """Tensor name -> NumPy name of its dtype in the file."""
+    metadata: Mapping[str, Mapping[str, str]]
+    """File name -> the metadata in its header (safetensors)."""
+    index: str | None = None
+    """Name of the index of a sharded checkpoint."""
+    index_metadata: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """An open set of tensors, read one by one."""
+
+    layout: Layout
+    infos: Mapping[str, TensorInfo]
+    readers: Mapping[str, Callable[[str], np.ndarray]]
+    """Tensor name -> what reads it."""
+
+    def read(self, name: str) -> np.ndarray:
+        """Return a tensor in the dtype that it has in the file."""
+        return self.readers[name](name)
+
+
+def find(folder: Path) -> Path:
+    """Return the file (or the index of shards) that holds a part's tensors; raises WeightsError if there is none."""
+    for stem in STEMS:
+        for ending in ENDINGS:
+            if (folder / (stem + ending)).is_file():
+                return folder / (stem + ending)
+    wanted = f"{STEMS[0]} with one of {', '.join(ENDINGS)}"
+    raise WeightsError(f"{folder}: no weights; there must be {wanted}. Download the folder again, with all its files.")
+
+
+def open_tensors(path: Path) -> TensorFiles:
+    """Open a tensor file or an index of shards without reading the tensors.
+
+    Raises WeightsError for missing, truncated or damaged files and for an index that does not fit its shards.
+    """
+    if not path.name.endswith(".index.json"):
+        return _open_all(path.parent, [path.name], None, None)
+    index = read_json(path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise WeightsError(f"{path}: no weight_map of tensor names to file names. Download it again.")
+    shards = sorted(set(weight_map.values()))
+    absent = [name for name in shards if Path(name).name != name or not (path.parent / name).is_file()]
+    if absent:
+        raise WeightsError(f"{path} names {len(absent)} missing file(s): {', '.join(absent)}. Download them too.")
+    opened = _open_all(path.parent, shards, path.name, index.get("metadata"))
+    there = {name: file for file, names in opened.layout.files.items() for name in names}
+    lost = [f"{name} in {file}" for name, file in weight_map.items() if there.get(name) != file]
+    lost += [f"{name} in {file} (not in the index)" for name, file in there.items() if name not in weight_map]
+    if lost:
+        raise WeightsError(f"{path} does not fit its shards: {'; '.join(lost)}. Download index and shards together.")
+    return opened
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object; raises WeightsError naming the file if it is missing or damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror}). Download the folder with all its files.") from None
+    except ValueError as error:
+        raise WeightsError(f"{path}: is not JSON ({error}). Download it again.") from None
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path}: holds a {type(found).__name__}, wanted a JSON object. Download it again.")
+    return found
+
+
+def write_tensors(folder: Path, layout: Layout, infos: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray]) -> None:
+    """Write tensors as `layout` says; `read` gives each in the dtype of `infos`. Safetensors are written one by one.
+
+    Raises OSError if a file cannot be written.
+    """
+    for file, names in layout.files.items():
+        if file.endswith(".safetensors"):
+            _write_safetensors(folder / file, layout.metadata.get(file, {}), {name: infos[name] for name in names}, read)
+        else:
+            write_file(folder / file, [_torch_bytes({name: read(name) for name in names})])
+    if layout.index:
+        weight_map = {name: file for file, names in layout.files.items() for name in names}
+        index = {"metadata": layout.index_metadata or {}, "weight_map": dict(sorted(weight_map.items()))}
+        write_file(folder / layout.index, [json.dumps(index, indent=2).encode() + b"\n"])
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write a file through to the disk; raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _open_all(folder: Path, files: list[str], index: str | None, index_metadata: Any) -> TensorFiles:
+    names: dict[str, tuple[str, ...]] = {}
+    metadata: dict[str, Mapping[str, str]] = {}
+    infos: dict[str, TensorInfo] = {}
+    readers: dict[str, Callable[[str], np.ndarray]] = {}
+    for file in files:
+        opening = _open_safetensors if file.endswith(".safetensors") else _open_torch
+        found, metadata[file], read = opening(folder / file)
+        names[file] = tuple(found)
+        infos |= found
+        readers |= dict.fromkeys(found, read)
+    dtypes = {name: info.dtype for name, info in infos.items()}
+    return TensorFiles(Layout(names, dtypes, metadata, index, index_metadata), infos, readers)
+
+
+Opened = tuple[dict[str, TensorInfo], dict[str, str], Callable[[str], np.ndarray]]
+
+
+def _open_safetensors(path: Path) -> Opened:
+    try:
+        file = safetensors.safe_open(path, framework="numpy")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _damaged(path, error) from None
+    infos = {}
+    for name in file.offset_keys():
+        part = file.get_slice(name)
+        dtype = _NUMPY_NAMES.get(part.get_dtype(), part.get_dtype())
+        infos[name] = TensorInfo(tuple(part.get_shape()), dtype)
+    return infos, dict(file.metadata() or {}), file.get_tensor
+
+
+def _open_torch(path: Path) -> Opened:
+    torch = _import_torch(path)
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"PK"
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error).lower():
+            raise _damaged(path, error) from None
+        reason = "it holds more than tensors, and loading that could run code"
+        raise WeightsError(f"{path}: {reason}. Save the plain state dict, best as .safetensors.") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AssertionError) as error:
+        raise _damaged(path, error) from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise WeightsError(f"{path}: wanted a dict of tensors by name, as a state dict is. Save that instead.")
+    infos = {
+        name: TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in tensors.items()
+    }
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[name].detach()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+    return infos, {}, read
+
+
+def _torch_bytes(arrays: Mapping[str, np.ndarray]) -> memoryview:
+    torch = _import_torch(None)
+    tensors = {}
+    for name, array in arrays.items():
+        plain = np.ascontiguousarray(array)
+        if plain.dtype == ml_dtypes.bfloat16:
+            tensors[name] = torch.from_numpy(plain.view(np.int16).copy()).view(torch.bfloat16)
+        else:
+            tensors[name] = torch.from_numpy(plain.copy())
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return buffer.getbuffer()
+
+
+def _write_safetensors(
+    path: Path, metadata: Mapping[str, str], infos: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray]
+) -> None:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, info in infos.items():
+        start, end = end, end + int(np.prod(info.shape)) * np.dtype(info.dtype).itemsize
+        short = _SAFETENSORS_NAMES[info.dtype]
+        header[name] = {"dtype": short, "shape": list(info.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    tensors = (np.ascontiguousarray(read(name)).tobytes() for name in infos)
+    write_file(path, _chain(struct.pack("<Q", len(text)) + text, tensors))
+
+
+def _chain(first: bytes, rest: Iterable[bytes]) -> Iterable[bytes]:
+    yield first
+    yield from rest
+
+
+def _import_torch(path: Path | None) -> Any:
+    try:
+        import torch
+    except ImportError:
+        what = f"{path} is a PyTorch file" if path else "this checkpoint is written as a PyTorch file"
+        raise WeightsError(f"{what}, and torch is not installed: pip install torch (the CPU build will do).") from None
+    return torch
+
+
+def _damaged(path: Path, error: Exception) -> WeightsError:
+    with path.open("rb") as file:
+        start = file.read(len(GIT_LFS_POINTER))
+    if start == GIT_LFS_POINTER:
+        return WeightsError(f"{path}: is a Git LFS pointer, not the file itself. Run `git lfs pull` in that folder.")
+    size = path.stat().st_size
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return WeightsError(f"{path}: truncated or damaged, {size} bytes ({reason}). Download it again.")
