@@ -30,7 +30,6 @@ from udm_grpo.host import shapes
 from udm_grpo.host.checkpoint import Checkpoints
 from udm_grpo.host.weights import Checkpoint, Scheduler, new_checkpoint, save_folder
 from udm_grpo.model import transformer, vq
-from udm_grpo.model.vq_loss import unit
 
 ASSETS = Path(__file__).resolve().parent.parent / "udm_grpo" / "assets"
 CODES = 256
@@ -84,9 +83,7 @@ class TokenizerTraining:
         self.plan, self.output = plan, output
         self.config = vq.VQConfig.from_json(VQ_CONFIG)
         self.rng = np.random.default_rng(0)
-        prompts = shapes.sample_prompts(
-            shapes.train_prompts(), plan.pool, self.rng, shapes.PRETRAIN_TAG_WEIGHTS
-        )
+        prompts = shapes.sample_prompts(shapes.train_prompts(), plan.pool, self.rng, shapes.PRETRAIN_TAG_WEIGHTS)
         self.pool = shapes.render_batch([shapes.scene_for(metadata, self.rng) for metadata in prompts])
         self.log = (output / "tokenizer.jsonl").open("a", encoding="utf-8")
 
@@ -98,9 +95,7 @@ class TokenizerTraining:
         """Train for `updates`, from the phase's last saved state if there is one."""
         peak = self.plan.tokenizer_rate
         schedule = optax.warmup_cosine_decay_schedule(0, peak, 50, updates, peak * 0.05)
-        optimizer = optax.chain(
-            optax.clip_by_global_norm(1.0), optax.adamw(schedule, 0.9, 0.95, weight_decay=1e-4)
-        )
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, 0.9, 0.95, weight_decay=1e-4))
         step = steps.tokenizer_step(self.config, optimizer, quantized)
         opt_state, start = optimizer.init(params), 0
         states = Checkpoints(self.output / f"tokenizer_{name}", keep=1)
@@ -161,8 +156,7 @@ def write_tokens(plan: Plan, params: Params, file: Path) -> None:
         images = shapes.render_batch([shapes.scene_for(metadata, rng) for metadata in scenes[at : at + 500]])
         ids.append(np.asarray(encode(params, jnp.asarray(as_pixels(images)))))
     captions = [
-        shapes.corrupt_caption(metadata, rng) if rng.random() < plan.wrong_captions else metadata
-        for metadata in scenes
+        shapes.corrupt_caption(metadata, rng) if rng.random() < plan.wrong_captions else metadata for metadata in scenes
     ]
     np.savez_compressed(file, prompts=[caption["prompt"] for caption in captions], images=np.concatenate(ids))
 

@@ -63,7 +63,12 @@ def test_a_variant_is_handed_to_get_config(file):
         ("--config.evaluation.steps=10", "evaluation", "steps", (10,)),
         ("--config.rewards.options.threshold=0.5", "rewards", "options", {"threshold": "0.5"}),
         ("--config.rewards.options.device=cpu", "rewards", "options", {"threshold": "0.3", "device": "cpu"}),
-        ("--config.rewards.environment.CUDA_VISIBLE_DEVICES=0", "rewards", "environment", {"CUDA_VISIBLE_DEVICES": "0"}),
+        (
+            "--config.rewards.environment.CUDA_VISIBLE_DEVICES=0",
+            "rewards",
+            "environment",
+            {"CUDA_VISIBLE_DEVICES": "0"},
+        ),
         ("--config.prompts.tag_weights.counting=0.5", "prompts", "tag_weights", {"counting": 0.5}),
         ("--config.prompts.tag_weights.colors=3", "prompts", "tag_weights", {"counting": 2.0, "colors": 3.0}),
     ],

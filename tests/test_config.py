@@ -205,6 +205,8 @@ def test_the_dict_of_a_config_makes_the_same_config_again():
     config = runnable()
     nested = as_dict(config)
     sections = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    again = {name: sections[name](**value) if name in nested and isinstance(value, dict) else value
-             for name, value in nested.items()}
+    again = {
+        name: sections[name](**value) if name in nested and isinstance(value, dict) else value
+        for name, value in nested.items()
+    }
     assert RunConfig(**again) == config

@@ -159,9 +159,7 @@ def test_one_by_eight_equals_eight_by_one(old: bool) -> None:
 def test_old_log_probs_move_the_ratio() -> None:
     params, samples = init(CONFIG, jax.random.key(0)), _random_samples()
     plan = dataclasses.replace(LOSS, kl_weight=0.0)
-    logp, _ = token_mean_logps(
-        CONFIG, Execution(), plan, params, samples.prompt_ids, samples.noisy, samples.action
-    )
+    logp, _ = token_mean_logps(CONFIG, Execution(), plan, params, samples.prompt_ids, samples.noisy, samples.action)
     same = dataclasses.replace(samples, old_logp=logp)
     fresh, _ = grpo_loss(CONFIG, Execution(), plan, params, samples)
     np.testing.assert_allclose(grpo_loss(CONFIG, Execution(), plan, params, same)[0], fresh, rtol=1e-5)
@@ -177,12 +175,8 @@ def test_update_raises_good_and_lowers_bad() -> None:
     samples = dataclasses.replace(_random_samples(2), advantage=jnp.array([1.0, -1.0]))
     optimizer = adamw(optax.constant_schedule(1e-2), 0.9, 0.95, 0.01, 1.0)
     state = TrainState(params, optimizer.init(params), params, jnp.int32(0))
-    step = jax.jit(
-        lambda s, x: update(CONFIG, Execution(), LOSS, optimizer, 0.9, jnp.float32, 2, s, x)
-    )
-    before, _ = token_mean_logps(
-        CONFIG, Execution(), LOSS, params, samples.prompt_ids, samples.noisy, samples.action
-    )
+    step = jax.jit(lambda s, x: update(CONFIG, Execution(), LOSS, optimizer, 0.9, jnp.float32, 2, s, x))
+    before, _ = token_mean_logps(CONFIG, Execution(), LOSS, params, samples.prompt_ids, samples.noisy, samples.action)
     samples = dataclasses.replace(samples, ref_logp=before)
     after, metrics = step(state, samples)
     logp, _ = token_mean_logps(
@@ -202,7 +196,7 @@ def test_bfloat16_compute_keeps_float32_masters() -> None:
     state = TrainState(params, optimizer.init(params), None, jnp.int32(0))
     after, metrics = update(CONFIG, Execution(), LOSS, optimizer, 0.0, jnp.bfloat16, 4, state, _random_samples())
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(after.params))
-    exact, exact_metrics = update(CONFIG, Execution(), LOSS, optimizer, 0.0, jnp.float32, 4, state, _random_samples())
+    _, exact_metrics = update(CONFIG, Execution(), LOSS, optimizer, 0.0, jnp.float32, 4, state, _random_samples())
     np.testing.assert_allclose(metrics["loss"], exact_metrics["loss"], rtol=0.05)
     np.testing.assert_allclose(metrics["grad_norm"], exact_metrics["grad_norm"], rtol=0.1)
 

@@ -9,7 +9,9 @@ from udm_grpo.diffusion.schedule import pretraining_time, timesteps
 @golden_cases()
 def test_times(case: GoldenCase) -> None:
     for steps in (4, 10, 25):
-        np.testing.assert_allclose(timesteps(steps, case.setup["shift"]), case.arrays[f"schedule_t_{steps}"], atol=1e-12)
+        np.testing.assert_allclose(
+            timesteps(steps, case.setup["shift"]), case.arrays[f"schedule_t_{steps}"], atol=1e-12
+        )
     found = pretraining_time(jnp.asarray(case.arrays["pretrain_u"]), case.setup["shift"])
     assert_close(found, case.arrays["pretrain_t_of_u"])
 

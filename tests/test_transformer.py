@@ -95,8 +95,8 @@ def test_bad_sizes_are_named() -> None:
         TransformerConfig.from_json(raw | {"lm_head_size": 21})
     with pytest.raises(ValueError, match=r"not a multiple"):
         TransformerConfig.from_json(raw | {"num_attention_heads": 3, "num_key_value_heads": 2})
+    params = init(TINY, jax.random.key(0))
     with pytest.raises(ValueError, match=r"grid is 2 x 3"):
-        params = init(TINY, jax.random.key(0))
         hidden_states(TINY, params, jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 4), jnp.int32), (2, 3))
     with pytest.raises(ValueError, match=r"remat is 'some'"):
         _loss(init(TINY, jax.random.key(0)), Execution(remat="some"))
@@ -106,9 +106,9 @@ def test_no_wide_logits_in_the_program() -> None:
     """The head only sees the N image rows: nothing of shape (B, L+1+N, V) exists."""
     config = TransformerConfig(32, 48, 2, 1, 2, 1e6, 10 + 77, 10, 77, 2)
     shape = (jax.ShapeDtypeStruct((3, 5), jnp.int32), jax.ShapeDtypeStruct((3, 4), jnp.int32))
-    program = jax.jit(
-        lambda p, a, b: head(p, image_rows(hidden_states(config, p, a, b, (2, 2)), 4))
-    ).lower(abstract(config), *shape)
+    program = jax.jit(lambda p, a, b: head(p, image_rows(hidden_states(config, p, a, b, (2, 2)), 4))).lower(
+        abstract(config), *shape
+    )
     text = program.as_text()
     assert "3x4x77x" in text
     assert "3x10x77x" not in text

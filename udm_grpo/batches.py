@@ -1,11 +1,11 @@
 """The records that pass between the stages of one iteration, and the letters for their sizes.
 
-    P  prompts of an iteration          K  trained steps of a trajectory
-    G  images of a prompt (its group)   T  steps of a rollout
-    B  = P*G images, prompt-major:      V  visual codes
-       image b = p*G + g                D  width of the transformer
-    L  text tokens of a prompt          h, w  token grid of an image
-    N  = h*w image tokens
+P  prompts of an iteration          K  trained steps of a trajectory
+G  images of a prompt (its group)   T  steps of a rollout
+B  = P*G images, prompt-major:      V  visual codes
+   image b = p*G + g                D  width of the transformer
+L  text tokens of a prompt          h, w  token grid of an image
+N  = h*w image tokens
 """
 
 from dataclasses import dataclass

@@ -1,14 +1,15 @@
 """--config configs/x.py[:variant] --config.field=value -> RunConfig."""
 
 import difflib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
-
-from absl import flags
-from ml_collections import config_flags
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 from udm_grpo.config import ConfigError, RunConfig
+
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def field_names(config: Any, prefix: str = "") -> list[str]:
@@ -20,41 +21,96 @@ def field_names(config: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def _unknown_field(argument: str) -> ConfigError:
-    name = argument.removeprefix("--").removeprefix("config.").split("=")[0]
-    known = field_names(RunConfig())
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    advice = f"did you mean {' or '.join(near)}?" if near else f"the fields are {', '.join(known)}."
-    return ConfigError(f"--config.{name}: there is no such field; {advice}")
-
-
-def _is_field(name: str) -> bool:
-    # options, environment and tag_weights hold names of the user's own.
-    known = field_names(RunConfig())
-    return name in known or any(name.startswith(f"{field}.") for field in known)
+def field_values(config: Any) -> list[tuple[str, Any]]:
+    """Every field of a configuration, dotted, with its value."""
+    pairs = []
+    for name in field_names(config):
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        pairs.append((name, value))
+    return pairs
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
-    """Read the command line (without the program's name).
+    """Read the command line (without the program's name); the last value of a field counts.
 
     Raises ConfigError for an unknown flag or field, a value of the wrong type, or a config file that gives no
     RunConfig.
     """
-    for argument in argv:
-        if argument.startswith("--config.") and not _is_field(argument.removeprefix("--config.").split("=")[0]):
-            raise _unknown_field(argument)
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "configs/x.py or configs/x.py:variant", flag_values=values)
+    file, settings, rest = None, [], []
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag == "--config":
+            file = value if equals else next(words, None)
+        elif flag.startswith("--config."):
+            settings.append((flag.removeprefix("--config."), value if equals else None))
+        else:
+            rest.append(word)
+    if rest:
+        raise ConfigError(f"unexpected {' '.join(rest)}; every setting is --config.field=value.")
+    if not file:
+        raise ConfigError("--config must name a file, as in --config configs/shapes.py.")
+    config = _load(file)
+    for name, text in settings:
+        _set(config, name, text)
+    return config
+
+
+def _load(file: str) -> RunConfig:
+    path, colon, variant = file.partition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"the config file cannot be read: there is no {path}. Name one, as in configs/shapes.py.")
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"the config file cannot be read: {path} is no Python file; its name has to end in .py.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "get_config", None)):
+        raise ConfigError(f"{path} has no get_config(); add one that returns a RunConfig.")
     try:
-        rest = values(["train", *argv])
-        config = values.config
-    except (flags.Error, KeyError, TypeError) as error:
-        text = error.args[0] if error.args else str(error)
-        raise ConfigError(f"the command line cannot be read: {text}") from error
-    except OSError as error:
-        raise ConfigError(f"the config file cannot be read: {error}. Name one, as in configs/shapes.py.") from error
-    if len(rest) > 1:
-        raise ConfigError(f"unexpected {' '.join(rest[1:])}; every setting is --config.field=value.")
+        config = module.get_config(variant) if colon else module.get_config()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{file}: get_config failed: {error}") from error
     if not isinstance(config, RunConfig):
         raise ConfigError(f"--config must name a file whose get_config() returns a RunConfig; found {type(config)}.")
     return config
+
+
+def _set(config: RunConfig, name: str, text: str | None) -> None:
+    known = field_names(RunConfig())
+    # options, environment and tag_weights hold names of the user's own: the rest of the dotted name is one of them.
+    found = next((field for field in known if name == field or name.startswith(f"{field}.")), None)
+    section: Any = config
+    *parents, last = (found or "").split(".")
+    for parent in parents:
+        section = getattr(section, parent)
+    wanted = get_type_hints(type(section)).get(last)
+    key = name.removeprefix(f"{found}.") if found != name else None
+    if found is None or (key is not None and get_origin(wanted) is not dict):
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        advice = f"did you mean {' or '.join(near)}?" if near else f"the fields are {', '.join(known)}."
+        raise ConfigError(f"--config.{name}: there is no such field; {advice}")
+    if key is not None:
+        setattr(section, last, getattr(section, last) | {key: _read(name, text, get_args(wanted)[1])})
+    elif get_origin(wanted) is dict:
+        raise ConfigError(f"--config.{name} holds names of your own; write --config.{name}.NAME=value.")
+    else:
+        setattr(section, last, _read(name, text, wanted))
+
+
+def _read(name: str, text: str | None, wanted: Any) -> Any:
+    """The value that a text stands for; a bare flag is True."""
+    if text is None:
+        if wanted is bool:
+            return True
+        raise ConfigError(f"--config.{name} has no value; write --config.{name}=value.")
+    try:
+        if get_origin(wanted) is tuple:
+            parts = text.strip("()[] ").split(",")
+            return tuple(get_args(wanted)[0](part) for part in parts if part.strip())
+        return _TRUTH[text.lower()] if wanted is bool else wanted(text)
+    except (KeyError, ValueError):
+        kind = wanted.__name__ if isinstance(wanted, type) and not get_args(wanted) else str(wanted)
+        raise ConfigError(f"--config.{name}={text}: {text!r} is no {kind}; give one.") from None

@@ -235,8 +235,14 @@ def _choice(problems: list[str], name: str, value: str, allowed: tuple[str, ...]
 
 def _at_least(problems: list[str], least: float, **values: float) -> None:
     for name, value in values.items():
-        if value < least:
+        if not value >= least:  # NaN too
             problems.append(f"{name.replace('__', '.')} is {value}; set it to at least {least}.")
+
+
+def _above_zero(problems: list[str], **values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            problems.append(f"{name.replace('__', '.')} is {value}; set it above 0.")
 
 
 def _choices(config: RunConfig, problems: list[str]) -> None:
@@ -250,6 +256,7 @@ def _choices(config: RunConfig, problems: list[str]) -> None:
 
 def _ranges(config: RunConfig, problems: list[str]) -> None:
     rollout, grpo, optimizer, evaluation = config.rollout, config.grpo, config.optimizer, config.evaluation
+    rewards = config.rewards
     _at_least(problems, 1, iterations=config.iterations, rollout__prompts=rollout.prompts)
     _at_least(problems, 1, rollout__steps=rollout.steps, rollout__micro_batch=rollout.micro_batch)
     _at_least(problems, 2, rollout__group_size=rollout.group_size)
@@ -270,10 +277,16 @@ def _ranges(config: RunConfig, problems: list[str]) -> None:
     _at_least(problems, 1, model__height=config.model.height, model__width=config.model.width)
     if not 0 <= optimizer.ema_decay < 1:
         problems.append(f"optimizer.ema_decay is {optimizer.ema_decay}; set it to 0 (off) or between 0 and 1.")
-    if optimizer.max_grad_norm <= 0:
-        problems.append(f"optimizer.max_grad_norm is {optimizer.max_grad_norm}; set it above 0.")
+    for name, beta in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
+        if not 0 <= beta < 1:
+            problems.append(f"optimizer.{name} is {beta}; set it to 0 or more and below 1.")
+    _above_zero(problems, optimizer__max_grad_norm=optimizer.max_grad_norm, grpo__advantage_clip=grpo.advantage_clip)
+    _above_zero(problems, rewards__deadline_s=rewards.deadline_s, rewards__start_timeout_s=rewards.start_timeout_s)
+    _at_least(problems, 0, rewards__max_restarts=rewards.max_restarts)
     if not evaluation.steps:
         problems.append("evaluation.steps is empty; name at least one number of rollout steps.")
+    elif min(evaluation.steps) < 1:
+        problems.append(f"evaluation.steps is {evaluation.steps}; set it to numbers of at least 1.")
 
 
 def _combinations(config: RunConfig, problems: list[str]) -> None:
@@ -285,12 +298,12 @@ def _combinations(config: RunConfig, problems: list[str]) -> None:
             f"grpo.window_starts + grpo.trained_steps - 1 is {last}, past the rollout's {rollout.steps} steps; lower "
             "one of them or raise rollout.steps."
         )
-    if images % rollout.micro_batch:
+    if rollout.micro_batch >= 1 and images % rollout.micro_batch:
         problems.append(
             f"rollout.prompts x rollout.group_size is {images}, which rollout.micro_batch {rollout.micro_batch} does "
             "not divide; change one of them."
         )
-    if (images * grpo.trained_steps) % config.optimizer.micro_batch:
+    if config.optimizer.micro_batch >= 1 and (images * grpo.trained_steps) % config.optimizer.micro_batch:
         problems.append(
             f"an update has prompts x group_size x trained_steps = {images * grpo.trained_steps} states, which "
             f"optimizer.micro_batch {config.optimizer.micro_batch} does not divide; change one of them."

@@ -75,4 +75,3 @@ def evaluate_all(run: Run, policy: Params) -> dict[str, Any]:
     """The evaluation at the start and the end: at every number of steps in evaluation.steps, by that number."""
     given = run.config.evaluation
     return {str(steps): evaluate(run, policy, given.final_prompts, steps) for steps in given.steps}
-

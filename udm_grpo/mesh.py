@@ -54,6 +54,11 @@ def over_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def over_second(mesh: Mesh) -> NamedSharding:
+    """The second axis over data and fsdp: a batch under a leading axis of steps."""
+    return NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from udm_grpo import steps
 from udm_grpo.batches import Params
@@ -86,8 +85,9 @@ def pretrain(
     params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), checkpoint.transformer)
     opt_state = optimizer.init(params)
     start = 0
-    if states is not None and states.latest() is not None:
-        (params, opt_state), meta = states.restore(states.latest(), (params, opt_state))
+    latest = None if states is None else states.latest()
+    if states is not None and latest is not None:
+        (params, opt_state), meta = states.restore(latest, (params, opt_state))
         start = meta["updates"]
     clean = data.image_ids.reshape(len(data.image_ids), -1)
     root = jax.random.key(plan.seed)
@@ -95,9 +95,7 @@ def pretrain(
     for update in range(start, plan.updates):
         chosen = batch_indices(len(clean), plan, update)
         key = jax.random.fold_in(root, update)
-        params, opt_state, loss = step(
-            params, opt_state, data.prompt_ids[chosen], data.empty_ids, clean[chosen], key
-        )
+        params, opt_state, loss = step(params, opt_state, data.prompt_ids[chosen], data.empty_ids, clean[chosen], key)
         losses.append(loss)
         done = update + 1
         if done % 100 == 0 or done == plan.updates:

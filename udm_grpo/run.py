@@ -2,7 +2,6 @@
 
 import contextlib
 import enum
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -96,12 +95,11 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     return fields
 
 
-def reference_digest(params: Params) -> str:
-    """A short digest of the start model's weights."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(jax.device_get(leaf)).view(np.uint8).data)
-    return digest.hexdigest()[:16]
+def _prompts(field: str, file: str, weights: dict[str, float]) -> PromptSet:
+    try:
+        return read_prompts(file, weights or None)
+    except ValueError as error:
+        raise ConfigError(f"{field}: {error}") from error
 
 
 def _check_sizes(config: RunConfig, stride: int, mesh: Mesh) -> None:
@@ -124,12 +122,9 @@ def _check_sizes(config: RunConfig, stride: int, mesh: Mesh) -> None:
 def _abstract_state(optimizer: Any, params: Params, ema: bool, mesh: Mesh) -> TrainState:
     """The train state as shapes with shardings."""
     master = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
-    state = TrainState(
-        params=master,
-        opt_state=jax.eval_shape(optimizer.init, master),
-        ema=master if ema else None,
-        step=jax.ShapeDtypeStruct((), jnp.int32),
-    )
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    opt_state = jax.eval_shape(optimizer.init, master)
+    state = TrainState(params=master, opt_state=opt_state, ema=master if ema else None, step=step)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,
@@ -166,8 +161,8 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     mesh = meshes.make_mesh(asdict(config.mesh))
     checkpoint = load_folder(config.model.path, prompt_length=config.model.text_length or None)
     _check_sizes(config, checkpoint.vq_config.stride, mesh)
-    train = read_prompts(config.prompts.train, config.prompts.tag_weights or None)
-    heldout = read_prompts(config.prompts.heldout)
+    train = _prompts("prompts.train", config.prompts.train, config.prompts.tag_weights)
+    heldout = _prompts("prompts.heldout", config.prompts.heldout, {})
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "config.json", as_dict(config))

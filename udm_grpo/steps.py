@@ -167,8 +167,9 @@ def build(
     grpo, micro_batch = config.grpo, config.optimizer.micro_batch
 
     def rollout_step(plan: RolloutPlan) -> RolloutStep:
-        kept = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *over_batch.spec))
-        out = Rollout(over_batch, kept, kept) if plan.keep_trajectory else Rollout(over_batch)
+        kept: Any = meshes.over_second(mesh) if plan.keep_trajectory else None
+        first: Any = over_batch
+        out = Rollout(first, kept, kept)
         return jax.jit(partial(rollout, plans.transformer, plans.execution, path, plan), out_shardings=out)
 
     def evaluation_step(steps: int) -> RolloutStep:

@@ -9,6 +9,7 @@ scores, advantages, update.
 """
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -20,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rewards_bridge.errors import BridgeError
+from rewards_bridge.errors import BridgeError, UsageError
 from rewards_bridge.scorers.base import Scores
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params, Rollout, TrainState
-from udm_grpo.command_line import parse
+from udm_grpo.command_line import field_values, parse
 from udm_grpo.config import ConfigError, RunConfig, as_dict, validate
 from udm_grpo.evaluation import evaluate, evaluate_all, pictures
 from udm_grpo.host.checkpoint import CheckpointError
@@ -108,8 +109,9 @@ def report(reports: Reports, config: RunConfig, step: int, rewards: Rewards, met
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     raw = {name: float(np.mean(part)) for name, part in rewards.raw.items()}
     groups = rewards.score.reshape(-1, config.rollout.group_size)
+    reward = float(np.mean(rewards.score))
     line = {
-        "reward": float(np.mean(rewards.score)),
+        "reward": reward,
         "reward_std": float(np.std(rewards.score)),
         "dead_groups": float(np.mean(np.ptp(groups, axis=1) == 0)),
         "raw": raw,
@@ -117,7 +119,7 @@ def report(reports: Reports, config: RunConfig, step: int, rewards: Rewards, met
         "seconds": seconds,
     }
     reports.writer.write(step, line)
-    shown = {"reward": line["reward"], **raw, "kl": values["kl"], "entropy": values["entropy"]}
+    shown = {"reward": reward, **raw, "kl": values["kl"], "entropy": values["entropy"]}
     reports.progress.update(shown, seconds)
 
 
@@ -135,19 +137,13 @@ def look(run: Run, reports: Reports, state: TrainState, position: Position) -> P
         chosen = state.params if state.ema is None else state.ema
         found = evaluate(run, run.steps.compute_copy(chosen), given.prompts, given.steps[0])
         with (run.output / "evaluations.jsonl").open("a", encoding="utf-8") as file:
-            print(_json_line({"step": step, **found}), file=file)
+            print(json.dumps({"step": step, **found}, allow_nan=False), file=file)
         raw = {name: round(value, 4) for name, value in found.items() if isinstance(value, float)}
         reports.progress.message(f"held-out after {step} iterations, {given.steps[0]} steps: {raw}")
         if run.config.checkpoint.keep_best and (position.best is None or found["score"] > position.best):
             position = replace(position, best=found["score"])
             run.checkpoints.save_best(step, {"params": chosen}, {"score": found["score"]})
     return position
-
-
-def _json_line(values: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(values, allow_nan=False)
 
 
 def final_params(run: Run, state: TrainState) -> Params:
@@ -226,9 +222,15 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status. What the user can mend is said in a line, without a traceback."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        print("fields and their defaults (udm_grpo/config.py says what each is):")
+        print("\n".join(f"  --config.{name}={value}" for name, value in field_values(RunConfig())))
+        return 0
     try:
-        train(parse(sys.argv[1:] if argv is None else argv))
-    except (ConfigError, MeshError, WeightsError, CheckpointError, BridgeError, FileNotFoundError) as error:
+        train(parse(words))
+    except (ConfigError, MeshError, WeightsError, CheckpointError, BridgeError, UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

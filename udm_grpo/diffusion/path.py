@@ -63,7 +63,7 @@ def level(path: Path, t: Any) -> Any:
 
 
 def rate(path: Path, t: Any) -> Any:
-    """The factor of the velocity at time t: beta'_t (0 at t = 0) on the metric path, 1 / (1 - t) on the mixture path."""
+    """The velocity's factor at time t: beta'_t (0 at t = 0) on the metric path, 1 / (1 - t) on the mixture path."""
     if path.alpha is None:
         return 1 / (1 - t)
     xp = jnp if isinstance(t, jax.Array) else np
@@ -89,9 +89,7 @@ def noise_log_weights(path: Path, x_1: Int[Array, " r"], at: Float[Array, " r"])
     return jnp.log(jnp.where(here, (at + other)[:, None], other[:, None]))
 
 
-def add_noise(
-    path: Path, x_1: Int[Array, " r"], at: Float[Array, " r"], u: Float[Array, "r 2"]
-) -> Int32[Array, " r"]:
+def add_noise(path: Path, x_1: Int[Array, " r"], at: Float[Array, " r"], u: Float[Array, "r 2"]) -> Int32[Array, " r"]:
     """The forward process x_t ~ p_t(. | x_1), by uniform numbers `u`; `at` = level(t) of each token."""
     return categorical(noise_log_weights(path, x_1, at), u)
 

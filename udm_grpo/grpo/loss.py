@@ -131,9 +131,7 @@ def grpo_loss(
 
     Source: UDM-GRPO, arXiv 2604.18518.
     """
-    logp, entropy = token_mean_logps(
-        config, execution, plan, params, samples.prompt_ids, samples.noisy, samples.action
-    )
+    logp, entropy = token_mean_logps(config, execution, plan, params, samples.prompt_ids, samples.noisy, samples.action)
     old_logp = jax.lax.stop_gradient(logp) if samples.old_logp is None else samples.old_logp
     policy, clip_fraction = policy_loss(logp, old_logp, samples.advantage, plan.clip_range)
     kl = k3(logp, samples.ref_logp)

@@ -73,17 +73,16 @@ def trajectory(
     window_key, noise_key = jax.random.split(key)
     steps = window(plan, window_key)
     t = timesteps(plan.steps, plan.shift)
-    if plan.trajectory == "rollout" or plan.action == "intermediate":
-        if rollout.visited is None or rollout.predicted is None:
-            raise ValueError("this ablation trains on the rollout's own steps: keep its trajectory.")
+    visited, predicted = rollout.visited, rollout.predicted
+    ablation = plan.trajectory == "rollout" or plan.action == "intermediate"
+    if ablation and (visited is None or predicted is None):
+        raise ValueError("this ablation trains on the rollout's own steps: keep its trajectory.")
     if plan.trajectory == "rollout":
-        noisy = rollout.visited[steps]  # type: ignore[index]
+        noisy = visited[steps]  # type: ignore[index]
     else:
         levels = jnp.asarray(np.asarray(paths.level(path, t), np.float32))[steps]
         keys = image_keys(noise_key, image_index)
         noisy = jax.lax.map(lambda at: noised(path, plan, rollout.clean, at[0], at[1], keys), (levels, steps))
-    if plan.action == "intermediate":
-        action = rollout.predicted[steps]  # type: ignore[index]
-    else:
-        action = jnp.broadcast_to(rollout.clean, noisy.shape)
+    clean = jnp.broadcast_to(rollout.clean, noisy.shape)
+    action = predicted[steps] if plan.action == "intermediate" else clean  # type: ignore[index]
     return Trajectory(noisy=noisy, action=action, t=jnp.asarray(t.astype(np.float32))[steps], step=steps)

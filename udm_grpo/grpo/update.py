@@ -27,9 +27,7 @@ def accumulated_gradients(
     micro_batch: int,
 ) -> tuple[Params, dict[str, Float[Array, ""]]]:
     """(float32 gradients, metrics), averaged over S samples that are worked through `micro_batch` at a time."""
-    gradient = jax.value_and_grad(
-        lambda weights, part: grpo_loss(config, execution, plan, weights, part), has_aux=True
-    )
+    gradient = jax.value_and_grad(lambda weights, part: grpo_loss(config, execution, plan, weights, part), has_aux=True)
     total = samples.noisy.shape[0]
     size = chunk_size(total, micro_batch)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)

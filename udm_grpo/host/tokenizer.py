@@ -42,7 +42,9 @@ class PromptTokenizer:
             row[self.length - len(kept) :] = kept
         if cut:
             advice = "the rest of them has no effect; shorten them"
-            warnings.warn(f"{cut} of {len(prompts)} prompts have more than {self.length} tokens: {advice}", stacklevel=2)
+            warnings.warn(
+                f"{cut} of {len(prompts)} prompts have more than {self.length} tokens: {advice}", stacklevel=2
+            )
         return made
 
     def empty(self) -> Int32[np.ndarray, " l"]:
@@ -58,12 +60,16 @@ def load_tokenizer(folder: Path, length: int | None = None) -> PromptTokenizer:
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
-        raise WeightsError(f"{folder}: no such folder; the tokenizer is missing. Download the folder with all its files.")
+        raise WeightsError(
+            f"{folder}: no such folder; the tokenizer is missing. Download the folder with all its files."
+        )
     try:
         backend = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise any type, bare Exception included
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise WeightsError(f"{folder}: is no tokenizer that transformers can read ({reason}). Download it again.") from error
+        raise WeightsError(
+            f"{folder}: is no tokenizer that transformers can read ({reason}). Download it again."
+        ) from error
     if backend.pad_token_id is None:
         raise WeightsError(f"{folder}: the tokenizer has no pad token; name one in tokenizer_config.json.")
     if length is None:

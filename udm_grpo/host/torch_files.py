@@ -76,6 +76,8 @@ def open_tensors(path: Path) -> TensorFiles:
 
     Raises WeightsError for missing, truncated or damaged files and for an index that does not fit its shards.
     """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file. Download the folder with all its files.")
     if not path.name.endswith(".index.json"):
         return _open_all(path.parent, [path.name], None, None)
     index = read_json(path)
@@ -100,7 +102,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({error.strerror}). Download the folder with all its files.") from None
+        raise WeightsError(
+            f"{path}: cannot be read ({error.strerror}). Download the folder with all its files."
+        ) from None
     except ValueError as error:
         raise WeightsError(f"{path}: is not JSON ({error}). Download it again.") from None
     if not isinstance(found, dict):
@@ -108,14 +112,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def write_tensors(folder: Path, layout: Layout, infos: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray]) -> None:
+def write_tensors(
+    folder: Path, layout: Layout, infos: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray]
+) -> None:
     """Write tensors as `layout` says; `read` gives each in the dtype of `infos`. Safetensors are written one by one.
 
     Raises OSError if a file cannot be written.
     """
     for file, names in layout.files.items():
         if file.endswith(".safetensors"):
-            _write_safetensors(folder / file, layout.metadata.get(file, {}), {name: infos[name] for name in names}, read)
+            _write_safetensors(
+                folder / file, layout.metadata.get(file, {}), {name: infos[name] for name in names}, read
+            )
         else:
             write_file(folder / file, [_torch_bytes({name: read(name) for name in names})])
     if layout.index:

@@ -16,7 +16,9 @@ KEEP = "keep"
 KERNEL = "kernel"
 """PyTorch's (out, in, *space) is the tree's (*space, in, out): linear layers and convolutions."""
 
-TRANSFORMER_TABLE: tuple[tuple[str, str, str], ...] = (
+Table = tuple[tuple[str, str, str], ...]
+
+TRANSFORMER_TABLE: Table = (
     ("embed/embedding", "model.embed_tokens.weight", KEEP),
     ("layers/input_norm/scale", "model.layers.{layer}.input_layernorm.weight", KEEP),
     ("layers/post_norm/scale", "model.layers.{layer}.post_attention_layernorm.weight", KEEP),
@@ -29,7 +31,7 @@ TRANSFORMER_TABLE: tuple[tuple[str, str, str], ...] = (
 """(path in the tree, name in the file, how the axes go). {layer} is axis 0 of the tree's array; any other {word} stands
 for the same text on both sides. The first row that fits holds."""
 
-VQ_TABLE: tuple[tuple[str, str, str], ...] = (
+VQ_TABLE: Table = (
     ("codebook/embedding", "quantizer.embedding.weight", KEEP),
     ("{module}/kernel", "{module}.weight", KERNEL),
     ("{module}/scale", "{module}.weight", KEEP),
@@ -50,14 +52,16 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor of a file lies in the tree: the leaf's path, the index on its axis 0 if layers are stacked there,
-    how its axes go, and the shape that the file must have.
-    """  # noqa: D205
+    """Where a tensor of a file lies in the tree."""
 
     path: str
+    """Of the leaf."""
     layer: int | None
+    """Index on the leaf's axis 0, where it stacks layers."""
     transform: str
+    """KEEP or KERNEL."""
     shape: tuple[int, ...]
+    """That the tensor must have in the file."""
 
 
 def leaves_by_path(tree: Params) -> dict[str, Any]:
@@ -66,7 +70,7 @@ def leaves_by_path(tree: Params) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in named}
 
 
-def sources(table: tuple[tuple[str, str, str], ...], tree: Params) -> dict[str, Source]:
+def sources(table: Table, tree: Params) -> dict[str, Source]:
     """Return, for every tensor name that a file of this (perhaps abstract) tree holds, where it lies in the tree.
 
     Raises KeyError for a leaf that the table has no row for.
@@ -97,23 +101,19 @@ def problems(wanted: Mapping[str, Source], found: Mapping[str, TensorInfo]) -> l
     return lines
 
 
-def to_tree(
-    wanted: Mapping[str, Source], tree: Params, read: Callable[[str], np.ndarray], dtype: jnp.dtype | None
-) -> Params:
-    """Return the parameters in the form of the abstract `tree`, read tensor by tensor, as `dtype` (None: as stored)."""
-    names: dict[str, list[str]] = {}
+def to_tree(wanted: Mapping[str, Source], tree: Params, read: Callable[[str], np.ndarray], dtype: jnp.dtype) -> Params:
+    """Return the parameters in the form of the abstract `tree`, read tensor by tensor."""
+    names = dict[str, list[str]]()
     for name, source in wanted.items():
         names.setdefault(source.path, []).append(name)
 
     def leaf(path: tuple[Any, ...], abstract: jax.ShapeDtypeStruct) -> jax.Array:
         members = names[jax.tree_util.keystr(path, simple=True, separator="/")]
-        first = read(members[0])
-        made = np.empty(abstract.shape, dtype or first.dtype)
+        made = np.empty(abstract.shape, dtype)
         for name in members:
             source = wanted[name]
-            tensor = first if name == members[0] else read(name)
             target = made if source.layer is None else made[source.layer]
-            target[...] = _forward(tensor, source.transform)
+            target[...] = _forward(read(name), source.transform)
         return jnp.asarray(made)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
@@ -125,7 +125,7 @@ def from_tree(source: Source, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
     return _backward(leaf if source.layer is None else leaf[source.layer], source.transform)
 
 
-def _row_for(table: tuple[tuple[str, str, str], ...], path: str) -> tuple[str, str]:
+def _row_for(table: Table, path: str) -> tuple[str, str]:
     """Return (name with {layer} left open, transform) of the first row that fits a path."""
     for pattern, name, transform in table:
         match = re.fullmatch(re.sub(r"\{(\w+)\}", r"(?P<\1>.+)", pattern), path)

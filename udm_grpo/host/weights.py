@@ -1,14 +1,12 @@
-"""The released URSA checkpoint folder, both directions: load_folder, save_folder, and new_checkpoint for a new model."""
+"""The released URSA checkpoint folder, read and written; new_checkpoint.py makes one for a new model."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -27,9 +25,11 @@ from udm_grpo.host.torch_files import (
     write_tensors,
 )
 from udm_grpo.host.weight_table import (
+    KEEP,
     TRANSFORMER_TABLE,
     VQ_TABLE,
     Source,
+    Table,
     TensorInfo,
     from_tree,
     leaves_by_path,
@@ -46,9 +46,7 @@ T = TypeVar("T")
 
 SCHEDULER_FILE = "scheduler_model.pth"
 CODEBOOK_NAME = "path.emb"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-DIFFUSERS_VERSION = "0.35.1"
-"""The version that the released folders name; what reads them wants one to be named."""
+CONFIG_FILES = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 
 
 @dataclass(frozen=True)
@@ -107,11 +105,14 @@ def load_folder(folder: PathLike, dtype: str = "float32", prompt_length: int | N
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise WeightsError(f"{folder}: no such folder; give the folder that holds transformer/, vae/, scheduler/, tokenizer/")
-    found = _Problems()
-    config = found.collect(lambda: TransformerConfig.from_json(read_json(folder / "transformer/config.json")))
-    vq_config = found.collect(lambda: VQConfig.from_json(read_json(folder / "vae/config.json")))
-    scheduler = found.collect(lambda: Scheduler.from_json(read_json(folder / "scheduler/scheduler_config.json")))
+        raise WeightsError(
+            f"{folder}: no such folder; give the folder that holds transformer/, vae/, scheduler/, tokenizer/"
+        )
+    found = Problems()
+    transformer_json, vq_json, scheduler_json = (folder / name for name in CONFIG_FILES)
+    config = found.collect(lambda: TransformerConfig.from_json(read_json(transformer_json)))
+    vq_config = found.collect(lambda: VQConfig.from_json(read_json(vq_json)))
+    scheduler = found.collect(lambda: Scheduler.from_json(read_json(scheduler_json)))
     tokenizer = found.collect(lambda: load_tokenizer(folder / "tokenizer", prompt_length))
     weights = found.part(folder / "transformer", config and sources(TRANSFORMER_TABLE, transformer.abstract(config)))
     codec = found.part(folder / "vae", vq_config and sources(VQ_TABLE, vq.abstract(vq_config)))
@@ -122,7 +123,7 @@ def load_folder(folder: PathLike, dtype: str = "float32", prompt_length: int | N
         counts = f"num_vq_embeddings {vq_config.num_vq_embeddings}, lm_head_size {config.lm_head_size}"
         found.lines.append(f"the image tokenizer and the transformer differ in their number of codes: {counts}")
     if config and tokenizer:
-        found.lines += _tokenizer_problems(tokenizer, config)
+        found.lines += tokenizer_problems(tokenizer, config)
     found.raise_any(folder)
     assert config and vq_config and scheduler and tokenizer and weights and codec and codebook
     return Checkpoint(
@@ -144,7 +145,7 @@ def load_folder(folder: PathLike, dtype: str = "float32", prompt_length: int | N
 
 def load_transformer(path: PathLike, config: TransformerConfig, dtype: str = "float32") -> Params:
     """Read a transformer's parameters from its folder or from one tensor file; raises WeightsError listing problems."""
-    path, found = Path(path), _Problems()
+    path, found = Path(path), Problems()
     wanted = sources(TRANSFORMER_TABLE, transformer.abstract(config))
     weights = found.part(path, wanted)
     found.raise_any(path)
@@ -168,13 +169,13 @@ def save_folder(checkpoint: Checkpoint, folder: PathLike, dtype: str | None = No
         "transformer": (TRANSFORMER_TABLE, transformer.abstract(checkpoint.transformer_config), checkpoint.transformer),
         "vae": (VQ_TABLE, vq.abstract(checkpoint.vq_config), checkpoint.vq),
     }
-    found = _Problems()
+    found = Problems()
     for part, (_, abstract, tree) in trees.items():
         found.lines += _tree_problems(part, abstract, tree)
     found.raise_any("the checkpoint to save")
-    codebook = {CODEBOOK_NAME: Source(CODEBOOK_NAME, None, "keep", checkpoint.path_codebook.shape)}
+    codebook = {CODEBOOK_NAME: Source(CODEBOOK_NAME, None, KEEP, checkpoint.path_codebook.shape)}
     try:
-        with replacing_folder(Path(folder), "transformer/config.json") as fresh:
+        with replacing_folder(Path(folder), CONFIG_FILES[0]) as fresh:
             for name, content in checkpoint.files.items():
                 write_file(fresh / name, [content])
             for part, (table, abstract, tree) in trees.items():
@@ -188,43 +189,7 @@ def save_folder(checkpoint: Checkpoint, folder: PathLike, dtype: str | None = No
         raise OSError(error.errno, f"{folder} cannot be written ({error.strerror}); {advice}") from error
 
 
-def new_checkpoint(
-    transformer_config: TransformerConfig,
-    transformer: Params,
-    vq_config: VQConfig,
-    vq: Params,
-    path_codebook: Float[Array, "v e"],
-    scheduler: Scheduler,
-    tokenizer_folder: PathLike,
-    prompt_length: int | None = None,
-    dtype: str = "float32",
-) -> Checkpoint:
-    """Return a checkpoint that no folder held before, for `save_folder`; `dtype` is what it will be stored in.
-
-    tokenizer_folder: any folder that transformers' AutoTokenizer reads. Raises WeightsError listing what does not fit.
-    """
-    found = _Problems()
-    tokenizer = found.collect(lambda: load_tokenizer(Path(tokenizer_folder), prompt_length))
-    if tokenizer:
-        found.lines += _tokenizer_problems(tokenizer, transformer_config)
-    counts = {vq_config.num_vq_embeddings, transformer_config.lm_head_size, path_codebook.shape[0]}
-    if len(counts) > 1:
-        found.lines.append(f"num_vq_embeddings, lm_head_size and the rows of path_codebook differ: {sorted(counts)}")
-    found.raise_any("the new checkpoint")
-    assert tokenizer
-    files = {f"tokenizer/{name}": content for name, content in _read_all(Path(tokenizer_folder)).items()}
-    files |= _new_configs(transformer_config, vq_config, scheduler, type(tokenizer.backend).__name__)
-    layouts = {
-        part: _new_layout(sources(table, tree), dtype)
-        for part, table, tree in (("transformer", TRANSFORMER_TABLE, transformer), ("vae", VQ_TABLE, vq))
-    }
-    layouts["scheduler"] = Layout({SCHEDULER_FILE: (CODEBOOK_NAME,)}, {CODEBOOK_NAME: "float32"}, {})
-    return Checkpoint(
-        transformer_config, transformer, vq_config, vq, path_codebook, scheduler, tokenizer, files, layouts
-    )
-
-
-class _Problems:
+class Problems:
     """Collects what is wrong, to say it all at once."""
 
     def __init__(self) -> None:
@@ -249,3 +214,74 @@ class _Problems:
         """Raise WeightsError if there is any problem."""
         if self.lines:
             raise WeightsError("\n  ".join([f"{what}: {len(self.lines)} problem(s):", *self.lines]))
+
+
+def tokenizer_problems(tokenizer: PromptTokenizer, config: TransformerConfig) -> list[str]:
+    """Return what about a tokenizer does not fit a transformer."""
+    lines = []
+    if tokenizer.vocabulary != config.lm_vocab_size:
+        found = f"the tokenizer has {tokenizer.vocabulary} ids, transformer/config.json says lm_vocab_size"
+        lines.append(f"{found} {config.lm_vocab_size}; use the tokenizer that the transformer was trained with")
+    if not 0 <= config.bov_token_id < config.lm_vocab_size:
+        lines.append(f"bov_token_id {config.bov_token_id} is no text id, of which there are {config.lm_vocab_size}")
+    return lines
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Return the content of every file below a folder, by relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _codebook_problems(codebook: TensorFiles, config: TransformerConfig) -> list[str]:
+    found = codebook.infos.get(CODEBOOK_NAME)
+    width = found.shape[1] if found and len(found.shape) == 2 else 0
+    wanted = {CODEBOOK_NAME: Source(CODEBOOK_NAME, None, KEEP, (config.lm_head_size, width))}
+    return [f"scheduler/{SCHEDULER_FILE}: {line}" for line in problems(wanted, codebook.infos)]
+
+
+def _read_tree(files: TensorFiles, table: Table, abstract: Params, dtype: str) -> Params:
+    return to_tree(sources(table, abstract), abstract, files.read, jnp.dtype(dtype))
+
+
+def _saved_layout(layout: Layout, dtype: str) -> Layout:
+    """Return the layout to save what was read as `dtype`: a dtype that `dtype` does not hold exactly becomes it."""
+    names = {name: old if _holds(dtype, old) else dtype for name, old in layout.dtypes.items()}
+    return dataclasses.replace(layout, dtypes=names)
+
+
+def _holds(dtype: str, other: str) -> bool:
+    """Return whether every number of dtype `other` is one of `dtype` too."""
+    wide, narrow = jnp.finfo(dtype), jnp.finfo(other)
+    return wide.nmant >= narrow.nmant and wide.nexp >= narrow.nexp
+
+
+def _read_carried(folder: Path) -> dict[str, bytes]:
+    names = ["model_index.json", *CONFIG_FILES]
+    carried = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    tokenizer = read_files(folder / "tokenizer")
+    return carried | {f"tokenizer/{name}": content for name, content in tokenizer.items()}
+
+
+def _tree_problems(part: str, abstract: Params, tree: Params) -> list[str]:
+    wanted, found = leaves_by_path(abstract), leaves_by_path(tree)
+    lines = [f"missing: {path}, shape {leaf.shape}" for path, leaf in wanted.items() if path not in found]
+    lines += [f"not known: {path}, shape {leaf.shape}" for path, leaf in found.items() if path not in wanted]
+    both = [(path, wanted[path].shape, found[path].shape) for path in wanted if path in found]
+    lines += [f"wrong shape: {path} is {there}, wanted {shape}" for path, shape, there in both if shape != there]
+    return [f"{part}: {line}" for line in lines]
+
+
+def _write_part(folder: Path, layout: Layout, wanted: Mapping[str, Source], leaves: Mapping[str, Array]) -> None:
+    host: dict[str, np.ndarray] = {path: np.asarray(leaf) for path, leaf in leaves.items()}
+    infos = {name: TensorInfo(source.shape, layout.dtypes[name]) for name, source in wanted.items()}
+
+    def read(name: str) -> np.ndarray:
+        tensor = from_tree(wanted[name], host)
+        with np.errstate(over="ignore"):  # found below, and said with the tensor's name
+            cast = tensor.astype(infos[name].dtype)
+        if np.isfinite(tensor).all() and not np.isfinite(cast).all():
+            advice = 'save with dtype="float32"'
+            raise WeightsError(f"{folder.name}: {name} has values too large for {infos[name].dtype}; {advice}")
+        return cast
+
+    write_tensors(folder, layout, infos, read)

@@ -41,7 +41,7 @@ def rotary_table(pos: np.ndarray, theta: float, head_dim: int = HEAD_DIM) -> tup
 
 
 def rotate(x: Float[Array, "b s a c"], table: tuple[np.ndarray, np.ndarray]) -> Float[Array, "b s a c"]:
-    """Turn element j of each head with element j + c/2 by the angle of frequency j, in float32; x's dtype comes back."""
+    """Turn element j of each head with element j + c/2 by the angle of frequency j, in float32; x's dtype returns."""
     cos, sin = (jnp.asarray(part, jnp.float32)[None, :, None, :] for part in table)
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)

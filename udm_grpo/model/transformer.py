@@ -120,7 +120,7 @@ class Attention(nnx.Module):
         q = rotate(self.q_norm(self.q(x).reshape(B, S, -1, HEAD_DIM)), rope)
         k = rotate(self.k_norm(self.k(x).reshape(B, S, -1, HEAD_DIM)), rope)
         v = self.v(x).reshape(B, S, -1, HEAD_DIM)
-        mixed = jax.nn.dot_product_attention(q, k, v, implementation=implementation)  # type: ignore[arg-type]
+        mixed = jax.nn.dot_product_attention(q, k, v, implementation=implementation)  # type: ignore[call-overload]
         return self.o(mixed.reshape(B, S, -1))
 
 
@@ -199,7 +199,7 @@ def hidden_states(
     prompt_ids: Int[Array, "b l"],
     image_ids: Int[Array, "b n"],
     grid: tuple[int, int],
-    execution: Execution = Execution(),  # noqa: B008  (frozen)
+    execution: Execution = Execution(),
 ) -> Float[Array, "b s d"]:
     """The trunk's output at all S = L + 1 + N rows, after the last norm, in the dtype of `params`.
 

@@ -1,0 +1,66 @@
+"""Runs the trainer as a user would: a process of its own, by its command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE = "configs/shapes.py:smoke"
+
+
+def environment(tmp: Path, devices: int = 1) -> dict[str, str]:
+    """The environment of a run with this many virtual devices; compiled programs are shared between a test's runs."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONWARNINGS": "error::UserWarning:udm_grpo",
+    }
+
+
+def command(output: Path, *overrides: str, config: str = SMOKE) -> list[str]:
+    """The command line of a run into `output`."""
+    words = [f"--config.{override}" for override in (f"output_dir={output}", *overrides)]
+    return [sys.executable, "-m", "udm_grpo.train", "--config", config, *words]
+
+
+def train(output: Path, *overrides: str, devices: int = 1, config: str = SMOKE) -> subprocess.CompletedProcess[str]:
+    """Run to the end."""
+    return subprocess.run(
+        command(output, *overrides, config=config),
+        cwd=ROOT,
+        env=environment(output.parent, devices),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def train_and_kill(output: Path, after: int, *overrides: str) -> None:
+    """Start a run and kill it, all at once, when metrics.jsonl has `after` lines."""
+    log = output.parent / "killed.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command(output, *overrides), cwd=ROOT, env=environment(output.parent), stdout=file, stderr=file
+        )
+    deadline = time.monotonic() + 400
+    while len(metrics(output)) < after:
+        assert process.poll() is None, f"the run ended before it was killed:\n{log.read_text()}"
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl, without the times."""
+    file = output / "metrics.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]

@@ -1,0 +1,160 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from running import metrics, train, train_and_kill
+from safetensors.numpy import load_file
+
+from udm_grpo.host.weights import load_folder
+
+WEIGHTS = "export/transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whole smoke run."""
+    output = tmp_path_factory.mktemp("train") / "whole"
+    done = train(output)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_a_run_leaves_everything(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["iterations"] == 4
+    assert summary["seconds"] > 0
+    for side in ("base", "final"):
+        assert 0 <= summary[side]["strict"] <= 1
+        assert np.isfinite(summary[side]["soft"])
+        assert set(summary[side]["tags"]) <= {
+            "single_object",
+            "two_object",
+            "counting",
+            "colors",
+            "position",
+            "color_attr",
+        }
+    rows = metrics(finished)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows[-1]["kl"] > 0
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir() if path.name.isdigit()) == [
+        "00000002",
+        "00000004",
+    ]
+    assert [path.name for path in sorted((finished / "pictures").iterdir())] == ["000002.png", "000004.png"]
+    assert (finished / "before_after.png").stat().st_size > 1000
+
+
+def test_the_export_is_the_trained_model_in_the_released_format(finished: Path) -> None:
+    config = json.loads((finished / "config.json").read_text())
+    base = load_folder(config["model"]["path"])
+    export = load_folder(finished / "export")
+    changed = np.abs(np.asarray(export.transformer["lm_head"]["kernel"] - base.transformer["lm_head"]["kernel"]))
+    assert 0 < changed.max() < 0.1
+    np.testing.assert_array_equal(export.path_codebook, base.path_codebook)
+    assert export.files == base.files
+
+
+def test_a_killed_run_ends_where_an_uninterrupted_one_does(finished: Path) -> None:
+    output = finished.parent / "killed"
+    train_and_kill(output, 3)
+    done = train(output, "checkpoint.resume=latest")
+    assert done.returncode == 0, done.stderr
+    assert metrics(output) == metrics(finished)
+    whole, resumed = load_file(finished / WEIGHTS), load_file(output / WEIGHTS)
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        np.testing.assert_array_equal(tensor, resumed[name], err_msg=name)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (finished, output)]
+    for summary in summaries:
+        summary.pop("seconds")
+    assert summaries[0] == summaries[1]
+
+
+@pytest.mark.parametrize("mesh", ["mesh.data=8", "mesh.data=2", "mesh.data=1"])
+def test_eight_devices_equal_one(finished: Path, mesh: str) -> None:
+    """The same tokens, so the same rewards; the same loss to float tolerance."""
+    shape = {"mesh.data=8": (), "mesh.data=2": ("mesh.fsdp=4",), "mesh.data=1": ("mesh.fsdp=4", "mesh.tensor=2")}[mesh]
+    output = finished.parent / mesh
+    done = train(output, mesh, *shape, "iterations=2", "optimizer.schedule=constant", devices=8)
+    assert done.returncode == 0, done.stderr
+    alone = finished.parent / "constant"
+    if not alone.exists():
+        assert train(alone, "iterations=2", "optimizer.schedule=constant").returncode == 0
+    for one, eight in zip(metrics(alone), metrics(output), strict=True):
+        assert eight["reward"] == one["reward"]
+        for name in ("loss", "kl", "logp", "entropy", "grad_norm"):
+            assert eight[name] == pytest.approx(one[name], rel=2e-3, abs=2e-5), name
+
+
+def test_every_option_at_once(finished: Path) -> None:
+    output = finished.parent / "options"
+    done = train(
+        output,
+        "iterations=2",
+        "model.dtype=bfloat16",
+        "model.remat=full",
+        "grpo.trajectory=rollout",
+        "grpo.action=intermediate",
+        "grpo.updates_per_rollout=2",
+        "grpo.clip_range=0.2",
+        "grpo.global_std=True",
+        "rollout.guidance_scale=2.0",
+        "rollout.shift=1.5",
+        "optimizer.ema_decay=0.9",
+        "optimizer.schedule=multistep",
+        "optimizer.milestones=(2,)",
+        "evaluation.every=1",
+        "checkpoint.keep_best=True",
+        "checkpoint.keep=1",
+        "logging.tensorboard=True",
+    )
+    assert done.returncode == 0, done.stderr
+    rows = metrics(output)
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    assert list((output / "tensorboard").iterdir())
+    assert (output / "export" / "transformer" / "config.json").exists()
+    assert len((output / "evaluations.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["nothing=1"], "no such field"),
+        (["iterations=0", "rollout.group_size=1"], "rollout.group_size is 1"),
+        (["model.path=/nowhere"], "no such folder"),
+        (["prompts.train=/nowhere.jsonl"], "no such prompt file"),
+        (["model.height=30"], "multiples of 8"),
+        (["mesh.data=3"], "does not fit 1 device"),
+        (["checkpoint.resume=/nowhere"], "no such folder"),
+        (["rewards.scorer=beauty"], "shapes"),
+        (["rewards.scorer=bridge_scorers:Raise"], "Traceback"),
+    ],
+)
+def test_bad_input_is_one_clear_error(tmp_path: Path, overrides: list[str], message: str) -> None:
+    done = train(tmp_path / "run", *overrides)
+    assert done.returncode == 1
+    assert message in done.stderr, done.stderr
+    assert "error:" in done.stderr
+
+
+def test_an_empty_prompt_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").write_text("\n\n")
+    done = train(tmp_path / "run", f"prompts.train={tmp_path / 'none.jsonl'}")
+    assert done.returncode == 1
+    assert "none.jsonl" in done.stderr
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused(tmp_path: Path) -> None:
+    done = train(tmp_path / "run", "rollout.micro_batch=4", devices=8)
+    assert done.returncode == 1
+    assert "rollout.micro_batch is 4" in done.stderr
+
+
+def test_a_checkpoint_of_another_run_is_refused(finished: Path) -> None:
+    done = train(finished.parent / "other", f"checkpoint.resume={finished}", "grpo.kl_weight=9.0")
+    assert done.returncode == 1
+    assert "grpo.kl_weight" in done.stderr
