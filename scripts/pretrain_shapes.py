@@ -28,12 +28,18 @@ from udm_grpo import pretrain, steps
 from udm_grpo.batches import Params
 from udm_grpo.host import shapes
 from udm_grpo.host.checkpoint import Checkpoints
-from udm_grpo.host.weights import Checkpoint, Scheduler, new_checkpoint, save_folder
+from udm_grpo.host.new_checkpoint import new_checkpoint
+from udm_grpo.host.shapes_scenes import render_batch, scene_for
+from udm_grpo.host.weights import Checkpoint, Scheduler, save_folder
 from udm_grpo.model import transformer, vq
 
 ASSETS = Path(__file__).resolve().parent.parent / "udm_grpo" / "assets"
 CODES = 256
 WIDTH_OF_A_CODE = 8
+PATH = Scheduler(alpha=0.7, c=40.0, eps=1e-5, shift=1.0)
+"""With 256 codes on a sphere in 8 dimensions a code has near neighbours, so c is large: a token keeps its code with
+probability 0.2 at t = 0.2, 0.57 at t = 0.5, 0.95 at t = 0.8. With (0.9, 3) that would be 0.30 at t = 0.9 still, and most
+of a picture would be decided in the last step, every token on its own."""
 VQ_CONFIG = {
     "_quantizer_name": "VQuantizer",
     "attn_down_block": False,
@@ -84,7 +90,7 @@ class TokenizerTraining:
         self.config = vq.VQConfig.from_json(VQ_CONFIG)
         self.rng = np.random.default_rng(0)
         prompts = shapes.sample_prompts(shapes.train_prompts(), plan.pool, self.rng, shapes.PRETRAIN_TAG_WEIGHTS)
-        self.pool = shapes.render_batch([shapes.scene_for(metadata, self.rng) for metadata in prompts])
+        self.pool = render_batch([scene_for(metadata, self.rng) for metadata in prompts])
         self.log = (output / "tokenizer.jsonl").open("a", encoding="utf-8")
 
     def batch(self, count: int) -> jax.Array:
@@ -149,14 +155,14 @@ def spherical_k_means(points: np.ndarray, k: int, rng: np.random.Generator, roun
 def write_tokens(plan: Plan, params: Params, file: Path) -> None:
     """Render, encode and caption the transformer's training pictures: tokens.npz with prompts and images."""
     rng = np.random.default_rng(1)
-    scenes = shapes.sample_prompts(shapes.train_prompts(), plan.pictures, rng, shapes.PRETRAIN_TAG_WEIGHTS)
+    wanted = shapes.sample_prompts(shapes.train_prompts(), plan.pictures, rng, shapes.PRETRAIN_TAG_WEIGHTS)
     encode, _ = steps.tokenizer_codec(vq.VQConfig.from_json(VQ_CONFIG))
     ids = []
     for at in range(0, plan.pictures, 500):
-        images = shapes.render_batch([shapes.scene_for(metadata, rng) for metadata in scenes[at : at + 500]])
+        images = render_batch([scene_for(metadata, rng, "anchored") for metadata in wanted[at : at + 500]])
         ids.append(np.asarray(encode(params, jnp.asarray(as_pixels(images)))))
     captions = [
-        shapes.corrupt_caption(metadata, rng) if rng.random() < plan.wrong_captions else metadata for metadata in scenes
+        shapes.corrupt_caption(metadata, rng) if rng.random() < plan.wrong_captions else metadata for metadata in wanted
     ]
     np.savez_compressed(file, prompts=[caption["prompt"] for caption in captions], images=np.concatenate(ids))
 
@@ -187,7 +193,7 @@ def fresh_checkpoint(params: Params) -> Checkpoint:
             num_attention_heads=2,
             num_key_value_heads=1,
             num_hidden_layers=4,
-            rope_theta=10_000,
+            rope_theta=1_000_000,
             vocab_size=len(words) + CODES,
             lm_vocab_size=len(words),
             lm_head_size=CODES,
@@ -199,7 +205,7 @@ def fresh_checkpoint(params: Params) -> Checkpoint:
             vq.VQConfig.from_json(VQ_CONFIG),
             params,
             params["codebook"]["embedding"],
-            Scheduler(alpha=0.9, c=3.0, eps=1e-5, shift=1.0),
+            PATH,
             folder,
         )
 

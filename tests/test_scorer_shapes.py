@@ -16,6 +16,7 @@ from scipy.ndimage import binary_dilation, gaussian_filter
 from rewards_bridge.scorers import load_scorer
 from rewards_bridge.scorers import shapes as judge
 from udm_grpo.host import shapes as world
+from udm_grpo.host import shapes_scenes as scenes
 
 ROOT = Path(__file__).parent.parent
 RED, BLUE, GROUND = (210, 45, 45), (45, 85, 210), (226, 226, 226)
@@ -32,7 +33,7 @@ def truth() -> Truth:
     """250 fresh scenes of every tag, train and held-out combinations alike."""
     rng = np.random.default_rng(12)
     metadata = [m for tag in world.TAGS for m in world.sample_prompts(world.all_prompts(), 250, rng, {tag: 1})]
-    images = world.render_batch([world.scene_for(entry, rng) for entry in metadata])
+    images = scenes.render_batch([scenes.scene_for(entry, rng) for entry in metadata])
     return Truth(images, metadata, [world.corrupt_caption(entry, rng) for entry in metadata])
 
 
@@ -77,7 +78,7 @@ def test_colors_a_little_off_and_specks_do_not_mislead(truth: Truth) -> None:
 def test_larger_pictures_are_judged_alike(size: int) -> None:
     rng = np.random.default_rng(6)
     metadata = world.sample_prompts(world.all_prompts(), 100, rng)
-    images = world.render_batch([world.scene_for(entry, rng) for entry in metadata], size)
+    images = scenes.render_batch([scenes.scene_for(entry, rng) for entry in metadata], size)
     assert _strict(images, metadata).mean() >= 0.99
 
 

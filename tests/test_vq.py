@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_data import GoldenCase, assert_close, golden_cases
 
-from golden_data import GoldenCase, golden_cases
+from udm_grpo.batches import Params
+from udm_grpo.host.weights import load_folder
 from udm_grpo.model import quantizers, vq
 
 LFQ = vq.VQConfig(num_vq_embeddings=64, vq_embed_dim=6, quantizer_name="LFQuantizer")
@@ -13,11 +15,22 @@ FSQ = vq.VQConfig(num_vq_embeddings=64000, vq_embed_dim=6, quantizer_name="FSQua
 TINY = vq.VQConfig(
     block_out_channels=(32, 64), layers_per_block=1, latent_channels=4, num_vq_embeddings=12, vq_embed_dim=5
 )
-NO_PARAMS: vq.Params = {}
+NO_PARAMS: Params = {}
 
 
 def channels_last(array: np.ndarray) -> jax.Array:
     return jnp.asarray(np.moveaxis(array, 1, -1))
+
+
+@golden_cases()
+def test_encoder_decoder_and_codes_match_the_release(case: GoldenCase):
+    checkpoint = load_folder(case.checkpoint)
+    config, params = checkpoint.vq_config, checkpoint.vq
+    ids = jnp.asarray(case.arrays["image_ids"], jnp.int32)
+    assert_close(vq.decode(config, params, ids), np.moveaxis(case.arrays["vae_decode"], 1, -1))
+    latent = vq.encode_latent(config, params, channels_last(case.arrays["vae_encode_pixels"]))
+    assert_close(latent, np.moveaxis(case.arrays["vae_encode_latent"], 1, -1))
+    np.testing.assert_array_equal(vq.quantize(config, params, latent), case.arrays["vae_encode_ids"])
 
 
 @golden_cases()
@@ -62,7 +75,7 @@ def test_everything_the_tokenizer_trains_has_a_gradient():
     params = vq.init(TINY, jax.random.key(1))
     pixels = jax.random.uniform(jax.random.key(2), (2, 4, 6, 3), minval=-1.0)
 
-    def loss(params: vq.Params) -> jax.Array:
+    def loss(params: Params) -> jax.Array:
         z = vq.encode_latent(TINY, params, pixels)
         codes = vq.embed_codes(TINY, params, vq.quantize(TINY, params, z))
         straight_through = codes + z - jax.lax.stop_gradient(z)
@@ -112,6 +125,9 @@ def test_sizes_that_the_stride_does_not_divide_are_refused():
         ({"_class_name": "AutoencoderVQCosmos3D"}, "_class_name"),
         ({"temporal_stride": 4}, "temporal_stride"),
         ({"norm_num_groups": 16}, "norm_num_groups"),
+        ({"layers_per_block": "2"}, "layers_per_block is '2'"),
+        ({"block_out_channels": [32, 0]}, r"block_out_channels is \(32, 0\)"),
+        ({"attn_up_block": 1}, "attn_up_block is 1"),
     ],
 )
 def test_configs_that_cannot_be_computed_are_refused(changes: dict, message: str):

@@ -8,10 +8,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from udm_grpo.batches import Params
-from udm_grpo.host.tokenizer import load_tokenizer
-from udm_grpo.host.torch_files import Layout
-from udm_grpo.host.weight_table import TRANSFORMER_TABLE, VQ_TABLE, Table, sources
-from udm_grpo.host.weights import (
+from udm_grpo.host.released import (
     CODEBOOK_NAME,
     SCHEDULER_FILE,
     Checkpoint,
@@ -21,8 +18,11 @@ from udm_grpo.host.weights import (
     read_files,
     tokenizer_problems,
 )
+from udm_grpo.host.tokenizer import load_tokenizer
+from udm_grpo.host.torch_files import Layout
+from udm_grpo.host.weight_table import TRANSFORMER_TABLE, VQ_TABLE, Table, sources
 from udm_grpo.model.transformer import TransformerConfig
-from udm_grpo.model.vq import GROUPS, VQConfig
+from udm_grpo.model.vq_config import GROUPS, VQConfig
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 DIFFUSERS_VERSION = "0.35.1"

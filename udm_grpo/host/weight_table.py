@@ -75,7 +75,7 @@ def sources(table: Table, tree: Params) -> dict[str, Source]:
 
     Raises KeyError for a leaf that the table has no row for.
     """
-    found = {}
+    found = dict[str, Source]()
     for path, leaf in leaves_by_path(tree).items():
         name, transform = _row_for(table, path)
         if "{layer}" in name:

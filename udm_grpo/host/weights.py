@@ -1,24 +1,37 @@
-"""The released URSA checkpoint folder, read and written; new_checkpoint.py makes one for a new model."""
+"""The released URSA checkpoint folder, read and written.
+
+`new_checkpoint` makes what `save_folder` writes for a model that no folder held before.
+"""
 
 import dataclasses
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from udm_grpo.batches import Params
 from udm_grpo.host.atomic import replacing_folder
-from udm_grpo.host.tokenizer import PromptTokenizer, load_tokenizer
+from udm_grpo.host.new_checkpoint import new_checkpoint
+from udm_grpo.host.released import (
+    CODEBOOK_NAME,
+    CONFIG_FILES,
+    SCHEDULER_FILE,
+    Checkpoint,
+    PathLike,
+    Problems,
+    Scheduler,
+    is_number,
+    read_files,
+    tokenizer_problems,
+)
+from udm_grpo.host.tokenizer import load_tokenizer
 from udm_grpo.host.torch_files import (
     Layout,
     TensorFiles,
     WeightsError,
-    find,
     open_tensors,
     read_json,
     write_file,
@@ -39,61 +52,17 @@ from udm_grpo.host.weight_table import (
 )
 from udm_grpo.model import transformer, vq
 from udm_grpo.model.transformer import TransformerConfig
-from udm_grpo.model.vq import VQConfig
+from udm_grpo.model.vq_config import VQConfig
 
-PathLike = str | os.PathLike[str]
-T = TypeVar("T")
-
-SCHEDULER_FILE = "scheduler_model.pth"
-CODEBOOK_NAME = "path.emb"
-CONFIG_FILES = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-
-
-@dataclass(frozen=True)
-class Scheduler:
-    """scheduler_config.json: the probability path and the schedule."""
-
-    alpha: float | None
-    """Exponent of beta_t; None: the mixture path."""
-    c: float
-    """Factor of beta_t."""
-    eps: float
-    """Least norm of a codebook row when it is normalised."""
-    shift: float
-    """s of the schedule."""
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> "Scheduler":
-        """Read scheduler_config.json, with the release's defaults; raises ValueError for values that cannot be."""
-        given = {name: value for name, value in raw.items() if value is not None}
-        values = {"c": 3.0, "eps": 1e-5, "shift": 1.0} | given
-        made = cls(given.get("alpha"), values["c"], values["eps"], values["shift"])
-        for name, value in dataclasses.asdict(made).items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and 0 < value < float("inf")):
-                raise ValueError(f"scheduler_config.json: {name} is {value!r}; wanted a number above 0")
-        return made
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Everything that a checkpoint folder holds, and how it was stored.
-
-    To export trained weights: `save_folder(dataclasses.replace(checkpoint, transformer=params), folder)`.
-    """
-
-    transformer_config: TransformerConfig
-    transformer: Params
-    vq_config: VQConfig
-    vq: Params
-    path_codebook: Float[Array, "v e"]
-    """The codes as the path sees them, float32; the image tokenizer has its own."""
-    scheduler: Scheduler
-    tokenizer: PromptTokenizer
-    files: Mapping[str, bytes]
-    """Relative path -> content of every configuration and tokenizer file; saved verbatim."""
-    layouts: Mapping[str, Layout]
-    """Part (transformer, vae, scheduler) -> how its tensors lie in files, with their dtypes."""
+__all__ = [
+    "Checkpoint",
+    "Scheduler",
+    "WeightsError",
+    "load_folder",
+    "load_transformer",
+    "new_checkpoint",
+    "save_folder",
+]
 
 
 def load_folder(folder: PathLike, dtype: str = "float32", prompt_length: int | None = None) -> Checkpoint:
@@ -110,12 +79,14 @@ def load_folder(folder: PathLike, dtype: str = "float32", prompt_length: int | N
         )
     found = Problems()
     transformer_json, vq_json, scheduler_json = (folder / name for name in CONFIG_FILES)
-    config = found.collect(lambda: TransformerConfig.from_json(read_json(transformer_json)))
+    config = found.collect(lambda: _transformer_config(read_json(transformer_json)))
     vq_config = found.collect(lambda: VQConfig.from_json(read_json(vq_json)))
     scheduler = found.collect(lambda: Scheduler.from_json(read_json(scheduler_json)))
     tokenizer = found.collect(lambda: load_tokenizer(folder / "tokenizer", prompt_length))
-    weights = found.part(folder / "transformer", config and sources(TRANSFORMER_TABLE, transformer.abstract(config)))
-    codec = found.part(folder / "vae", vq_config and sources(VQ_TABLE, vq.abstract(vq_config)))
+    weights = found.part(
+        folder / "transformer", sources(TRANSFORMER_TABLE, transformer.abstract(config)) if config else None
+    )
+    codec = found.part(folder / "vae", sources(VQ_TABLE, vq.abstract(vq_config)) if vq_config else None)
     codebook = found.collect(lambda: open_tensors(folder / "scheduler" / SCHEDULER_FILE))
     if config and codebook:
         found.lines += _codebook_problems(codebook, config)
@@ -125,7 +96,13 @@ def load_folder(folder: PathLike, dtype: str = "float32", prompt_length: int | N
     if config and tokenizer:
         found.lines += tokenizer_problems(tokenizer, config)
     found.raise_any(folder)
-    assert config and vq_config and scheduler and tokenizer and weights and codec and codebook
+    assert config is not None
+    assert vq_config is not None
+    assert scheduler is not None
+    assert tokenizer is not None
+    assert weights is not None
+    assert codec is not None
+    assert codebook is not None
     return Checkpoint(
         transformer_config=config,
         transformer=_read_tree(weights, TRANSFORMER_TABLE, transformer.abstract(config), dtype),
@@ -189,47 +166,19 @@ def save_folder(checkpoint: Checkpoint, folder: PathLike, dtype: str | None = No
         raise OSError(error.errno, f"{folder} cannot be written ({error.strerror}); {advice}") from error
 
 
-class Problems:
-    """Collects what is wrong, to say it all at once."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def collect(self, read: Callable[[], T]) -> T | None:
-        """Return what `read` returns, or None if it raises ValueError, which is then kept."""
-        try:
-            return read()
-        except ValueError as error:
-            self.lines.append(str(error))
-            return None
-
-    def part(self, path: Path, wanted: Mapping[str, Source] | None) -> TensorFiles | None:
-        """Open a part's tensors and compare them with what is wanted; None if they cannot be opened."""
-        opened = self.collect(lambda: open_tensors(find(path) if path.is_dir() else path))
-        if opened and wanted is not None:
-            self.lines += [f"{path}: {line}" for line in problems(wanted, opened.infos)]
-        return opened
-
-    def raise_any(self, what: PathLike) -> None:
-        """Raise WeightsError if there is any problem."""
-        if self.lines:
-            raise WeightsError("\n  ".join([f"{what}: {len(self.lines)} problem(s):", *self.lines]))
-
-
-def tokenizer_problems(tokenizer: PromptTokenizer, config: TransformerConfig) -> list[str]:
-    """Return what about a tokenizer does not fit a transformer."""
-    lines = []
-    if tokenizer.vocabulary != config.lm_vocab_size:
-        found = f"the tokenizer has {tokenizer.vocabulary} ids, transformer/config.json says lm_vocab_size"
-        lines.append(f"{found} {config.lm_vocab_size}; use the tokenizer that the transformer was trained with")
-    if not 0 <= config.bov_token_id < config.lm_vocab_size:
-        lines.append(f"bov_token_id {config.bov_token_id} is no text id, of which there are {config.lm_vocab_size}")
-    return lines
-
-
-def read_files(folder: Path) -> dict[str, bytes]:
-    """Return the content of every file below a folder, by relative path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+def _transformer_config(raw: Mapping[str, Any]) -> TransformerConfig:
+    """Return the sizes in transformer/config.json; raises ValueError if one of them is no number above 0."""
+    wrong = []
+    sizes = {field.name: raw[field.name] for field in dataclasses.fields(TransformerConfig) if field.name in raw}
+    for name, value in sizes.items():
+        least = 0 if name == "bov_token_id" else 1
+        if not is_number(value) or not least <= value < float("inf"):
+            wrong.append(f"{name} is {value!r}")
+        else:
+            sizes[name] = float(value) if name == "rope_theta" else int(value)
+    if wrong:
+        raise ValueError(f"transformer/config.json: {', '.join(wrong)}; wanted numbers above 0")
+    return TransformerConfig.from_json(sizes)
 
 
 def _codebook_problems(codebook: TensorFiles, config: TransformerConfig) -> list[str]:

@@ -1,0 +1,119 @@
+"""What a checkpoint folder in the released format holds, once it is read."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxtyping import Array, Float
+
+from udm_grpo.batches import Params
+from udm_grpo.host.tokenizer import PromptTokenizer
+from udm_grpo.host.torch_files import Layout, TensorFiles, WeightsError, find, open_tensors
+from udm_grpo.host.weight_table import Source, problems
+from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.model.vq_config import VQConfig
+
+PathLike = str | os.PathLike[str]
+T = TypeVar("T")
+
+SCHEDULER_FILE = "scheduler_model.pth"
+CODEBOOK_NAME = "path.emb"
+CONFIG_FILES = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """scheduler_config.json: the probability path and the schedule."""
+
+    alpha: float | None
+    """Exponent of beta_t; None: the mixture path."""
+    c: float
+    """Factor of beta_t."""
+    eps: float
+    """Least norm of a codebook row when it is normalised."""
+    shift: float
+    """s of the schedule."""
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> "Scheduler":
+        """Read scheduler_config.json, with the release's defaults; raises ValueError for values that cannot be."""
+        values: dict[str, float | None] = {"alpha": None, "c": 3.0, "eps": 1e-5, "shift": 1.0}
+        for name in values:
+            value = raw.get(name)
+            if value is None:
+                continue
+            if not is_number(value) or not 0 < value < float("inf"):
+                raise ValueError(f"scheduler_config.json: {name} is {value!r}; wanted a number above 0")
+            values[name] = float(value)
+        return cls(**values)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that a checkpoint folder holds, and how it was stored.
+
+    To export trained weights: `save_folder(dataclasses.replace(checkpoint, transformer=params), folder)`.
+    """
+
+    transformer_config: TransformerConfig
+    transformer: Params
+    vq_config: VQConfig
+    vq: Params
+    path_codebook: Float[Array, "v e"]
+    """The codes as the path sees them, float32; the image tokenizer has its own."""
+    scheduler: Scheduler
+    tokenizer: PromptTokenizer
+    files: Mapping[str, bytes]
+    """Relative path -> content of every configuration and tokenizer file; saved verbatim."""
+    layouts: Mapping[str, Layout]
+    """Part (transformer, vae, scheduler) -> how its tensors lie in files, with their dtypes."""
+
+
+class Problems:
+    """Collects what is wrong, to say it all at once."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def collect(self, read: Callable[[], T]) -> T | None:
+        """Return what `read` returns, or None if it raises ValueError, which is then kept."""
+        try:
+            return read()
+        except ValueError as error:
+            self.lines.append(str(error))
+            return None
+
+    def part(self, path: Path, wanted: Mapping[str, Source] | None) -> TensorFiles | None:
+        """Open a part's tensors and compare them with what is wanted; None if they cannot be opened."""
+        opened = self.collect(lambda: open_tensors(find(path) if path.is_dir() else path))
+        if opened and wanted is not None:
+            self.lines += [f"{path}: {line}" for line in problems(wanted, opened.infos)]
+        return opened
+
+    def raise_any(self, what: PathLike) -> None:
+        """Raise WeightsError if there is any problem."""
+        if self.lines:
+            raise WeightsError("\n  ".join([f"{what}: {len(self.lines)} problem(s):", *self.lines]))
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value of a JSON file is a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def tokenizer_problems(tokenizer: PromptTokenizer, config: TransformerConfig) -> list[str]:
+    """Return what about a tokenizer does not fit a transformer."""
+    lines = []
+    if tokenizer.vocabulary != config.lm_vocab_size:
+        found = f"the tokenizer has {tokenizer.vocabulary} ids, transformer/config.json says lm_vocab_size"
+        lines.append(f"{found} {config.lm_vocab_size}; use the tokenizer that the transformer was trained with")
+    if not 0 <= config.bov_token_id < config.lm_vocab_size:
+        lines.append(f"bov_token_id {config.bov_token_id} is no text id, of which there are {config.lm_vocab_size}")
+    return lines
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Return the content of every file below a folder, by relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
