@@ -48,7 +48,7 @@ def test_loss_and_gradients(case: GoldenCase) -> None:
     assert_close(metrics["kl"], case.arrays["grpo_kl_loss"], KL_TOLERANCE)
     assert_close(metrics["entropy"], case.arrays["grpo_entropy_image_only"])
     assert_close(metrics["clip_fraction"], case.arrays["grpo_clip_frac"])
-    assert_close(optax.global_norm(gradient), case.arrays["grad_norm"], 1e-4)
+    assert_close(optax.tree.norm(gradient), case.arrays["grad_norm"], 1e-4)
     for name, wanted in case.arrays.items():
         if name.startswith("grad/model.layers") or name in ("grad/model.norm.weight", "grad/lm_head.weight"):
             assert_close(_torch_layout(gradient, name), wanted, 1e-4)
@@ -216,10 +216,10 @@ def _kept_rollout() -> Rollout:
 
 def test_the_four_trajectories() -> None:
     path = make_path(jnp.asarray(np.random.default_rng(0).normal(size=(40, 6)), jnp.float32), 0.9, 3.0)
-    kept, index, key = _kept_rollout(), jnp.arange(4, dtype=jnp.int32), jax.random.key(1)
+    kept, index = _kept_rollout(), jnp.arange(4, dtype=jnp.int32)
     made = {
         (where, action): trajectory(
-            path, TrajectoryPlan(10, 1.0, trajectory=where, action=action, rows=2), kept, index, key
+            path, TrajectoryPlan(10, 1.0, trajectory=where, action=action, rows=2), kept, index, jax.random.key(1)
         )
         for where in ("forward", "rollout")
         for action in ("clean", "intermediate")
@@ -234,20 +234,20 @@ def test_the_four_trajectories() -> None:
             np.testing.assert_array_equal(states.noisy, np.asarray(kept.visited)[steps])
     assert (made["forward", "clean"].noisy != made["rollout", "clean"].noisy).any()
     with pytest.raises(ValueError, match="keep its trajectory"):
-        trajectory(path, TrajectoryPlan(10, 1.0, trajectory="rollout"), Rollout(kept.clean), index, key)
+        trajectory(path, TrajectoryPlan(10, 1.0, trajectory="rollout"), Rollout(kept.clean), index, jax.random.key(1))
 
 
 def test_forward_trajectory_follows_the_path() -> None:
     """Late states are near the clean image, and the draws of an image do not depend on its neighbours."""
     path = make_path(jnp.asarray(np.random.default_rng(0).normal(size=(40, 6)), jnp.float32), 0.9, 3.0)
     clean = jnp.asarray(np.random.default_rng(6).integers(0, 40, (64, 6)), jnp.int32)
-    index, key = jnp.arange(64, dtype=jnp.int32), jax.random.key(2)
+    index = jnp.arange(64, dtype=jnp.int32)
     plan = TrajectoryPlan(25, 1.0, trained_steps=25, window_starts=1, rows=16)
-    states = trajectory(path, plan, Rollout(clean), index, key)
+    states = trajectory(path, plan, Rollout(clean), index, jax.random.key(2))
     same = np.asarray(jnp.mean((states.noisy == clean[None]).astype(jnp.float32), axis=(1, 2)))
     assert same[0] < 0.1
     assert same[-1] > 0.9
-    alone = trajectory(path, plan, Rollout(clean[10:12]), index[10:12], key)
+    alone = trajectory(path, plan, Rollout(clean[10:12]), index[10:12], jax.random.key(2))
     np.testing.assert_array_equal(alone.noisy, states.noisy[:, 10:12])
 
 
@@ -257,6 +257,6 @@ def test_schedules() -> None:
     cosine = learning_rate(1.0, "cosine", 10, final_fraction=0.1)
     np.testing.assert_allclose([cosine(0), cosine(5), cosine(10)], [1, 0.55, 0.1], rtol=1e-6)
     steps = learning_rate(1.0, "multistep", 10, warmup=2, milestones=(4, 8), milestone_factor=0.5)
-    np.testing.assert_allclose([steps(i) for i in (2, 4, 5, 8, 9)], [1, 1, 0.5, 0.5, 0.25], rtol=1e-6)
+    np.testing.assert_allclose([steps(i) for i in (2, 3, 4, 7, 8)], [1, 1, 0.5, 0.5, 0.25], rtol=1e-6)
     with pytest.raises(ValueError, match="constant, cosine or multistep"):
         learning_rate(1.0, "linear", 10)

@@ -39,6 +39,8 @@ class PretrainPlan:
     warmup: int = 200
     """Updates."""
     weight_decay: float = 0.01
+    shift: float = 0.0
+    """s of the warp that times are drawn through; 0: the checkpoint's own."""
     seed: int = 0
     save_every: int = 1000
     """Updates between saved states."""
@@ -80,7 +82,7 @@ def pretrain(
     optimizer = adamw(rate, 0.9, 0.98, plan.weight_decay, 1.0)
     grid = (data.image_ids.shape[1], data.image_ids.shape[2])
     step = steps.pretrain_step(
-        checkpoint.transformer_config, Execution(), path, checkpoint.scheduler.shift, grid, optimizer
+        checkpoint.transformer_config, Execution(), path, plan.shift or checkpoint.scheduler.shift, grid, optimizer
     )
     params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), checkpoint.transformer)
     opt_state = optimizer.init(params)
@@ -132,12 +134,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--updates", type=int, required=True)
     parser.add_argument("--batch", type=int, default=PretrainPlan.batch)
     parser.add_argument("--learning_rate", type=float, default=PretrainPlan.learning_rate)
+    parser.add_argument("--shift", type=float, default=PretrainPlan.shift, help="0: the checkpoint's own")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     output = FilePath(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = load_folder(arguments.checkpoint)
-    plan = PretrainPlan(arguments.updates, arguments.batch, arguments.learning_rate, seed=arguments.seed)
+    plan = PretrainPlan(
+        arguments.updates, arguments.batch, arguments.learning_rate, shift=arguments.shift, seed=arguments.seed
+    )
     with open(output / "pretrain.jsonl", "a", encoding="utf-8") as file:
 
         def log(row: dict[str, Any]) -> None:

@@ -73,5 +73,5 @@ def update(
     """
     compute = cast(state.params, compute_dtype)
     gradients, metrics = accumulated_gradients(config, execution, plan, compute, samples, micro_batch)
-    metrics["grad_norm"] = optax.global_norm(gradients)
+    metrics["grad_norm"] = optax.tree.norm(gradients)
     return apply_gradients(optimizer, ema_decay, state, gradients), metrics

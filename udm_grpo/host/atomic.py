@@ -21,6 +21,8 @@ def replacing_folder(target: Path, marker: str) -> Iterator[Path]:
         raise FileExistsError(f"{target} already exists, and {advice}")
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():
+        old.rename(target)  # a kill came between the two renames below
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:

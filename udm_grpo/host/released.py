@@ -110,7 +110,9 @@ def tokenizer_problems(tokenizer: PromptTokenizer, config: TransformerConfig) ->
         found = f"the tokenizer has {tokenizer.vocabulary} ids, transformer/config.json says lm_vocab_size"
         lines.append(f"{found} {config.lm_vocab_size}; use the tokenizer that the transformer was trained with")
     if not 0 <= config.bov_token_id < config.lm_vocab_size:
-        lines.append(f"bov_token_id {config.bov_token_id} is no text id, of which there are {config.lm_vocab_size}")
+        lines.append(
+            f"transformer/config.json: bov_token_id {config.bov_token_id} is none of {config.lm_vocab_size} text ids"
+        )
     return lines
 
 

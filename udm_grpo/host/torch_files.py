@@ -7,6 +7,7 @@ such a file holds is ever executed.
 import io
 import json
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -179,7 +180,7 @@ def _open_torch(path: Path) -> Opened:
             zipped = file.read(2) == b"PK"
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # of many types, for a file may be damaged in many ways
-        if "weights_only" not in str(error).lower():
+        if not re.search(r"Unsupported (global|class)", str(error)):
             raise _damaged(path, error) from None
         reason = "it holds more than tensors, and loading that could run code"
         raise WeightsError(f"{path}: {reason}. Save the plain state dict, best as .safetensors.") from None
@@ -248,5 +249,7 @@ def _damaged(path: Path, error: Exception) -> WeightsError:
     if start == GIT_LFS_POINTER:
         return WeightsError(f"{path}: is a Git LFS pointer, not the file itself. Run `git lfs pull` in that folder.")
     size = path.stat().st_size
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    # torch's first lines advise to load the file without weights_only; what is wrong with it comes after.
+    text = str(error).split("WeightsUnpickler error: ")[-1].strip()
+    reason = (text.splitlines() or [type(error).__name__])[0][:200]
     return WeightsError(f"{path}: truncated or damaged, {size} bytes ({reason}). Download it again.")

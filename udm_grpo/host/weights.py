@@ -64,6 +64,8 @@ __all__ = [
     "save_folder",
 ]
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def load_folder(folder: PathLike, dtype: str = "float32", prompt_length: int | None = None) -> Checkpoint:
     """Read a checkpoint folder of any size in the released format.
@@ -72,6 +74,7 @@ def load_folder(folder: PathLike, dtype: str = "float32", prompt_length: int | N
     while weights that `dtype` cannot hold exactly are rounded and will be saved as `dtype`. prompt_length: L; by
     default the tokenizer's model_max_length, at most 320. Raises WeightsError that lists every problem at once.
     """
+    _check_dtype(dtype)
     folder = Path(folder)
     if not folder.is_dir():
         raise WeightsError(
@@ -80,7 +83,7 @@ def load_folder(folder: PathLike, dtype: str = "float32", prompt_length: int | N
     found = Problems()
     transformer_json, vq_json, scheduler_json = (folder / name for name in CONFIG_FILES)
     config = found.collect(lambda: _transformer_config(read_json(transformer_json)))
-    vq_config = found.collect(lambda: VQConfig.from_json(read_json(vq_json)))
+    vq_config = found.collect(lambda: _vq_config(read_json(vq_json)))
     scheduler = found.collect(lambda: Scheduler.from_json(read_json(scheduler_json)))
     tokenizer = found.collect(lambda: load_tokenizer(folder / "tokenizer", prompt_length))
     weights = found.part(
@@ -122,6 +125,7 @@ def load_folder(folder: PathLike, dtype: str = "float32", prompt_length: int | N
 
 def load_transformer(path: PathLike, config: TransformerConfig, dtype: str = "float32") -> Params:
     """Read a transformer's parameters from its folder or from one tensor file; raises WeightsError listing problems."""
+    _check_dtype(dtype)
     path, found = Path(path), Problems()
     wanted = sources(TRANSFORMER_TABLE, transformer.abstract(config))
     weights = found.part(path, wanted)
@@ -140,6 +144,7 @@ def save_folder(checkpoint: Checkpoint, folder: PathLike, dtype: str | None = No
     """
     layouts = dict(checkpoint.layouts)
     if dtype is not None:
+        _check_dtype(dtype)
         names = dict.fromkeys(layouts["transformer"].dtypes, dtype)
         layouts["transformer"] = dataclasses.replace(layouts["transformer"], dtypes=names)
     trees = {
@@ -166,6 +171,11 @@ def save_folder(checkpoint: Checkpoint, folder: PathLike, dtype: str | None = No
         raise OSError(error.errno, f"{folder} cannot be written ({error.strerror}); {advice}") from error
 
 
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+
+
 def _transformer_config(raw: Mapping[str, Any]) -> TransformerConfig:
     """Return the sizes in transformer/config.json; raises ValueError if one of them is no number above 0."""
     wrong = []
@@ -179,6 +189,13 @@ def _transformer_config(raw: Mapping[str, Any]) -> TransformerConfig:
     if wrong:
         raise ValueError(f"transformer/config.json: {', '.join(wrong)}; wanted numbers above 0")
     return TransformerConfig.from_json(sizes)
+
+
+def _vq_config(raw: Mapping[str, Any]) -> VQConfig:
+    try:
+        return VQConfig.from_json(raw)
+    except ValueError as error:
+        raise ValueError(f"vae/config.json: {error}") from None
 
 
 def _codebook_problems(codebook: TensorFiles, config: TransformerConfig) -> list[str]:

@@ -64,7 +64,7 @@ class VQConfig:
         fixed = {"_class_name": "AutoencoderVQ", "act_fn": "silu", "norm_num_groups": GROUPS, "temporal_stride": 1}
         for key, wanted in fixed.items():
             if key in raw and raw[key] != wanted:
-                raise ValueError(f"vae config: {key} is {raw[key]!r}; only {wanted!r} is supported")
+                raise ValueError(f"{key} is {raw[key]!r}; only {wanted!r} is supported")
         names = {field.name: field.name for field in dataclasses.fields(cls)} | {"quantizer_name": "_quantizer_name"}
         values = {name: raw[key] for name, key in names.items() if key in raw}
         if isinstance(values.get("block_out_channels"), list):
@@ -74,5 +74,5 @@ class VQConfig:
             numbers = value if isinstance(value, tuple) else (value,) if kind is int else ()
             if type(value) is not kind or any(type(number) is not int or number < 1 for number in numbers):
                 wanted = f"{kind.__name__} of integers above 0" if kind is tuple else f"{kind.__name__} above 0"
-                raise ValueError(f"vae config: {names[name]} is {value!r}; wanted {wanted}")
+                raise ValueError(f"{names[name]} is {value!r}; wanted {wanted}")
         return cls(**values)

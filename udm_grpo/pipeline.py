@@ -1,0 +1,150 @@
+"""A checkpoint as one object, for notebooks, scripts and tests: prompts to pictures and every stage between.
+
+from udm_grpo.pipeline import load_pipeline
+
+pipeline = load_pipeline("udm_grpo/assets/ursa-shapes")
+pictures = pipeline.generate(["a photo of a red circle"], height=32, width=32)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32, UInt8
+
+from udm_grpo import steps
+from udm_grpo.diffusion.path import Path, make_path
+from udm_grpo.diffusion.rollout import RolloutPlan
+from udm_grpo.host.weights import Checkpoint, PathLike, load_folder, save_folder
+from udm_grpo.model.transformer import Execution
+
+AnyArray = Array | np.ndarray
+
+
+def load_pipeline(folder: PathLike, dtype: str = "float32") -> "Pipeline":
+    """Read a checkpoint folder in the released format; `dtype` is that of the parameters and the computation.
+
+    Raises WeightsError that lists everything that is wrong with the folder.
+    """
+    return Pipeline(load_folder(folder, dtype))
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A loaded checkpoint; V codes, L text tokens, tokens of `stride` x `stride` pixels."""
+
+    checkpoint: Checkpoint
+    execution: Execution = field(default_factory=Execution)
+    """How the transformer is computed."""
+    compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict, repr=False)
+    """Stages that were used before, by what they were compiled for."""
+
+    @property
+    def stride(self) -> int:
+        """Pixels of a token along each axis."""
+        return self.checkpoint.vq_config.stride
+
+    @property
+    def path(self) -> Path:
+        """The probability path of the checkpoint's scheduler."""
+        scheduler = self.checkpoint.scheduler
+        return make_path(self.checkpoint.path_codebook, scheduler.alpha, scheduler.c, scheduler.eps)
+
+    def tokenize(self, prompts: Sequence[str]) -> Int32[np.ndarray, "b l"]:
+        """Return L ids a prompt, padded on the left; longer ones are cut, with one warning that counts them."""
+        return self.checkpoint.tokenizer(prompts)
+
+    def logits(self, prompt_ids: Int[AnyArray, "b l"], image_ids: Int[AnyArray, "b h w"]) -> Float[Array, "b n v"]:
+        """Return float32 logits of the clean code at each of the N = h*w tokens, given noisy ones.
+
+        Raises ValueError for ids out of range or of another rank.
+        """
+        config = self.checkpoint.transformer_config
+        prompts = _ids("prompt_ids", prompt_ids, 2, config.lm_vocab_size)
+        images = self._image_ids(image_ids)
+        if len(prompts) != len(images):
+            raise ValueError(f"{len(prompts)} prompts, but {len(images)} images; give one prompt for every image")
+        grid = (images.shape[1], images.shape[2])
+        run = self._stage(("logits", grid), lambda: steps.image_logits(config, self.execution, grid))
+        return run(self.checkpoint.transformer, prompts, images.reshape(len(images), -1))
+
+    def encode(self, pixels: Float[AnyArray, "b hh ww 3"]) -> Int32[Array, "b h w"]:
+        """Return the codes of pixels in [-1, 1]; raises ValueError for sizes that the stride does not divide."""
+        if pixels.ndim != 4 or pixels.shape[-1] != 3 or not jnp.issubdtype(pixels.dtype, jnp.floating):
+            found = f"{pixels.dtype}{list(pixels.shape)}"
+            raise ValueError(f"pixels is {found}; wanted floats in [-1, 1], [images, height, width, 3]")
+        run = self._stage("encode", lambda: steps.tokenizer_codec(self.checkpoint.vq_config)[0])
+        return run(self.checkpoint.vq, jnp.asarray(pixels, jnp.float32))
+
+    def decode(self, image_ids: Int[AnyArray, "b h w"]) -> Float[Array, "b hh ww 3"]:
+        """Return pixels in [-1, 1], float32, of codes; raises ValueError for codes out of range."""
+        return jnp.clip(self._pixels(self._image_ids(image_ids)), -1.0, 1.0)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        steps: int = 25,
+        guidance_scale: float = 1.0,
+        seed: int = 0,
+        *,
+        height: int,
+        width: int,
+    ) -> UInt8[np.ndarray, "b hh ww 3"]:
+        """Draw one picture a prompt in T = `steps` steps; the same seed draws the same pictures.
+
+        guidance_scale: 1 is CFG-free; more contrasts with the empty prompt while t < 0.9. height, width: pixels.
+        Raises ValueError for sizes that the stride does not divide, and where there is no prompt.
+        """
+        if not len(prompts):
+            raise ValueError("there are no prompts; give at least one")
+        grid = self._grid(height, width)
+        if steps < 1 or guidance_scale < 1:
+            raise ValueError(f"steps is {steps} and guidance_scale {guidance_scale}; both must be at least 1")
+        plan = RolloutPlan(grid, steps, self.checkpoint.scheduler.shift, guidance_scale)
+        run = self._stage(plan, lambda: self._rollout(plan))
+        prompt_ids, empty_ids = jnp.asarray(self.tokenize(prompts)), jnp.asarray(self.checkpoint.tokenizer.empty())
+        image_index = jnp.arange(len(prompts), dtype=jnp.int32)
+        rolled = run(self.checkpoint.transformer, prompt_ids, empty_ids, image_index, jax.random.key(seed))
+        return _to_uint8(self._pixels(rolled.clean.reshape(-1, *grid)))
+
+    def save(self, folder: PathLike) -> None:
+        """Write the checkpoint in the released format; raises as `save_folder` does."""
+        save_folder(self.checkpoint, folder)
+
+    def _rollout(self, plan: RolloutPlan) -> Callable[..., Any]:
+        return steps.free_rollout(self.checkpoint.transformer_config, self.execution, self.path, plan)
+
+    def _pixels(self, image_ids: Int32[Array, "b h w"]) -> Float[Array, "b hh ww 3"]:
+        run = self._stage("decode", lambda: steps.tokenizer_codec(self.checkpoint.vq_config)[1])
+        return run(self.checkpoint.vq, image_ids)
+
+    def _stage(self, what: Any, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        if what not in self.compiled:
+            self.compiled[what] = make()
+        return self.compiled[what]
+
+    def _image_ids(self, image_ids: Int[AnyArray, "b h w"]) -> Int32[Array, "b h w"]:
+        return _ids("image_ids", image_ids, 3, self.checkpoint.transformer_config.lm_head_size)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        if height < 1 or width < 1 or height % self.stride or width % self.stride:
+            advice = f"a token covers {self.stride} x {self.stride} pixels; choose multiples of {self.stride}"
+            raise ValueError(f"height x width is {height} x {width}, but {advice}")
+        return height // self.stride, width // self.stride
+
+
+def _ids(name: str, ids: AnyArray, rank: int, count: int) -> Int32[Array, "..."]:
+    """Return ids as int32, checked: an id out of range would silently be taken for another."""
+    given = np.asarray(ids)
+    if given.ndim != rank or not np.issubdtype(given.dtype, np.integer):
+        raise ValueError(f"{name} is {given.dtype}{list(given.shape)}; wanted integers with {rank} axes")
+    if given.size and (given.min() < 0 or given.max() >= count):
+        raise ValueError(f"{name} holds {given.min()} to {given.max()}; wanted 0 to {count - 1}")
+    return jnp.asarray(given, jnp.int32)
+
+
+def _to_uint8(pixels: Float[Array, "b hh ww 3"]) -> UInt8[np.ndarray, "b hh ww 3"]:
+    return np.asarray(steps.to_pixels(pixels))
