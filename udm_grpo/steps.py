@@ -20,6 +20,7 @@ from udm_grpo.diffusion.pretrain import pretrain_loss
 from udm_grpo.diffusion.rollout import RolloutPlan, rollout
 from udm_grpo.grpo.advantages import advantages
 from udm_grpo.grpo.loss import LossPlan, token_mean_logps
+from udm_grpo.grpo.optimizer import step as optimizer_step
 from udm_grpo.grpo.trajectory import TrajectoryPlan, trajectory
 from udm_grpo.grpo.update import cast, update
 from udm_grpo.model import vq
@@ -215,8 +216,7 @@ def tokenizer_step(
 
     def step(params: Params, opt_state: optax.OptState, pixels: Array) -> tuple[Params, optax.OptState, Metrics]:
         gradients, metrics = jax.grad(lambda p: tokenizer_loss(config, p, pixels, quantized), has_aux=True)(params)
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        params, opt_state = optimizer_step(optimizer, gradients, opt_state, params)
         params["codebook"] = {"embedding": unit(params["codebook"]["embedding"])}
         return params, opt_state, metrics
 
@@ -268,7 +268,6 @@ def pretrain_step(
         loss, gradients = jax.value_and_grad(
             lambda p: pretrain_loss(config, execution, path, shift, p, prompt_ids, empty_ids, clean, grid, key)
         )(params)
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
+        return *optimizer_step(optimizer, gradients, opt_state, params), loss
 
     return jax.jit(step, donate_argnums=(0, 1))

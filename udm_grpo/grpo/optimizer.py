@@ -1,5 +1,8 @@
 """AdamW with a schedule, on gradients clipped to a global norm."""
 
+from typing import Any
+
+import jax
 import optax
 
 
@@ -44,3 +47,12 @@ def adamw(
         optax.clip_by_global_norm(max_grad_norm),
         optax.adamw(rate, b1=beta1, b2=beta2, eps=1e-8, weight_decay=weight_decay),
     )
+
+
+def step(
+    optimizer: optax.GradientTransformation, gradients: Any, opt_state: optax.OptState, params: Any
+) -> tuple[Any, optax.OptState]:
+    """(parameters after one step, the optimizer's next state)."""
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float32 to the power of its int32 count
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state

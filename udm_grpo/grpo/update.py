@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from udm_grpo.batches import Params, Samples, TrainState
 from udm_grpo.diffusion.chunks import chunk_size, split
 from udm_grpo.grpo.loss import LossPlan, grpo_loss
+from udm_grpo.grpo.optimizer import step as optimizer_step
 from udm_grpo.model.transformer import Execution, TransformerConfig
 
 
@@ -45,9 +46,7 @@ def apply_gradients(
     optimizer: optax.GradientTransformation, ema_decay: float, state: TrainState, gradients: Params
 ) -> TrainState:
     """One optimizer step on the master weights, and one of their moving average if there is one."""
-    with jax.numpy_dtype_promotion("standard"):  # optax raises a float32 to the power of its int32 count
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = optimizer_step(optimizer, gradients, state.opt_state, state.params)
     ema = state.ema
     if ema is not None:
         ema = jax.tree.map(lambda slow, fast: ema_decay * slow + (1 - ema_decay) * fast, ema, params)

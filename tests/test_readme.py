@@ -1,0 +1,141 @@
+"""Every command of the README runs: as it stands where that takes seconds, cut down where it would take minutes."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from running import ROOT, environment
+
+from udm_grpo.host.shapes import all_prompts
+from udm_grpo.host.shapes_scenes import render, scene_for
+
+README = (ROOT / "README.md").read_text()
+INSTALL = "pip install -r requirements.txt"
+TRAIN = "python -m udm_grpo.train --config configs/shapes.py"
+SMOKE = f"{TRAIN}:smoke"
+RESUME = f"{TRAIN} --config.checkpoint.resume=latest"
+PYTEST = "python -m pytest"
+PRETRAIN = "python scripts/pretrain_shapes.py --output outputs/pretrain_shapes"
+SERVE = "python -m rewards_bridge serve --scorer shapes --listen unix:/tmp/shapes.sock"
+SCORE = "python -m rewards_bridge score --scorer shapes"
+
+
+def commands() -> list[str]:
+    """The command lines of the README's bash blocks, continuation lines joined, comments dropped."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [re.sub(r"\s+", " ", line.split("  #")[0]).strip() for line in lines if line.strip()]
+
+
+def run(command: str, tmp: Path) -> subprocess.CompletedProcess[str]:
+    words = command.replace("python ", f"{sys.executable} ", 1)
+    done = subprocess.run(
+        ["bash", "-c", words], cwd=ROOT, env=environment(tmp), capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_readme_has_no_command_that_no_test_runs() -> None:
+    known = (f"{INSTALL} && {TRAIN}", f"{INSTALL} && {PYTEST}", SMOKE, RESUME, PRETRAIN, SERVE)
+    for command in commands():
+        assert command in known or command.startswith(SCORE), command
+    for command in known:
+        assert command in commands(), command
+
+
+def test_the_first_command_in_small_and_going_on(tmp_path: Path) -> None:
+    """The default config itself, with fewer and smaller iterations; then the README's way to go on."""
+    small = (
+        f" --config.output_dir={tmp_path / 'run'} --config.iterations=ITERATIONS --config.optimizer.schedule=constant"
+        " --config.rollout.prompts=4 --config.rollout.micro_batch=32 --config.optimizer.micro_batch=32"
+        " --config.evaluation.final_prompts=6 --config.evaluation.images_per_prompt=1 --config.evaluation.batch=6"
+        " --config.evaluation.picture_prompts=4"
+    )
+    run(TRAIN + small.replace("ITERATIONS", "1"), tmp_path)
+    run(RESUME + small.replace("ITERATIONS", "2"), tmp_path)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["iterations"] == 2
+    assert set(summary["by_steps"]) == {"10", "25"}
+
+
+def test_the_scorer_by_itself(tmp_path: Path) -> None:
+    wanted = "a photo of a red circle"
+    metadata = next(prompt for prompt in all_prompts() if prompt["prompt"] == wanted)
+    picture = tmp_path / "picture.png"
+    Image.fromarray(render(scene_for(metadata, np.random.default_rng(0)))).save(picture)
+    command = next(command for command in commands() if command.startswith(SCORE))
+    assert wanted in command
+    done = run(command.replace("picture.png", str(picture)), tmp_path)
+    answer = json.loads(done.stdout)
+    assert answer["scorer"] == "shapes"
+    assert answer["raw"]["strict"] == 1.0
+
+
+def test_the_server_by_itself(tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/s.sock"
+    words = SERVE.replace("unix:/tmp/shapes.sock", address).split()
+    process = subprocess.Popen([sys.executable, *words[1:]], cwd=ROOT, env=environment(tmp_path))
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "s.sock").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+@pytest.fixture(scope="module")
+def script() -> object:
+    spec = importlib.util.spec_from_file_location("pretrain_shapes", ROOT / "scripts" / "pretrain_shapes.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["pretrain_shapes"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_base_is_made_in_small_and_goes_on(script, tmp_path: Path) -> None:
+    """scripts/pretrain_shapes.py with every stage cut down; a second call finds everything done."""
+    from udm_grpo.pipeline import load_pipeline
+
+    plan = script.Plan(
+        pool=600, continuous_updates=2, quantized_updates=2, tokenizer_batch=4, pictures=500, updates=3, batch=8
+    )
+    script.main(["--output", str(tmp_path)], plan)
+    pipeline = load_pipeline(tmp_path / "base" / "checkpoint")
+    images = pipeline.generate(["a photo of a red circle"], steps=3)
+    assert images.shape == (1, 32, 32, 3)
+    before = (tmp_path / "base" / "pretrain.jsonl").read_text()
+    script.main(["--output", str(tmp_path)], plan)
+    assert json.loads(before.splitlines()[-1])["update"] == 3
+
+
+def test_the_notebook_example_runs() -> None:
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nprint(images.shape, images.dtype)"],
+        cwd=ROOT,
+        env=environment(Path("/tmp")),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "(2, 32, 32, 3) uint8" in done.stdout
+
+
+def test_the_tree_names_every_file() -> None:
+    tree = README.split("## The tree")[1].split("```")[1]
+    for folder in ("udm_grpo", "rewards_bridge", "configs", "scripts"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.name != "__init__.py" and "assets" not in path.parts:
+                assert path.name in tree, f"README's tree lacks {path.relative_to(ROOT)}"
