@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 from PIL import Image
 from running import ROOT, environment
 
+from rewards_bridge.client import BridgeConfig, RewardsClient
 from udm_grpo.host.shapes import all_prompts
 from udm_grpo.host.shapes_scenes import render, scene_for
 
@@ -83,15 +83,16 @@ def test_the_server_by_itself(tmp_path: Path) -> None:
     address = f"unix:{tmp_path}/s.sock"
     words = SERVE.replace("unix:/tmp/shapes.sock", address).split()
     process = subprocess.Popen([sys.executable, *words[1:]], cwd=ROOT, env=environment(tmp_path))
+    metadata = all_prompts()[0]
+    picture = render(scene_for(metadata, np.random.default_rng(0)))
     try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "s.sock").exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        with RewardsClient(BridgeConfig(address=address, start_timeout_s=60)) as client:
+            scores = client.submit(picture[None], [metadata["prompt"]], [metadata]).result()
     finally:
         process.terminate()
-        assert process.wait(30) == 0
+        status = process.wait(30)
+    assert scores.raw["strict"][0] == 1.0
+    assert status == 0
 
 
 @pytest.fixture(scope="module")
