@@ -95,7 +95,6 @@ class TokenizerTraining:
         self.rng = np.random.default_rng(0)
         prompts = shapes.sample_prompts(shapes.train_prompts(), plan.pool, self.rng, shapes.PRETRAIN_TAG_WEIGHTS)
         self.pool = render_batch([scene_for(metadata, self.rng) for metadata in prompts])
-        self.log = (output / "tokenizer.jsonl").open("a", encoding="utf-8")
 
     def batch(self, count: int) -> jax.Array:
         """The next pictures f32[count,32,32,3] of the stream."""
@@ -104,7 +103,7 @@ class TokenizerTraining:
     def phase(self, name: str, params: Params, updates: int, quantized: bool) -> Params:
         """Train for `updates`, from the phase's last saved state if there is one."""
         peak = self.plan.tokenizer_rate
-        schedule = optax.warmup_cosine_decay_schedule(0, peak, 50, updates, peak * 0.05)
+        schedule = optax.warmup_cosine_decay_schedule(0, peak, min(50, updates // 2), updates, peak * 0.05)
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, 0.9, 0.95, weight_decay=1e-4))
         step = steps.tokenizer_step(self.config, optimizer, quantized)
         opt_state, start = optimizer.init(params), 0
@@ -120,7 +119,8 @@ class TokenizerTraining:
             if update % 100 == 0 or done == updates:
                 row = {"phase": name, "update": done, **{key: round(float(value), 4) for key, value in metrics.items()}}
                 print(row, flush=True)
-                print(json.dumps(row), file=self.log, flush=True)
+                with (self.output / "tokenizer.jsonl").open("a", encoding="utf-8") as log:
+                    print(json.dumps(row), file=log)
             if done % 250 == 0 or done == updates:
                 states.save(done, (params, opt_state), {"random": self.rng.bit_generator.state})
         return params

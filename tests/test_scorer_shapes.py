@@ -51,6 +51,13 @@ def test_true_pictures_are_told_true(truth: Truth) -> None:
         assert strict[250 * index : 250 * (index + 1)].mean() >= 0.98, tag
 
 
+def test_anchored_pictures_are_told_true_and_wrong_ones_wrong(truth: Truth) -> None:
+    rng = np.random.default_rng(13)
+    images = scenes.render_batch([scenes.scene_for(entry, rng, "anchored") for entry in truth.metadata])
+    assert _strict(images, truth.metadata).mean() >= 0.99
+    assert 1 - _strict(images, truth.wrong).mean() >= 0.99
+
+
 def test_wrong_pictures_are_told_wrong(truth: Truth) -> None:
     assert 1 - _strict(truth.images, truth.wrong).mean() >= 0.99
 

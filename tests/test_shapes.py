@@ -8,8 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from udm_grpo.host import shapes
-from udm_grpo.host import shapes_scenes as scenes
+from udm_grpo.host import shapes, shapes_scenes
 
 
 def _by_prompt() -> dict[str, dict]:
@@ -206,7 +205,7 @@ def test_corrupted_captions_are_wrong_in_one_element_and_never_held_out(rng: np.
 # ---------------------------------------------------------------- scenes
 
 
-def _holds(relation: str, shape: scenes.Shape, other: scenes.Shape) -> bool:
+def _holds(relation: str, shape: shapes_scenes.Shape, other: shapes_scenes.Shape) -> bool:
     """GenEval's position rule on the truth, with margin: 0.6 instead of 0.5."""
     offset = np.array([shape.x - other.x, shape.y - other.y])
     reduced = np.maximum(np.abs(offset) - 0.1 * (shape.size + other.size), 0) * np.sign(offset)
@@ -217,7 +216,7 @@ def _holds(relation: str, shape: scenes.Shape, other: scenes.Shape) -> bool:
 @pytest.mark.parametrize("tag", shapes.TAGS)
 def test_scenes_satisfy_their_prompts_and_keep_clear(tag: str, rng: np.random.Generator) -> None:
     for metadata in shapes.sample_prompts(shapes.all_prompts(), 150, rng, {tag: 1}):
-        scene = scenes.scene_for(metadata, rng)
+        scene = shapes_scenes.scene_for(metadata, rng)
         wanted = [(part["class"], part.get("color")) for part in metadata["include"] for _ in range(part["count"])]
         assert len(scene.shapes) == len(wanted)
         for shape, (name, color) in zip(scene.shapes, wanted, strict=True):
@@ -237,7 +236,7 @@ def test_scenes_satisfy_their_prompts_and_keep_clear(tag: str, rng: np.random.Ge
 
 
 def test_open_colors_and_places_are_random(rng: np.random.Generator) -> None:
-    scenes = [scenes.scene_for(_by_prompt()["a photo of a star"], rng) for _ in range(200)]
+    scenes = [shapes_scenes.scene_for(_by_prompt()["a photo of a star"], rng) for _ in range(200)]
     assert {scene.shapes[0].color for scene in scenes} == set(shapes.COLORS)
     assert np.std([scene.shapes[0].x for scene in scenes]) > 2
     assert np.std([scene.ground for scene in scenes]) > 2
@@ -246,7 +245,9 @@ def test_open_colors_and_places_are_random(rng: np.random.Generator) -> None:
 def test_scenes_and_pictures_are_decided_by_the_generator() -> None:
     def draw(seed: int) -> np.ndarray:
         generator = np.random.default_rng(seed)
-        return scenes.render_batch([scenes.scene_for(metadata, generator) for metadata in shapes.all_prompts()[::20]])
+        return shapes_scenes.render_batch(
+            [shapes_scenes.scene_for(metadata, generator) for metadata in shapes.all_prompts()[::20]]
+        )
 
     np.testing.assert_array_equal(draw(5), draw(5))
     assert (draw(5) != draw(6)).any()
@@ -254,21 +255,35 @@ def test_scenes_and_pictures_are_decided_by_the_generator() -> None:
 
 def test_a_prompt_of_another_world_is_refused(rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match="giraffe"):
-        scenes.scene_for({"tag": "x", "include": [{"class": "giraffe", "count": 1}], "prompt": "x"}, rng)
+        shapes_scenes.scene_for({"tag": "x", "include": [{"class": "giraffe", "count": 1}], "prompt": "x"}, rng)
     with pytest.raises(ValueError, match="five stars"):
-        scenes.scene_for({"tag": "x", "include": [{"class": "star", "count": 5}], "prompt": "five stars"}, rng)
+        shapes_scenes.scene_for({"tag": "x", "include": [{"class": "star", "count": 5}], "prompt": "five stars"}, rng)
+
+
+def test_anchored_scenes_are_near_their_places() -> None:
+    rng = np.random.default_rng(0)
+    for metadata in shapes.all_prompts()[::7]:
+        scene = shapes_scenes.scene_for(metadata, rng, "anchored")
+        places = (16.0,) if len(scene.shapes) == 1 else (8.0, 16.0, 24.0)
+        for shape in scene.shapes:
+            for coordinate in (shape.x, shape.y):
+                assert min(abs(coordinate - place) for place in places) <= 2.0
+    with pytest.raises(ValueError, match="free or anchored"):
+        shapes_scenes.scene_for(shapes.all_prompts()[0], rng, "tidy")
 
 
 # ---------------------------------------------------------------- pictures
 
 
-def _disc(x: float, y: float, size: float) -> scenes.Scene:
-    return scenes.Scene(ground=200.0, shapes=(scenes.Shape("circle", "black", x, y, size, (0.0, 0.0, 0.0)),))
+def _disc(x: float, y: float, size: float) -> shapes_scenes.Scene:
+    return shapes_scenes.Scene(
+        ground=200.0, shapes=(shapes_scenes.Shape("circle", "black", x, y, size, (0.0, 0.0, 0.0)),)
+    )
 
 
 @pytest.mark.parametrize("size", [32, 48, 64, 100])
 def test_pictures_have_the_size_asked_for(size: int) -> None:
-    image = scenes.render(_disc(16, 16, 16), size)
+    image = shapes_scenes.render(_disc(16, 16, 16), size)
     assert image.shape == (size, size, 3)
     assert image.dtype == np.uint8
     assert tuple(image[0, 0]) == (200, 200, 200)
@@ -280,16 +295,16 @@ def test_pictures_have_the_size_asked_for(size: int) -> None:
 )
 def test_areas_are_those_of_the_geometry(name: str, share: float) -> None:
     """The mean of the picture tells the area; edges are anti-aliased, so to about a percent."""
-    shape = scenes.Shape(name, "black", 15.3, 16.4, 18.0, (0.0, 0.0, 0.0))
-    image = scenes.render(scenes.Scene(ground=200.0, shapes=(shape,)))
+    shape = shapes_scenes.Shape(name, "black", 15.3, 16.4, 18.0, (0.0, 0.0, 0.0))
+    image = shapes_scenes.render(shapes_scenes.Scene(ground=200.0, shapes=(shape,)))
     area = (1 - image.mean() / 200.0) * 32 * 32
     assert area == pytest.approx(share * 18.0**2, rel=0.02)
 
 
 def test_shapes_point_up() -> None:
     for name in ("triangle", "star"):
-        shape = scenes.Shape(name, "black", 16.0, 16.0, 20.0, (0.0, 0.0, 0.0))
-        dark = 200.0 - scenes.render(scenes.Scene(ground=200.0, shapes=(shape,)))[..., 0]
+        shape = shapes_scenes.Shape(name, "black", 16.0, 16.0, 20.0, (0.0, 0.0, 0.0))
+        dark = 200.0 - shapes_scenes.render(shapes_scenes.Scene(ground=200.0, shapes=(shape,)))[..., 0]
         top = np.nonzero(dark[6:9].sum(0))[0]
         assert set(top) <= {14, 15, 16, 17}, name
         np.testing.assert_allclose(dark, dark[:, ::-1], atol=1)
@@ -298,7 +313,7 @@ def test_shapes_point_up() -> None:
 def test_a_batch_is_its_pictures() -> None:
     scenes = [_disc(10, 12, 11), _disc(20, 16, 14)]
     np.testing.assert_array_equal(
-        scenes.render_batch(scenes, 40), np.stack([scenes.render(scene, 40) for scene in scenes])
+        shapes_scenes.render_batch(scenes, 40), np.stack([shapes_scenes.render(scene, 40) for scene in scenes])
     )
 
 

@@ -9,12 +9,12 @@ scores, advantages, update.
 """
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ from udm_grpo.config import ConfigError, RunConfig, as_dict, validate
 from udm_grpo.evaluation import evaluate, evaluate_all, pictures
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.checkpoint import restore as restore_checkpoint
-from udm_grpo.host.metrics import MetricsWriter, Progress, StageTimer, write_json
+from udm_grpo.host.metrics import JsonLines, MetricsWriter, Progress, StageTimer, write_json
 from udm_grpo.host.pictures import before_after, image_grid
 from udm_grpo.host.rewards import Rewards, collect
 from udm_grpo.host.weights import WeightsError, save_folder
@@ -43,6 +43,7 @@ class Reports:
     """Where a run tells how it goes."""
 
     writer: MetricsWriter
+    evaluations: JsonLines
     progress: Progress
     timer: StageTimer
 
@@ -123,32 +124,46 @@ def report(reports: Reports, config: RunConfig, step: int, rewards: Rewards, met
     reports.progress.update(shown, seconds)
 
 
-def look(run: Run, reports: Reports, state: TrainState, position: Position) -> Position:
-    """Evaluate and draw sample pictures when it is time; keeps the best weights if asked. Returns the position."""
+def draw_samples(run: Run, reports: Reports, state: TrainState, step: int) -> None:
+    """Write the sample pictures of this moment."""
+    images, captions = pictures(run, run.steps.compute_copy(state.params))
+    path = run.output / "pictures" / f"{step:06d}.png"
+    image_grid(images, captions, 4, path)
+    reports.writer.picture(step, "samples", path)
+
+
+def evaluate_on_the_way(run: Run, reports: Reports, state: TrainState, position: Position) -> Position:
+    """A held-out evaluation into evaluations.jsonl; keeps the best weights if asked. Returns the position."""
     given, step = run.config.evaluation, position.step
-    policy = chosen = None
+    params = _last(state)
+    found = evaluate(run, run.steps.compute_copy(params), given.prompts, given.steps[0])
+    reports.evaluations.append(step, found)
+    means = {name: round(value, 4) for name, value in found.items() if isinstance(value, float)}
+    reports.progress.message(f"held-out after {step} iterations, {given.steps[0]} steps: {means}")
+    if run.config.checkpoint.keep_best and (position.best is None or found["score"] > position.best):
+        position = replace(position, best=found["score"])
+        run.checkpoints.save_best(step, {"params": params}, {"score": found["score"]})
+    return position
+
+
+def _last(state: TrainState) -> Params:
+    """The weights that are judged: the moving average if there is one."""
+    return state.params if state.ema is None else state.ema
+
+
+def look(run: Run, reports: Reports, state: TrainState, position: Position) -> Position:
+    """Draw pictures and evaluate when it is time; after the last iteration `finish` evaluates."""
+    given, step = run.config.evaluation, position.step
     if given.picture_every and step % given.picture_every == 0:
-        policy = run.steps.compute_copy(state.params)
-        images, captions = pictures(run, policy)
-        path = run.output / "pictures" / f"{step:06d}.png"
-        image_grid(images, captions, 4, path)
-        reports.writer.picture(step, "samples", path)
+        draw_samples(run, reports, state, step)
     if given.every and step % given.every == 0 and step < run.config.iterations:
-        chosen = state.params if state.ema is None else state.ema
-        found = evaluate(run, run.steps.compute_copy(chosen), given.prompts, given.steps[0])
-        with (run.output / "evaluations.jsonl").open("a", encoding="utf-8") as file:
-            print(json.dumps({"step": step, **found}, allow_nan=False), file=file)
-        raw = {name: round(value, 4) for name, value in found.items() if isinstance(value, float)}
-        reports.progress.message(f"held-out after {step} iterations, {given.steps[0]} steps: {raw}")
-        if run.config.checkpoint.keep_best and (position.best is None or found["score"] > position.best):
-            position = replace(position, best=found["score"])
-            run.checkpoints.save_best(step, {"params": chosen}, {"score": found["score"]})
+        position = evaluate_on_the_way(run, reports, state, position)
     return position
 
 
 def final_params(run: Run, state: TrainState) -> Params:
     """What the run ends with: the best weights if they were kept, else the moving average, else the last."""
-    last = state.params if state.ema is None else state.ema
+    last = _last(state)
     best = run.checkpoints.best() if run.config.checkpoint.keep_best else None
     if best is None:
         return last
@@ -186,6 +201,17 @@ def finish(run: Run, reports: Reports, state: TrainState, reference: Params, pos
     return summary
 
 
+def open_reports(config: RunConfig, resume_after: int | None, stack: contextlib.ExitStack) -> Reports:
+    """Open the run's files and its progress bar; lines past `resume_after` (None: a fresh run) are dropped."""
+    output, logging = Path(config.output_dir), config.logging
+    writer = stack.enter_context(
+        MetricsWriter(output, logging.tensorboard, logging.wandb, resume_after=resume_after, config=as_dict(config))
+    )
+    evaluations = stack.enter_context(contextlib.closing(JsonLines(output / "evaluations.jsonl", resume_after)))
+    progress = stack.enter_context(contextlib.closing(Progress(config.iterations, resume_after or 0, plain_every=10)))
+    return Reports(writer, evaluations, progress, StageTimer())
+
+
 def train(config: RunConfig) -> dict[str, Any]:
     """Run a whole training and return its summary; raises ConfigError before anything is started."""
     validate(config)
@@ -194,19 +220,9 @@ def train(config: RunConfig) -> dict[str, Any]:
         run, abstract = open_run(config, stack)
         state, reference, position = start(run, abstract)
         done = 0 if position is None else position.step
-        writer = stack.enter_context(
-            MetricsWriter(
-                run.output,
-                config.logging.tensorboard,
-                config.logging.wandb,
-                resume_after=None if position is None else done,
-                config=as_dict(config),
-            )
-        )
-        progress = stack.enter_context(contextlib.closing(Progress(config.iterations, done, plain_every=10)))
-        reports = Reports(writer, progress, StageTimer())
+        reports = open_reports(config, None if position is None else done, stack)
         if position is None:
-            progress.message("evaluating the start model")
+            reports.progress.message("evaluating the start model")
             position = Position(step=0, seconds=0.0, base=evaluate_all(run, reference), best=None)
         spent = position.seconds
         for step in range(done, config.iterations):
