@@ -113,7 +113,7 @@ def test_the_base_is_made_in_small_and_goes_on(script, tmp_path: Path) -> None:
     )
     script.main(["--output", str(tmp_path)], plan)
     pipeline = load_pipeline(tmp_path / "base" / "checkpoint")
-    images = pipeline.generate(["a photo of a red circle"], steps=3)
+    images = pipeline.generate(["a photo of a red circle"], steps=3, height=32, width=32)
     assert images.shape == (1, 32, 32, 3)
     before = (tmp_path / "base" / "pretrain.jsonl").read_text()
     script.main(["--output", str(tmp_path)], plan)

@@ -36,7 +36,7 @@ class TransformerConfig:
     num_attention_heads: int
     num_key_value_heads: int
     num_hidden_layers: int
-    rope_theta: float
+    rope_theta: int | float
     vocab_size: int
     lm_vocab_size: int
     lm_head_size: int
