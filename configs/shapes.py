@@ -17,15 +17,15 @@ ASSETS = Path(__file__).resolve().parent.parent / "udm_grpo" / "assets"
 
 def get_config(variant: str = "") -> RunConfig:
     """The configuration; `variant` "smoke" is a few small iterations."""
-    config = RunConfig(output_dir="outputs/shapes", iterations=250)
+    config = RunConfig(output_dir="outputs/shapes", iterations=400)
     config.model.path = str(ASSETS / "ursa-shapes")
     config.model.logit_rows = 128
     config.prompts.train = str(ASSETS / "shapes-prompts" / "train.jsonl")
     config.prompts.heldout = str(ASSETS / "shapes-prompts" / "heldout.jsonl")
-    config.prompts.tag_weights = {  # the published ratio of GenEval's RL set
-        "position": 7,
-        "counting": 5,
-        "color_attr": 3,
+    config.prompts.tag_weights = {  # what the base is worst at comes most often
+        "color_attr": 10,
+        "position": 4,
+        "counting": 2,
         "colors": 1,
         "two_object": 1,
         "single_object": 0,
@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> RunConfig:
     config.rollout.micro_batch = 64
     config.grpo.window_starts = 7
     config.grpo.kl_weight = 0.3
-    config.optimizer.learning_rate = 2e-4
+    config.optimizer.learning_rate = 4e-4
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_updates = 10
     config.optimizer.micro_batch = 128
