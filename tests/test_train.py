@@ -8,6 +8,9 @@ from safetensors.numpy import load_file
 
 from udm_grpo.host.weights import load_folder
 
+# Adam's first step is the gradient's sign: where a gradient is nearly 0, rounding decides it. A small rate keeps what
+# that does to the second iteration's numbers below the tolerances.
+SHORT = ("iterations=2", "optimizer.schedule=constant", "optimizer.learning_rate=1e-5")
 WEIGHTS = "export/transformer/diffusion_pytorch_model.safetensors"
 
 
@@ -79,11 +82,11 @@ def test_eight_devices_equal_one(finished: Path, mesh: str) -> None:
     """The same tokens, so the same rewards; the same loss to float tolerance."""
     shape = {"mesh.data=8": (), "mesh.data=2": ("mesh.fsdp=4",), "mesh.data=1": ("mesh.fsdp=4", "mesh.tensor=2")}[mesh]
     output = finished.parent / mesh
-    done = train(output, mesh, *shape, "iterations=2", "optimizer.schedule=constant", devices=8)
+    done = train(output, mesh, *shape, *SHORT, devices=8)
     assert done.returncode == 0, done.stderr
     alone = finished.parent / "constant"
     if not alone.exists():
-        assert train(alone, "iterations=2", "optimizer.schedule=constant").returncode == 0
+        assert train(alone, *SHORT).returncode == 0
     for one, eight in zip(metrics(alone), metrics(output), strict=True):
         assert eight["reward"] == one["reward"]
         for name in ("loss", "kl", "logp", "entropy", "grad_norm"):
