@@ -107,7 +107,7 @@ def attend(
 ) -> Float[Array, "b s heads c"]:
     """softmax(q k / sqrt(c)) v without a mask; query head i reads key/value head i // (heads / kv).
 
-    "xla" is written out here, with float32 softmax: it runs anywhere, and 1.6 times as fast on CPU as jax.nn's.
+    "xla" is written out here, with float32 softmax: it runs anywhere, also backward in bfloat16.
     """
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
