@@ -22,7 +22,7 @@ TRAIN = "python -m udm_grpo.train --config configs/shapes.py"
 SMOKE = f"{TRAIN}:smoke"
 RESUME = f"{TRAIN} --config.checkpoint.resume=latest"
 PYTEST = "python -m pytest"
-PRETRAIN = "python scripts/pretrain_shapes.py --output outputs/pretrain_shapes"
+PRETRAIN = "python -m scripts.pretrain_shapes --output outputs/pretrain_shapes"
 SERVE = "python -m rewards_bridge serve --scorer shapes --listen unix:/tmp/shapes.sock"
 SCORE = "python -m rewards_bridge score --scorer shapes"
 
@@ -111,6 +111,7 @@ def test_the_base_is_made_in_small_and_goes_on(script, tmp_path: Path) -> None:
     plan = script.Plan(
         pool=600, continuous_updates=2, quantized_updates=2, tokenizer_batch=4, pictures=500, updates=3, batch=8
     )
+    run(f"{PRETRAIN.split(' --output')[0]} --help", tmp_path)  # the command itself finds the package
     script.main(["--output", str(tmp_path)], plan)
     pipeline = load_pipeline(tmp_path / "base" / "checkpoint")
     images = pipeline.generate(["a photo of a red circle"], steps=3, height=32, width=32)

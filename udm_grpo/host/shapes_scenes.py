@@ -140,11 +140,14 @@ def _quadrant_centers(sizes: list[float], rng: np.random.Generator) -> list[tupl
 
 
 def _anchored_centers(count: int, relation: str | None, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Centres near fixed places: the middle, two beside or above each other, or three or four quarters."""
+    """Centres near fixed places: the middle, two beside or above each other, or three or four quarters.
+
+    A pair whose relation is left open stands side by side in the order of naming, as captions are mostly read.
+    """
     if count == 1:
         places = [(_MIDDLE, _MIDDLE)]
     elif count == 2:
-        relation = relation or RELATIONS[int(rng.integers(4))]
+        relation = relation or "right of"
         ends = (_FAR, _NEAR) if relation in ("left of", "above") else (_NEAR, _FAR)
         beside = relation in ("left of", "right of")
         places = [(end, _MIDDLE) if beside else (_MIDDLE, end) for end in ends]
