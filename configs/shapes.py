@@ -17,24 +17,24 @@ ASSETS = Path(__file__).resolve().parent.parent / "udm_grpo" / "assets"
 
 def get_config(variant: str = "") -> RunConfig:
     """The configuration; `variant` "smoke" is a few small iterations."""
-    config = RunConfig(output_dir="outputs/shapes", iterations=400)
+    config = RunConfig(output_dir="outputs/shapes", iterations=500)
     config.model.path = str(ASSETS / "ursa-shapes")
     config.model.logit_rows = 128
     config.prompts.train = str(ASSETS / "shapes-prompts" / "train.jsonl")
     config.prompts.heldout = str(ASSETS / "shapes-prompts" / "heldout.jsonl")
-    config.prompts.tag_weights = {  # what the base is worst at comes most often
-        "color_attr": 10,
-        "position": 4,
-        "counting": 2,
-        "colors": 1,
+    config.prompts.tag_weights = {  # the more combinations a tag has, the more often
+        "color_attr": 8,
+        "position": 5,
+        "counting": 3,
+        "colors": 2,
         "two_object": 1,
-        "single_object": 0,
+        "single_object": 1,
     }
     config.rollout.prompts = 16
     config.rollout.group_size = 8
     config.rollout.micro_batch = 64
     config.grpo.window_starts = 7
-    config.grpo.kl_weight = 0.3
+    config.grpo.kl_weight = 0.1
     config.optimizer.learning_rate = 4e-4
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_updates = 10

@@ -37,7 +37,7 @@ ASSETS = Path(__file__).resolve().parent.parent / "udm_grpo" / "assets"
 CODES = 256
 WIDTH_OF_A_CODE = 8
 TAG_WEIGHTS = {"position": 3, "counting": 3, "color_attr": 5, "colors": 4, "two_object": 2, "single_object": 1}
-"""How often the transformer sees each tag. Colour words are learned last, so their tags come most often."""
+"""How often the transformer sees each tag: most often those with the most prompts and the most to tell apart."""
 PATH = Scheduler(alpha=0.9, c=15.0, eps=1e-5, shift=1.0)
 """256 codes on a sphere in 8 dimensions have near neighbours, so c is large: a token keeps its code with probability
 0.2 at t = 0.5, 0.7 at t = 0.8, 0.96 at t = 0.9. With (0.9, 3) that would be 0.3 at t = 0.9, and most of a picture would
@@ -73,7 +73,7 @@ class Plan:
     """Pictures that the transformer sees."""
     wrong_captions: float = 0.1
     """Share of captions that are wrong in one element."""
-    updates: int = 12_000
+    updates: int = 4_000
     """Transformer updates."""
     batch: int = 64
     learning_rate: float = 3e-3

@@ -36,9 +36,8 @@ def commands() -> list[str]:
 
 def run(command: str, tmp: Path) -> subprocess.CompletedProcess[str]:
     words = command.replace("python ", f"{sys.executable} ", 1)
-    done = subprocess.run(
-        ["bash", "-c", words], cwd=ROOT, env=environment(tmp), capture_output=True, text=True, timeout=500
-    )
+    newcomers = {name: value for name, value in environment(tmp).items() if name != "PYTHONPATH"}
+    done = subprocess.run(["bash", "-c", words], cwd=ROOT, env=newcomers, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return done
 
