@@ -17,7 +17,7 @@ ASSETS = Path(__file__).resolve().parent.parent / "udm_grpo" / "assets"
 
 def get_config(variant: str = "") -> RunConfig:
     """The configuration; `variant` "smoke" is a few small iterations."""
-    config = RunConfig(output_dir="outputs/shapes", iterations=500)
+    config = RunConfig(output_dir="outputs/shapes", iterations=350)
     config.model.path = str(ASSETS / "ursa-shapes")
     config.model.logit_rows = 128
     config.prompts.train = str(ASSETS / "shapes-prompts" / "train.jsonl")
