@@ -252,3 +252,22 @@ def test_the_judge_does_not_know_the_renderer() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"tag": "single_object", "include": [{"class": "giraffe", "count": 1}]}, "no class 'giraffe'"),
+        ({"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "beige"}]}, "no color 'beige'"),
+        ({"tag": "single_object"}, "'include'"),
+        ({"tag": "single_object", "include": [{"class": "circle"}]}, "'count'"),
+        ({}, "'tag'"),
+    ],
+)
+def test_a_prompt_that_cannot_be_judged_is_found_without_a_picture(metadata: dict, said: str) -> None:
+    assert said in load_scorer("shapes", {}).problem("a photo", metadata)
+
+
+def test_no_prompt_of_the_world_has_a_problem() -> None:
+    scorer = load_scorer("shapes", {})
+    assert [text for entry in world.all_prompts() if (text := scorer.problem(entry["prompt"], entry))] == []

@@ -13,7 +13,16 @@ from rewards_bridge.scorers.base import Scorer, Scores
 __all__ = ["KNOWN", "Scorer", "Scores", "load_scorer"]
 
 KNOWN = {
+    "aesthetic": "rewards_bridge.scorers.aesthetic:AestheticScorer",
+    "clipscore": "rewards_bridge.scorers.clipscore:ClipScoreScorer",
+    "geneval": "rewards_bridge.scorers.geneval:GenevalScorer",
+    "hpsv2": "rewards_bridge.scorers.hpsv2:HpsV2Scorer",
+    "imagereward": "rewards_bridge.scorers.imagereward:ImageRewardScorer",
+    "jpeg": "rewards_bridge.scorers.jpeg:JpegScorer",
+    "ocr": "rewards_bridge.scorers.ocr:OcrScorer",
+    "pickscore": "rewards_bridge.scorers.pickscore:PickScoreScorer",
     "shapes": "rewards_bridge.scorers.shapes:ShapesScorer",
+    "vlm": "rewards_bridge.scorers.vlm:VlmScorer",
 }
 
 

@@ -19,8 +19,26 @@ class Scores:
 
 
 class Scorer(Protocol):
-    """A judge. Order is kept: entry b of everything returned belongs to image b."""
+    """A judge. Order is kept: entry b of everything returned belongs to image b.
+
+    One that cannot score every prompt also has `problem(prompt, metadata) -> str`: what keeps it from scoring this one,
+    "" if nothing does. It is asked about all prompts before training starts.
+    """
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
         """Judge images u8[B,H,W,3] (RGB) of these prompts; every number is finite, "" is a reason not given."""
         ...
+
+
+def check_batch(scorer: str, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> None:
+    """Raise ValueError unless images are uint8[B,H,W,3], B at least 1, with one prompt and one metadata entry each."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+        raise ValueError(
+            f"scorer {scorer!r} wants images uint8[B, H, W, 3], none of them empty; "
+            f"found {images.dtype}{list(images.shape)}"
+        )
+    if not len(images) == len(prompts) == len(metadata):
+        raise ValueError(
+            f"scorer {scorer!r} wants one prompt and one metadata entry an image; "
+            f"found {len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata entries"
+        )

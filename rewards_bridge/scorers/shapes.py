@@ -54,6 +54,15 @@ class ShapesScorer:
         reasons = ["; ".join(verdict.reasons) for verdict in verdicts]
         return Scores(score=soft, raw={"strict": strict, "soft": soft}, reasons=reasons)
 
+    def problem(self, prompt: str, metadata: Mapping[str, Any]) -> str:
+        """What keeps pictures of this prompt from being judged: metadata that lack something, a word not known."""
+        try:
+            _check_words(metadata)
+            judge(metadata, keep(metadata, {}))  # the rule says itself what it needs
+        except (KeyError, TypeError, ValueError) as error:
+            return f"metadata lack {error}" if isinstance(error, KeyError) else str(error)
+        return ""
+
 
 def _check_words(metadata: Mapping[str, Any]) -> None:
     for clause in (*metadata.get("include", ()), *metadata.get("exclude", ())):

@@ -1,0 +1,90 @@
+"""The colour of a detected object, as GenEval tells it: CLIP's best match among ten, on the object cut out.
+
+The reference is open_clip's ViT-L-14 with OpenAI's weights; openai/clip-vit-large-patch14 are the same weights (and the
+same quick GELU). Pictures are brought to CLIP's size here, with Pillow alone, because transformers' own processor cuts
+the middle out one pixel elsewhere for some sizes, and depends on whether torchvision is installed.
+
+Source: Ghosh et al. 2023, "GenEval"; Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
+Supervision".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
+
+from rewards_bridge.scorers.mask2former_weights import from_hub
+
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
+GREY = 0x99  # what everything outside the mask is painted
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)  # RGB, of levels 0..1
+STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+
+
+class ClipColors:
+    """Tells the colours of objects; the text side is computed once for every class."""
+
+    def __init__(self, model: CLIPModel, tokenizer: Any) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.classifiers: dict[str, Tensor] = {}
+
+    @torch.inference_mode()
+    def tell(self, image: np.ndarray, box: Sequence[float], mask: np.ndarray, name: str) -> str:
+        """Return the one of COLORS that an object of class `name` most likely has.
+
+        image u8[H,W,3] (RGB), box [x0, y0, x1, y1] in pixels, the last ones excluded, and mask bool[H,W] of the object.
+        """
+        if name not in self.classifiers:
+            self.classifiers[name] = self.classifier(name)
+        size = self.model.config.vision_config.image_size
+        pixels = to_pixels(cut_out(image, box, mask), size).to(self.model.device)
+        features = self.model.get_image_features(pixel_values=pixels[None]).pooler_output
+        return COLORS[int((self.classifiers[name] @ _unit(features)[0]).argmax())]
+
+    @torch.inference_mode()
+    def classifier(self, name: str) -> Tensor:
+        """Return the directions f32[10,D] of a class in each of COLORS: the mean over TEMPLATES of unit vectors."""
+        texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
+        tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
+        features = self.model.get_text_features(**tokens).pooler_output
+        return _unit(_unit(features).unflatten(0, (len(COLORS), len(TEMPLATES))).mean(1))
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return vectors / vectors.norm(dim=-1, keepdim=True)
+
+
+def cut_out(image: np.ndarray, box: Sequence[float], mask: np.ndarray) -> Image.Image:
+    """Return the part of an image u8[H,W,3] in a box, with everything outside the mask bool[H,W] painted grey."""
+    painted = np.where(mask[..., None], image, np.uint8(GREY))
+    left, top, right, bottom = (round(side) for side in box)
+    return Image.fromarray(painted).crop((left, top, right, bottom))
+
+
+def to_pixels(picture: Image.Image, size: int) -> Tensor:
+    """Return f32[3,size,size] as CLIP wants a picture: the middle of it, its shorter side made `size`, normalised."""
+    short = min(picture.size)
+    width, height = (int(size * side / short) for side in picture.size)
+    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (round((side - size) / 2) for side in (width, height))  # a half goes to the even number, as torchvision
+    levels = np.asarray(resized.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
+    return torch.from_numpy((levels - MEAN) / STD).permute(2, 0, 1)
+
+
+def load_colors(name: str, device: torch.device) -> ClipColors:
+    """Return what tells colours with a CLIP model, a folder or a name on the Hub, on a device.
+
+    Raises UsageError if the model or its tokenizer cannot be loaded.
+    """
+    purpose = "GenEval's colours"
+    tokenizer = from_hub(CLIPTokenizer, name, purpose)
+    model = from_hub(CLIPModel, name, purpose)
+    return ClipColors(model.to(device), tokenizer)

@@ -1,0 +1,330 @@
+"""Mask2Former checkpoints: those of mmdetection under the names of transformers, and those of the Hub as they are.
+
+Both libraries hold the same network. Three things differ besides names: the queries, keys and values that mmdetection
+packs into one matrix are three in transformers (but for the decoder's cross-attention); the inputs of Swin's patch
+merging come in another order; and what only training or nothing at all reads is in one of the files but not the other.
+RULES says all of it, for mmdetection 2.x and 3.x; a name or a shape that it does not account for is an error.
+
+Source: Cheng et al. 2022, "Masked-attention Mask Transformer for Universal Image Segmentation"; Liu et al. 2021, "Swin
+Transformer".
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, PreTrainedModel, SwinConfig
+
+from rewards_bridge.errors import UsageError
+
+SUFFIXES = (".pth", ".pt", ".safetensors")
+UNUSED = (
+    re.compile(r"criterion\.empty_weight"),  # of the loss
+    re.compile(r"model\.pixel_level_module\.encoder\.swin\.layernorm\.(weight|bias)"),  # its output is not read
+)
+"""What the transformers model has and no mmdetection checkpoint holds; nothing that it computes depends on it."""
+
+
+# ---------------------------------------------------------------- the rules
+
+
+def _copy(tensor: Tensor) -> tuple[Tensor, ...]:
+    return (tensor,)
+
+
+def _thirds(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Packed rows [3D, ...] as those of the queries, keys and values, [D, ...] each."""
+    return tensor.tensor_split(3) if tensor.ndim else (tensor,) * 3
+
+
+def _merging_order(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The last axis from (channel, row, column) of a 2x2 patch to (column, row, channel)."""
+    if not tensor.ndim or tensor.shape[-1] % 4:
+        return (tensor,)  # of a wrong shape, which the comparison of shapes will tell
+    return (tensor.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3),)
+
+
+class Rule(NamedTuple):
+    """How tensors of one kind are renamed and changed.
+
+    In the names {i} and {j} are numbers, {p} is weight or bias, {word} is any one word, (?:a|b) is the name in
+    mmdetection 2.x or 3.x. A target with {qkv} is three, with q, k and v in its place; no target: it is left out.
+    """
+
+    source: str
+    target: str
+    change: Callable[[Tensor], tuple[Tensor, ...]] = _copy
+
+
+_FROM_BLOCK, _TO_BLOCK = "backbone.stages.{i}.blocks.{j}.", "swin.encoder.layers.{i}.blocks.{j}."
+_BACKBONE = (
+    Rule("backbone.patch_embed.projection.{p}", "swin.embeddings.patch_embeddings.projection.{p}"),
+    Rule("backbone.patch_embed.norm.{p}", "swin.embeddings.norm.{p}"),
+    Rule(_FROM_BLOCK + "norm1.{p}", _TO_BLOCK + "layernorm_before.{p}"),
+    Rule(_FROM_BLOCK + "norm2.{p}", _TO_BLOCK + "layernorm_after.{p}"),
+    Rule(
+        _FROM_BLOCK + "attn.w_msa.relative_position_bias_table",
+        _TO_BLOCK + "attention.relative_position_bias.relative_position_bias_table",
+    ),
+    Rule(_FROM_BLOCK + "attn.w_msa.relative_position_index", ""),  # follows from the window's size
+    Rule(_FROM_BLOCK + "attn.w_msa.qkv.{p}", _TO_BLOCK + "attention.{qkv}_proj.{p}", _thirds),
+    Rule(_FROM_BLOCK + "attn.w_msa.proj.{p}", _TO_BLOCK + "attention.o_proj.{p}"),
+    Rule(_FROM_BLOCK + "ffn.layers.0.0.{p}", _TO_BLOCK + "mlp.fc1.{p}"),
+    Rule(_FROM_BLOCK + "ffn.layers.1.{p}", _TO_BLOCK + "mlp.fc2.{p}"),
+    Rule("backbone.stages.{i}.downsample.norm.{p}", "swin.encoder.layers.{i}.downsample.norm.{p}", _merging_order),
+    Rule(
+        "backbone.stages.{i}.downsample.reduction.weight",
+        "swin.encoder.layers.{i}.downsample.reduction.weight",
+        _merging_order,
+    ),
+    *(Rule(f"backbone.norm{i}.{{p}}", f"hidden_states_norms.stage{i + 1}.{{p}}") for i in range(4)),
+)
+
+_FROM_PIXEL, _TO_PIXEL = "panoptic_head.pixel_decoder.encoder.layers.{i}.", "encoder.layers.{i}."
+_PIXEL_DECODER = (
+    Rule("panoptic_head.pixel_decoder.input_convs.{i}.conv.{p}", "input_projections.{i}.0.{p}"),
+    Rule("panoptic_head.pixel_decoder.input_convs.{i}.gn.{p}", "input_projections.{i}.1.{p}"),
+    Rule("panoptic_head.pixel_decoder.level_encoding.weight", "level_embed"),
+    Rule(_FROM_PIXEL + "(?:attentions.0|self_attn).{word}.{p}", _TO_PIXEL + "self_attn.{word}.{p}"),
+    Rule(_FROM_PIXEL + "(?:ffns.0|ffn).layers.0.0.{p}", _TO_PIXEL + "fc1.{p}"),
+    Rule(_FROM_PIXEL + "(?:ffns.0|ffn).layers.1.{p}", _TO_PIXEL + "fc2.{p}"),
+    Rule(_FROM_PIXEL + "norms.0.{p}", _TO_PIXEL + "self_attn_layer_norm.{p}"),
+    Rule(_FROM_PIXEL + "norms.1.{p}", _TO_PIXEL + "final_layer_norm.{p}"),
+    Rule("panoptic_head.pixel_decoder.lateral_convs.0.conv.weight", "adapter_1.0.weight"),
+    Rule("panoptic_head.pixel_decoder.lateral_convs.0.gn.{p}", "adapter_1.1.{p}"),
+    Rule("panoptic_head.pixel_decoder.output_convs.0.conv.weight", "layer_1.0.weight"),
+    Rule("panoptic_head.pixel_decoder.output_convs.0.gn.{p}", "layer_1.1.{p}"),
+    Rule("panoptic_head.pixel_decoder.mask_feature.{p}", "mask_projection.{p}"),
+)
+
+_FROM_LAYER, _TO_LAYER = "panoptic_head.transformer_decoder.layers.{i}.", "decoder.layers.{i}."
+_QUERIES = (
+    Rule(_FROM_LAYER + "(?:attentions.0|cross_attn).attn.in_proj_{p}", _TO_LAYER + "cross_attn.in_proj_{p}"),
+    Rule(_FROM_LAYER + "(?:attentions.0|cross_attn).attn.out_proj.{p}", _TO_LAYER + "cross_attn.out_proj.{p}"),
+    Rule(_FROM_LAYER + "(?:attentions.1|self_attn).attn.in_proj_{p}", _TO_LAYER + "self_attn.{qkv}_proj.{p}", _thirds),
+    Rule(_FROM_LAYER + "(?:attentions.1|self_attn).attn.out_proj.{p}", _TO_LAYER + "self_attn.out_proj.{p}"),
+    Rule(_FROM_LAYER + "(?:ffns.0|ffn).layers.0.0.{p}", _TO_LAYER + "fc1.{p}"),
+    Rule(_FROM_LAYER + "(?:ffns.0|ffn).layers.1.{p}", _TO_LAYER + "fc2.{p}"),
+    Rule(_FROM_LAYER + "norms.0.{p}", _TO_LAYER + "cross_attn_layer_norm.{p}"),
+    Rule(_FROM_LAYER + "norms.1.{p}", _TO_LAYER + "self_attn_layer_norm.{p}"),
+    Rule(_FROM_LAYER + "norms.2.{p}", _TO_LAYER + "final_layer_norm.{p}"),
+    Rule("panoptic_head.transformer_decoder.post_norm.{p}", "decoder.layernorm.{p}"),
+    Rule("panoptic_head.query_embed.weight", "queries_embedder.weight"),
+    Rule("panoptic_head.query_feat.weight", "queries_features.weight"),
+    Rule("panoptic_head.level_embed.weight", "level_embed.weight"),
+    Rule("panoptic_head.mask_embed.0.{p}", "decoder.mask_predictor.mask_embedder.0.0.{p}"),
+    Rule("panoptic_head.mask_embed.2.{p}", "decoder.mask_predictor.mask_embedder.1.0.{p}"),
+    Rule("panoptic_head.mask_embed.4.{p}", "decoder.mask_predictor.mask_embedder.2.0.{p}"),
+)
+
+
+def _below(prefix: str, rules: Iterable[Rule]) -> Iterator[Rule]:
+    return (rule._replace(target=rule.target and prefix + rule.target) for rule in rules)
+
+
+RULES = (
+    *_below("model.pixel_level_module.encoder.", _BACKBONE),
+    *_below("model.pixel_level_module.decoder.", _PIXEL_DECODER),
+    *_below("model.transformer_module.", _QUERIES),
+    Rule("panoptic_head.cls_embed.{p}", "class_predictor.{p}"),
+)
+
+_TOKENS = {"{i}": r"(?P<i>\d+)", "{j}": r"(?P<j>\d+)", "{p}": r"(?P<p>weight|bias)", "{word}": r"(?P<word>\w+)"}
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    text = template.replace(".", r"\.")
+    for token, expression in _TOKENS.items():
+        text = text.replace(token, expression)
+    return re.compile(text)
+
+
+_PATTERNS = tuple((_pattern(rule.source), rule) for rule in RULES)
+
+
+# ---------------------------------------------------------------- their use
+
+
+def convert(source: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Return an mmdetection state dict under the names of a transformers model whose names and shapes are `wanted`.
+
+    Raises UsageError that lists every tensor that is left over, missing, there twice or of a wrong shape.
+    """
+    made: dict[str, Tensor] = {}
+    origins: dict[str, str] = {}
+    problems: list[str] = []
+    for name, tensor in source.items():
+        parts = _apply(name, tensor)
+        if parts is None or any(target not in wanted for target in parts):
+            problems.append(f"left over: {name} {list(tensor.shape)}")
+            continue
+        for target, part in parts.items():
+            if target in made:
+                problems.append(f"twice: {name} and {origins[target]} are both {target}")
+            made[target], origins[target] = part, name
+    for target, shape in wanted.items():
+        if target in made:
+            if tuple(made[target].shape) != tuple(shape):
+                found = f"{list(made[target].shape)}, wanted {list(shape)}"
+                problems.append(f"wrong shape: {target} (from {origins[target]}) has {found}")
+        elif not any(unused.fullmatch(target) for unused in UNUSED):
+            problems.append(f"missing: {target} {list(shape)}")
+    if problems:
+        text = "\n  ".join(problems)
+        raise UsageError(
+            f"these weights are not those of this Mask2Former, {len(problems)} problem(s); take the checkpoint "
+            f"mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco of mmdetection, or a Hugging Face folder:\n  {text}"
+        )
+    return made
+
+
+def _apply(name: str, tensor: Tensor) -> dict[str, Tensor] | None:
+    """The tensors that the one rule for this name makes, by their new names; None if there is no rule."""
+    for pattern, rule in _PATTERNS:
+        match = pattern.fullmatch(name)
+        if match and not rule.target:
+            return {}
+        if match:
+            letters = ("q", "k", "v") if "{qkv}" in rule.target else ("",)
+            targets = [rule.target.format(qkv=letter, **match.groupdict()) for letter in letters]
+            return dict(zip(targets, rule.change(tensor), strict=True))
+    return None
+
+
+_SWIN_SMALL: dict[str, Any] = {
+    "image_size": 224,
+    "embed_dim": 96,
+    "depths": [2, 2, 18, 2],
+    "num_heads": [3, 6, 12, 24],
+    "window_size": 7,
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}
+_COCO_INSTANCE: dict[str, Any] = {
+    "num_labels": 80,
+    "num_queries": 100,
+    "feature_size": 256,
+    "mask_feature_size": 256,
+    "hidden_dim": 256,
+    "encoder_layers": 6,
+    "encoder_feedforward_dim": 1024,
+    "decoder_layers": 10,  # one more than mmdetection counts: the first prediction is made before any layer
+    "dim_feedforward": 2048,
+    "num_attention_heads": 8,
+}
+
+
+def swin_small_coco() -> Mask2FormerConfig:
+    """Return the configuration of GenEval's detector: Swin-S, 100 queries, the 80 classes of COCO, "no object" last."""
+    return Mask2FormerConfig(backbone_config=SwinConfig(**_SWIN_SMALL), **_COCO_INSTANCE)
+
+
+def load_mmdetection(path: str, config: Mask2FormerConfig) -> Mask2FormerForUniversalSegmentation:
+    """Return the model of this configuration with the weights of an mmdetection checkpoint, float32, on the CPU.
+
+    Raises UsageError if the file cannot be read as tensors alone or its tensors are not those of the model.
+    """
+    tensors = read_checkpoint(path)
+    model = Mask2FormerForUniversalSegmentation(config)
+    try:
+        weights = convert(tensors, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    model.load_state_dict(weights, strict=False)  # convert() has accounted for every name
+    return model
+
+
+# ---------------------------------------------------------------- files
+
+_SCALAR = np.float64(0).__reduce__()[0]
+_NUMBERS: list[Any] = [
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("?", "i4", "i8", "f4", "f8")),
+]
+"""Numbers as mmcv notes them beside the weights (a best score). Making them runs nothing."""
+
+
+def read_checkpoint(path: str) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors file or of an mmdetection .pth or .pt (with "state_dict" in it or bare).
+
+    Nothing in the file is executed: raises UsageError for one that holds more than tensors, numbers and texts, with
+    the command that rewrites it; and for one that is missing or damaged.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"{path}: no such file; give a checkpoint of mmdetection, a Hugging Face folder or a Hub name")
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        with torch.serialization.safe_globals(_NUMBERS):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); download it again") from None
+    except Exception as error:  # of many types, for a file may be damaged in many ways
+        if re.search(r"Unsupported (global|class)|add_safe_globals", str(error)):
+            raise UsageError(_rewrite(path)) from None
+        reason = str(error).split("WeightsUnpickler error: ")[-1].strip().splitlines()
+        raise UsageError(
+            f"{path}: damaged ({(reason or [type(error).__name__])[0][:200]}); download it again"
+        ) from None
+    tensors = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise UsageError(f"{path}: wanted a state dict, tensors by name, or a dict with one as 'state_dict'")
+    return dict(tensors)
+
+
+def _rewrite(path: str) -> str:
+    new = str(Path(path).with_suffix(".safetensors"))
+    program = (
+        "import torch; from safetensors.torch import save_file; "
+        f"found = torch.load({path!r}, map_location='cpu', weights_only=False); "
+        "tensors = found.get('state_dict', found); "
+        f"save_file({{name: tensor.contiguous() for name, tensor in tensors.items()}}, {new!r})"
+    )
+    return (
+        f"{path}: it holds more than tensors, and loading that could run code, which is not done here. If you trust "
+        f"the file, rewrite it once where mmdetection is installed, and give the new file:\n"
+        f"  python -c {shlex.quote(program)}"
+    )
+
+
+def from_hub(kind: Any, name: str, purpose: str) -> Any:
+    """Return kind.from_pretrained(name), a folder or a name on the Hub; a model in float32 and with every weight.
+
+    Raises UsageError if it is not there, is damaged, or lacks weights that matter.
+    """
+    if not issubclass(kind, PreTrainedModel):
+        return _from_pretrained(kind, name, purpose)
+    model, found = _from_pretrained(
+        kind, name, purpose, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    problems = [
+        f"missing: {key}"
+        for key in sorted(found["missing_keys"])
+        if not any(unused.fullmatch(key) for unused in UNUSED)
+    ]
+    problems += [
+        f"wrong shape: {key} has {list(has)}, wanted {list(wants)}" for key, has, wants in found["mismatched_keys"]
+    ]
+    if problems:
+        text = "\n  ".join(problems)
+        raise UsageError(f"{name}: does not hold all weights of a {kind.__name__} ({purpose}):\n  {text}")
+    return model
+
+
+def _from_pretrained(kind: Any, name: str, purpose: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UsageError(
+            f"{name}: no {kind.__name__} ({purpose}) could be loaded; give a folder that holds one or its name on the "
+            f"Hugging Face Hub. {type(error).__name__}: {error}"
+        ) from error

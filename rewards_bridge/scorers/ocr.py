@@ -1,0 +1,277 @@
+"""Does the picture show the text that its prompt asks for? Read by PaddleOCR 3.7, offline, on CPU.
+
+The model folders come from `python -m rewards_bridge.scorers.ocr_models --output FOLDER`, or from PaddleOCR itself.
+
+Source: the OCR reward of UDM-GRPO (SPEC 6); PP-OCRv5 and PaddleOCR by the PaddlePaddle authors.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rewards_bridge.errors import UsageError
+from rewards_bridge.scorers.base import Scores, check_batch
+from rewards_bridge.scorers.text_match import check_prompts, is_exact, join_lines, match, target_text
+
+PINS = {
+    "paddleocr": "paddleocr==3.7.0",
+    "onnxruntime": "onnxruntime==1.28.0",  # from 1.29 on, the Linux build sends telemetry
+    "paddle": "paddlepaddle==3.2.2",
+}
+"""Module -> what installs it."""
+BROKEN_PADDLE = ("3.3.0", "3.3.1")
+"""Cannot run these models on a CPU with oneDNN: https://github.com/PaddlePaddle/Paddle/issues/77340"""
+
+WEIGHTS = {
+    "onnxruntime": (("inference.onnx",),),
+    "paddle": (("inference.json", "inference.pdmodel"), ("inference.pdiparams",)),
+}
+"""Engine -> what a model folder needs beside inference.yml: one file of every group."""
+
+_MAKE = "python -m rewards_bridge.scorers.ocr_models --output FOLDER makes both"
+
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",  # spinning threads make Paddle 30 times slower on cores that are busy
+    "ORT_DISABLE_TELEMETRY": "1",
+    "PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK": "True",  # it would look for model hosts on the network
+}
+"""What the libraries read when they are imported; what is set already is left as it is."""
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a reader is made from."""
+
+    detection: str
+    detection_name: str
+    recognition: str
+    recognition_name: str
+    engine: str
+    cpu_threads: int
+    enlarge: int
+
+
+class OcrScorer:
+    """Scores pictures by the text read in them: score = raw["ocr"] = 1 - distance / length of the text asked for.
+
+    raw["exact"] is 1 where nothing but that text was read: "17" has the whole score for "7", but is not exact. Options:
+        detection, recognition              model folders: inference.yml and inference.onnx (or Paddle's files)
+        detection_name, recognition_name    the models' names; what the folders say if left out
+        engine          "onnxruntime" or "paddle"
+        enlarge         pictures whose shorter side has fewer pixels are enlarged to it (bicubic); 0: never. Of 96 to
+                        320 it is 224 at which single digits on pictures of 64 and 128 pixels are read best
+        batch_size      pictures handed to a process at a time; no score depends on it
+        cpu_threads     threads of each process; ONNX Runtime's spin, so more processes are better than more threads
+        processes       that share a batch; with 1, this process reads by itself
+    """
+
+    def __init__(
+        self,
+        detection: str = "",
+        recognition: str = "",
+        detection_name: str = "",
+        recognition_name: str = "",
+        engine: str = "onnxruntime",
+        enlarge: int = 224,
+        batch_size: int = 4,
+        cpu_threads: int = 1,
+        processes: int = 1,
+    ) -> None:
+        _check_packages(engine)
+        if min(batch_size, cpu_threads, processes) < 1 or enlarge < 0:
+            raise UsageError(
+                "the ocr scorer wants batch_size, cpu_threads and processes of at least 1 and enlarge of at least 0; "
+                f"found {batch_size=}, {cpu_threads=}, {processes=}, {enlarge=}"
+            )
+        self._settings = _Settings(
+            detection,
+            _model_name("detection", detection, detection_name, engine),
+            recognition,
+            _model_name("recognition", recognition, recognition_name, engine),
+            engine,
+            cpu_threads,
+            enlarge,
+        )
+        self._batch_size = batch_size
+        for key, value in ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
+        self._pool: ProcessPoolExecutor | None = None
+        if processes > 1:
+            spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads of gRPC in mid-air
+            self._pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_prepare_process)
+        self._read(np.zeros((processes * batch_size, 32, 32, 3), np.uint8))  # loads the models, so that errors show now
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
+        """Judges images u8[B,H,W,3] by the quoted text of their prompts; a reason is the text read.
+
+        Raises ValueError for images of another form or for prompts without a quoted text, all of them named.
+        """
+        check_batch("ocr", images, prompts, metadata)
+        problems = check_prompts(prompts)
+        if problems:
+            raise ValueError("\n".join(problems))
+        targets = [target_text(prompt) for prompt in prompts]
+        texts = [join_lines(lines) for lines in self._read(images)]
+        score = np.array([match(*pair) for pair in zip(texts, targets, strict=True)], dtype=np.float32)
+        exact = np.array([is_exact(*pair) for pair in zip(texts, targets, strict=True)], dtype=np.float32)
+        return Scores(score=score, raw={"ocr": score, "exact": exact}, reasons=texts)
+
+    def problem(self, prompt: str, metadata: Mapping[str, Any]) -> str:
+        """What keeps pictures of this prompt from being judged: that it quotes no text."""
+        try:
+            target_text(prompt)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def close(self) -> None:
+        """End the processes; nothing can be scored after it if there are several."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def _read(self, images: np.ndarray) -> list[list[str]]:
+        """The lines read in each picture."""
+        parts = [images[start : start + self._batch_size] for start in range(0, len(images), self._batch_size)]
+        share = map if self._pool is None else self._pool.map
+        try:
+            return [lines for read in share(_read_part, repeat(self._settings), parts) for lines in read]
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a process of the ocr scorer died, perhaps for want of memory (about 0.5 GB each); "
+                "start the scorer again, with fewer processes if that is the reason"
+            ) from error
+
+
+class _Reader:
+    """PaddleOCR with its models loaded."""
+
+    def __init__(self, settings: _Settings) -> None:
+        engine: dict[str, Any] = {"engine": settings.engine, "cpu_threads": settings.cpu_threads}
+        if settings.engine == "onnxruntime":
+            engine = {"engine": settings.engine, "engine_config": _onnxruntime_config(settings.cpu_threads)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what is not ours to mend
+            from paddleocr import PaddleOCR
+
+            try:
+                self._paddle = PaddleOCR(
+                    text_detection_model_dir=settings.detection,
+                    text_detection_model_name=settings.detection_name,
+                    text_recognition_model_dir=settings.recognition,
+                    text_recognition_model_name=settings.recognition_name,
+                    use_doc_orientation_classify=False,
+                    use_doc_unwarping=False,
+                    use_textline_orientation=False,
+                    device="cpu",
+                    **engine,
+                )
+            except Exception as error:
+                raise UsageError(
+                    f"PaddleOCR cannot load {settings.detection} and {settings.recognition} with the engine "
+                    f"{settings.engine}: {type(error).__name__}: {error}; make the folders anew ({_MAKE})"
+                ) from error
+        self._enlarge = settings.enlarge
+
+    def read(self, images: np.ndarray) -> list[list[str]]:
+        """The lines in each of images u8[B,H,W,3] (RGB), from top to bottom."""
+        pictures = [_prepare(image, self._enlarge) for image in images]
+        return [list(result["rec_texts"]) for result in self._paddle.predict(pictures)]
+
+
+_reader = functools.cache(_Reader)
+
+
+def _read_part(settings: _Settings, images: np.ndarray) -> list[list[str]]:
+    """Read pictures in this process, loading the models if it has not."""
+    return _reader(settings).read(images)
+
+
+def _prepare_process() -> None:
+    """Leave Ctrl-C to the parent, and end with it, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="lifeline", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _prepare(image: np.ndarray, enlarge: int) -> np.ndarray:
+    """A picture u8[H,W,3] as PaddleOCR wants it: in BGR, and large enough to find text in."""
+    height, width = image.shape[:2]
+    if min(height, width) < enlarge:
+        scale = enlarge / min(height, width)
+        size = (round(width * scale), round(height * scale))
+        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    return np.ascontiguousarray(image[..., ::-1])
+
+
+def _onnxruntime_config(threads: int) -> dict[str, int]:
+    # 3 is errors only: it would warn of output shapes that the model files leave open.
+    return {"intra_op_num_threads": threads, "inter_op_num_threads": 1, "log_severity_level": 3}
+
+
+def _check_packages(engine: str) -> None:
+    if engine not in WEIGHTS:
+        raise UsageError(f"the ocr scorer knows no engine {engine!r}; wanted one of {', '.join(WEIGHTS)}")
+    missing = [PINS[module] for module in ("paddleocr", engine) if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UsageError(
+            f"the ocr scorer with the engine {engine} needs {' and '.join(missing)}: "
+            f"{sys.executable} -m pip install {' '.join(missing)}"
+        )
+    if engine == "paddle" and importlib.metadata.version("paddlepaddle") in BROKEN_PADDLE:
+        raise UsageError(
+            f"paddlepaddle {importlib.metadata.version('paddlepaddle')} cannot run these models on a CPU: "
+            f"{sys.executable} -m pip install {PINS['paddle']}"
+        )
+
+
+def _model_name(option: str, folder: str, name: str, engine: str) -> str:
+    """The name of the model in a folder, which is that of the option if it has one; UsageError says what is missing."""
+    path = Path(folder)
+    if not folder or not path.is_dir():
+        found = f"{folder} is no folder" if folder else "there is none"
+        raise UsageError(f"the ocr scorer's option {option} has to name a model folder, and {found}; {_MAKE}")
+    present = {file.name for file in path.iterdir()}
+    missing = [" or ".join(files) for files in (("inference.yml",), *WEIGHTS[engine]) if not present & set(files)]
+    if missing:
+        raise UsageError(
+            f"the {option} folder {folder} lacks {', '.join(missing)} for the engine {engine}; "
+            f"found {', '.join(sorted(present)) or 'nothing'}; {_MAKE}"
+        )
+    # Parsed by hand, since a recognition model's file takes YAML more than a second.
+    stated = re.search(r"^\s+model_name:\s*['\"]?([\w.\-]+)", (path / "inference.yml").read_text("utf-8"), re.MULTILINE)
+    if stated is None:
+        raise UsageError(f"{path / 'inference.yml'} states no Global.model_name; {_MAKE}")
+    if name and name != stated[1]:
+        raise UsageError(
+            f"the ocr scorer's option {option}_name is {name}, but {path / 'inference.yml'} says {stated[1]}; "
+            "leave the option out, or name the other folder"
+        )
+    kind = {"detection": "_det", "recognition": "_rec"}[option]
+    if kind not in stated[1]:
+        raise UsageError(f"the {option} folder {folder} holds {stated[1]}, which is no model of {option}")
+    return stated[1]

@@ -1,0 +1,89 @@
+"""Tiny random CLIPs on disk, for the tests of the scorers that read one."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from rewards_bridge.scorers import Scorer, Scores, load_scorer
+
+SIDE = 32
+PROMPTS = ["a cat", "two dogs at the sea", "A CAT!", "a cat", "red and blue " * 40, "çà et là"]
+CLASSES = {
+    "pickscore": "rewards_bridge.scorers.pickscore:PickScoreScorer",
+    "clipscore": "rewards_bridge.scorers.clipscore:ClipScoreScorer",
+    "aesthetic": "rewards_bridge.scorers.aesthetic:AestheticScorer",
+    "hpsv2": "rewards_bridge.scorers.hpsv2:HpsV2Scorer",
+    "jpeg": "rewards_bridge.scorers.jpeg:JpegScorer",
+    "imagereward": "rewards_bridge.scorers.imagereward:ImageRewardScorer",
+}
+WIDTHS = (1024, 128, 64, 16, 1)
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer with two merges: bytes, bytes at the end of a word, then the start and the end of a text."""
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[("c", "a"), ("ca", "t</w>")])
+
+
+def make_config(act: str, eos: int = 2) -> CLIPConfig:
+    """A CLIP of two small towers, in the legacy way of saying which token ends a text unless eos is given."""
+    both = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": act, "projection_dim": 16}
+    text = {"hidden_size": 32, "intermediate_size": 128, "vocab_size": len(make_tokenizer()), "eos_token_id": eos}
+    vision = {"hidden_size": 48, "intermediate_size": 192, "image_size": SIDE, "patch_size": 8}
+    return CLIPConfig(text_config={**both, **text}, vision_config={**both, **vision}, projection_dim=16)
+
+
+def make_folder(folder: Path, config: CLIPConfig) -> Path:
+    """A whole CLIP as transformers saves it, with weights far enough from 0 for images and texts to differ."""
+    torch.manual_seed(0)
+    model = CLIPModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE).save_pretrained(folder)
+    return folder
+
+
+def make_images(seed: int = 0, shape: tuple[int, ...] = (6, 50, 70)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+def run(scorer: Scorer, images: np.ndarray, prompts: Sequence[str] = PROMPTS) -> Scores:
+    scores = scorer.score(images, prompts, [{}] * len(prompts))
+    assert scores.score.dtype == np.float32
+    assert scores.score.shape == (len(images),)
+    assert scores.reasons == [""] * len(images)
+    return scores
+
+
+def make(name: str, **options: object) -> Any:
+    """The scorer of this name, with its options as text, as from a config."""
+    return load_scorer(CLASSES[name], {key: str(value) for key, value in options.items()})
+
+
+def make_head(width: int, seed: int = 1) -> torch.nn.Sequential:
+    torch.manual_seed(seed)
+    sizes = [width, *WIDTHS]
+    linear = [torch.nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
+    drop = torch.nn.Dropout(0.2)
+    return torch.nn.Sequential(linear[0], drop, linear[1], drop, linear[2], drop, linear[3], linear[4]).eval()
+
+
+def save_head(path: Path, width: int = 16) -> Path:
+    tensors = {f"layers.{name}": tensor for name, tensor in make_head(width).state_dict().items()}
+    if path.suffix == ".pth":
+        torch.save(tensors, path)
+    else:
+        save_file(tensors, path)
+    return path
