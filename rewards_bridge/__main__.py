@@ -1,15 +1,20 @@
-"""python -m rewards_bridge serve|score: hold a scorer for a trainer, or score a few images by hand."""
+"""python -m rewards_bridge serve|score|doctor: hold a scorer, score a few images by hand, see what a scorer lacks."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
-from rewards_bridge.errors import UsageError
+from rewards_bridge import doctor
+from rewards_bridge.client import BridgeConfig, RewardsClient
+from rewards_bridge.errors import BridgeError, UsageError
 from rewards_bridge.scorers import KNOWN, load_scorer
+from rewards_bridge.scorers.base import Scores
 from rewards_bridge.server import ServeConfig, serve
 
 
@@ -19,8 +24,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if parsed.command == "serve":
             return serve(_serve_config(parsed))
+        if parsed.command == "doctor":
+            return doctor.report(parsed.scorer, _options(parsed.option))
         return _score(parsed)
-    except UsageError as error:
+    except (UsageError, BridgeError) as error:
         print(f"rewards_bridge {parsed.command}: {error}", file=sys.stderr)
         return 2
 
@@ -29,9 +36,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rewards_bridge", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     serving = commands.add_parser("serve", help="load a scorer and serve it until stopped")
-    scoring = commands.add_parser("score", help="score images in this process, one JSON object a line")
+    scoring = commands.add_parser("score", help="score images, one JSON object a line")
+    examining = commands.add_parser("doctor", help="say of each scorer whether it is ready, and what mends it if not")
+    names = f'{", ".join(sorted(KNOWN))}, or your own "module:Class"'
+    examining.add_argument("--scorer", action="append", default=[], help=f"{names}; may be repeated; all if left out")
     for command in (serving, scoring):
-        command.add_argument("--scorer", required=True, help=f'{", ".join(sorted(KNOWN))}, or your own "module:Class"')
+        command.add_argument("--scorer", required=True, help=names)
+    for command in (serving, scoring, examining):
         command.add_argument(
             "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the scorer"
         )
@@ -41,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--token-file", metavar="FILE", help="callers have to know this token")
     serving.add_argument("--exit-with-parent", action="store_true", help="end when standard input ends")
     scoring.add_argument("--prompt", required=True)
+    scoring.add_argument("--address", help="of a running server of this scorer; empty: score in this process")
+    scoring.add_argument("--tls-ca", metavar="PEM", help="what a server on another machine is checked against")
+    scoring.add_argument("--token-file", metavar="FILE", help="the token that such a server wants")
     scoring.add_argument("--metadata", default="{}", metavar="JSON")
     scoring.add_argument("images", nargs="+", metavar="IMAGE")
     return parser
@@ -69,31 +83,55 @@ def _options(pairs: list[str]) -> dict[str, str]:
 
 
 def _score(parsed: argparse.Namespace) -> int:
-    from PIL import Image  # only this command reads image files
-
     try:
         metadata = json.loads(parsed.metadata)
     except ValueError as error:
         raise UsageError(f"--metadata is not JSON: {error}") from error
     if not isinstance(metadata, dict):
         raise UsageError(f"--metadata has to be a JSON object; found {parsed.metadata}")
-    scorer = load_scorer(parsed.scorer, _options(parsed.option))
-    for path in parsed.images:
-        try:
-            with Image.open(path) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-        except OSError as error:
-            raise UsageError(f"cannot read image {path}: {error}") from error
-        scores = scorer.score(pixels[None], [parsed.prompt], [metadata])
-        line = {
-            "image": path,
-            "scorer": parsed.scorer,
-            "score": float(scores.score[0]),
-            "raw": {name: float(values[0]) for name, values in scores.raw.items()},
-            "reasons": scores.reasons[0],
-        }
-        print(json.dumps(line), flush=True)
+    pictures = [_read_picture(path) for path in parsed.images]
+    with _judge(parsed) as score:
+        for path, pixels in zip(parsed.images, pictures, strict=True):
+            scores = score(pixels[None], [parsed.prompt], [metadata])
+            line = {
+                "image": path,
+                "scorer": parsed.scorer,
+                "score": float(scores.score[0]),
+                "raw": {name: float(values[0]) for name, values in scores.raw.items()},
+                "reasons": scores.reasons[0],
+            }
+            print(json.dumps(line), flush=True)
     return 0
+
+
+def _read_picture(path: str) -> np.ndarray:
+    from PIL import Image  # only this command reads image files
+
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except OSError as error:
+        raise UsageError(f"cannot read image {path}: {error}") from error
+
+
+@contextmanager
+def _judge(parsed: argparse.Namespace) -> Iterator[Callable[[np.ndarray, list[str], list[dict]], Scores]]:
+    """The scorer in this process, or the one behind --address."""
+    options = _options(parsed.option)
+    if not parsed.address:
+        yield load_scorer(parsed.scorer, options).score
+        return
+    config = BridgeConfig(
+        scorer=parsed.scorer,
+        options=options,
+        address=parsed.address,
+        start_timeout_s=10.0,
+        max_restarts=0,
+        tls_ca=parsed.tls_ca,
+        token_file=parsed.token_file,
+    )
+    with RewardsClient(config) as client:
+        yield lambda images, prompts, metadata: client.submit(images, prompts, metadata).result()
 
 
 if __name__ == "__main__":

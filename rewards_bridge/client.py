@@ -81,6 +81,25 @@ class RewardsClient:
             self._jobs.put(job)
         return job.future
 
+    def check(self, prompts: Sequence[str], metadata: Sequence[dict]) -> dict[int, str]:
+        """Why the scorer cannot score some of these prompts, by their index; empty if it can score all.
+
+        Raises ScorerError if it raised, BridgeError if it cannot be reached, ValueError for what cannot be sent.
+        """
+        problems: dict[int, str] = {}
+        for start in range(0, len(prompts), messages.CHECKED_AT_ONCE):
+            part = slice(start, start + messages.CHECKED_AT_ONCE)
+            request = messages.encode_check(prompts[part], metadata[part])
+            link = self._peer.link
+            try:
+                found = link.check(request, self._config.deadline_s)
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.ABORTED:
+                    raise ScorerError(f"scorer {self._config.scorer!r} raised:\n{error.details()}") from None
+                raise BridgeError(f"{link.address} could not check the prompts: {status_text(error)}") from error
+            problems.update({start + index: text for index, text in found.items()})
+        return dict(sorted(problems.items()))
+
     def stats(self) -> BridgeStats:
         """Counts and seconds so far."""
         with self._lock:

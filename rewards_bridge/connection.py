@@ -37,6 +37,11 @@ class Connection:
             request_serializer=bridge_pb2.DescribeRequest.SerializeToString,
             response_deserializer=bridge_pb2.DescribeReply.FromString,
         )
+        self._check = self._channel.unary_unary(
+            messages.CHECK_METHOD,
+            request_serializer=bridge_pb2.CheckRequest.SerializeToString,
+            response_deserializer=bridge_pb2.CheckReply.FromString,
+        )
         self._score = self._channel.stream_unary(
             messages.SCORE_METHOD,
             request_serializer=bytes,  # they are encoded already
@@ -80,6 +85,11 @@ class Connection:
             raise BridgeError(
                 f"the server at {self.address} holds scorer {reply.scorer!r}, the config wants {scorer!r}; change one"
             )
+
+    def check(self, request: bridge_pb2.CheckRequest, deadline_s: float) -> dict[int, str]:
+        """Problem by index of the prompts that the scorer cannot score; grpc.RpcError if the call fails."""
+        reply = self._check(request, timeout=deadline_s, metadata=self._metadata)
+        return dict(reply.problems)
 
     def score(self, stream: Iterable[bytes], deadline_s: float) -> bridge_pb2.ScoreReply:
         """Send one batch and wait for its reply; grpc.RpcError otherwise."""

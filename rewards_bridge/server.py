@@ -53,7 +53,7 @@ class ServeConfig:
 
 
 class _Bridge:
-    """The two calls of bridge.proto."""
+    """The calls of bridge.proto."""
 
     def __init__(self, name: str, scorer: Scorer) -> None:
         self._name = name
@@ -68,6 +68,9 @@ class _Bridge:
                 "Describe": grpc.unary_unary_rpc_method_handler(
                     self.describe, response_serializer=bridge_pb2.DescribeReply.SerializeToString
                 ),
+                "Check": grpc.unary_unary_rpc_method_handler(
+                    self.check, response_serializer=bridge_pb2.CheckReply.SerializeToString
+                ),
                 "Score": grpc.stream_unary_rpc_method_handler(
                     self.score, response_serializer=bridge_pb2.ScoreReply.SerializeToString
                 ),
@@ -81,6 +84,24 @@ class _Bridge:
         except DecodeError as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no DescribeRequest: {error}")
         return bridge_pb2.DescribeReply(protocol_version=messages.PROTOCOL_VERSION, scorer=self._name)
+
+    def check(self, message: bytes, context: grpc.ServicerContext) -> bridge_pb2.CheckReply:
+        """What the scorer has against each prompt; nothing if it takes any."""
+        with _errors_as_status(context):
+            prompts, metadata = messages.decode_check(message)
+            job = self._worker.submit(self._problems, prompts, metadata)
+            _cancel_with_call(job, context)
+            return bridge_pb2.CheckReply(problems=job.result())
+
+    def _problems(self, prompts: list[str], metadata: list[dict]) -> dict[int, str]:
+        problem = getattr(self._scorer, "problem", None)
+        if problem is None:
+            return {}
+        try:
+            texts = [problem(prompt, item) for prompt, item in zip(prompts, metadata, strict=True)]
+        except BaseException as error:
+            raise _ScorerRaisedError(traceback.format_exc()) from error
+        return {index: text for index, text in enumerate(texts) if text}
 
     def score(self, stream: Iterator[bytes], context: grpc.ServicerContext) -> bridge_pb2.ScoreReply:
         """Receive one batch, wait for its turn, score it; every error becomes a status."""

@@ -33,6 +33,15 @@ class Echo:
         return Scores(number.astype(np.float32), raw, [f"seen: {prompt}" for prompt in prompts])
 
 
+class Picky(Echo):
+    """Takes prompts with an even number only, and raises about the number 13."""
+
+    def problem(self, prompt: str, metadata: dict) -> str:
+        if metadata["number"] == 13:
+            raise LookupError("thirteen")
+        return f"{metadata['number']} is odd" if metadata["number"] % 2 else ""
+
+
 class First:
     """Looks at one byte an image: what is measured with it is the bridge."""
 

@@ -202,3 +202,19 @@ def test_score_command_prints_a_line_an_image(tmp_path):
     )
     assert missing.returncode == 2
     assert missing.stderr.startswith("rewards_bridge score: cannot read image a.png")
+
+
+def test_score_command_uses_a_running_server(tmp_path):
+    Image.fromarray(helpers.batch(3, 1)[0][0]).save(tmp_path / "a.png")
+    command = [sys.executable, "-m", "rewards_bridge", "score", "--scorer", "bridge_scorers:Echo", "--prompt", "x"]
+    path = {**os.environ, "PYTHONPATH": str(helpers.TESTS.parent)}
+    with helpers.running_server("Echo", f"unix:{tmp_path}/s") as (_, address):
+        command += ["--address", address, str(tmp_path / "a.png")]
+        done = subprocess.run(command, env=path, capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout)["score"] == 3
+        other = subprocess.run([*command, "--option", "delay=1"], env=path, capture_output=True, text=True)
+        assert other.returncode == 2
+        assert "already runs" in other.stderr
+    gone = subprocess.run(command, env=path, capture_output=True, text=True)
+    assert gone.returncode == 2
+    assert "was not serving" in gone.stderr

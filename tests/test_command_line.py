@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from udm_grpo.command_line import field_names, parse
-from udm_grpo.config import ConfigError, RunConfig, validate
+from udm_grpo.config import ConfigError, RunConfig
+from udm_grpo.config_checks import validate
 
 CONFIG = '''
 """A config file as a user writes one."""
@@ -19,7 +20,7 @@ def get_config(variant: str = "") -> RunConfig:
     config.model.path = "some/folder"
     config.prompts.train = config.prompts.heldout = "some/prompts.txt"
     config.prompts.tag_weights = {"counting": 2.0}
-    config.rewards.options = {"threshold": "0.3"}
+    config.rewards.scorers["shapes"].options = {"threshold": "0.3"}
     if variant == "smoke":
         config.iterations = 2
     elif variant:
@@ -61,14 +62,6 @@ def test_a_variant_is_handed_to_get_config(file):
         ("--config.evaluation.steps=(10,25)", "evaluation", "steps", (10, 25)),
         ("--config.evaluation.steps=10,25", "evaluation", "steps", (10, 25)),
         ("--config.evaluation.steps=10", "evaluation", "steps", (10,)),
-        ("--config.rewards.options.threshold=0.5", "rewards", "options", {"threshold": "0.5"}),
-        ("--config.rewards.options.device=cpu", "rewards", "options", {"threshold": "0.3", "device": "cpu"}),
-        (
-            "--config.rewards.environment.CUDA_VISIBLE_DEVICES=0",
-            "rewards",
-            "environment",
-            {"CUDA_VISIBLE_DEVICES": "0"},
-        ),
         ("--config.prompts.tag_weights.counting=0.5", "prompts", "tag_weights", {"counting": 0.5}),
         ("--config.prompts.tag_weights.colors=3", "prompts", "tag_weights", {"counting": 2.0, "colors": 3.0}),
     ],
@@ -80,6 +73,24 @@ def test_a_field_is_overridden(file, argument, section, field, wanted):
     assert type(found) is type(wanted)
     if isinstance(wanted, dict):
         assert [type(value) for value in found.values()] == [type(value) for value in wanted.values()]
+
+
+@pytest.mark.parametrize(
+    ("argument", "part", "field", "wanted"),
+    [
+        ("shapes.options.threshold=0.5", "shapes", "options", {"threshold": "0.5"}),
+        ("shapes.options.device=cpu", "shapes", "options", {"threshold": "0.3", "device": "cpu"}),
+        ("shapes.environment.CUDA_VISIBLE_DEVICES=0", "shapes", "environment", {"CUDA_VISIBLE_DEVICES": "0"}),
+        ("shapes.addresses=unix:/a,unix:/b", "shapes", "addresses", ("unix:/a", "unix:/b")),
+        ("jpeg.weight=0.5", "jpeg", "weight", 0.5),
+        ("mine.options.a.b=c", "mine", "options", {"a.b": "c"}),
+    ],
+)
+def test_a_scorer_is_changed_or_added_by_its_name(file, argument, part, field, wanted):
+    config = parse([f"--config={file}", f"--config.rewards.scorers.{argument}"])
+    assert getattr(config.rewards.scorers[part], field) == wanted
+    assert set(config.rewards.scorers) == {"shapes", part}
+    validate(config)
 
 
 def test_several_overrides_and_the_last_one_counts(file):
@@ -125,7 +136,10 @@ def test_a_field_like_no_other_lists_all(file):
         ("optimizer.milestones", "('a',)"),
         ("prompts.tag_weights.counting", "often"),
         ("rollout.prompts.x", "3"),
-        ("rewards.options", "3"),
+        ("rewards.scorers.shapes.options", "3"),
+        ("rewards.scorers", "shapes"),
+        ("rewards.scorers.jpeg", "3"),
+        ("rewards.scorers.jpeg.wait", "3"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_by_the_field_s_name(file, field, value):
@@ -174,4 +188,5 @@ def test_an_unknown_flag_is_refused(file, argument):
 def test_every_field_has_one_dotted_name():
     names = field_names(RunConfig())
     assert len(set(names)) == len(names)
-    assert {"iterations", "model.path", "rollout.prompts", "rewards.environment", "mesh.fsdp"} <= set(names)
+    some = {"iterations", "model.path", "rollout.prompts", "rewards.scorers.shapes.environment", "mesh.fsdp"}
+    assert some <= set(names)

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from udm_grpo.config import ConfigError, RunConfig, as_dict, validate
+from udm_grpo.config import ConfigError, RewardsConfig, RunConfig, ScorerConfig, as_dict
+from udm_grpo.config_checks import validate
 
 
 def runnable() -> RunConfig:
@@ -114,9 +115,6 @@ def test_a_number_that_is_too_small_is_named_with_the_least(name, least):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("rewards.deadline_s", 0.0),
-        ("rewards.start_timeout_s", 0.0),
-        ("rewards.max_restarts", -1),
         ("grpo.advantage_clip", 0.0),
         ("optimizer.beta1", 1.0),
         ("optimizer.beta2", -0.1),
@@ -209,4 +207,29 @@ def test_the_dict_of_a_config_makes_the_same_config_again():
         name: sections[name](**value) if name in nested and isinstance(value, dict) else value
         for name, value in nested.items()
     }
+    scorers = {part: ScorerConfig(**given) for part, given in nested["rewards"]["scorers"].items()}
+    again["rewards"] = RewardsConfig(scorers)
     assert RunConfig(**again) == config
+
+
+@pytest.mark.parametrize(
+    ("change_of", "line"),
+    [
+        ({"deadline_s": 0.0}, "rewards.scorers.shapes.deadline_s is 0.0; set it above 0."),
+        ({"start_timeout_s": 0.0}, "rewards.scorers.shapes.start_timeout_s is 0.0; set it above 0."),
+        ({"max_restarts": -1}, "rewards.scorers.shapes.max_restarts is -1; set it to at least 0."),
+        ({"replicas": 0}, "rewards.scorers.shapes.replicas is 0; set it to at least 1."),
+        ({"weight": float("inf")}, "rewards.scorers.shapes.weight is inf; set it to a finite number."),
+    ],
+)
+def test_a_scorer_that_cannot_be_is_named(change_of, line):
+    assert problems(rewards__scorers={"shapes": ScorerConfig(**change_of)}) == [line]
+
+
+def test_a_scorer_is_started_or_reached_but_not_both():
+    (line,) = problems(rewards__scorers={"shapes": ScorerConfig(replicas=2, addresses=("unix:/a",))})
+    assert "shapes has addresses and 2 replicas" in line
+
+
+def test_no_scorer_at_all_is_refused():
+    assert problems(rewards__scorers={}) == ["rewards.scorers is empty; name at least one."]

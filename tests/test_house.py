@@ -29,7 +29,12 @@ LAYERS = {
     "host": ("config", "batches", "model"),
 }
 """Package of udm_grpo -> what else of udm_grpo it may import."""
-BRIDGE_FACE = ("rewards_bridge.client", "rewards_bridge.errors", "rewards_bridge.scorers.base")
+BRIDGE_FACE = (
+    "rewards_bridge.client",
+    "rewards_bridge.composition",
+    "rewards_bridge.errors",
+    "rewards_bridge.scorers.base",
+)
 TORCH_FILES = ("udm_grpo/host/torch_files.py",)
 """What reads .bin and .pth."""
 UNSAFE_MODULES = ("pickle", "_pickle", "marshal", "dill", "cloudpickle", "joblib", "shelve")
@@ -52,7 +57,7 @@ AXIS_CALLS = (
 SPECS = ("jax.sharding.PartitionSpec", "sharding.PartitionSpec", "jax.P", "jax.make_mesh")
 COMPILERS = ("jit", "pjit", "pmap")
 LONGEST_FUNCTION, LONGEST_FILE = 60, 350
-OPTIONAL = ("wandb",)
+OPTIONAL = ("wandb", "ImageReward")
 """Packages that a user installs for himself when a config asks for them."""
 
 

@@ -13,6 +13,10 @@ from PIL import Image
 from running import ROOT, environment
 
 from rewards_bridge.client import BridgeConfig, RewardsClient
+from rewards_bridge.scorers import KNOWN
+from udm_grpo import config as config_module
+from udm_grpo.config import RunConfig
+from udm_grpo.config_checks import validate
 from udm_grpo.host.shapes import all_prompts
 from udm_grpo.host.shapes_scenes import render, scene_for
 
@@ -24,6 +28,7 @@ RESUME = f"{TRAIN} --config.checkpoint.resume=latest"
 PYTEST = "python -m pytest"
 PRETRAIN = "python -m scripts.pretrain_shapes --output outputs/pretrain_shapes"
 SERVE = "python -m rewards_bridge serve --scorer shapes --listen unix:/tmp/shapes.sock"
+DOCTOR = "python -m rewards_bridge doctor"
 SCORE = "python -m rewards_bridge score --scorer shapes"
 
 
@@ -43,7 +48,7 @@ def run(command: str, tmp: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_readme_has_no_command_that_no_test_runs() -> None:
-    known = (f"{INSTALL} && {TRAIN}", f"{INSTALL} && {PYTEST}", SMOKE, RESUME, PRETRAIN, SERVE)
+    known = (f"{INSTALL} && {TRAIN}", f"{INSTALL} && {PYTEST}", SMOKE, RESUME, PRETRAIN, SERVE, DOCTOR)
     for command in commands():
         assert command in known or command.startswith(SCORE), command
     for command in known:
@@ -92,6 +97,38 @@ def test_the_server_by_itself(tmp_path: Path) -> None:
         status = process.wait(30)
     assert scores.raw["strict"][0] == 1.0
     assert status == 0
+
+
+def test_the_doctor_says_what_every_scorer_lacks(tmp_path: Path) -> None:
+    """Without a network, most scorers lack their weights: each of them gets a command that mends it."""
+    words = DOCTOR.replace("python", sys.executable, 1).split()
+    offline = {**environment(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(words, cwd=ROOT, env=offline, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    said = dict(re.findall(r"^(\w+): (ready|not ready)$", done.stdout, re.MULTILINE))
+    assert set(said) == set(KNOWN)
+    assert {name for name, state in said.items() if state == "ready"} == {"jpeg", "shapes"}
+    for command in ("hf download yuvalkirstain/PickScore_v1", "wget https://", "ocr_models --output", "pip install"):
+        assert command in done.stdout, command
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_scorers_of_the_readme_can_be_configured() -> None:
+    config = RunConfig()
+    exec(next(block for block in python_blocks() if "rewards.scorers" in block), vars(config_module) | locals())
+    config.model.path = config.prompts.train = config.prompts.heldout = "x"
+    validate(config)
+    assert list(config.rewards.scorers) == ["pickscore", "geneval", "ocr", "mine"]
+
+
+def test_the_scorer_of_the_readme_scores() -> None:
+    names: dict = {}
+    exec(next(block for block in python_blocks() if "class Brightness" in block), names)
+    scores = names["Brightness"]().score(np.full((2, 4, 4, 3), 51, np.uint8), ["a", "b"], [{}, {}])
+    np.testing.assert_allclose(scores.score, 0.2, rtol=1e-6)
 
 
 @pytest.fixture(scope="module")

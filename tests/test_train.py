@@ -173,8 +173,8 @@ def test_every_option_at_once(finished: Path) -> None:
         (["model.height=30"], "multiples of 8"),
         (["mesh.data=3"], "does not fit 1 device"),
         (["checkpoint.resume=/nowhere"], "no such folder"),
-        (["rewards.scorer=beauty"], "shapes"),
-        (["rewards.scorer=bridge_scorers:Raise"], "Traceback"),
+        (["rewards.scorers.shapes.scorer=beauty"], "shapes"),
+        (["rewards.scorers.shapes.scorer=bridge_scorers:Raise"], "Traceback"),
     ],
 )
 def test_bad_input_is_one_clear_error(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -189,6 +189,36 @@ def test_an_empty_prompt_file_is_refused(tmp_path: Path) -> None:
     done = train(tmp_path / "run", f"prompts.train={tmp_path / 'none.jsonl'}")
     assert done.returncode == 1
     assert "none.jsonl" in done.stderr
+
+
+def test_prompts_that_the_scorer_cannot_judge_are_all_named_before_the_first_rollout(tmp_path: Path) -> None:
+    lines = [
+        {"tag": "single_object", "include": [{"class": name, "count": 1}], "prompt": f"a photo of a {name}"}
+        for name in ("circle", "giraffe", "square", "zebra")
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    done = train(tmp_path / "run", f"prompts.heldout={file}")
+    assert done.returncode == 1
+    assert "prompts.heldout: 2 of 4 prompts cannot be scored" in done.stderr
+    assert "prompt 2 ('a photo of a giraffe'): shapes: the shapes judge knows no class 'giraffe'" in done.stderr
+    assert "prompt 4 ('a photo of a zebra')" in done.stderr
+    assert not metrics(tmp_path / "run")
+
+
+def test_several_scorers_and_replicas_train_together(tmp_path: Path) -> None:
+    """The weighted sum is what is optimised; everything raw is logged by the scorer's name."""
+    done = train(
+        tmp_path / "run",
+        "iterations=1",
+        "rewards.scorers.shapes.replicas=2",
+        "rewards.scorers.mean.scorer=bridge_scorers:Echo",
+        "rewards.scorers.mean.weight=0.0",
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = metrics(tmp_path / "run")
+    assert {"shapes/strict", "shapes/soft", "shapes/score", "mean/mean", "mean/score"} <= set(row["raw"])
+    assert row["reward"] == pytest.approx(row["raw"]["shapes/score"], abs=1e-6)
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(tmp_path: Path) -> None:

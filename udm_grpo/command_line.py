@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -13,23 +14,34 @@ _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no"
 
 
 def field_names(config: Any, prefix: str = "") -> list[str]:
-    """Every field of a configuration, dotted."""
+    """Every field of a configuration, dotted; those of a dict of configurations under the names in it."""
     names = []
     for field in fields(config):
         value = getattr(config, field.name)
-        names += field_names(value, f"{prefix}{field.name}.") if is_dataclass(value) else [f"{prefix}{field.name}"]
+        if is_dataclass(value):
+            names += field_names(value, f"{prefix}{field.name}.")
+        elif _part_type(type(config), field.name):
+            for key, part in value.items():
+                names += field_names(part, f"{prefix}{field.name}.{key}.")
+        else:
+            names.append(f"{prefix}{field.name}")
     return names
+
+
+def _part_type(section: Any, name: str) -> Any:
+    """The class of what a field holds by names of the user's own; None for every other field."""
+    wanted = get_type_hints(section).get(name)
+    held = get_args(wanted)[1] if get_origin(wanted) is dict else None
+    return held if is_dataclass(held) else None
+
+
+def _inside(section: Any, name: str) -> Any:
+    return section[name] if isinstance(section, dict) else getattr(section, name)
 
 
 def field_values(config: Any) -> list[tuple[str, Any]]:
     """Every field of a configuration, dotted, with its value."""
-    pairs = []
-    for name in field_names(config):
-        value = config
-        for part in name.split("."):
-            value = getattr(value, part)
-        pairs.append((name, value))
-    return pairs
+    return [(name, reduce(_inside, name.split("."), config)) for name in field_names(config)]
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
@@ -79,13 +91,12 @@ def _load(file: str) -> RunConfig:
 
 
 def _set(config: RunConfig, name: str, text: str | None) -> None:
-    known = field_names(RunConfig())
+    _add_part(config, name)
+    known = field_names(config)
     # options, environment and tag_weights hold names of the user's own: the rest of the dotted name is one of them.
     found = next((field for field in known if name == field or name.startswith(f"{field}.")), None)
-    section: Any = config
     *parents, last = (found or "").split(".")
-    for parent in parents:
-        section = getattr(section, parent)
+    section: Any = reduce(_inside, parents, config)
     wanted = get_type_hints(type(section)).get(last)
     key = name.removeprefix(f"{found}.") if found != name else None
     if found is None or (key is not None and get_origin(wanted) is not dict):
@@ -98,6 +109,19 @@ def _set(config: RunConfig, name: str, text: str | None) -> None:
         raise ConfigError(f"--config.{name} holds names of your own; write --config.{name}.NAME=value.")
     else:
         setattr(section, last, _read(name, text, wanted))
+
+
+def _add_part(config: RunConfig, name: str) -> None:
+    """rewards.scorers.NAME.field=value adds a scorer that the config file does not have."""
+    section: Any = config
+    parts = name.split(".")
+    for at, part in enumerate(parts):
+        made = _part_type(type(section), part) if is_dataclass(section) else None
+        if made and len(parts) > at + 2 and parts[at + 2] in {field.name for field in fields(made)}:
+            getattr(section, part).setdefault(parts[at + 1], made())
+        if not (isinstance(section, dict) and part in section) and not hasattr(section, part):
+            return
+        section = _inside(section, part)
 
 
 def _read(name: str, text: str | None, wanted: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Every knob of a run, as plain dataclasses; validated once, at the start."""
+"""Every knob of a run, as plain dataclasses; config_checks.py validates them once, at the start."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -114,29 +114,41 @@ class OptimizerConfig:
 
 
 @dataclass
-class RewardsConfig:
-    """The scorer and the process that holds it."""
+class ScorerConfig:
+    """One scorer, what it counts, and the processes that hold it."""
 
-    scorer: str = "shapes"
-    """A known scorer, or module:Class."""
+    scorer: str = ""
+    """A known scorer, or module:Class; empty: the scorer that the part is named after."""
+    weight: float = 1.0
+    """Of its score in the sum that is optimised."""
     options: dict[str, str] = field(default_factory=dict)
     """Handed to the scorer."""
-    address: str = ""
-    """Of a running server (unix:/path or host:port); empty: the trainer starts one."""
+    replicas: int = 1
+    """Processes that are started and share the images."""
+    addresses: tuple[str, ...] = ()
+    """Of running servers that share the images (unix:/path or host:port); empty: the trainer starts its own."""
     interpreter: str = ""
     """Python that runs the scorer; empty: this one."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Environment variables of the scorer's process, e.g. CUDA_VISIBLE_DEVICES."""
+    """Environment variables of the scorer's processes, e.g. CUDA_VISIBLE_DEVICES."""
     deadline_s: float = 300.0
     """Seconds a batch may take to score."""
     start_timeout_s: float = 300.0
     """Seconds the scorer may take to load."""
     max_restarts: int = 3
-    """Times that a dead or hanging scorer is started again."""
+    """Times that a dead or hanging process is started again, or a lost server is called again."""
     tls_ca: str = ""
-    """Certificate (PEM) that a server on another machine is checked against."""
+    """Certificate (PEM) that servers on other machines are checked against."""
     token_file: str = ""
-    """File with the token that such a server wants."""
+    """File with the token that such servers want."""
+
+
+@dataclass
+class RewardsConfig:
+    """What is optimised: the weighted sum of scorers, each in processes of its own."""
+
+    scorers: dict[str, ScorerConfig] = field(default_factory=lambda: {"shapes": ScorerConfig()})
+    """The parts by name; all of them score every image, at the same time."""
 
 
 @dataclass
@@ -226,109 +238,3 @@ class ConfigError(ValueError):
 def as_dict(config: RunConfig) -> dict[str, Any]:
     """The whole configuration as nested dicts of plain values."""
     return dataclasses.asdict(config)
-
-
-def _choice(problems: list[str], name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        problems.append(f"{name} is {value!r}; set it to one of {', '.join(allowed)}.")
-
-
-def _at_least(problems: list[str], least: float, **values: float) -> None:
-    for name, value in values.items():
-        if not value >= least:  # NaN too
-            problems.append(f"{name.replace('__', '.')} is {value}; set it to at least {least}.")
-
-
-def _above_zero(problems: list[str], **values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            problems.append(f"{name.replace('__', '.')} is {value}; set it above 0.")
-
-
-def _choices(config: RunConfig, problems: list[str]) -> None:
-    _choice(problems, "model.dtype", config.model.dtype, ("float32", "bfloat16"))
-    _choice(problems, "model.attention", config.model.attention, ("xla", "cudnn"))
-    _choice(problems, "model.remat", config.model.remat, ("none", "dots", "full"))
-    _choice(problems, "grpo.trajectory", config.grpo.trajectory, ("forward", "rollout"))
-    _choice(problems, "grpo.action", config.grpo.action, ("clean", "intermediate"))
-    _choice(problems, "optimizer.schedule", config.optimizer.schedule, ("constant", "cosine", "multistep"))
-
-
-def _ranges(config: RunConfig, problems: list[str]) -> None:
-    rollout, grpo, optimizer, evaluation = config.rollout, config.grpo, config.optimizer, config.evaluation
-    rewards = config.rewards
-    _at_least(problems, 1, iterations=config.iterations, rollout__prompts=rollout.prompts)
-    _at_least(problems, 1, rollout__steps=rollout.steps, rollout__micro_batch=rollout.micro_batch)
-    _at_least(problems, 2, rollout__group_size=rollout.group_size)
-    _at_least(problems, 1, grpo__trained_steps=grpo.trained_steps, grpo__window_starts=grpo.window_starts)
-    _at_least(problems, 1, grpo__updates_per_rollout=grpo.updates_per_rollout)
-    _at_least(problems, 1, optimizer__micro_batch=optimizer.micro_batch, model__logit_rows=config.model.logit_rows)
-    _at_least(problems, 1, evaluation__prompts=evaluation.prompts, evaluation__final_prompts=evaluation.final_prompts)
-    _at_least(problems, 1, evaluation__images_per_prompt=evaluation.images_per_prompt)
-    _at_least(problems, 1, evaluation__batch=evaluation.batch, evaluation__picture_prompts=evaluation.picture_prompts)
-    _at_least(problems, 0, evaluation__every=evaluation.every, evaluation__picture_every=evaluation.picture_every)
-    _at_least(problems, 0, checkpoint__every=config.checkpoint.every, model__text_length=config.model.text_length)
-    _at_least(problems, 1, checkpoint__keep=config.checkpoint.keep)
-    _at_least(problems, 0, grpo__kl_weight=grpo.kl_weight, grpo__clip_range=grpo.clip_range)
-    _at_least(problems, 0, optimizer__learning_rate=optimizer.learning_rate, rollout__shift=rollout.shift)
-    _at_least(problems, 0, optimizer__warmup_updates=optimizer.warmup_updates)
-    _at_least(problems, 0, optimizer__weight_decay=optimizer.weight_decay)
-    _at_least(problems, 1, rollout__guidance_scale=rollout.guidance_scale)
-    _at_least(problems, 1, model__height=config.model.height, model__width=config.model.width)
-    if not 0 <= optimizer.ema_decay < 1:
-        problems.append(f"optimizer.ema_decay is {optimizer.ema_decay}; set it to 0 (off) or between 0 and 1.")
-    for name, beta in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
-        if not 0 <= beta < 1:
-            problems.append(f"optimizer.{name} is {beta}; set it to 0 or more and below 1.")
-    _above_zero(problems, optimizer__max_grad_norm=optimizer.max_grad_norm, grpo__advantage_clip=grpo.advantage_clip)
-    _above_zero(problems, rewards__deadline_s=rewards.deadline_s, rewards__start_timeout_s=rewards.start_timeout_s)
-    _at_least(problems, 0, rewards__max_restarts=rewards.max_restarts)
-    if not evaluation.steps:
-        problems.append("evaluation.steps is empty; name at least one number of rollout steps.")
-    elif min(evaluation.steps) < 1:
-        problems.append(f"evaluation.steps is {evaluation.steps}; set it to numbers of at least 1.")
-
-
-def _combinations(config: RunConfig, problems: list[str]) -> None:
-    rollout, grpo = config.rollout, config.grpo
-    images = rollout.prompts * rollout.group_size
-    last = grpo.window_starts + grpo.trained_steps - 1
-    if last > rollout.steps:
-        problems.append(
-            f"grpo.window_starts + grpo.trained_steps - 1 is {last}, past the rollout's {rollout.steps} steps; lower "
-            "one of them or raise rollout.steps."
-        )
-    if rollout.micro_batch >= 1 and images % rollout.micro_batch:
-        problems.append(
-            f"rollout.prompts x rollout.group_size is {images}, which rollout.micro_batch {rollout.micro_batch} does "
-            "not divide; change one of them."
-        )
-    if config.optimizer.micro_batch >= 1 and (images * grpo.trained_steps) % config.optimizer.micro_batch:
-        problems.append(
-            f"an update has prompts x group_size x trained_steps = {images * grpo.trained_steps} states, which "
-            f"optimizer.micro_batch {config.optimizer.micro_batch} does not divide; change one of them."
-        )
-    if config.optimizer.schedule == "multistep" and not config.optimizer.milestones:
-        problems.append("optimizer.schedule is multistep without optimizer.milestones; name at least one.")
-    if config.optimizer.milestones and config.optimizer.schedule != "multistep":
-        problems.append("optimizer.milestones acts only with optimizer.schedule=multistep; set that or drop them.")
-    sizes = dataclasses.asdict(config.mesh)
-    if sum(size == -1 for size in sizes.values()) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        problems.append(f"mesh is {sizes}; every size is at least 1, and at most one is -1 (the rest of the devices).")
-    for name, value in (("model.path", config.model.path), ("prompts.train", config.prompts.train)):
-        if not value:
-            problems.append(f"{name} is empty; name a {'folder' if name == 'model.path' else 'file'}.")
-    if not config.prompts.heldout:
-        problems.append("prompts.heldout is empty; name a file of evaluation prompts.")
-    if config.checkpoint.keep_best and not config.evaluation.every:
-        problems.append("checkpoint.keep_best needs evaluations on the way; set evaluation.every above 0.")
-
-
-def validate(config: RunConfig) -> None:
-    """Raise ConfigError listing every field or combination that cannot run."""
-    problems: list[str] = []
-    _choices(config, problems)
-    _ranges(config, problems)
-    _combinations(config, problems)
-    if problems:
-        raise ConfigError("this configuration cannot run:\n" + "\n".join(f"  - {problem}" for problem in problems))

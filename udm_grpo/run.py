@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int32, Key
 
-from rewards_bridge.client import RewardsClient
+from rewards_bridge.composition import Composition
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params, TrainState
 from udm_grpo.config import ConfigError, RunConfig, as_dict
@@ -27,6 +27,9 @@ from udm_grpo.host.metrics import write_json
 from udm_grpo.host.prompts import PromptSet, read_prompts
 from udm_grpo.host.weights import Checkpoint, load_folder
 from udm_grpo.steps import Steps, build, make_plans
+
+MOST_PROBLEMS = 50
+"""Prompts that cannot be scored which an error spells out."""
 
 
 class Stage(enum.IntEnum):
@@ -49,7 +52,7 @@ class Run:
     vq_params: Params
     train: PromptSet
     heldout: PromptSet
-    client: RewardsClient
+    client: Composition
     checkpoints: Checkpoints
     output: Path
 
@@ -89,7 +92,10 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     if config.optimizer.schedule != "cosine":
         fields.pop("iterations")  # only the cosine schedule looks at the end
     fields["model"] = {name: fields["model"][name] for name in ("dtype", "text_length", "height", "width")}
-    fields["rewards"] = {name: fields["rewards"][name] for name in ("scorer", "options")}
+    fields["rewards"] = {
+        part: {name: given[name] for name in ("scorer", "weight", "options")}
+        for part, given in fields["rewards"]["scorers"].items()
+    }
     fields["rollout"].pop("micro_batch")
     fields["optimizer"].pop("micro_batch")
     return fields
@@ -100,6 +106,17 @@ def _prompts(field: str, file: str, weights: dict[str, float]) -> PromptSet:
         return read_prompts(file, weights or None)
     except ValueError as error:
         raise ConfigError(f"{field}: {error}") from error
+
+
+def _check_prompts(client: Composition, field: str, given: PromptSet) -> None:
+    """Ask the scorers about every prompt, so that no run ends at one that cannot be scored."""
+    found = client.check(given.prompts, given.metadata)
+    if not found:
+        return
+    lines = [f"prompt {index + 1} ({given.prompts[index]!r}): {text}" for index, text in found.items()]
+    more = [f"and {len(lines) - MOST_PROBLEMS} more"] if len(lines) > MOST_PROBLEMS else []
+    listed = "\n  ".join([f"{field}: {len(lines)} of {len(given)} prompts cannot be scored:", *lines[:MOST_PROBLEMS]])
+    raise ConfigError("\n  ".join([listed, *more, "Mend or remove them, or choose another scorer."]))
 
 
 def _check_sizes(config: RunConfig, stride: int, mesh: Mesh) -> None:
@@ -176,7 +193,9 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     optimizer = optimizer_of(config)
     abstract = _abstract_state(optimizer, checkpoint.transformer, config.optimizer.ema_decay > 0, mesh)
     path = jax.device_put(path_of(checkpoint), meshes.replicated(mesh))
-    client = stack.enter_context(rewards.connect(kept_images=output / "kept_images", **asdict(config.rewards)))
+    client = stack.enter_context(rewards.connect(config.rewards, output / "kept_images"))
+    _check_prompts(client, "prompts.train", train)
+    _check_prompts(client, "prompts.heldout", heldout)
     run = Run(
         config=config,
         mesh=mesh,

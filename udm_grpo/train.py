@@ -26,7 +26,8 @@ from rewards_bridge.scorers.base import Scores
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params, Rollout, TrainState
 from udm_grpo.command_line import field_values, parse
-from udm_grpo.config import ConfigError, RunConfig, as_dict, validate
+from udm_grpo.config import ConfigError, RunConfig, as_dict
+from udm_grpo.config_checks import validate
 from udm_grpo.evaluation import evaluate, evaluate_all, pictures
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.checkpoint import restore as restore_checkpoint

@@ -20,6 +20,27 @@ class DescribeReply(_message.Message):
     scorer: str
     def __init__(self, protocol_version: _Optional[int] = ..., scorer: _Optional[str] = ...) -> None: ...
 
+class CheckRequest(_message.Message):
+    __slots__ = ("prompts", "metadata_json")
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    METADATA_JSON_FIELD_NUMBER: _ClassVar[int]
+    prompts: _containers.RepeatedScalarFieldContainer[str]
+    metadata_json: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, prompts: _Optional[_Iterable[str]] = ..., metadata_json: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class CheckReply(_message.Message):
+    __slots__ = ("problems",)
+    class ProblemsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: str
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[str] = ...) -> None: ...
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    problems: _containers.ScalarMap[int, str]
+    def __init__(self, problems: _Optional[_Mapping[int, str]] = ...) -> None: ...
+
 class ScoreRequest(_message.Message):
     __slots__ = ("header", "pixels")
     HEADER_FIELD_NUMBER: _ClassVar[int]

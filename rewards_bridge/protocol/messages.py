@@ -15,12 +15,14 @@ from rewards_bridge.scorers.base import Scores
 PROTOCOL_VERSION = 1
 SERVICE = "rewards_bridge.RewardsBridge"
 DESCRIBE_METHOD = f"/{SERVICE}/Describe"
+CHECK_METHOD = f"/{SERVICE}/Check"
 SCORE_METHOD = f"/{SERVICE}/Score"
 
 CHUNK_BYTES = 2 << 20  # of pixels in one message
 MAX_MESSAGE_BYTES = 16 << 20  # so the prompts and metadata of one batch fit into its header
 MAX_BATCH_BYTES = 1 << 30
 MAX_IMAGES = 4096
+CHECKED_AT_ONCE = 1000  # prompts in one CheckRequest
 MAX_SIDE = 8192
 MAX_DEADLINE_S = 86_400
 
@@ -127,6 +129,25 @@ def _varint(number: int) -> bytes:
         number >>= 7
     encoded.append(number)
     return bytes(encoded)
+
+
+def encode_check(prompts: Sequence[str], metadata: Sequence[dict]) -> bridge_pb2.CheckRequest:
+    """Prompts to be checked, with their metadata; ValueError if one cannot be sent."""
+    try:
+        return bridge_pb2.CheckRequest(prompts=prompts, metadata_json=[json.dumps(item) for item in metadata])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"prompts or metadata that cannot be sent: {error}") from error
+
+
+def decode_check(message: bytes) -> tuple[list[str], list[dict]]:
+    """Prompts to be checked and their metadata; MalformedError for anything else."""
+    try:
+        request = bridge_pb2.CheckRequest.FromString(message)
+    except DecodeError as error:
+        raise MalformedError(f"a message of {len(message)} bytes is no CheckRequest: {error}") from error
+    if len(request.prompts) != len(request.metadata_json):
+        raise MalformedError(f"{len(request.prompts)} prompts came with {len(request.metadata_json)} metadata objects")
+    return list(request.prompts), [_decode_metadata(index, text) for index, text in enumerate(request.metadata_json)]
 
 
 def decode_header(message: bytes) -> bridge_pb2.Header:

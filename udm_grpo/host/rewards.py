@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from rewards_bridge.client import BridgeConfig, RewardsClient
+from rewards_bridge.client import BridgeConfig
+from rewards_bridge.composition import Composition, Part
 from rewards_bridge.scorers.base import Scores
+from udm_grpo.config import RewardsConfig, ScorerConfig
 
 
 @dataclass(frozen=True)
@@ -22,34 +24,30 @@ class Rewards:
     """f32[B] each, what is logged."""
 
 
-def connect(
-    scorer: str,
-    options: dict[str, str],
-    address: str,
-    interpreter: str,
-    environment: dict[str, str],
-    deadline_s: float,
-    start_timeout_s: float,
-    max_restarts: int,
-    tls_ca: str,
-    token_file: str,
-    kept_images: Path,
-) -> RewardsClient:
-    """Start the scorer's process, or reach it at `address`; images of a batch that fails go to `kept_images`."""
-    return RewardsClient(
+def connect(config: RewardsConfig, kept_images: Path) -> Composition:
+    """Start every scorer's processes, or reach its servers; images of a batch that fails go to `kept_images`/part."""
+    return Composition(
+        {name: Part(given.weight, _replicas(name, given, kept_images / name)) for name, given in config.scorers.items()}
+    )
+
+
+def _replicas(name: str, given: ScorerConfig, kept_images: Path) -> tuple[BridgeConfig, ...]:
+    places: list[str | None] = list(given.addresses) or [None] * given.replicas
+    return tuple(
         BridgeConfig(
-            scorer=scorer,
-            options=dict(options),
-            address=address or None,
-            interpreter=interpreter or None,
-            environment=dict(environment),
-            deadline_s=deadline_s,
-            start_timeout_s=start_timeout_s,
-            max_restarts=max_restarts,
-            kept_images=str(kept_images),
-            tls_ca=tls_ca or None,
-            token_file=token_file or None,
+            scorer=given.scorer or name,
+            options=dict(given.options),
+            address=address,
+            interpreter=given.interpreter or None,
+            environment=dict(given.environment),
+            deadline_s=given.deadline_s,
+            start_timeout_s=given.start_timeout_s,
+            max_restarts=given.max_restarts,
+            kept_images=str(kept_images / str(index) if len(places) > 1 else kept_images),
+            tls_ca=given.tls_ca or None,
+            token_file=given.token_file or None,
         )
+        for index, address in enumerate(places)
     )
 
 

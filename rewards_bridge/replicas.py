@@ -1,0 +1,124 @@
+"""One scorer in several processes or on several machines: batches go to the least busy, a lost one is left out."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from rewards_bridge.client import BridgeConfig, BridgeStats, RewardsClient
+from rewards_bridge.errors import BridgeError, ScoreError, ScorerError, UsageError
+from rewards_bridge.scorers.base import Scores
+
+_LOG = logging.getLogger("rewards_bridge")
+
+
+@dataclass(frozen=True)
+class _Batch:
+    images: np.ndarray
+    prompts: Sequence[str]
+    metadata: Sequence[dict]
+    future: Future[Scores]
+
+
+class Replicas:
+    """Clients of one scorer that share its batches; as good as one client while any of them is left.
+
+    A replica that is lost (its own restarts or reconnections used up, or its deadline passed) gets no more batches, and
+    what it held is scored by another. An error of the scorer itself is not: it would come again.
+    """
+
+    def __init__(self, configs: Sequence[BridgeConfig]) -> None:
+        if not configs:
+            raise UsageError("a scorer needs at least one replica; give an address or let one be started")
+        self._clients = open_all(configs)
+        self._waiting = [0] * len(self._clients)
+        self._lost: dict[int, BaseException] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def submit(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Future[Scores]:
+        """Score images u8[B,H,W,3] as `RewardsClient.submit` does, by whichever replica has least to do."""
+        batch = _Batch(images, prompts, metadata, Future())
+        self._send(batch)
+        return batch.future
+
+    def check(self, prompts: Sequence[str], metadata: Sequence[dict]) -> dict[int, str]:
+        """Why the scorer cannot score some of these prompts, as `RewardsClient.check` says it."""
+        return self._clients[0].check(prompts, metadata)
+
+    def stats(self) -> list[BridgeStats]:
+        """Counts and seconds of every replica so far."""
+        return [client.stats() for client in self._clients]
+
+    def close(self) -> None:
+        """End the processes we started and fail the batches that are not scored. Safe to call twice."""
+        self._closed = True
+        for client in self._clients:
+            client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _send(self, batch: _Batch) -> None:
+        with self._lock:
+            alive = [index for index in range(len(self._clients)) if index not in self._lost]
+            index = min(alive, key=lambda index: self._waiting[index])
+            self._waiting[index] += 1
+        try:
+            ticket = self._clients[index].submit(batch.images, batch.prompts, batch.metadata)
+        except BaseException:
+            with self._lock:
+                self._waiting[index] -= 1
+            raise
+        ticket.add_done_callback(partial(self._scored, batch, index))
+
+    def _scored(self, batch: _Batch, index: int, ticket: Future[Scores]) -> None:
+        with self._lock:
+            self._waiting[index] -= 1
+        error = ticket.exception()
+        if error is None:
+            batch.future.set_result(ticket.result())
+        elif self._closed or not self._may_leave_out(index, error):
+            batch.future.set_exception(error)
+        else:
+            try:
+                self._send(batch)
+            except BaseException as problem:
+                batch.future.set_exception(problem)
+
+    def _may_leave_out(self, index: int, error: BaseException) -> bool:
+        """Whether the replica is lost and another is left to do its work."""
+        if not isinstance(error, BridgeError) or isinstance(error, ScorerError | ScoreError):
+            return False
+        with self._lock:
+            if index not in self._lost:
+                self._lost[index] = error
+                left = len(self._clients) - len(self._lost)
+                _LOG.warning("replica %d is left out from now on, %d left: %s", index, left, error)
+            return len(self._lost) < len(self._clients)
+
+
+def open_all(configs: Sequence[BridgeConfig]) -> list[RewardsClient]:
+    """Open clients all at once, since loading a scorer takes long; if one fails, close the others and raise."""
+    with ThreadPoolExecutor(max_workers=len(configs)) as pool:
+        opening = [pool.submit(RewardsClient, config) for config in configs]
+    failed = [future.exception() for future in opening if future.exception() is not None]
+    if not failed:
+        return [future.result() for future in opening]
+    for future in opening:
+        if future.exception() is None:
+            future.result().close()
+    raise failed[0] or BridgeError("a scorer could not be opened")
