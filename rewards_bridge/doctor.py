@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rewards_bridge.errors import UsageError
-from rewards_bridge.scorers import KNOWN, load_scorer
+from rewards_bridge.scorers import KNOWN, Scorer, load_scorer
 
 _REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 _TORCH = ("torch", "transformers", "safetensors")
@@ -57,21 +57,27 @@ def examine(name: str, options: Mapping[str, str]) -> tuple[bool, list[str]]:
         hint = [f"  mend it: {HINTS[name]}"] if name in HINTS else []
         return False, [*lines, f"weights: {said}", *hint]
     lines += ["weights: loaded", *_room(options.get("device", "cpu"))]
-    from rewards_bridge.examples import example  # draws with Pillow, which is one of the packages
+    try:
+        right, said = first_picture(name, scorer)
+    except Exception as error:
+        return False, [*lines, f"picture: {type(error).__name__}: {error}"]
+    advice = [] if right else ["  mend it: these are other weights, or another version of a package, than it is for"]
+    return right, [*lines, f"picture: {said}", *advice]
+
+
+def first_picture(name: str, scorer: Scorer) -> tuple[bool, str]:
+    """(whether the scorer says of its built-in picture what it has to, in words); raises whatever the scorer raises."""
+    from rewards_bridge.examples import example  # draws with Pillow, which not every scorer needs
 
     known = example(name)
     if known is None:
-        return True, [*lines, "picture: no built-in one for a scorer of your own"]
-    try:
-        scores = known.score(scorer)
-    except Exception as error:
-        return False, [*lines, f"picture: {type(error).__name__}: {error}"]
+        return True, "no built-in one for a scorer of your own"
+    scores = known.score(scorer)
     marks = ", ".join(f"{mark:.4g}" for mark in scores.score.tolist())
     if known.is_right(scores):
-        return True, [*lines, f"picture: as expected ({known.wanted}); score {marks}"]
+        return True, f"as expected ({known.wanted}); score {marks}"
     raw = {key: [round(float(value), 4) for value in values] for key, values in scores.raw.items()}
-    advice = "  mend it: these are other weights, or another version of a package, than this scorer is for"
-    return False, [*lines, f"picture: wanted {known.wanted}; found score {marks}, raw {raw}", advice]
+    return False, f"wanted {known.wanted}; found score {marks}, raw {raw}"
 
 
 def missing_packages(name: str) -> list[str]:

@@ -94,6 +94,8 @@ class ScorerProcess:
 
 
 def _environment(extra: Mapping[str, str]) -> dict[str, str]:
-    merged = {"OMP_WAIT_POLICY": "passive", **os.environ, **extra}  # passive: idle threads leave the cores to XLA
+    # Idle threads leave the cores to XLA and busy ones take at most half of them, unless the environment says more.
+    threads = str(max(1, (os.cpu_count() or 1) // 2))
+    merged = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": threads, **os.environ, **extra}
     merged["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_REPOSITORY), merged.get("PYTHONPATH"))))
     return merged

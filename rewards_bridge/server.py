@@ -20,7 +20,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from rewards_bridge import lifeline, transport
+from rewards_bridge import doctor, lifeline, transport
 from rewards_bridge.errors import UsageError
 from rewards_bridge.protocol import bridge_pb2, messages
 from rewards_bridge.scorers import Scorer, Scores, load_scorer
@@ -231,7 +231,7 @@ def serve(config: ServeConfig) -> int:
     )
     address = _bind(server, config)
     try:
-        bridge = _Bridge(config.scorer, load_scorer(config.scorer, config.options))
+        bridge = _Bridge(config.scorer, _ready_scorer(config))
         server.add_generic_rpc_handlers((bridge.handlers(),))
         status = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(status, server)
@@ -251,6 +251,15 @@ def serve(config: ServeConfig) -> int:
         sys.stdout.flush()
         os._exit(0)
     return 0
+
+
+def _ready_scorer(config: ServeConfig) -> Scorer:
+    """The scorer, loaded, with one picture scored: what it lacks shows now and not in the middle of a training."""
+    scorer = load_scorer(config.scorer, config.options)
+    right, said = doctor.first_picture(config.scorer, scorer)
+    if not right:  # weights of a user's own may well judge otherwise
+        print(f"rewards_bridge: {config.scorer} judges its built-in picture oddly: {said}", file=sys.stderr, flush=True)
+    return scorer
 
 
 def _bind(server: grpc.Server, config: ServeConfig) -> str:

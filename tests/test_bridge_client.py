@@ -78,6 +78,8 @@ def test_the_process_has_its_own_interpreter_and_environment(tmp_path):
     assert found["environment"]["VIA_WRAPPER"] == "yes"
     assert found["environment"]["CUDA_VISIBLE_DEVICES"] == "6"
     assert found["environment"]["OMP_WAIT_POLICY"] == os.environ.get("OMP_WAIT_POLICY", "passive")
+    half = str(max(1, (os.cpu_count() or 1) // 2))
+    assert found["environment"]["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", half)
 
 
 def test_close_leaves_nothing_behind():

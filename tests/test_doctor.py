@@ -13,6 +13,7 @@ from rewards_bridge.__main__ import main
 from rewards_bridge.examples import example
 from rewards_bridge.scorers import KNOWN
 from rewards_bridge.scorers.base import Scores
+from rewards_bridge.server import ServeConfig, _ready_scorer
 
 
 def test_every_known_scorer_has_its_packages_and_its_picture():
@@ -83,3 +84,22 @@ def test_a_scorer_of_your_own_is_loaded(capsys):
 def test_options_are_for_one_scorer(capsys):
     assert main(["doctor", "--option", "device=cpu"]) == 2
     assert "name it with --scorer" in capsys.readouterr().err
+
+
+def test_a_server_scores_its_picture_before_it_serves(monkeypatch, capsys):
+    def blind(self: object, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
+        return Scores(np.zeros(1, np.float32), {"strict": np.zeros(1, np.float32)}, [""])
+
+    config = ServeConfig(scorer="shapes", listen="unix:/nowhere")
+    _ready_scorer(config)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("rewards_bridge.scorers.shapes.ShapesScorer.score", blind)
+    _ready_scorer(config)  # oddly, but it serves: the weights may be a user's own
+    assert "oddly: wanted a red circle is seen" in capsys.readouterr().err
+
+    def broken(self: object, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
+        raise OSError("no such file")
+
+    monkeypatch.setattr("rewards_bridge.scorers.shapes.ShapesScorer.score", broken)
+    with pytest.raises(OSError, match="no such file"):
+        _ready_scorer(config)
