@@ -35,8 +35,8 @@ BRIDGE_FACE = (
     "rewards_bridge.errors",
     "rewards_bridge.scorers.base",
 )
-TORCH_FILES = ("udm_grpo/host/torch_files.py",)
-"""What reads .bin and .pth."""
+TORCH_FILES = ("udm_grpo/host/torch_files.py", "scripts/torch_reference.py")
+"""What reads .bin and .pth, and the independent model that ours is compared with, run as a process of its own."""
 UNSAFE_MODULES = ("pickle", "_pickle", "marshal", "dill", "cloudpickle", "joblib", "shelve")
 AXES = ("data", "fsdp", "tensor")
 AXIS_CALLS = (

@@ -29,6 +29,9 @@ PYTEST = "python -m pytest"
 PRETRAIN = "python -m scripts.pretrain_shapes --output outputs/pretrain_shapes"
 SERVE = "python -m rewards_bridge serve --scorer shapes --listen unix:/tmp/shapes.sock"
 DOCTOR = "python -m rewards_bridge doctor"
+SAMPLE = "python -m udm_grpo.sample --checkpoint udm_grpo/assets/ursa-shapes --output outputs/pictures"
+INFO = "python -m udm_grpo.convert info udm_grpo/assets/ursa-shapes"
+VERIFY = "python -m udm_grpo.convert verify udm_grpo/assets/ursa-shapes udm_grpo/assets/ursa-shapes --forward"
 SCORE = "python -m rewards_bridge score --scorer shapes"
 
 
@@ -48,9 +51,9 @@ def run(command: str, tmp: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_readme_has_no_command_that_no_test_runs() -> None:
-    known = (f"{INSTALL} && {TRAIN}", f"{INSTALL} && {PYTEST}", SMOKE, RESUME, PRETRAIN, SERVE, DOCTOR)
+    known = (f"{INSTALL} && {TRAIN}", f"{INSTALL} && {PYTEST}", SMOKE, RESUME, PRETRAIN, SERVE, DOCTOR, INFO, VERIFY)
     for command in commands():
-        assert command in known or command.startswith(SCORE), command
+        assert command in known or command.startswith((SCORE, SAMPLE)), command
     for command in known:
         assert command in commands(), command
 
@@ -68,6 +71,18 @@ def test_the_first_command_in_small_and_going_on(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["iterations"] == 2
     assert set(summary["by_steps"]) == {"10", "25"}
+
+
+def test_pictures_of_prompts(tmp_path: Path) -> None:
+    command = next(command for command in commands() if command.startswith(SAMPLE))
+    run(command.replace("outputs/pictures", str(tmp_path / "pictures")), tmp_path)
+    assert len(list((tmp_path / "pictures").glob("*/samples/*.png"))) == 8
+    assert (tmp_path / "pictures" / "contact_sheet.png").exists()
+
+
+def test_a_checkpoint_is_described_and_compared(tmp_path: Path) -> None:
+    assert "0.9" in run(INFO, tmp_path).stdout  # alpha
+    assert "forward" in run(VERIFY, tmp_path).stdout
 
 
 def test_the_scorer_by_itself(tmp_path: Path) -> None:

@@ -1,0 +1,278 @@
+"""Pictures by the command line: where they lie, what decides them, and what it says to wrong input."""
+
+import functools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from running import ROOT, environment, train
+
+from udm_grpo import sample
+from udm_grpo.host.checkpoint import Checkpoints
+from udm_grpo.pipeline import load_pipeline
+
+SHAPES = str(ROOT / "udm_grpo" / "assets" / "ursa-shapes")
+FEW = ("--height=32", "--width=32", "--steps=3")
+LINES = [
+    {
+        "tag": "colors",
+        "include": [{"class": "circle", "count": 1, "color": "red"}],
+        "prompt": "a photo of a red circle",
+    },
+    {"tag": "counting", "include": [{"class": "star", "count": 2}], "prompt": "a photo of two stars"},
+    {"tag": "single_object", "include": [{"class": "square", "count": 1}], "prompt": "a photo of a square"},
+]
+TINY_RUN = (
+    *("iterations=1", "optimizer.ema_decay=0.5", "evaluation.every=0", "evaluation.picture_every=0"),
+    *("evaluation.final_prompts=1", "evaluation.picture_prompts=1", "rollout.prompts=2", "rollout.group_size=2"),
+    *("rollout.micro_batch=4", "rollout.steps=4", "grpo.window_starts=1", "optimizer.micro_batch=12"),
+    "evaluation.batch=4",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory):
+    """The command compiles anew each time; the tests' calls share what was compiled."""
+    steps = sample.steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "tokenizer_codec", functools.cache(steps.tokenizer_codec))
+        original, made = steps.free_rollout, {}
+
+        def free_rollout(config, execution, path, plan):
+            if plan not in made:
+                made[plan] = original(config, execution, path, plan)
+            return made[plan]
+
+        patch.setattr(steps, "free_rollout", free_rollout)
+        yield
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "three.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return file
+
+
+def draw(output: Path, *words: str) -> dict[str, np.ndarray]:
+    """Run the command with the shipped model; returns its pictures."""
+    model = () if any(word.startswith("--run") for word in words) else ("--checkpoint", SHAPES)
+    assert sample.main([*model, *FEW, f"--output={output}", *words]) == 0
+    return pictures(output)
+
+
+def pictures(output: Path) -> dict[str, np.ndarray]:
+    """Every picture in a folder by its relative path, without the contact sheet."""
+    files = [file for file in output.rglob("*.png") if file.name != "contact_sheet.png"]
+    return {file.relative_to(output).as_posix(): np.asarray(Image.open(file)) for file in sorted(files)}
+
+
+def assert_same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, picture in wanted.items():
+        np.testing.assert_array_equal(found[name], picture, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three prompts, four pictures each, in one go."""
+    output = tmp_path_factory.mktemp("whole") / "pictures"
+    draw(output, f"--prompts={prompts}", "--batch=8")
+    return output
+
+
+def test_the_geneval_layout(whole: Path) -> None:
+    names = {f"{prompt:05d}/samples/{image:04d}.png" for prompt in range(3) for image in range(4)}
+    found = pictures(whole)
+    assert found.keys() == names
+    assert {(picture.shape, picture.dtype) for picture in found.values()} == {((32, 32, 3), np.dtype(np.uint8))}
+    for prompt, line in enumerate(LINES):
+        assert json.loads((whole / f"{prompt:05d}" / "metadata.jsonl").read_text()) == line
+    assert sorted(entry.name for entry in whole.iterdir() if entry.is_file()) == ["contact_sheet.png", "settings.json"]
+    settings = json.loads((whole / "settings.json").read_text())
+    assert (settings["seed"], settings["steps"], settings["source"]) == (0, 3, {"checkpoint": SHAPES})
+    with Image.open(whole / "contact_sheet.png") as sheet:
+        assert sheet.width > 3 * 96
+
+
+def test_the_first_picture_is_that_of_the_notebook(whole: Path) -> None:
+    texts = [line["prompt"] for line in LINES] + ["a photo of a star"] * 5  # eight, as many as are compiled for
+    drawn = load_pipeline(SHAPES).generate(texts, steps=3, height=32, width=32)
+    for prompt, picture in enumerate(drawn[:3]):
+        np.testing.assert_array_equal(pictures(whole)[f"{prompt:05d}/samples/0000.png"], picture)
+
+
+def test_the_flat_layout_and_plain_prompts(whole: Path, tmp_path: Path) -> None:
+    texts = [line["prompt"] for line in LINES[:2]]
+    found = draw(tmp_path / "words", "--layout=flat", "--images_per_prompt=2", "--prompt", *texts, "--batch=8")
+    assert list(found) == ["00000_0.png", "00000_1.png", "00001_0.png", "00001_1.png"]
+    lines = [json.loads(line) for line in (tmp_path / "words" / "prompts.jsonl").read_text().splitlines()]
+    assert lines == [{"tag": "untagged", "prompt": text} for text in texts]
+    # Fewer pictures of a prompt, and fewer prompts after it, change none.
+    for name, picture in found.items():
+        prompt, image = name.removesuffix(".png").split("_")
+        np.testing.assert_array_equal(picture, pictures(whole)[f"{prompt}/samples/{int(image):04d}.png"])
+    file = tmp_path / "two.txt"
+    file.write_text("\n".join(texts))
+    words = ("--layout=flat", "--images_per_prompt=2", f"--prompts={file}", "--batch=8", "--sheet_prompts=0")
+    assert_same(draw(tmp_path / "file", *words), found)
+    assert not (tmp_path / "file" / "contact_sheet.png").exists()
+
+
+def test_another_seed_draws_other_pictures(whole: Path, prompts: Path, tmp_path: Path) -> None:
+    other = draw(tmp_path / "other", f"--prompts={prompts}", "--batch=8", "--seed=1")
+    assert all((other[name] != picture).any() for name, picture in pictures(whole).items())
+    assert len({picture.tobytes() for picture in other.values()}) == len(other)
+
+
+def test_guidance_and_bfloat16_are_used(whole: Path, prompts: Path, tmp_path: Path) -> None:
+    words = ("--guidance_scale=3", "--guidance_trunc=1", "--dtype=bfloat16")
+    # jax.nn.dot_product_attention promotes bfloat16 to float32 implicitly.
+    with jax.numpy_dtype_promotion("standard"):
+        found = draw(tmp_path / "guided", f"--prompts={prompts}", "--batch=8", *words)
+    assert any((found[name] != picture).any() for name, picture in pictures(whole).items())
+    settings = json.loads((tmp_path / "guided" / "settings.json").read_text())
+    assert (settings["guidance_scale"], settings["guidance_trunc"], settings["dtype"]) == (3, 1, "bfloat16")
+
+
+def test_what_is_there_is_not_drawn_again(
+    whole: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, wanted = tmp_path / "copy", pictures(whole)
+    shutil.copytree(whole, output)
+    kept = output / "00000" / "samples" / "0000.png"
+    before = kept.stat().st_mtime_ns
+    lost = ["00000/samples/0001.png", "00001/samples/0003.png", "00002/samples/0000.png"]
+    for name in lost:
+        (output / name).unlink()
+    (output / "contact_sheet.png").unlink()
+    assert_same(draw(output, f"--prompts={prompts}", "--batch=8"), wanted)
+    assert f"4 pictures of each prompt are in {output}; 3 are new" in capsys.readouterr().err
+    assert kept.stat().st_mtime_ns == before
+    assert (output / "contact_sheet.png").exists()
+
+
+def command(output: Path, prompts: Path, *words: str) -> list[str]:
+    given = [f"--checkpoint={SHAPES}", f"--prompts={prompts}", f"--output={output}", *FEW, *words]
+    return [sys.executable, "-m", "udm_grpo.sample", *given]
+
+
+def test_eight_devices_after_a_kill_draw_what_one_does_at_once(whole: Path, prompts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "killed"
+    with (tmp_path / "killed.log").open("w") as log:
+        process = subprocess.Popen(
+            command(output, prompts, "--batch=1"), cwd=ROOT, env=environment(tmp_path), stdout=log, stderr=log
+        )
+    deadline = time.monotonic() + 300
+    while len(list(output.rglob("0*.png"))) < 2:
+        assert process.poll() is None, f"it ended before it was killed:\n{(tmp_path / 'killed.log').read_text()}"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    partial = pictures(output)
+    assert 2 <= len(partial) < 12
+    assert_same(partial, {name: picture for name, picture in pictures(whole).items() if name in partial})
+    done = subprocess.run(
+        command(output, prompts, "--batch=8"), cwd=ROOT, env=environment(tmp_path, 8), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{12 - len(partial)} are new" in done.stderr
+    assert_same(pictures(output), pictures(whole))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training run of one iteration that keeps a moving average."""
+    output = tmp_path_factory.mktemp("train") / "run"
+    done = train(output, *TINY_RUN)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_a_run_and_its_export_draw_the_same(run: Path, prompts: Path, tmp_path: Path, capsys) -> None:
+    words = (f"--prompts={prompts}", "--batch=8", "--images_per_prompt=1", "--steps=3")
+    assert sample.main([f"--run={run}", f"--output={tmp_path / 'run'}", *words]) == 0  # the run's height and width
+    exported = [f"--checkpoint={run / 'export'}", "--height=32", "--width=32", f"--output={tmp_path / 'export'}"]
+    assert sample.main([*exported, *words]) == 0
+    assert_same(pictures(tmp_path / "run"), pictures(tmp_path / "export"))
+    settings = [json.loads((tmp_path / name / "settings.json").read_text()) for name in ("run", "export")]
+    assert settings[0].pop("source") == {"run": str(run), "step": 1, "best": False, "weights": "ema"}
+    assert settings[1].pop("source") == {"checkpoint": str(run / "export")}
+    assert settings[0] == settings[1]
+    # The weights that were trained are others than their average.
+    assert sample.main([f"--run={run}", "--step=1", "--weights=params", f"--output={tmp_path / 'run'}", *words]) == 2
+    assert f"weights: there '{settings[0]['weights']}', now '" in capsys.readouterr().err
+
+
+def test_the_best_weights_of_a_run(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(sample.SampleError, match=r"no best checkpoint .*there are 1\."):
+        sample.open_run(str(run), "best")
+    shutil.copytree(run, tmp_path / "best")
+    average = sample.open_run(str(run)).checkpoint
+    saved = Checkpoints(tmp_path / "best" / "checkpoints", keep=1)
+    saved.save_best(7, {"params": average.transformer}, {})
+    model = sample.open_run(str(tmp_path / "best"), "best")
+    assert model.source == {"run": str(tmp_path / "best"), "step": 7, "best": True, "weights": "ema"}
+    assert sample.digest_of(model.checkpoint) == sample.digest_of(average)
+    with pytest.raises(sample.SampleError, match=r"--weights is params, but .* has only ema there"):
+        sample.open_run(str(tmp_path / "best"), "best", "params")
+    with pytest.raises(sample.SampleError, match=r"--step 3; there are 1\."):
+        sample.open_run(str(run), "3")
+    with pytest.raises(sample.SampleError, match="give latest, best or a number"):
+        sample.open_run(str(run), "-1")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps=0", "--guidance_scale=nan", "--seed=-1"], "--steps is 0; choose 1 to 10000.\n  --guidance_scale"),
+        (["--images_per_prompt=2049"], "choose 1 to 2048"),
+        (["--devices=1000"], "--devices is 1000; choose 1 to"),
+        (["--height=33"], "--height 33 and --width 32 must be multiples of 8"),
+        (["--weights=ema"], "--step and --weights choose from a training run"),
+    ],
+)
+def test_wrong_options_are_named(words: list[str], said: str, tmp_path: Path, capsys) -> None:
+    assert sample.main([f"--checkpoint={SHAPES}", f"--output={tmp_path}", "--prompt=a", *FEW, *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_wrong_folders_are_named(whole: Path, prompts: Path, tmp_path: Path, capsys) -> None:
+    def said(*words: str, output: Path = tmp_path / "new") -> str:
+        assert sample.main([f"--output={output}", *FEW, *words]) == 2
+        return capsys.readouterr().err
+
+    model, given = f"--checkpoint={SHAPES}", f"--prompts={prompts}"
+    changed = said(model, given, "--seed=1", "--steps=4", output=whole)
+    assert "holds pictures of other settings:\n  steps: there 3, now 4\n  seed: there 0, now 1\n  Set" in changed
+    assert "prompts: there" in said(model, "--prompt=a photo of a star", output=whole)
+    assert "no settings.json; give an empty or new folder" in said(model, given, output=prompts.parent)
+    assert "Not a directory" in said(model, given, output=prompts)
+    assert "no such folder" in said("--checkpoint=nowhere", given)
+    assert "no training run: there is no" in said(f"--run={tmp_path}", given)
+    assert "no such prompt file" in said(model, "--prompts=nowhere.txt")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "settings.json").write_text("{")
+    assert "settings.json is damaged" in said(model, given, output=tmp_path / "damaged")
+    assert not (tmp_path / "new").exists()
+
+
+def test_help_names_every_option(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        sample.main(["--help"])
+    assert ended.value.code == 0
+    assert "--guidance_trunc" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        sample.main(["--output=x", "--prompt=a"])
+    assert ended.value.code == 2
+    assert "one of the arguments --checkpoint --run is required" in capsys.readouterr().err

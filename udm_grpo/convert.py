@@ -1,0 +1,350 @@
+"""Between the checkpoints of training (Orbax) and the released folders of PyTorch: convert, look into, compare.
+
+    python -m udm_grpo.convert to-pytorch --checkpoint outputs/shapes --base udm_grpo/assets/ursa-shapes --output out
+    python -m udm_grpo.convert from-pytorch --checkpoint udm_grpo/assets/ursa-shapes --output out
+    python -m udm_grpo.convert info udm_grpo/assets/ursa-shapes
+    python -m udm_grpo.convert verify out udm_grpo/assets/ursa-shapes --tolerance 0.1
+
+A training checkpoint is named by a run's folder or a folder of checkpoints (whose newest is taken), by its own folder,
+or as checkpoints/best. Exit status: 0; 1 if `verify` finds a difference; 2 for an error, told in one line.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import jax
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from udm_grpo.batches import Params
+from udm_grpo.host.checkpoint import CheckpointError, Checkpoints, read_meta, resolve_resume, restore
+from udm_grpo.host.released import CONFIG_FILES, SCHEDULER_FILE, Scheduler
+from udm_grpo.host.tokenizer import load_tokenizer
+from udm_grpo.host.torch_files import Layout, TensorFiles, find, open_tensors, read_json
+from udm_grpo.host.weight_table import TRANSFORMER_TABLE, TensorInfo, from_tree, leaves_by_path, problems, sources
+from udm_grpo.host.weights import WeightsError, load_folder, save_folder
+from udm_grpo.model import transformer
+from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.model.vq_config import VQConfig
+from udm_grpo.pipeline import Pipeline
+from udm_grpo.run import exported
+
+REFERENCE = Path(__file__).resolve().parent.parent / "scripts" / "torch_reference.py"
+PREFIXES = {"params": ("state/params/", "params/"), "ema": ("state/ema/",)}
+"""--weights -> how their names begin in a checkpoint of training; the best one holds params alone."""
+FORWARD_TOLERANCE = 1e-4
+"""Of the largest logit."""
+BLOCK = 1 << 22
+"""Numbers that are compared at a time."""
+Tensors = tuple[Mapping[str, TensorInfo], Callable[[str], np.ndarray]]  # what is known by name, and what reads one
+
+
+@dataclass(frozen=True)
+class Training:
+    """A checkpoint of training whose arrays are still unread."""
+
+    path: epath.Path
+    step: int
+    meta: Mapping[str, Any]
+    infos: Mapping[str, TensorInfo]
+    """Name such as state/params/norm/scale -> shape and dtype."""
+
+    def prefix(self, weights: str) -> str:
+        """Return how the names of params or ema begin; raises WeightsError if it holds none."""
+        for prefix in PREFIXES[weights]:
+            if any(name.startswith(prefix) for name in self.infos):
+                return prefix
+        found = f"found {', '.join(sorted({_part_of(name) for name in self.infos}))}, wanted {PREFIXES[weights][0]}"
+        advice = "use --weights params, or for ema a run with optimizer.ema_decay"
+        raise WeightsError(f"{self.path} holds no {weights}: {found}; {advice}")
+
+    def empty(self, weights: str) -> Params:
+        """Return arrays to fill for the transformer's parameters, by names such as norm/scale: a tree of one level."""
+        prefix = self.prefix(weights)
+        infos = {name.removeprefix(prefix): info for name, info in self.infos.items() if name.startswith(prefix)}
+        return {name: np.empty(info.shape, info.dtype) for name, info in infos.items()}
+
+    def read(self, weights: str) -> Params:
+        """Return the transformer's parameters as `empty` does, in the dtypes that were saved."""
+        prefix = self.prefix(weights)
+        wanted = {prefix + name: array for name, array in self.empty(weights).items()}
+        return {name.removeprefix(prefix): array for name, array in restore(self.path, wanted, True)[0].items()}
+
+
+def is_released(path: epath.Path) -> bool:
+    """Return whether a folder has the form of the released ones."""
+    return (path / "transformer").is_dir() or (path / "model_index.json").is_file()
+
+
+def open_training(path: epath.Path) -> Training:
+    """Find a checkpoint of training and read what it says of itself; raises WeightsError or CheckpointError."""
+    found = Checkpoints(path.parent, keep=1).best() if path.name == "best" else None
+    if found is None:
+        try:
+            found = resolve_resume(f"{path}/", path)
+        except CheckpointError:
+            kinds = "a run's folder, its checkpoints, one of them, or checkpoints/best"
+            what = "is a released folder" if is_released(path) else "holds no complete checkpoint"
+            raise WeightsError(f"{path} {what if path.exists() else 'does not exist'}; wanted {kinds}") from None
+    assert found is not None
+    meta, header = read_meta(found), cast(Any, ocp.metadata(found))
+    infos = {name: TensorInfo(tuple(leaf.shape), str(leaf.dtype)) for name, leaf in header.metadata.items()}
+    return Training(found, header.custom_metadata["step"], meta, infos)
+
+
+def to_pytorch(given: argparse.Namespace) -> int:
+    """The command to-pytorch: a released folder, or the transformer alone as one file, whole or not at all."""
+    if given.transformer_only and given.transformer_only.suffix not in (".safetensors", ".bin"):
+        raise WeightsError(
+            f"found {given.transformer_only}, wanted a .safetensors or .bin; give it one of these endings"
+        )
+    base, training = load_folder(given.base), open_training(given.checkpoint)
+    released, layout = sources(TRANSFORMER_TABLE, training.empty(given.weights)), base.layouts["transformer"]
+    found = {name: TensorInfo(source.shape, "float32") for name, source in released.items()}
+    lines = problems(sources(TRANSFORMER_TABLE, transformer.abstract(base.transformer_config)), found)
+    if lines:
+        advice = "give the --base that the training started from"
+        raise WeightsError(f"{training.path} is of another model than {given.base}: {'; '.join(lines)}; {advice}")
+    made, target = exported(base, training.read(given.weights)), given.output or given.transformer_only
+    if given.output:
+        save_folder(made, target)
+    else:
+        alone = Layout({target.name: tuple(sorted(layout.dtypes))}, layout.dtypes, {target.name: {"format": "pt"}})
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+            save_folder(dataclasses.replace(made, layouts={**made.layouts, "transformer": alone}), scratch)
+            (Path(scratch) / "transformer" / target.name).replace(target)
+    dtypes = ", ".join(sorted(set(layout.dtypes.values())))
+    print(f"{target}: {given.weights} of step {training.step}, in the dtype of {given.base.name} ({dtypes})")
+    return 0
+
+
+def from_pytorch(given: argparse.Namespace) -> int:
+    """The command from-pytorch."""
+    checkpoint = load_folder(given.checkpoint)
+    origin = {"released_folder": given.checkpoint.resolve().name} | dataclasses.asdict(checkpoint.transformer_config)
+    params = jax.tree.map(np.asarray, checkpoint.transformer)
+    path = Checkpoints(given.output, keep=1).save(0, {"state": {"params": params}}, {"origin": origin})
+    print(f"{path}: the transformer of {given.checkpoint.name} in float32")
+    return 0
+
+
+def describe_released(folder: Path) -> dict[str, Any]:
+    """Return sizes, parameters, dtypes, schedule, tokenizer and files of a released folder."""
+    transformer_json, vq_json, scheduler_json = (read_json(folder / name) for name in CONFIG_FILES)
+    tokenizer, vq_config = load_tokenizer(folder / "tokenizer"), VQConfig.from_json(vq_json)
+    return {
+        "kind": "released folder",
+        "name": folder.resolve().name,
+        "parts": {name: _counted(opened.infos.values()) for name, opened in open_released(folder).items()},
+        "transformer": dataclasses.asdict(TransformerConfig.from_json(transformer_json)),
+        "vae": dataclasses.asdict(vq_config) | {"stride": vq_config.stride},
+        "scheduler": dataclasses.asdict(Scheduler.from_json(scheduler_json)),
+        "tokenizer": {"length": tokenizer.length, "vocabulary": tokenizer.vocabulary},
+    } | _files(folder)
+
+
+def describe_training(path: epath.Path) -> dict[str, Any]:
+    """Return what a checkpoint of training says of itself and the shapes of its transformer's parameters."""
+    training, parts = open_training(path), dict[str, list[TensorInfo]]()
+    for name, form in training.infos.items():
+        parts.setdefault(_part_of(name), []).append(form)
+    return {
+        "kind": "training checkpoint",
+        "name": training.path.name,
+        "step": training.step,
+        "ema": "state/ema" in parts,
+        "parts": {name: _counted(forms) for name, forms in parts.items()},
+        "transformer": {name: list(leaf.shape) for name, leaf in training.empty("params").items()},
+        "fingerprint": training.meta.get("fingerprint"),
+        "origin": training.meta.get("origin"),
+    } | _files(Path(training.path))
+
+
+def info(given: argparse.Namespace) -> int:
+    """The command info; reads no tensor."""
+    found = describe_released(Path(given.path)) if is_released(given.path) else describe_training(given.path)
+    print(json.dumps(found) if given.json else "\n".join(_lines(found)))
+    return 0
+
+
+def open_released(folder: Path) -> dict[str, TensorFiles]:
+    """Open the tensors of every part of a released folder; raises WeightsError for what is missing or damaged."""
+    parts = {name: open_tensors(find(folder / name)) for name in ("transformer", "vae")}
+    return parts | {"scheduler": open_tensors(folder / "scheduler" / SCHEDULER_FILE)}
+
+
+def tensors(path: epath.Path, weights: str) -> dict[str, Tensors]:
+    """Return, part by part, what reads the tensors under their released names; training has the transformer alone."""
+    if is_released(path):
+        return {name: (opened.infos, opened.read) for name, opened in open_released(Path(path)).items()}
+    tree = open_training(path).read(weights)
+    wanted, leaves = sources(TRANSFORMER_TABLE, tree), leaves_by_path(tree)
+    infos = {name: TensorInfo(source.shape, str(leaves[source.path].dtype)) for name, source in wanted.items()}
+    return {"transformer": (infos, lambda name: from_tree(wanted[name], leaves))}
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> tuple[float, float] | None:
+    """Return the largest |a - b| and |a - b| / max(|a|, |b|), infinite where there is NaN; None for equal bits."""
+    gaps: list[tuple[float, ...]] = []
+    flat, flat_other = one.reshape(-1), other.reshape(-1)
+    for at in range(0, one.size, BLOCK):
+        a, b = (side[at : at + BLOCK].astype(np.float64) for side in (flat, flat_other))  # exact from every dtype
+        unequal = a.view(np.uint64) != b.view(np.uint64)
+        if unequal.any():
+            with np.errstate(invalid="ignore"):  # of infinite numbers
+                gap, scale = np.abs(a - b)[unequal], np.maximum(np.abs(a), np.abs(b))[unequal]
+                share = gap / np.where(scale == 0, 1, scale)
+            gaps.append(tuple(float(np.where(x >= 0, x, np.inf).max()) for x in (gap, share)))
+    return (max(gap[0] for gap in gaps), max(gap[1] for gap in gaps)) if gaps else None
+
+
+def compare(part: str, one: Tensors, other: Tensors, tolerance: float) -> list[str]:
+    """Print a line on a part of two checkpoints, and return one for every name, shape, value that differs.
+
+    tolerance: of the absolute difference; 0 asks for equal bits, of a narrower dtype after widening, which is exact.
+    """
+    (here, read), (there, read_other), both = one, other, one[0].keys() & other[0].keys()
+    lines = [f"missing in B: {name} {here[name].shape}" for name in here if name not in both]
+    lines += [f"only in B: {name} {there[name].shape}" for name in there if name not in both]
+    gaps: dict[str, tuple[float, float]] = {}
+    for name in (name for name in here if name in both):
+        if here[name].shape != there[name].shape:
+            lines.append(f"wrong shape: {name} is {here[name].shape} in A, {there[name].shape} in B")
+        elif gap := difference(read(name), read_other(name)):
+            gaps[name] = gap
+    over = {name: gap for name, gap in gaps.items() if not tolerance or gap[0] > tolerance}
+    lines += [f"differs: {name} by {gap[0]:.3g}, relative {gap[1]:.3g}" for name, gap in over.items()]
+    absolute, relative = (max((gap[i] for gap in gaps.values()), default=0.0) for i in (0, 1))
+    numbers = f"largest difference {absolute:.3g}, relative {relative:.3g}"
+    print(f"{part}: {len(both)} tensors in both, {len(gaps)} with other values; {numbers}")
+    return [f"{part}: {line}" for line in lines]
+
+
+def compare_forward(a: epath.Path, b: epath.Path) -> list[str]:
+    """Print how far the torch model of folder A and ours of B are apart on random tokens; a line if it is too far."""
+    if not (is_released(a) and is_released(b)):
+        raise WeightsError(f"--forward: found {a} and {b}, wanted released folders; use to-pytorch first")
+    checkpoint, random = load_folder(b), np.random.default_rng(0)
+    config, length = checkpoint.transformer_config, checkpoint.tokenizer.length
+    prompts = random.integers(0, config.lm_vocab_size, (2, length))
+    prompts[0, : length // 2] = checkpoint.tokenizer.pad_id
+    images = random.integers(0, config.lm_head_size, (2, 4, 6))  # not square: rows are not columns
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs, output = Path(scratch) / "inputs.npz", Path(scratch) / "logits.npz"
+        np.savez(inputs, prompt_ids=prompts, image_ids=images)
+        done = subprocess.run([sys.executable, REFERENCE, a, inputs, output], capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
+            raise WeightsError(f"{REFERENCE} failed ({said}); it needs torch and transformers, see requirements.txt")
+        with np.load(output) as made:
+            wanted = made["logits"]
+    with jax.default_matmul_precision("highest"):  # GPUs would round float32 to TF32
+        found = np.asarray(Pipeline(checkpoint).logits(prompts, images))
+    gap, largest = (float(np.abs(array).max()) for array in (found - wanted, wanted))
+    text = f"forward: largest difference {gap:.3g}, largest logit {largest:.3g}"
+    print(text)
+    return [] if gap <= FORWARD_TOLERANCE * largest else [f"{text}; wanted a share of {FORWARD_TOLERANCE:g} at most"]
+
+
+def verify(given: argparse.Namespace) -> int:
+    """The command verify; the logits are compared once the tensors agree."""
+    one, other = tensors(given.a, given.weights), tensors(given.b, given.weights)
+    parts = [compare(part, one[part], other[part], given.tolerance) for part in one if part in other]
+    lines = [line for found in parts for line in found]
+    if given.forward and not lines:
+        lines += compare_forward(given.a, given.b)
+    print("\n".join(lines) or "equal" + (f" within {given.tolerance:g}" if given.tolerance else ""))
+    return 1 if lines else 0
+
+
+def _part_of(name: str) -> str:
+    return "/".join(name.split("/")[: 2 if name.startswith("state/") else 1])
+
+
+def _counted(infos: Iterable[TensorInfo]) -> dict[str, Any]:
+    dtypes: dict[str, int] = {}
+    for info in infos:
+        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + math.prod(info.shape)
+    return {"parameters": sum(dtypes.values()), "dtypes": dtypes}
+
+
+def _files(folder: Path) -> dict[str, Any]:
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    return {"bytes": sum(files.values()), "files": dict(sorted(files.items()))}
+
+
+def _lines(found: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    for name, value in found.items():
+        nested = isinstance(value, dict) and value
+        yield f"{indent}{name}:" if nested else f"{indent}{name}: {value}"
+        if nested:
+            yield from _lines(value, indent + "  ")
+
+
+def _free(text: str) -> Path:
+    target = Path(text)
+    if any(target.iterdir()) if target.is_dir() else target.exists() and target.stat().st_size > 0:
+        raise argparse.ArgumentTypeError(f"{target} exists and is not empty; choose another or remove it first")
+    return target
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; {self.prog} --help says what is wanted\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="python -m udm_grpo.convert", description=__doc__, formatter_class=layout)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(run: Callable[[argparse.Namespace], int], name: str, text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.set_defaults(run=run)
+        return made
+
+    one = command(to_pytorch, "to-pytorch", "a checkpoint of training -> a released folder, or only its transformer")
+    one.add_argument("--checkpoint", type=epath.Path, required=True, help="checkpoint of training")
+    one.add_argument("--base", type=Path, required=True, help="released folder: all but the transformer's values")
+    target = one.add_mutually_exclusive_group(required=True)
+    target.add_argument("--output", type=_free, help="folder to write")
+    target.add_argument("--transformer-only", type=_free, metavar="FILE", help="a .safetensors or .bin instead")
+    two = command(from_pytorch, "from-pytorch", "a released folder -> its transformer as a checkpoint of training")
+    two.add_argument("--checkpoint", type=Path, required=True, help="released folder")
+    two.add_argument("--output", type=_free, required=True, help="folder to write")
+    three = command(info, "info", "what a released folder or a checkpoint of training holds")
+    three.add_argument("path", type=epath.Path)
+    three.add_argument("--json", action="store_true", help="one JSON object")
+    four = command(verify, "verify", "whether two checkpoints are the same, tensor by tensor")
+    four.add_argument("a", type=epath.Path)
+    four.add_argument("b", type=epath.Path)
+    four.add_argument("--tolerance", type=float, default=0.0, help="absolute difference allowed; 0 asks for equal bits")
+    four.add_argument("--forward", action="store_true", help="also A's logits by transformers' Qwen3 against ours of B")
+    for made in (one, four):
+        made.add_argument("--weights", choices=tuple(PREFIXES), default="params", help="which ones of a training")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    given = _parser().parse_args(argv)
+    try:
+        return given.run(given)
+    except (ValueError, KeyError, CheckpointError, OSError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

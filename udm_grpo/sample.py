@@ -1,0 +1,349 @@
+"""Draw pictures of prompts with a released folder or a training run.
+
+    python -m udm_grpo.sample --checkpoint udm_grpo/assets/ursa-shapes --output outputs/pictures \\
+        --prompt "a photo of a red circle" --height 32 --width 32
+    python -m udm_grpo.sample --run outputs/shapes --output outputs/geneval --prompts geneval.jsonl
+
+--layout geneval, what GenEval's evaluation reads, or --layout flat:
+
+    OUTPUT/00000/metadata.jsonl          the prompt's line          OUTPUT/prompts.jsonl    a line a prompt
+    OUTPUT/00000/samples/0000.png        its first picture          OUTPUT/00000_0.png      its first picture
+
+and settings.json and contact_sheet.png. The same command again goes on where it stopped. Image i of prompt p depends
+on (seed, p, i) alone, not on --batch or --devices; image 0 of each is what `Pipeline.generate` draws with that seed.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from udm_grpo import mesh as meshes
+from udm_grpo import steps
+from udm_grpo.config import MeshConfig
+from udm_grpo.diffusion.rollout import RolloutPlan
+from udm_grpo.host.checkpoint import CheckpointError, Checkpoints, restore
+from udm_grpo.host.metrics import replace_file, write_json
+from udm_grpo.host.pictures import image_grid
+from udm_grpo.host.prompts import UNTAGGED, PromptSet, read_prompts
+from udm_grpo.host.weights import Checkpoint, load_folder
+from udm_grpo.model.transformer import Execution
+from udm_grpo.run import path_of
+
+MOST_PROMPTS, MOST_IMAGES = 2**20, 2**11
+"""Image i of prompt p is number i * MOST_PROMPTS + p of the rollouts, which 31 bits hold."""
+
+
+class SampleError(ValueError):
+    """What was asked for cannot be drawn; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the pictures of a folder; settings.json holds it, and a folder goes on only with the same.
+
+    weights: SHA-256 of the checkpoint. prompts: SHA-256 of the prompts and their metadata. steps: T. guidance_scale: g,
+    1 is CFG-free. guidance_trunc: guidance acts while t_k is below it. height, width: pixels. text_length: L, tokens.
+    dtype: of the transformer; pictures are decoded in float32, as in training.
+    """
+
+    weights: str
+    prompts: str
+    images_per_prompt: int
+    steps: int
+    guidance_scale: float
+    guidance_trunc: float
+    seed: int
+    height: int
+    width: int
+    text_length: int
+    dtype: str
+    layout: str
+
+    def image_path(self, output: Path, prompt: int, image: int) -> Path:
+        """Where a picture lies."""
+        if self.layout == "geneval":
+            return output / f"{prompt:05d}" / "samples" / f"{image:04d}.png"
+        return output / f"{prompt:05d}_{image}.png"
+
+
+@dataclass(frozen=True)
+class Model:
+    """What draws: a checkpoint in float32, where it comes from (for the record); height, width, dtype by default."""
+
+    checkpoint: Checkpoint
+    source: dict[str, Any]
+    defaults: dict[str, Any]
+
+
+def open_folder(folder: str) -> Model:
+    """A checkpoint folder in the released format; raises WeightsError."""
+    checkpoint = load_folder(folder)
+    size = 32 * checkpoint.vq_config.stride
+    return Model(checkpoint, {"checkpoint": folder}, {"height": size, "width": size, "dtype": "float32"})
+
+
+def open_run(folder: str, step: str | None = None, weights: str | None = None) -> Model:
+    """A training run's checkpoint: its start model's folder with the weights of a step (a number, best; None: latest).
+
+    weights: params, ema or None: what the run itself judges and exports, its moving average if it keeps one.
+    Raises SampleError, CheckpointError, WeightsError.
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise SampleError(f"{folder} is no training run: there is no {file}. Give the output_dir of one as --run.")
+    config = _read_json(file)
+    given, judged = config["model"], "ema" if config["optimizer"]["ema_decay"] > 0 else "params"
+    wanted = weights or judged
+    if wanted != judged and (step == "best" or judged == "params"):
+        raise SampleError(f"--weights is {wanted}, but {folder} has only {judged} there; give --weights {judged}.")
+    path, number = _checkpoint_of(Path(folder) / "checkpoints", step or "latest")
+    checkpoint = load_folder(given["path"], prompt_length=given["text_length"] or None)
+    like: Any = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), checkpoint.transformer)
+    best = step == "best"
+    found = restore(path, {"params": like} if best else {"state": {wanted: like}}, partial=True)[0]
+    params = found["params"] if best else found["state"][wanted]
+    source = {"run": folder, "step": number, "best": best, "weights": wanted}
+    defaults = {name: given[name] for name in ("height", "width", "dtype")}
+    return Model(replace(checkpoint, transformer=params), source, defaults)
+
+
+def _checkpoint_of(folder: Path, step: str) -> tuple[Any, int]:
+    """(folder, step) of a run's checkpoint."""
+    saved = Checkpoints(folder, keep=1)
+    steps = saved.steps()
+    there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
+    if step == "best":
+        best = saved.best()
+        if best is None:
+            raise SampleError(f"{folder} has no best checkpoint (checkpoint.keep_best); by step {there}.")
+        return best, int(best.name.rpartition("-")[2])
+    if step != "latest" and not step.isdecimal():
+        raise SampleError(f"--step is {step!r}; give latest, best or a number.")
+    number = int(step) if step != "latest" else max(steps, default=-1)
+    if number not in steps:
+        raise SampleError(f"{folder} has no complete checkpoint for --step {step}; {there}.")
+    return saved.path(number), number
+
+
+def digest_of(checkpoint: Checkpoint) -> str:
+    """SHA-256 of all that a checkpoint draws with: the same for a run's checkpoint and its export."""
+    digest = hashlib.sha256(repr(sorted(checkpoint.files.items())).encode())
+    for leaf in jax.tree.leaves([checkpoint.transformer, checkpoint.vq, checkpoint.path_codebook]):
+        digest.update(f"{leaf.dtype}{leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def open_output(settings: Settings, source: dict[str, Any], prompts: PromptSet, output: Path) -> None:
+    """Make the folder, or check that it is one to go on with, and write all in it but pictures.
+
+    Raises SampleError for a folder of other settings (naming each) and for one that something else has filled.
+    """
+    file = output / "settings.json"
+    if file.exists():
+        there = _read_json(file)
+        now = asdict(settings)
+        lines = [
+            f"{name}: there {there.get(name)!r}, now {now[name]!r}" for name in now if there.get(name) != now[name]
+        ]
+        if lines:
+            lines.append("Set these back to go on there, or give another folder as --output.")
+            raise SampleError("\n  ".join([f"{output} holds pictures of other settings:", *lines]))
+    # What starts with a dot is what a kill leaves of a file that was being written.
+    elif output.exists() and any(not entry.name.startswith(".") for entry in output.iterdir()):
+        raise SampleError(f"{output} holds something, but no settings.json; give an empty or new folder as --output.")
+    else:
+        write_json(file, {**asdict(settings), "source": source})
+    rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in prompts.metadata]
+    texts = {output / f"{prompt:05d}" / "metadata.jsonl": row for prompt, row in enumerate(rows)}
+    for path, text in texts.items() if settings.layout == "geneval" else [(output / "prompts.jsonl", "".join(rows))]:
+        if not path.exists():
+            replace_file(path, partial(Path.write_text, data=text, encoding="utf-8"))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise SampleError(f"{file} is damaged ({error}); give another folder.") from error
+
+
+def drawer(
+    checkpoint: Checkpoint, settings: Settings, texts: Sequence[str], batch: int, devices: list[Any]
+) -> Callable[[Sequence[tuple[int, int]]], UInt8[jax.Array, "b hh ww 3"]]:
+    """A function that starts to draw up to `batch` pictures, named by (prompt, image); the tail may be padding.
+
+    Raises SampleError for sizes that the tokens do not divide, MeshError for a batch that the devices do not.
+    """
+    stride = checkpoint.vq_config.stride
+    if min(settings.height, settings.width) < 1 or settings.height % stride or settings.width % stride:
+        sizes = f"--height {settings.height} and --width {settings.width}"
+        raise SampleError(f"{sizes} must be multiples of {stride}, the pixels of a token.")
+    mesh = meshes.make_mesh(asdict(MeshConfig()), devices)
+    meshes.check_batch(mesh, {"--batch": batch})
+    plan = RolloutPlan(
+        grid=(settings.height // stride, settings.width // stride),
+        steps=settings.steps,
+        shift=checkpoint.scheduler.shift,
+        guidance_scale=settings.guidance_scale,
+        guidance_trunc=settings.guidance_trunc,
+        rows=4 * meshes.batch_shards(mesh),  # images whose logits exist at a time
+    )
+    path = jax.device_put(path_of(checkpoint), meshes.replicated(mesh))
+    rollout = steps.free_rollout(checkpoint.transformer_config, Execution(), path, plan)
+    decode = steps.tokenizer_codec(checkpoint.vq_config)[1]
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, settings.dtype), checkpoint.transformer)
+    params = jax.device_put(params, meshes.shardings(mesh, params))
+    vq_params = jax.device_put(checkpoint.vq, meshes.replicated(mesh))
+    prompt_ids = checkpoint.tokenizer(texts)  # all at once, so that those cut short are counted in one warning
+    empty_ids = jax.device_put(checkpoint.tokenizer.empty(), meshes.replicated(mesh))
+    key = jax.random.key(settings.seed)
+
+    def draw(wanted: Sequence[tuple[int, int]]) -> UInt8[jax.Array, "b hh ww 3"]:
+        prompt, image = np.pad(np.array(wanted, np.int32), ((0, batch - len(wanted)), (0, 0)), mode="edge").T
+        ids, index = jax.device_put((prompt_ids[prompt], image * MOST_PROMPTS + prompt), meshes.over_batch(mesh))
+        rolled = rollout(params, ids, empty_ids, index, key)
+        return steps.to_pixels(decode(vq_params, rolled.clean.reshape(-1, *plan.grid)))
+
+    return draw
+
+
+def sample(model: Model, settings: Settings, prompts: PromptSet, output: Path, batch: int, devices: list[Any]) -> int:
+    """Draw all pictures of `settings` that are not in `output` yet, `batch` at a time; returns how many.
+
+    Raises what `open_output` and `drawer` raise, and OSError where a picture cannot be written.
+    """
+    draw = drawer(model.checkpoint, settings, prompts.prompts, batch, devices)
+    open_output(settings, model.source, prompts, output)
+    every = list(itertools.product(range(len(prompts)), range(settings.images_per_prompt)))
+    todo = [pair for pair in every if not settings.image_path(output, *pair).exists()]
+    parts = [todo[at : at + batch] for at in range(0, len(todo), batch)]
+    # The devices draw a part while the one before is written.
+    started = itertools.chain(map(draw, parts), [None])
+    drawing = next(started)
+    with tqdm(total=len(every), initial=len(every) - len(todo), unit="image", disable=None) as bar:
+        for part in parts:
+            drawn, drawing = drawing, next(started)
+            for pair, pixels in zip(part, np.asarray(drawn)[: len(part)], strict=True):
+                picture = Image.fromarray(pixels)
+                replace_file(settings.image_path(output, *pair), partial(picture.save, format="PNG"))
+            bar.update(len(part))
+    return len(todo)
+
+
+def contact_sheet(settings: Settings, prompts: PromptSet, output: Path, count: int) -> None:
+    """Write contact_sheet.png: the first picture of each of the first `count` prompts; none for 0."""
+    shown = min(count, len(prompts))
+    files = [settings.image_path(output, prompt, 0) for prompt in range(shown)]
+    if files:
+        images = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+        image_grid(images, prompts.prompts[:shown], columns=4, path=output / "contact_sheet.png")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m udm_grpo.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--checkpoint", metavar="FOLDER", help="in the released format")
+    model.add_argument("--run", metavar="OUTPUT_DIR", help="of a training run")
+    parser.add_argument("--step", help="of --run: a number, latest (the default) or best")
+    parser.add_argument("--weights", choices=("params", "ema"), help="of --run; default: ema if it keeps one")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT", nargs="+", action="extend", help="one or several, each quoted")
+    what.add_argument("--prompts", metavar="FILE", help="GenEval-format .jsonl, or .txt with one prompt a line")
+    parser.add_argument("--output", metavar="FOLDER", required=True)
+    parser.add_argument("--layout", choices=("geneval", "flat"), default="geneval", help="default: geneval")
+    for name, default, meaning in (
+        ("images_per_prompt", 4, "pictures of every prompt"),
+        ("steps", 25, "denoising steps"),
+        ("guidance_scale", 1.0, "1 is without guidance"),
+        ("guidance_trunc", 0.9, "guidance acts while t is below it"),
+        ("seed", 0, "another one draws other pictures"),
+        ("batch", 32, "pictures that are drawn together, on all devices"),
+        ("sheet_prompts", 16, "prompts on contact_sheet.png; 0: none"),
+    ):
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{meaning} (default: %(default)s)")
+    for name in ("height", "width"):
+        parser.add_argument(f"--{name}", type=int, help="pixels (default: the run's, else 32 tokens)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the run's, else float32")
+    parser.add_argument("--devices", type=int, help="how many to use (default: all)")
+    return parser
+
+
+def _check(given: argparse.Namespace, available: int) -> None:
+    """Raise SampleError with all that is wrong with the command line by itself."""
+    ranges = {
+        "images_per_prompt": (1, MOST_IMAGES),
+        "steps": (1, 10_000),
+        "guidance_scale": (1, 1000),
+        "guidance_trunc": (0, 1),
+        "seed": (0, 2**32 - 1),
+        "batch": (1, 2**20),
+        "sheet_prompts": (0, MOST_PROMPTS),
+        "devices": (1, available),
+    }
+    named = vars(given)
+    found = [
+        f"--{name} is {named[name]}; choose {least} to {most}."
+        for name, (least, most) in ranges.items()
+        if named[name] is not None and not least <= named[name] <= most
+    ]
+    if given.checkpoint and (given.step or given.weights):
+        found.append("--step and --weights choose from a training run; give it as --run OUTPUT_DIR.")
+    if found:
+        raise SampleError("\n  ".join(found))
+
+
+def _read_prompts(given: argparse.Namespace) -> PromptSet:
+    texts = given.prompt or []
+    rows = tuple({"tag": UNTAGGED, "prompt": text} for text in texts)
+    prompts = read_prompts(given.prompts) if given.prompts else PromptSet(tuple(texts), rows, (UNTAGGED,) * len(rows))
+    if len(prompts) > MOST_PROMPTS:
+        raise SampleError(f"there are {len(prompts)} prompts; give at most {MOST_PROMPTS} at a time.")
+    return prompts
+
+
+def _settings(given: argparse.Namespace, model: Model, prompts: PromptSet) -> Settings:
+    asked = {field.name: vars(given).get(field.name) for field in fields(Settings)}
+    read = {
+        "weights": digest_of(model.checkpoint),
+        "prompts": hashlib.sha256(json.dumps([prompts.prompts, prompts.metadata]).encode()).hexdigest(),
+        "text_length": model.checkpoint.tokenizer.length,
+    }
+    return Settings(**{**model.defaults, **{name: value for name, value in asked.items() if value is not None}, **read})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 2 for what the user can mend, said without a traceback."""
+    given = _parser().parse_args(argv)
+    try:
+        devices = jax.devices()
+        _check(given, len(devices))
+        prompts = _read_prompts(given)
+        model = open_run(given.run, given.step, given.weights) if given.run else open_folder(given.checkpoint)
+        settings, output = _settings(given, model, prompts), Path(given.output)
+        drawn = sample(model, settings, prompts, output, given.batch, devices[: given.devices])
+        contact_sheet(settings, prompts, output, given.sheet_prompts)
+    except (CheckpointError, OSError, ValueError) as error:  # ValueError: SampleError, WeightsError, MeshError, prompts
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{settings.images_per_prompt} pictures of each prompt are in {output}; {drawn} are new", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
