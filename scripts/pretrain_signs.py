@@ -1,0 +1,77 @@
+"""Make the base checkpoint of the signs world from nothing: tokenizer, image tokens, transformer.
+
+    python -m scripts.pretrain_signs --output outputs/pretrain_signs
+    python -m scripts.pretrain_signs --output outputs/pretrain_signs --install   # and put it into udm_grpo/assets
+
+Needs the fonts that udm_grpo/host/signs.py names. Seeded; every stage leaves its result in --output and a killed run
+goes on from the last one, to the same end. The base is meant to be imperfect in an honest way: short training, and one
+caption in ten is wrong in one digit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Regex, pre_tokenizers
+
+from udm_grpo import base_checkpoint
+from udm_grpo.base_checkpoint import Metadata, World, command_line, vq_config
+from udm_grpo.host import signs
+from udm_grpo.host.weights import Scheduler
+
+PATH = Scheduler(alpha=0.9, c=15.0, eps=1e-5, shift=1.0)
+"""As in the shapes world, whose codes lie on a sphere of as many dimensions."""
+
+WORD_SPLITTER = pre_tokenizers.Sequence(
+    [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex('[0-9"]'), "isolated")]
+)
+"""Digits and quotes are words of their own, so that a text that was never seen is made of tokens that were."""
+
+
+@dataclass(frozen=True)
+class Plan(base_checkpoint.Plan):
+    """How long each stage takes; a first guess from the shapes world's, not yet trained to its end."""
+
+    tokenizer_batch: int = 16
+    """Half of the shapes world's, since a picture has twice its pixels: an update costs the same."""
+    updates: int = 6_000
+    """Transformer updates: twice the image tokens of the shapes world, and 888 texts."""
+
+
+def varied_pictures(count: int, rng: np.random.Generator) -> np.ndarray:
+    """Pictures u8[count,32,64,3] for the tokenizer."""
+    prompts = signs.sample_prompts(signs.train_prompts(), count, rng, signs.PRETRAIN_TAG_WEIGHTS)
+    return pictures(prompts, rng)
+
+
+def sample(count: int, rng: np.random.Generator) -> list[Metadata]:
+    """Training prompts for the transformer."""
+    return signs.sample_prompts(signs.train_prompts(), count, rng, signs.PRETRAIN_TAG_WEIGHTS)
+
+
+def pictures(prompts: Sequence[Metadata], rng: np.random.Generator) -> np.ndarray:
+    """A picture of each prompt: u8[B,32,64,3]."""
+    return signs.render_batch([signs.sign_for(metadata, rng) for metadata in prompts])
+
+
+WORLD = World(
+    name="signs",
+    train=signs.train_prompts(),
+    heldout=signs.heldout_prompts(),
+    varied_pictures=varied_pictures,
+    sample=sample,
+    pictures=pictures,
+    corrupt=signs.corrupt_caption,
+    word_splitter=WORD_SPLITTER,
+    vq_config=vq_config(codes=256, width_of_a_code=8),
+    path=PATH,
+)
+
+
+def main(argv: Sequence[str] | None = None, plan: Plan | None = None) -> None:
+    """The command line."""
+    command_line(WORLD, plan or Plan(), argv)
+
+
+if __name__ == "__main__":
+    main()
