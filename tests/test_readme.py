@@ -81,8 +81,10 @@ def test_pictures_of_prompts(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_described_and_compared(tmp_path: Path) -> None:
-    assert "0.9" in run(INFO, tmp_path).stdout  # alpha
-    assert "forward" in run(VERIFY, tmp_path).stdout
+    described = run(INFO, tmp_path).stdout
+    assert "alpha: 0.9\n" in described
+    assert "parameters: 857728\n" in described
+    assert run(VERIFY, tmp_path).stdout.endswith("\nequal\n")
 
 
 def test_the_scorer_by_itself(tmp_path: Path) -> None:
