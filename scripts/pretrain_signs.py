@@ -63,7 +63,7 @@ WORLD = World(
     pictures=pictures,
     corrupt=signs.corrupt_caption,
     word_splitter=WORD_SPLITTER,
-    vq_config=vq_config(codes=256, width_of_a_code=8),
+    vq_config=vq_config(codes=512, width_of_a_code=8),
     path=PATH,
 )
 

@@ -49,11 +49,11 @@ FONTS = (
 )
 """(package, its font file): a geometric and a humanist sans, a serif and a rounded one, all under the SIL OFL 1.1."""
 
-INKS = ((20, 20, 20), (20, 40, 140), (140, 20, 30), (10, 90, 40))
-"""RGB of black, blue, red and green, all dark: the reader wants contrast."""
+INKS = ((20, 20, 20), (20, 40, 140))
+"""RGB of black and blue, both dark: the reader wants contrast."""
 
-GROUNDS = ((250, 250, 250), (250, 242, 220), (225, 238, 250), (228, 228, 228))
-"""RGB of white, cream, light blue and light grey. Few, so that image tokens are spent on digits."""
+GROUNDS = ((250, 250, 250), (250, 242, 220))
+"""RGB of white and cream. Few, so that image tokens are spent on digits."""
 
 
 # ---------------------------------------------------------------- prompts
