@@ -1,8 +1,15 @@
-"""Strict numerics for every test: no silent rank or dtype promotion, no key used twice."""
+"""Strict numerics for every test (no silent rank or dtype promotion, no key used twice); one cache of compiled code."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "UDM_GRPO_COMPILED" not in os.environ:
+    # What one process of a test run compiles the others find: workers and the processes that tests start inherit this.
+    os.environ["UDM_GRPO_COMPILED"] = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, os.environ["UDM_GRPO_COMPILED"], ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax

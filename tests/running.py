@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SMOKE = "configs/shapes.py:smoke"
 
 
-def environment(tmp: Path, devices: int = 1) -> dict[str, str]:
-    """The environment of a run with this many virtual devices; compiled programs are shared between a test's runs."""
+def environment(devices: int = 1) -> dict[str, str]:
+    """The environment of a run with this many virtual devices; all tests share what is compiled."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": os.environ["UDM_GRPO_COMPILED"],
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "PYTHONWARNINGS": "error::UserWarning:udm_grpo",
@@ -36,7 +36,7 @@ def train(output: Path, *overrides: str, devices: int = 1, config: str = SMOKE) 
     return subprocess.run(
         command(output, *overrides, config=config),
         cwd=ROOT,
-        env=environment(output.parent, devices),
+        env=environment(devices),
         capture_output=True,
         text=True,
         timeout=500,
@@ -47,9 +47,7 @@ def train_and_kill(output: Path, after: int, *overrides: str) -> None:
     """Start a run and kill it, all at once, when metrics.jsonl has `after` lines."""
     log = output.parent / "killed.log"
     with log.open("w") as file:
-        process = subprocess.Popen(
-            command(output, *overrides), cwd=ROOT, env=environment(output.parent), stdout=file, stderr=file
-        )
+        process = subprocess.Popen(command(output, *overrides), cwd=ROOT, env=environment(), stdout=file, stderr=file)
     deadline = time.monotonic() + 400
     while len(metrics(output)) < after:
         assert process.poll() is None, f"the run ended before it was killed:\n{log.read_text()}"

@@ -128,11 +128,12 @@ def test_the_server_ends_when_its_trainer_is_killed(state):
     assert not socket.parent.exists()
 
 
-def test_128_images_of_512x512_cross_quickly():
+def test_128_images_of_512x512_cross_within_a_quarter_of_a_second():
+    """The best of at most 40 tries, since other tests share the cores; the first tries do on an idle machine."""
     images, prompts, metadata = helpers.batch(0, 128, size=512)
     times = []
     with RewardsClient(helpers.config("First")) as client:
-        for _ in range(5):
+        while len(times) < 3 or (min(times) >= 0.25 and len(times) < 40):
             begun = time.perf_counter()
             parts = [slice(start, start + 16) for start in range(0, 128, 16)]
             futures = [client.submit(images[part], prompts[part], metadata[part]) for part in parts]
@@ -140,7 +141,7 @@ def test_128_images_of_512x512_cross_quickly():
             times.append(time.perf_counter() - begun)
             np.testing.assert_array_equal(score, np.arange(128))
     print(f"\n128 x 512x512x3 to the scorer and back: {[f'{t:.3f}' for t in times]} s (8 micro-batches of 16)")
-    assert min(times) < 2.0, "on an idle machine of 2 cores it takes 0.15 s"
+    assert min(times) < 0.25
 
 
 def test_arguments_are_checked_before_anything_is_sent():

@@ -42,9 +42,9 @@ def commands() -> list[str]:
     return [re.sub(r"\s+", " ", line.split("  #")[0]).strip() for line in lines if line.strip()]
 
 
-def run(command: str, tmp: Path) -> subprocess.CompletedProcess[str]:
+def run(command: str) -> subprocess.CompletedProcess[str]:
     words = command.replace("python ", f"{sys.executable} ", 1)
-    newcomers = {name: value for name, value in environment(tmp).items() if name != "PYTHONPATH"}
+    newcomers = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
     done = subprocess.run(["bash", "-c", words], cwd=ROOT, env=newcomers, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return done
@@ -66,8 +66,8 @@ def test_the_first_command_in_small_and_going_on(tmp_path: Path) -> None:
         " --config.evaluation.final_prompts=6 --config.evaluation.images_per_prompt=1 --config.evaluation.batch=6"
         " --config.evaluation.picture_prompts=4"
     )
-    run(TRAIN + small.replace("ITERATIONS", "1"), tmp_path)
-    run(RESUME + small.replace("ITERATIONS", "2"), tmp_path)
+    run(TRAIN + small.replace("ITERATIONS", "1"))
+    run(RESUME + small.replace("ITERATIONS", "2"))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["iterations"] == 2
     assert set(summary["by_steps"]) == {"10", "25"}
@@ -75,16 +75,16 @@ def test_the_first_command_in_small_and_going_on(tmp_path: Path) -> None:
 
 def test_pictures_of_prompts(tmp_path: Path) -> None:
     command = next(command for command in commands() if command.startswith(SAMPLE))
-    run(command.replace("outputs/pictures", str(tmp_path / "pictures")), tmp_path)
+    run(command.replace("outputs/pictures", str(tmp_path / "pictures")))
     assert len(list((tmp_path / "pictures").glob("*/samples/*.png"))) == 8
     assert (tmp_path / "pictures" / "contact_sheet.png").exists()
 
 
 def test_a_checkpoint_is_described_and_compared(tmp_path: Path) -> None:
-    described = run(INFO, tmp_path).stdout
+    described = run(INFO).stdout
     assert "alpha: 0.9\n" in described
     assert "parameters: 857728\n" in described
-    assert run(VERIFY, tmp_path).stdout.endswith("\nequal\n")
+    assert run(VERIFY).stdout.endswith("\nequal\n")
 
 
 def test_the_scorer_by_itself(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_the_scorer_by_itself(tmp_path: Path) -> None:
     Image.fromarray(render(scene_for(metadata, np.random.default_rng(0)))).save(picture)
     command = next(command for command in commands() if command.startswith(SCORE))
     assert wanted in command
-    done = run(command.replace("picture.png", str(picture)), tmp_path)
+    done = run(command.replace("picture.png", str(picture)))
     answer = json.loads(done.stdout)
     assert answer["scorer"] == "shapes"
     assert answer["raw"]["strict"] == 1.0
@@ -103,7 +103,7 @@ def test_the_scorer_by_itself(tmp_path: Path) -> None:
 def test_the_server_by_itself(tmp_path: Path) -> None:
     address = f"unix:{tmp_path}/s.sock"
     words = SERVE.replace("unix:/tmp/shapes.sock", address).split()
-    process = subprocess.Popen([sys.executable, *words[1:]], cwd=ROOT, env=environment(tmp_path))
+    process = subprocess.Popen([sys.executable, *words[1:]], cwd=ROOT, env=environment())
     metadata = all_prompts()[0]
     picture = render(scene_for(metadata, np.random.default_rng(0)))
     try:
@@ -119,7 +119,7 @@ def test_the_server_by_itself(tmp_path: Path) -> None:
 def test_the_doctor_says_what_every_scorer_lacks(tmp_path: Path) -> None:
     """Without a network, most scorers lack their weights: each of them gets a command that mends it."""
     words = DOCTOR.replace("python", sys.executable, 1).split()
-    offline = {**environment(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    offline = {**environment(), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(words, cwd=ROOT, env=offline, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
     said = dict(re.findall(r"^(\w+): (ready|not ready)$", done.stdout, re.MULTILINE))
@@ -164,7 +164,7 @@ def test_the_base_is_made_in_small_and_goes_on(script, tmp_path: Path) -> None:
     plan = script.Plan(
         pool=600, continuous_updates=2, quantized_updates=2, tokenizer_batch=4, pictures=500, updates=3, batch=8
     )
-    run(f"{PRETRAIN.split(' --output')[0]} --help", tmp_path)  # the command itself finds the package
+    run(f"{PRETRAIN.split(' --output')[0]} --help")  # the command itself finds the package
     script.main(["--output", str(tmp_path)], plan)
     pipeline = load_pipeline(tmp_path / "base" / "checkpoint")
     images = pipeline.generate(["a photo of a red circle"], steps=3, height=32, width=32)
@@ -179,7 +179,7 @@ def test_the_notebook_example_runs() -> None:
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\nprint(images.shape, images.dtype)"],
         cwd=ROOT,
-        env=environment(Path("/tmp")),
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,

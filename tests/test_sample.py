@@ -169,7 +169,7 @@ def test_eight_devices_after_a_kill_draw_what_one_does_at_once(whole: Path, prom
     output = tmp_path / "killed"
     with (tmp_path / "killed.log").open("w") as log:
         process = subprocess.Popen(
-            command(output, prompts, "--batch=1"), cwd=ROOT, env=environment(tmp_path), stdout=log, stderr=log
+            command(output, prompts, "--batch=1"), cwd=ROOT, env=environment(), stdout=log, stderr=log
         )
     deadline = time.monotonic() + 300
     while len(list(output.rglob("0*.png"))) < 2:
@@ -182,7 +182,7 @@ def test_eight_devices_after_a_kill_draw_what_one_does_at_once(whole: Path, prom
     assert 2 <= len(partial) < 12
     assert_same(partial, {name: picture for name, picture in pictures(whole).items() if name in partial})
     done = subprocess.run(
-        command(output, prompts, "--batch=8"), cwd=ROOT, env=environment(tmp_path, 8), capture_output=True, text=True
+        command(output, prompts, "--batch=8"), cwd=ROOT, env=environment(8), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert f"{12 - len(partial)} are new" in done.stderr
