@@ -19,8 +19,8 @@ from udm_grpo.base_checkpoint import Metadata, World, command_line, vq_config
 from udm_grpo.host import signs
 from udm_grpo.host.weights import Scheduler
 
-PATH = Scheduler(alpha=0.9, c=15.0, eps=1e-5, shift=1.0)
-"""As in the shapes world, whose codes lie on a sphere of as many dimensions."""
+PATH = Scheduler(alpha=0.9, c=20.0, eps=1e-5, shift=1.0)
+"""As in the shapes world, with a larger c for twice the codes on a sphere of as many dimensions."""
 
 WORD_SPLITTER = pre_tokenizers.Sequence(
     [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex('[0-9"]'), "isolated")]
@@ -30,12 +30,15 @@ WORD_SPLITTER = pre_tokenizers.Sequence(
 
 @dataclass(frozen=True)
 class Plan(base_checkpoint.Plan):
-    """How long each stage takes; a first guess from the shapes world's, not yet trained to its end."""
+    """How long each stage takes, where that is not as in the shapes world."""
 
     tokenizer_batch: int = 16
     """Half of the shapes world's, since a picture has twice its pixels: an update costs the same."""
-    updates: int = 6_000
-    """Transformer updates: twice the image tokens of the shapes world, and 888 texts."""
+    quantized_updates: int = 1_250
+    """Half of the shapes world's: the reader has long read the reconstructions without a mistake."""
+    tokenizer_decay: int = 2_500
+    updates: int = 800
+    """Transformer updates; with 3,000 the base would make few mistakes for RL to mend."""
 
 
 def varied_pictures(count: int, rng: np.random.Generator) -> np.ndarray:

@@ -73,6 +73,8 @@ class Plan:
     """Tokenizer updates with codes."""
     tokenizer_batch: int = 32
     tokenizer_rate: float = 2e-3
+    tokenizer_decay: int = 0
+    """Updates with codes over which the rate falls by a cosine, if not over all of them."""
     pictures: int = 40_000
     """Pictures that the transformer sees."""
     wrong_captions: float = 0.1
@@ -122,8 +124,8 @@ class TokenizerTraining:
 
     def phase(self, name: str, params: Params, updates: int, quantized: bool) -> Params:
         """Train for `updates`, from the phase's last saved state if there is one."""
-        peak = self.plan.tokenizer_rate
-        schedule = optax.warmup_cosine_decay_schedule(0, peak, min(50, updates // 2), updates, peak * 0.05)
+        peak, decay = self.plan.tokenizer_rate, (self.plan.tokenizer_decay if quantized else 0) or updates
+        schedule = optax.warmup_cosine_decay_schedule(0, peak, min(50, decay // 2), decay, peak * 0.05)
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, 0.9, 0.95, weight_decay=1e-4))
         step = steps.tokenizer_step(self.config, optimizer, quantized)
         opt_state, start = optimizer.init(params), 0
