@@ -19,7 +19,7 @@ MODELS = "outputs/ocr-models"
 
 def get_config(variant: str = "") -> RunConfig:
     """The configuration; `variant` "smoke" is a few small iterations."""
-    config = RunConfig(output_dir="outputs/shapes-ocr", iterations=200)
+    config = RunConfig(output_dir="outputs/shapes-ocr", iterations=120)
     config.model.path = str(ASSETS / "ursa-signs")
     config.model.height, config.model.width = 32, 64
     config.model.logit_rows = 128

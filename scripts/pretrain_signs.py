@@ -37,8 +37,8 @@ class Plan(base_checkpoint.Plan):
     quantized_updates: int = 1_250
     """Half of the shapes world's: the reader has long read the reconstructions without a mistake."""
     tokenizer_decay: int = 2_500
-    updates: int = 800
-    """Transformer updates; with 3,000 the base would make few mistakes for RL to mend."""
+    updates: int = 500
+    """Transformer updates; with more of them the base would make few mistakes for RL to mend."""
 
 
 def varied_pictures(count: int, rng: np.random.Generator) -> np.ndarray:
