@@ -69,7 +69,7 @@ def rows_of(parsed: dict[str, Parsed], drop_bad: bool) -> Splits:
         warn(one.bad_text("left out"))
     for one in parsed.values():
         if one.empty:
-            warn(f"{one.path}: {one.empty} empty lines are passed over")
+            warn(f"{one.path}: empty lines passed over: {one.empty}")
         if one.bad and not one.rows:
             raise ValueError(f"{one.path}: no prompt is left; every one of its {one.unit}s is bad")
     return {split: replace(one, bad=()).all_or_error() for split, one in parsed.items()}
@@ -92,10 +92,10 @@ def unrepeated(splits: Splits, unique: bool) -> Splits:
             first[split].setdefault(row["prompt"], row)
         repeats = len(rows) - len(first[split])
         if repeats:
-            warn(f"{split}: {repeats} of {len(rows)} prompts repeat an earlier one ({advice})")
+            warn(f"{split}: prompts that repeat an earlier one: {repeats} of {len(rows)} ({advice})")
     shared = [prompt for prompt in first.get("train", {}) if prompt in first.get("test", {})]
     if shared:
-        warn(f"train: {len(shared)} prompts are also in test, such as {shared[0]!r} ({advice})")
+        warn(f"train: prompts that are also in test: {len(shared)}, such as {shared[0]!r} ({advice})")
     if not unique:
         return splits
     for prompt in shared:
@@ -110,7 +110,7 @@ def save(output: Path, splits: Splits) -> None:
     write_dataset(output, splits)
     for split, rows in splits.items():
         tags = Counter(row["tag"] for row in rows)
-        print(f"{output}:{split} has {len(rows)} prompts: " + ", ".join(f"{tags[tag]} {tag}" for tag in sorted(tags)))
+        print(f"{output}:{split}: {len(rows)} ({', '.join(f'{tags[tag]} {tag}' for tag in sorted(tags))})")
 
 
 def prepare(given: argparse.Namespace) -> None:

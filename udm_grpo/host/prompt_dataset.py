@@ -32,8 +32,8 @@ class UdmGrpoPrompts(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version(VERSION)
     RELEASE_NOTES = {"1.0.0": "prompt, tag, and the whole row as JSON"}  # noqa: RUF012 (the base class reads it there)
 
-    def __init__(self, splits: Mapping[str, Sequence[Row]], **settings: Any) -> None:
-        self._rows = splits
+    def __init__(self, splits: Mapping[str, Sequence[Row]] | None = None, **settings: Any) -> None:
+        self._rows = splits or {}  # none is given where TFDS itself makes one, to read
         super().__init__(**settings)
 
     def _info(self) -> Any:
