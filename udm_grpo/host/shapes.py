@@ -27,6 +27,7 @@ Metadata = dict[str, Any]
 CLASSES = ("circle", "square", "triangle", "star")
 COLORS = ("red", "yellow", "green", "blue", "purple", "black")
 COUNTS = (2, 3, 4)
+TAGS = geneval.TAGS
 
 RL_TAG_WEIGHTS = RATIO
 """How often each tag is drawn for RL batches: the published ratio (SPEC 7)."""
