@@ -233,8 +233,8 @@ def test_an_empty_file_is_an_error(tmp_path, name, content):
 def test_a_missing_file_another_kind_and_wrong_weights_name_the_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone\.txt: no such prompt file"):
         read_prompts(tmp_path / "gone.txt")
-    with pytest.raises(ValueError, match=r"set\.csv: a prompt file ends in \.jsonl"):
-        read_prompts(tmp_path / "set.csv")
+    with pytest.raises(ValueError, match=r"set\.parquet: a prompt file is \.jsonl"):
+        read_prompts(tmp_path / "set.parquet")
     (tmp_path / "set.txt").write_text("a dog\n")
     with pytest.raises(ValueError, match=r"set\.txt: tag weights: .*no weight for the tag untagged"):
         read_prompts(tmp_path / "set.txt", {"dog": 0, "cat": 1})

@@ -14,6 +14,7 @@ from running import ROOT, environment
 
 from rewards_bridge.client import BridgeConfig, RewardsClient
 from rewards_bridge.scorers import KNOWN
+from scripts import prepare_prompts
 from udm_grpo import config as config_module
 from udm_grpo.config import RunConfig
 from udm_grpo.config_checks import validate
@@ -33,6 +34,7 @@ SAMPLE = "python -m udm_grpo.sample --checkpoint udm_grpo/assets/ursa-shapes --o
 INFO = "python -m udm_grpo.convert info udm_grpo/assets/ursa-shapes"
 VERIFY = "python -m udm_grpo.convert verify udm_grpo/assets/ursa-shapes udm_grpo/assets/ursa-shapes --forward"
 SCORE = "python -m rewards_bridge score --scorer shapes"
+PREPARE = "python -m scripts.prepare_prompts"
 
 
 def commands() -> list[str]:
@@ -53,7 +55,7 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
 def test_the_readme_has_no_command_that_no_test_runs() -> None:
     known = (f"{INSTALL} && {TRAIN}", f"{INSTALL} && {PYTEST}", SMOKE, RESUME, PRETRAIN, SERVE, DOCTOR, INFO, VERIFY)
     for command in commands():
-        assert command in known or command.startswith((SCORE, SAMPLE)), command
+        assert command in known or command.startswith((SCORE, SAMPLE, PREPARE)), command
     for command in known:
         assert command in commands(), command
 
@@ -78,6 +80,14 @@ def test_pictures_of_prompts(tmp_path: Path) -> None:
     run(command.replace("outputs/pictures", str(tmp_path / "pictures")))
     assert len(list((tmp_path / "pictures").glob("*/samples/*.png"))) == 8
     assert (tmp_path / "pictures" / "contact_sheet.png").exists()
+
+
+def test_the_prompt_sets_of_the_readme_are_examples_of_the_command() -> None:
+    """tests/test_prepare_prompts.py runs all of those."""
+    shown = [command for command in commands() if command.startswith(PREPARE)]
+    assert len(shown) == 2
+    for command in shown:
+        assert f"    {command}\n" in (prepare_prompts.__doc__ or "")
 
 
 def test_a_checkpoint_is_described_and_compared(tmp_path: Path) -> None:

@@ -32,9 +32,10 @@ class PromptsConfig:
     """What is drawn, and what it is judged on."""
 
     train: str = ""
-    """File of training prompts: GenEval-format .jsonl, or .txt with one prompt a line."""
+    """Training prompts: a folder of scripts.prepare_prompts with its split, as in data/geneval:train; or a raw file:
+    .jsonl (GenEval's format, or objects with a prompt), .txt (one prompt a line) or .csv."""
     heldout: str = ""
-    """File of evaluation prompts, of the same kinds."""
+    """Evaluation prompts, of the same kinds."""
     tag_weights: dict[str, float] = field(default_factory=dict)
     """How often each GenEval tag is drawn; empty: every prompt equally often."""
 

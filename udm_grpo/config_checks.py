@@ -111,7 +111,7 @@ def _combinations(config: RunConfig, problems: list[str]) -> None:
         if not value:
             problems.append(f"{name} is empty; name a {'folder' if name == 'model.path' else 'file'}.")
     if not config.prompts.heldout:
-        problems.append("prompts.heldout is empty; name a file of evaluation prompts.")
+        problems.append("prompts.heldout is empty; name a file or prepared folder of evaluation prompts.")
     if config.checkpoint.keep_best and not config.evaluation.every:
         problems.append("checkpoint.keep_best needs evaluations on the way; set evaluation.every above 0.")
 

@@ -264,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", choices=("params", "ema"), help="of --run; default: ema if it keeps one")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", nargs="+", action="extend", help="one or several, each quoted")
-    what.add_argument("--prompts", metavar="FILE", help="GenEval-format .jsonl, or .txt with one prompt a line")
+    what.add_argument("--prompts", metavar="FILE", help=".jsonl, .txt or .csv; FOLDER:SPLIT of scripts.prepare_prompts")
     parser.add_argument("--output", metavar="FOLDER", required=True)
     parser.add_argument("--layout", choices=("geneval", "flat"), default="geneval", help="default: geneval")
     for name, default, meaning in (

@@ -1,6 +1,6 @@
 """Prompt sets: which prompts an iteration trains on, as a pure function of (seed, step).
 
-A set is read once, from a GenEval-format .jsonl file or from a .txt file with one prompt a line. No position in the set
+A set is read once, from a raw file (prompt_files.py) or a prepared folder (prompt_dataset.py). No position in the set
 is ever stored: `PromptSet.batch(step, P, seed)` gives the same prompts on any number of hosts and after any resume.
 
 The order, exactly. All batches of a run form one endless row of slots; slot s = step * P + j. Every slot belongs
@@ -10,13 +10,11 @@ shuffled anew for each cycle. So the number of slots a tag had before slot s is 
 the place in the tag's own endless row of shuffled epochs: no prompt of a pool comes a second time before all
 others of that pool came once. (A batch that reaches over the end of an epoch may hold a prompt twice: once from
 the old epoch, once from the new.)
-Shuffles sort the raw 64-bit words of the Philox counter generator, the part of NumPy that is fixed across its versions.
 """
 
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -26,16 +24,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-UNTAGGED = "untagged"
-"""The tag of every prompt that comes from a .txt file."""
+from udm_grpo.host.prompt_files import DATASET, UNTAGGED, parse_file
+from udm_grpo.host.shuffle import FIXED, POOL, SCHEDULE, shuffle
+
+__all__ = ["UNTAGGED", "Batch", "PromptSet", "read_prompts"]
 
 LONGEST_CYCLE = 100_000
 """Largest allowed sum of the tag weights, once they are brought to whole numbers."""
-
-MOST_LINES_SHOWN = 50
-"""Bad lines that an error explains one by one; of any further ones it gives the line numbers."""
-
-_SCHEDULE, _POOL, _FIXED = 0, 1, 2  # what a shuffle is for: the three never share random words
 
 Batch = tuple[list[str], list[dict[str, Any]], Int32[np.ndarray, "P"]]
 
@@ -86,7 +81,7 @@ class PromptSet:
         chosen: list[int] = []
         epoch = 0
         while len(chosen) < count:
-            shuffled = [pool[_shuffle(seed, _FIXED, i, epoch, len(pool))] for i, pool in enumerate(pools)]
+            shuffled = [pool[shuffle(seed, FIXED, i, epoch, len(pool))] for i, pool in enumerate(pools)]
             longest = max(len(pool) for pool in pools)
             chosen += [int(row[turn]) for turn in range(longest) for row in shuffled if turn < len(row)]
             epoch += 1
@@ -102,14 +97,12 @@ class PromptSet:
 
     def _slot(self, slot: int, seed: int) -> int:
         """Return the index of the prompt in this slot of the endless row."""
-        shares = [share for _, share in self._pools]
+        shares = tuple(share for _, share in self._pools)
         cycle, place = divmod(slot, sum(shares))
-        schedule = np.repeat(np.arange(len(shares)), shares)[_shuffle(seed, _SCHEDULE, 0, cycle, sum(shares))]
-        which = int(schedule[place])
-        taken_before = cycle * shares[which] + int(np.count_nonzero(schedule[:place] == which))
-        pool = self._pools[which][0]
-        epoch, turn = divmod(taken_before, len(pool))
-        return int(pool[_shuffle(seed, _POOL, which, epoch, len(pool))[turn]])
+        which, earlier = _schedule(seed, cycle, shares) if len(shares) > 1 else (_ZERO, _ZERO)
+        pool = self._pools[which[place]][0]
+        epoch, turn = divmod(cycle * shares[which[place]] + int(earlier[place]), len(pool))
+        return int(pool[shuffle(seed, POOL, int(which[place]), epoch, len(pool))[turn]])
 
     def _where(self, tag: str) -> Int32[np.ndarray, "n"]:
         return np.array([i for i, other in enumerate(self.tags) if other == tag], dtype=np.int32)
@@ -121,103 +114,38 @@ class PromptSet:
 
 
 def read_prompts(path: str | Path, weights: Mapping[str, float] | None = None) -> PromptSet:
-    """Read a prompt set: .jsonl in GenEval's format, or .txt with one prompt a line; empty lines are passed over.
+    """Read a prompt set: a raw file or folder (prompt_files.KINDS), or a folder that scripts/prepare_prompts.py made.
 
-    A .txt prompt gets the tag UNTAGGED and the metadata {"tag": UNTAGGED, "prompt": text}.
+    Of a prepared folder with several splits, the path names one: FOLDER:train. A prompt without a tag gets UNTAGGED.
 
-    Raises FileNotFoundError, and ValueError for another kind of file, an empty one, or bad lines (all in one error).
+    Raises FileNotFoundError, and ValueError for another kind of file, an empty or damaged one, an unknown split, or bad
+    lines (all in one error).
     """
-    path = Path(path)
-    if path.suffix not in (".jsonl", ".txt"):
-        raise ValueError(f"{path}: a prompt file ends in .jsonl (GenEval's format) or .txt (one prompt a line)")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such prompt file")
-    parse = _geneval_line if path.suffix == ".jsonl" else _plain_line
-    metadata = _parse_lines(path, parse)
-    if not metadata:
-        raise ValueError(f"{path}: the prompt file is empty; it needs at least one prompt")
-    prompts = tuple(line["prompt"] for line in metadata)
-    tags = tuple(line["tag"] for line in metadata)
+    folder, split = _prepared(str(path))
+    if folder is not None:
+        # TensorFlow Datasets takes half a second to import, so only what needs it does.
+        from udm_grpo.host.prompt_dataset import read_dataset
+
+        rows = read_dataset(folder, split)
+    else:
+        rows = parse_file(path).all_or_error()
+    prompts = tuple(row["prompt"] for row in rows)
+    tags = tuple(row["tag"] for row in rows)
     try:
-        return PromptSet(prompts, tuple(metadata), tags, weights)
+        return PromptSet(prompts, rows, tags, weights)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _parse_lines(path: Path, parse: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
-    good: list[dict[str, Any]] = []
-    bad: list[tuple[int, str]] = []
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
-        try:
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            if text:
-                good.append(parse(text))
-        except UnicodeDecodeError as error:
-            bad.append((number, f"not UTF-8 text: {error.reason} at byte {error.start}"))
-        except ValueError as error:
-            bad.append((number, str(error)))
-    if bad:
-        raise ValueError(_bad_lines(path, bad))
-    return good
-
-
-def _bad_lines(path: Path, bad: Sequence[tuple[int, str]]) -> str:
-    lines = [f"{path}: {len(bad)} bad line{'s' if len(bad) > 1 else ''}; correct or remove:"]
-    lines += [f"  line {number}: {reason}" for number, reason in bad[:MOST_LINES_SHOWN]]
-    further = ", ".join(str(number) for number, _ in bad[MOST_LINES_SHOWN:])
-    if further:
-        lines.append(f"  and lines {further}")
-    return "\n".join(lines)
-
-
-def _plain_line(text: str) -> dict[str, Any]:
-    return {"tag": UNTAGGED, "prompt": text}
-
-
-def _geneval_line(text: str) -> dict[str, Any]:
-    """Return a line's object, or raise ValueError with everything that is wrong with it."""
-    try:
-        line = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(line, dict):
-        raise ValueError('not a JSON object like {"tag": ..., "include": [...], "prompt": ...}')
-    wrong = []
-    for name in ("tag", "prompt"):
-        if not isinstance(line.get(name), str) or not line[name].strip():
-            wrong.append(f'"{name}" must be a text that is not empty')
-    for name, needed in (("include", True), ("exclude", False)):
-        wrong += _wrong_objects(name, line.get(name, None if needed else []), needed)
-    if wrong:
-        raise ValueError("; ".join(wrong))
-    return line
-
-
-def _wrong_objects(name: str, objects: Any, needed: bool) -> list[str]:
-    if not isinstance(objects, list) or (needed and not objects):
-        return [f'"{name}" must be a list' + (" of at least one object" if needed else "")]
-    wrong = []
-    for i, item in enumerate(objects):
-        where = f'"{name}"[{i}]'
-        if not isinstance(item, dict):
-            wrong.append(f'{where} must be an object like {{"class": "dog", "count": 1}}')
-            continue
-        if not isinstance(item.get("class"), str) or not item["class"]:
-            wrong.append(f'{where} needs "class", a text')
-        if type(item.get("count")) is not int or item["count"] < 1:
-            wrong.append(f'{where} needs "count", a whole number of at least 1')
-        if "color" in item and not isinstance(item["color"], str):
-            wrong.append(f'{where}: "color" must be a text')
-        if "position" in item and not _is_position(item["position"], len(objects), i):
-            wrong.append(f'{where}: "position" must be [relation, index of another object in "{name}"]')
-    return wrong
-
-
-def _is_position(position: Any, count: int, own: int) -> bool:
-    if not isinstance(position, list) or len(position) != 2:
-        return False
-    relation, other = position
-    return isinstance(relation, str) and type(other) is int and 0 <= other < count and other != own
+def _prepared(path: str) -> tuple[Path | None, str]:
+    """Return (a prepared folder, the split that the path names or ""), or (None, "") for anything else."""
+    whole, colon, split = path.rpartition(":")
+    for folder, named in ((path, ""), (whole, split if colon else "")):
+        if folder and (Path(folder) / DATASET).is_dir():
+            return Path(folder), named
+    if colon and Path(whole).is_dir():
+        raise ValueError(f"{path}: {whole} was not made by scripts.prepare_prompts; only such folders have splits")
+    return None, ""
 
 
 def _whole_weights(weights: Mapping[str, float], present: Mapping[str, int]) -> dict[str, int]:
@@ -251,10 +179,14 @@ def _is_weight(weight: Any) -> bool:
     return isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight) and weight >= 0
 
 
-@lru_cache(maxsize=64)
-def _shuffle(seed: int, purpose: int, pool: int, epoch: int, n: int) -> Int32[np.ndarray, "n"]:
-    """Return a permutation of range(n), a function of the arguments alone."""
-    words = np.random.Philox(key=seed % 2**64, counter=[0, purpose, pool, epoch]).random_raw(n)
-    order = np.argsort(words, kind="stable").astype(np.int32)
-    order.flags.writeable = False
-    return order
+_ZERO = np.zeros(1, dtype=np.int32)
+
+
+@lru_cache(maxsize=8)
+def _schedule(seed: int, cycle: int, shares: tuple[int, ...]) -> tuple[Int32[np.ndarray, "W"], Int32[np.ndarray, "W"]]:
+    """Return for each place of a cycle: which pool it belongs to, and how many earlier places of the cycle do."""
+    which = np.repeat(np.arange(len(shares), dtype=np.int32), shares)[shuffle(seed, SCHEDULE, 0, cycle, sum(shares))]
+    earlier = np.empty_like(which)
+    for pool, share in enumerate(shares):
+        earlier[which == pool] = np.arange(share, dtype=np.int32)
+    return which, earlier

@@ -18,16 +18,18 @@ from typing import Any
 
 import numpy as np
 
+from udm_grpo.host import geneval_prompts as geneval
+from udm_grpo.host.geneval_prompts import RATIO, RELATIONS
+
 Metadata = dict[str, Any]
 """A GenEval prompt: {"tag", "include": [{"class", "count", "color"?, "position"?}], "exclude"?, "prompt"}."""
 
 CLASSES = ("circle", "square", "triangle", "star")
 COLORS = ("red", "yellow", "green", "blue", "purple", "black")
-RELATIONS = ("left of", "right of", "above", "below")
 COUNTS = (2, 3, 4)
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+TAGS = geneval.TAGS
 
-RL_TAG_WEIGHTS = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0}
+RL_TAG_WEIGHTS = RATIO
 """How often each tag is drawn for RL batches: the published ratio (SPEC 7)."""
 
 PRETRAIN_TAG_WEIGHTS = {"position": 4, "counting": 3, "color_attr": 4, "colors": 2, "two_object": 2, "single_object": 1}
@@ -37,75 +39,15 @@ PRETRAIN_TAG_WEIGHTS = {"position": 4, "counting": 3, "color_attr": 4, "colors":
 # ---------------------------------------------------------------- prompts
 
 
-_NUMBERS = {2: "two", 3: "three", 4: "four"}
-
-
-def with_article(name: str) -> str:
-    """Puts "a" or "an" before a name, by its first letter as in GenEval."""
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
-
-
-def _single_object(name: str) -> Metadata:
-    return {
-        "tag": "single_object",
-        "include": [{"class": name, "count": 1}],
-        "prompt": f"a photo of {with_article(name)}",
-    }
-
-
-def _two_object(first: str, second: str) -> Metadata:
-    return {
-        "tag": "two_object",
-        "include": [{"class": first, "count": 1}, {"class": second, "count": 1}],
-        "prompt": f"a photo of {with_article(first)} and {with_article(second)}",
-    }
-
-
-def _counting(name: str, count: int) -> Metadata:
-    return {
-        "tag": "counting",
-        "include": [{"class": name, "count": count}],
-        "exclude": [{"class": name, "count": count + 1}],
-        "prompt": f"a photo of {_NUMBERS[count]} {name}s",
-    }
-
-
-def _colors(name: str, color: str) -> Metadata:
-    return {
-        "tag": "colors",
-        "include": [{"class": name, "count": 1, "color": color}],
-        "prompt": f"a photo of {with_article(color)} {name}",
-    }
-
-
-def _position(first: str, relation: str, second: str) -> Metadata:
-    return {  # the second object named is the reference and comes first in "include", as in GenEval
-        "tag": "position",
-        "include": [{"class": second, "count": 1}, {"class": first, "count": 1, "position": [relation, 0]}],
-        "prompt": f"a photo of {with_article(first)} {relation} {with_article(second)}",
-    }
-
-
-def _color_attr(first: str, first_color: str, second: str, second_color: str) -> Metadata:
-    return {
-        "tag": "color_attr",
-        "include": [
-            {"class": first, "count": 1, "color": first_color},
-            {"class": second, "count": 1, "color": second_color},
-        ],
-        "prompt": f"a photo of {with_article(first_color)} {first} and {with_article(second_color)} {second}",
-    }
-
-
 def all_prompts() -> list[Metadata]:
     """Every prompt of the world once, by tag in the order of TAGS: 4 + 12 + 12 + 24 + 48 + 360 = 460."""
     pairs = list(itertools.permutations(CLASSES, 2))
-    prompts = [_single_object(name) for name in CLASSES]
-    prompts += [_two_object(a, b) for a, b in pairs]
-    prompts += [_counting(name, count) for name in CLASSES for count in COUNTS]
-    prompts += [_colors(name, color) for name in CLASSES for color in COLORS]
-    prompts += [_position(a, relation, b) for a, b in pairs for relation in RELATIONS]
-    prompts += [_color_attr(a, j, b, k) for a, b in pairs for j, k in itertools.permutations(COLORS, 2)]
+    prompts = [geneval.single_object(name) for name in CLASSES]
+    prompts += [geneval.two_object(a, b) for a, b in pairs]
+    prompts += [geneval.counting(name, count, "benchmark") for name in CLASSES for count in COUNTS]
+    prompts += [geneval.colors(name, color) for name in CLASSES for color in COLORS]
+    prompts += [geneval.position(a, relation, b) for a, b in pairs for relation in RELATIONS]
+    prompts += [geneval.color_attr(a, j, b, k) for a, b in pairs for j, k in itertools.permutations(COLORS, 2)]
     return prompts
 
 

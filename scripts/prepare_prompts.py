@@ -1,0 +1,216 @@
+"""Make prompt sets that training reads fast: TensorFlow Datasets folders (ArrayRecord; without TensorFlow).
+
+    python -m scripts.prepare_prompts generate-geneval --leave-out evaluation_metadata.jsonl --output data/geneval
+    python -m scripts.prepare_prompts geneval --train train_metadata.jsonl --test evaluation_metadata.jsonl \\
+        --output data/geneval
+    python -m scripts.prepare_prompts ocr --train ocr/train.txt --test ocr/test.txt --output data/ocr
+    python -m scripts.prepare_prompts prompts --train pick/train.txt --test pick/test.txt --output data/pickscore
+    python -m scripts.prepare_prompts prompts --test DrawBench.csv --output data/drawbench
+    python -m scripts.prepare_prompts prompts --test dpg_bench/prompts --output data/dpg
+
+Training takes such a folder and one of its splits: prompts.train is data/geneval:train, prompts.heldout is
+data/geneval:test; so does udm_grpo.sample --prompts.
+
+geneval           GenEval's metadata, each line checked as GenEval's judge will
+ocr               prompts with the wanted text in straight double quotes, each checked as the OCR judge will
+prompts           any others: .jsonl (objects with a prompt), .txt (one a line), .csv (with a header), a folder of .txt
+generate-geneval  GenEval's grammar over its 80 classes, drawn with a seed; the file to leave out becomes the split test
+
+Bad lines are errors, all in one with their numbers; --drop-bad leaves them out and says which.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from rewards_bridge.scorers.text_match import target_text
+from udm_grpo.host import geneval_prompts
+from udm_grpo.host.metrics import replace_file
+from udm_grpo.host.prompt_dataset import write_dataset
+from udm_grpo.host.prompt_files import Parsed, Row, parse_file
+
+Splits = dict[str, Sequence[Row]]
+
+
+def ocr_problem(row: Row) -> str:
+    """What keeps a row from being judged by the text in it; "" if nothing does."""
+    try:
+        target_text(row["prompt"])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def geneval_problem(row: Row) -> str:
+    """What keeps a row from being judged by GenEval's rule; "" if nothing does."""
+    # Brings PyTorch along, which the other commands do without.
+    from rewards_bridge.scorers.geneval import check_metadata
+
+    found = check_metadata([row["prompt"]], [row])
+    return "; ".join(text.removeprefix(f"prompt 0 ({row['prompt']!r}): ") for text in found)
+
+
+PROBLEMS: dict[str, Callable[[Row], str]] = {"geneval": geneval_problem, "ocr": ocr_problem, "prompts": lambda row: ""}
+"""Command -> its check of a row."""
+
+
+def rows_of(parsed: dict[str, Parsed], drop_bad: bool) -> Splits:
+    """Split -> rows. ValueError with the bad lines of all files together, unless they are to be dropped."""
+    bad = [one for one in parsed.values() if one.bad]
+    if bad and not drop_bad:
+        advice = "correct or remove, or leave out with --drop-bad"
+        raise ValueError("\n".join(one.bad_text(advice) for one in bad))
+    for one in bad:
+        warn(one.bad_text("left out"))
+    for one in parsed.values():
+        if one.empty:
+            warn(f"{one.path}: empty lines passed over: {one.empty}")
+        if one.bad and not one.rows:
+            raise ValueError(f"{one.path}: no prompt is left; every one of its {one.unit}s is bad")
+    return {split: replace(one, bad=()).all_or_error() for split, one in parsed.items()}
+
+
+def warn(text: str) -> None:
+    """Say what is not as one may think, on stderr."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def unrepeated(splits: Splits, unique: bool) -> Splits:
+    """Count prompts that come twice in a split, or are in train and test both; with `unique`, without those.
+
+    The first of a prompt stays; one that is also in test goes from train.
+    """
+    advice = "left out" if unique else "kept; --unique leaves them out"
+    first: dict[str, dict[str, Row]] = {split: {} for split in splits}
+    for split, rows in splits.items():
+        for row in rows:
+            first[split].setdefault(row["prompt"], row)
+        repeats = len(rows) - len(first[split])
+        if repeats:
+            warn(f"{split}: prompts that repeat an earlier one: {repeats} of {len(rows)} ({advice})")
+    shared = [prompt for prompt in first.get("train", {}) if prompt in first.get("test", {})]
+    if shared:
+        warn(f"train: prompts that are also in test: {len(shared)}, such as {shared[0]!r} ({advice})")
+    if not unique:
+        return splits
+    for prompt in shared:
+        del first["train"][prompt]
+    if not all(first.values()):
+        raise ValueError("no training prompt is left: all of them are also in test")
+    return {split: list(rows.values()) for split, rows in first.items()}
+
+
+def save(output: Path, splits: Splits) -> None:
+    """Write the prepared folder and say what is in it."""
+    write_dataset(output, splits)
+    for split, rows in splits.items():
+        tags = Counter(row["tag"] for row in rows)
+        print(f"{output}:{split}: {len(rows)} ({', '.join(f'{tags[tag]} {tag}' for tag in sorted(tags))})")
+
+
+def prepare(given: argparse.Namespace) -> None:
+    """The commands that read files."""
+    files = {split: file for split, file in (("train", given.train), ("test", given.test)) if file}
+    if not files:
+        raise ValueError("there is nothing to prepare; give --train FILE, --test FILE or both")
+    columns = {"column": given.column, "tag_column": given.tag_column} if given.command == "prompts" else {}
+
+    check = PROBLEMS[given.command]
+    parsed = {split: parse_file(file, **columns).checked(check) for split, file in files.items()}
+    save(given.output, unrepeated(rows_of(parsed, given.drop_bad), given.unique))
+
+
+def generate(given: argparse.Namespace) -> None:
+    """The command generate-geneval."""
+    leave_out: Sequence[Row] = ()
+    if given.leave_out:
+        leave_out = parse_file(given.leave_out).checked(geneval_prompts.unknown_words).all_or_error()
+    ratio = dict(given.ratio or geneval_prompts.RATIO)
+    drawn = geneval_prompts.generate(given.count, given.seed, ratio, leave_out, given.plurals, given.repeats)
+    for tag, share in drawn.shares.items():
+        if share.available < share.wanted:
+            what = "they repeat" if given.repeats else "all of them are in, and other tags make up the number"
+            warn(f"{tag} has {share.available} different prompts, but a share of {share.wanted}: {what}")
+    if given.jsonl:
+        lines = "".join(json.dumps(row) + "\n" for row in drawn.rows)
+        replace_file(given.jsonl, partial(Path.write_text, data=lines, encoding="utf-8"))
+    save(given.output, {"train": drawn.rows} | ({"test": leave_out} if leave_out else {}))
+    if {tag: share.given for tag, share in drawn.shares.items()} != {tag: s.wanted for tag, s in drawn.shares.items()}:
+        settings = (f"--config.prompts.tag_weights.{tag}={weight}" for tag, weight in ratio.items())
+        print("The set itself is not in the ratio; training draws in it with", *settings)
+
+
+def tag_share(text: str) -> tuple[str, float]:
+    """TAG=NUMBER of the command line."""
+    tag, equals, number = text.partition("=")
+    if not equals or tag not in geneval_prompts.TAGS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TAG=NUMBER with one of {', '.join(geneval_prompts.TAGS)}")
+    try:
+        return tag, float(number) if "." in number else int(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{number!r} in {text!r} is no number") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.prepare_prompts", description=__doc__, formatter_class=raw, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in (
+        ("geneval", "GenEval's metadata, a JSON object a line"),
+        ("ocr", "prompts with the wanted text in straight double quotes"),
+        ("prompts", "any .jsonl, .txt or .csv file, or a folder of .txt files (one prompt a file)"),
+    ):
+        made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        made.add_argument("--train", type=Path, metavar="FILE", help="becomes the split train")
+        made.add_argument("--test", type=Path, metavar="FILE", help="becomes the split test")
+        if name == "prompts":
+            made.add_argument("--column", default="", help="of a .csv: the prompts (default: prompt, caption or text)")
+            made.add_argument("--tag-column", default="", help="of a .csv: the tags (default: tag or category)")
+        made.add_argument("--drop-bad", action="store_true", help="leave bad lines out, with a warning that names them")
+        made.add_argument("--unique", action="store_true", help="leave out repeats, and from train what is in test")
+        made.set_defaults(run=prepare)
+    text = "draw training prompts from GenEval's grammar; no prompt comes twice"
+    made = commands.add_parser("generate-geneval", help=text, description=text, allow_abbrev=False)
+    what = made.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--leave-out", type=Path, metavar="FILE", help="evaluation metadata, none of which is drawn; the split test"
+    )
+    what.add_argument("--leave-nothing-out", action="store_true", help="draw from the whole grammar; no split test")
+    made.add_argument("--count", type=int, default=50_000, help="prompts to draw (default: %(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="another one draws others (default: %(default)s)")
+    published = " ".join(f"{tag}={share}" for tag, share in geneval_prompts.RATIO.items())
+    made.add_argument("--ratio", type=tag_share, nargs="+", metavar="TAG=NUMBER", help=f"default: {published}")
+    made.add_argument("--repeats", action="store_true", help="keep the ratio exactly, by repeats of what is too few")
+    made.add_argument(
+        "--plurals",
+        choices=geneval_prompts.PLURALS,
+        default="benchmark",
+        help='as GenEval\'s own prompts have them ("two knifes", the default), or as English does',
+    )
+    made.add_argument("--jsonl", type=Path, metavar="FILE", help="write the drawn metadata as lines, too")
+    made.set_defaults(run=generate)
+    for made in commands.choices.values():
+        made.add_argument("--output", type=Path, metavar="FOLDER", required=True, help="a prepared one is replaced")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 2 for what the user can mend, said without a traceback."""
+    given = _parser().parse_args(argv)
+    try:
+        given.run(given)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
