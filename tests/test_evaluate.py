@@ -155,6 +155,8 @@ def test_the_comparison(judged: Path, right: tuple[np.ndarray, np.ndarray]) -> N
     text = (judged / "scores" / "comparison.md").read_text()
     assert "![shapes](comparison.png)" in text
     assert f"| {worst['prompt']} | 1.000 | 0.000 | -1.000 |" in text
+    assert "| tag | official | strict | soft |\n" in text
+    assert "| position | 0.125 -> 0.750 (+0.625) |" in text
 
 
 def test_scores_are_compared_without_scoring_again(judged: Path, tmp_path: Path, capsys) -> None:
@@ -326,6 +328,7 @@ def test_prompts_that_cannot_be_scored_are_all_named_before(tmp_path: Path, caps
         (("--scorer=jpeg", "--batch=0", "--resamples=5"), "--batch is 0; choose at least 1.\n  --resamples is 5"),
         (("--scorer=jpeg", "--compare=nowhere"), "there is no folder nowhere"),
         (("--scorer=jpeg", "--compare={scores}"), "no scorer is in both: echo scored"),
+        ((*ECHO, "--option=echo.delay=1", "--compare={scores}"), "echo: before {'scorer': 'bridge_scorers:Echo', 'opt"),
     ],
 )
 def test_wrong_words_are_named(echoed: Path, tmp_path: Path, capsys, words: tuple[str, ...], said: str) -> None:

@@ -25,12 +25,12 @@ from typing import Any
 from rewards_bridge.errors import BridgeError
 from udm_grpo.command_line import parse
 from udm_grpo.config import ScorerConfig
-from udm_grpo.host.comparison import compare, draw_changed
+from udm_grpo.host.comparison import common_scorers, compare, draw_changed
 from udm_grpo.host.metrics import replace_file, write_json
 from udm_grpo.host.sample_folder import read_samples
 from udm_grpo.host.score_summary import summarize, write_official
 from udm_grpo.host.score_tables import comparison_text, summary_text
-from udm_grpo.host.scoring import Scored, ScoringError, is_scored, load_scored, score_folder
+from udm_grpo.host.scoring import Scored, ScoringError, is_scored, load_scored, made_by, score_folder
 
 _OF_A_SCORER: dict[str, tuple[Callable[[str], Any], str]] = {
     "replicas": (int, "processes that are started and share the pictures"),
@@ -80,6 +80,17 @@ def compare_with(
     replace_file(output / "comparison.md", lambda path: path.write_text(text, encoding="utf-8"))
     write_json(output / "comparison.json", comparison)
     return text
+
+
+def _check_other(other: Path, scorers: dict[str, ScorerConfig]) -> None:
+    """Raise ScoringError, before anything is scored, if a folder cannot be compared with what these scorers say."""
+    if is_scored(other):
+        before = load_scored(other)
+        common_scorers(before, made_by(scorers))
+        if not before.samples.is_dir():
+            raise ScoringError(f"{other} is of {before.samples}, which is not there to be shown; put it back.")
+    elif not other.is_dir():
+        raise ScoringError(f"there is no folder {other}; give one of scores or of pictures as --compare.")
 
 
 def _say(text: str) -> None:
@@ -203,8 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_numbers(given)
         scorers = read_scorers(given, overrides)
-        if given.compare and is_scored(Path(given.compare)):
-            load_scored(Path(given.compare))  # whether it can be compared shows before anything is scored
+        if given.compare:
+            _check_other(Path(given.compare), scorers)
         scored, text = evaluate(Path(given.samples), scorers, output, given)
         print(text)
         if given.compare:

@@ -25,8 +25,7 @@ def compare(before: Scored, after: Scored, most: int, resamples: int, seed: int)
     one name are not the same.
     """
     pairs, warnings = _common_prompts(before, after)
-    names = [name for name in after.scorers if name in before.scorers]
-    _check_scorers(before, after, names)
+    names = common_scorers(before, after.scorers)
     alone = [name for name in {**before.scorers, **after.scorers} if name not in names]
     if alone:
         warnings.append(f"{len(alone)} scorers are only in one of both and are not compared: {', '.join(alone)}.")
@@ -67,20 +66,26 @@ def _by_metadata(scored: Scored) -> dict[tuple[str, int], int]:
     return found
 
 
-def _check_scorers(before: Scored, after: Scored, names: Sequence[str]) -> None:
+def common_scorers(before: Scored, scorers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The names of the scorers, {name: {"scorer", "options"}}, that have made `before` too.
+
+    Raises ScoringError if there is none, or if one of the same name was another or had other options.
+    """
+    names = [name for name in scorers if name in before.scorers]
     if not names:
         raise ScoringError(
-            f"no scorer is in both: {', '.join(before.scorers)} scored {before.samples}, "
-            f"{', '.join(after.scorers)} scored {after.samples}; score one of them again."
+            f"no scorer is in both: {', '.join(before.scorers)} scored {before.samples} before, and now it is "
+            f"{', '.join(scorers)}; score one of both by the other's too."
         )
     lines = [
-        f"{name}: before {before.scorers[name]}, after {after.scorers[name]}"
+        f"{name}: before {before.scorers[name]}, now {scorers[name]}"
         for name in names
-        if before.scorers[name] != after.scorers[name]
+        if before.scorers[name] != scorers[name]
     ]
     if lines:
         heading = "scores of other settings cannot be compared; score one of both again:"
         raise ScoringError("\n  ".join([heading, *lines]))
+    return names
 
 
 def _compare_scorer(

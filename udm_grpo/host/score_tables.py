@@ -83,10 +83,10 @@ def comparison_text(comparison: Mapping[str, Any], pictures: Mapping[str, str]) 
     """comparison.md; pictures: the file of every scorer's most changed prompts, by its name."""
     rows = []
     for name, made in comparison["scorers"].items():
-        for value, found in made["values"].items():
-            for key, said in found.items():
-                moved = [number(said["before"]), number(said["after"]), f"{said['difference']['value']:+.3f}"]
-                rows.append([name, value if key == "mean" else f"{value}, {key}", *moved, bounds(said["difference"])])
+        for value, found in shown(made["values"]).items():
+            for key in (key for key in ("mean", "overall") if key in found):
+                label = f"{value}, mean of the tags" if key == "overall" else value
+                rows.append([name, label, *_moved(found[key]), bounds(found[key]["difference"])])
     parts = [
         f"# {comparison['before']} -> {comparison['after']}",
         f"{comparison['prompts']} prompts in both. Intervals of the difference: {comparison['confidence']:.0%}, "
@@ -94,6 +94,8 @@ def comparison_text(comparison: Mapping[str, Any], pictures: Mapping[str, str]) 
         table(["scorer", "value", "before", "after", "difference", "95 % interval"], rows),
     ]
     for name, made in comparison["scorers"].items():
+        if "overall" in made["values"]["score"]:
+            parts += [f"## {name} by tag", _changes_by_tag(made["values"])]
         counts = ", ".join(f"{count} {word}" for word, count in made["prompts"].items())
         rows = [
             [row["prompt"], number(row["before"]), number(row["after"]), f"{row['difference']:+.3f}"]
@@ -105,3 +107,18 @@ def comparison_text(comparison: Mapping[str, Any], pictures: Mapping[str, str]) 
     if comparison["warnings"]:
         parts += ["## Warnings", "\n".join(f"- {warning}" for warning in comparison["warnings"])]
     return "\n\n".join(parts) + "\n"
+
+
+def _moved(found: Mapping[str, Any]) -> list[str]:
+    return [number(found["before"]), number(found["after"]), f"{found['difference']['value']:+.3f}"]
+
+
+def _changes_by_tag(values: Mapping[str, Any]) -> str:
+    names = shown(values)
+    tags = [key for key in values["score"] if key.startswith("tag:")]
+    cells = {key: [_moved(found[key]) for found in names.values()] for key in tags}
+    rows = [
+        [key.removeprefix("tag:"), *(f"{before} -> {after} ({change})" for before, after, change in cells[key])]
+        for key in tags
+    ]
+    return table(["tag", *names], rows)

@@ -69,7 +69,7 @@ def score_folder(
     Raises ScoringError for an output of something else or of other settings, for pictures that have changed since
     they were scored, and for prompts that a scorer cannot judge (all of them); BridgeError as the scorers fail.
     """
-    settings = {name: {"scorer": given.scorer or name, "options": given.options} for name, given in scorers.items()}
+    settings = made_by(scorers)
     marks, warnings = _open_output(output, settings, folder)
     lines = [json.dumps({"prompt": number, "metadata": metadata}) for number, metadata in folder.prompts.items()]
     text = "".join(f"{line}\n" for line in lines)
@@ -90,6 +90,11 @@ def score_folder(
                 bar.update(len(made))
     ordered = [marks[picture.path, name] for name in scorers for picture in folder.pictures]
     return Scored(folder.root, settings, folder.prompts, ordered), warnings
+
+
+def made_by(scorers: Mapping[str, ScorerConfig]) -> dict[str, dict[str, Any]]:
+    """{name: {"scorer", "options"}}: of a configuration, what decides its scores."""
+    return {name: {"scorer": given.scorer or name, "options": given.options} for name, given in scorers.items()}
 
 
 def load_scored(output: Path) -> Scored:
