@@ -27,7 +27,7 @@ from udm_grpo.command_line import parse
 from udm_grpo.config import ScorerConfig
 from udm_grpo.host.comparison import common_scorers, compare, draw_changed
 from udm_grpo.host.metrics import replace_file, write_json
-from udm_grpo.host.sample_folder import read_samples
+from udm_grpo.host.sample_folder import SampleFolder, read_samples
 from udm_grpo.host.score_summary import summarize, write_official
 from udm_grpo.host.score_tables import comparison_text, summary_text
 from udm_grpo.host.scoring import Scored, ScoringError, is_scored, load_scored, made_by, score_folder
@@ -45,19 +45,15 @@ _OF_A_SCORER: dict[str, tuple[Callable[[str], Any], str]] = {
 
 
 def evaluate(
-    samples: Path, scorers: dict[str, ScorerConfig], output: Path, given: argparse.Namespace
+    folder: SampleFolder, scorers: dict[str, ScorerConfig], output: Path, given: argparse.Namespace
 ) -> tuple[Scored, str]:
     """Score a folder and write everything that is about it alone; returns the scores and summary.md.
 
-    Raises what `read_samples` and `score_folder` raise.
+    Raises what `score_folder` raises.
     """
-    folder = read_samples(samples, given.allow_missing)
-    for warning in folder.warnings:
-        _say(f"warning: {warning}")
     scored, warnings = score_folder(folder, scorers, output, given.batch)
     summary = summarize(scored, [*folder.warnings, *warnings], given.resamples, given.seed)
-    for warning in summary["warnings"][len(folder.warnings) :]:
-        _say(f"warning: {warning}")
+    _warn(summary["warnings"][len(folder.warnings) :])
     text = summary_text(summary)
     write_official(scored, output)
     replace_file(output / "summary.md", lambda path: path.write_text(text, encoding="utf-8"))
@@ -65,32 +61,42 @@ def evaluate(
     return scored, text
 
 
-def compare_with(
-    other: Path, scored: Scored, scorers: dict[str, ScorerConfig], output: Path, given: argparse.Namespace
-) -> str:
-    """Compare scores with those of another folder, scoring it into output/compared if it is one of pictures.
+def compare_with(before: Scored, scored: Scored, output: Path, given: argparse.Namespace) -> str:
+    """Compare scores with those of another folder, and write all about it; returns comparison.md.
 
-    Returns comparison.md; raises what `evaluate`, `load_scored` and `compare` raise.
+    Raises what `compare` and `draw_changed` raise.
     """
-    before = load_scored(other) if is_scored(other) else evaluate(other, scorers, output / "compared", given)[0]
     comparison = compare(before, scored, given.changed, given.resamples, given.seed)
-    for warning in comparison["warnings"]:
-        _say(f"warning: {warning}")
+    _warn(comparison["warnings"])
     text = comparison_text(comparison, draw_changed(comparison, output))
     replace_file(output / "comparison.md", lambda path: path.write_text(text, encoding="utf-8"))
     write_json(output / "comparison.json", comparison)
     return text
 
 
-def _check_other(other: Path, scorers: dict[str, ScorerConfig]) -> None:
-    """Raise ScoringError, before anything is scored, if a folder cannot be compared with what these scorers say."""
-    if is_scored(other):
-        before = load_scored(other)
-        common_scorers(before, made_by(scorers))
-        if not before.samples.is_dir():
-            raise ScoringError(f"{other} is of {before.samples}, which is not there to be shown; put it back.")
-    elif not other.is_dir():
-        raise ScoringError(f"there is no folder {other}; give one of scores or of pictures as --compare.")
+def open_other(other: Path, scorers: dict[str, ScorerConfig], allow_missing: bool) -> Scored | SampleFolder:
+    """The folder to compare with: its scores, or its pictures to be scored by these scorers too.
+
+    Raises ScoringError or SamplesError if it cannot be compared with what these scorers will say.
+    """
+    if not is_scored(other):
+        return _read(other, allow_missing)
+    before = load_scored(other)
+    common_scorers(before, made_by(scorers))
+    if not before.samples.is_dir():
+        raise ScoringError(f"{other} is of {before.samples}, which is not there to be shown; put it back.")
+    return before
+
+
+def _read(samples: Path, allow_missing: bool) -> SampleFolder:
+    folder = read_samples(samples, allow_missing)
+    _warn(folder.warnings)
+    return folder
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        _say(f"warning: {warning}")
 
 
 def _say(text: str) -> None:
@@ -214,12 +220,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_numbers(given)
         scorers = read_scorers(given, overrides)
-        if given.compare:
-            _check_other(Path(given.compare), scorers)
-        scored, text = evaluate(Path(given.samples), scorers, output, given)
+        # Both folders are looked at before anything is scored.
+        folder = _read(Path(given.samples), given.allow_missing)
+        other = open_other(Path(given.compare), scorers, given.allow_missing) if given.compare else None
+        scored, text = evaluate(folder, scorers, output, given)
         print(text)
-        if given.compare:
-            print(compare_with(Path(given.compare), scored, scorers, output, given))
+        if isinstance(other, SampleFolder):
+            other = evaluate(other, scorers, output / "compared", given)[0]
+        if other is not None:
+            print(compare_with(other, scored, output, given))
     except BridgeError as error:
         _say(f"error: {error}\nWhat was scored is in {output}; the same command goes on from there.")
         return 2
