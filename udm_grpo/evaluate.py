@@ -38,6 +38,7 @@ _OF_A_SCORER: dict[str, tuple[Callable[[str], Any], str]] = {
     "interpreter": (str, "Python that runs the scorer"),
     "deadline_s": (float, "seconds a batch may take to score"),
     "start_timeout_s": (float, "seconds the scorer may take to load"),
+    "max_restarts": (int, "times that a dead process is started again, or a lost server is called again"),
     "tls_ca": (str, "certificate that servers on other machines are checked against"),
     "token_file": (str, "file with the token that such servers want"),
 }

@@ -68,7 +68,8 @@ def bootstrap(
     size = len(counts)
     means = []
     for start in range(0, resamples, step := max(1, _CHUNK // size)):
-        drawn = rng.multinomial(size, np.full(size, 1 / size), size=min(step, resamples - start))
+        draws = rng.integers(size, size=(min(step, resamples - start), size))
+        drawn = np.stack([np.bincount(row, minlength=size) for row in draws]).astype(float)  # times each is drawn
         means.append((drawn @ sums) / (drawn @ counts)[:, None])
     return np.concatenate(means)
 
