@@ -12,6 +12,7 @@ scorer saw, JSON as a text, "" if it does not say.
 import collections
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -189,12 +190,13 @@ def _read_marks(file: Path) -> tuple[dict[tuple[str, str], Mark], int]:
     for line in file.read_bytes().split(b"\n")[:-1]:
         try:
             mark = Mark(**json.loads(line))
-            float(mark.score)
-            dict(mark.raw)
-        except (ValueError, TypeError):
-            damaged += 1
-        else:
+            whole = all(math.isfinite(number) for number in (mark.score, *mark.raw.values()))
+        except (ValueError, TypeError, AttributeError):
+            whole = False
+        if whole:
             marks[mark.image, mark.scorer] = mark
+        else:
+            damaged += 1
     return marks, damaged
 
 
