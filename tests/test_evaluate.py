@@ -178,8 +178,8 @@ def test_scores_are_compared_without_scoring_again(judged: Path, tmp_path: Path,
 
 
 def test_a_killed_command_goes_on(tmp_path: Path) -> None:
-    write_flat(tmp_path / "pictures", *numbered(10, 3))
-    slow = (*ECHO, "--option=echo.delay=0.1", "--batch=1")
+    write_flat(tmp_path / "pictures", *numbered(8, 3))
+    slow = (*ECHO, "--option=echo.delay=0.25", "--batch=1")
     command = [sys.executable, "-m", "udm_grpo.evaluate", f"--samples={tmp_path / 'pictures'}", *slow]
     process = subprocess.Popen(
         [*command, f"--output={tmp_path / 'killed'}", "--resamples=500"],
@@ -189,21 +189,21 @@ def test_a_killed_command_goes_on(tmp_path: Path) -> None:
         stdout=subprocess.DEVNULL,
     )
     file = tmp_path / "killed" / "scores.jsonl"
-    deadline = time.monotonic() + 60
-    while not file.exists() or len(file.read_bytes().splitlines()) < 4:
+    deadline = time.monotonic() + 300
+    while not file.exists() or len(file.read_bytes().splitlines()) < 3:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = file.read_bytes()
-    assert 4 <= len(before.splitlines()) < 30
+    assert 3 <= len(before.splitlines()) < 24
     assert not (tmp_path / "killed" / "summary.json").exists()
-    file.write_bytes(before + b'{"image": "00009_')
+    file.write_bytes(before + b'{"image": "00007_')
     assert run(tmp_path / "pictures", tmp_path / "killed", *slow, "--replicas=echo=2") == 0
     assert file.read_bytes().startswith(before)
     marks = lines(file)
-    assert sorted(mark["image"] for mark in marks) == [f"{p:05d}_{i}.png" for p in range(10) for i in range(3)]
+    assert sorted(mark["image"] for mark in marks) == [f"{p:05d}_{i}.png" for p in range(8) for i in range(3)]
     for mark in marks:
         prompt, image = mark["image"].removesuffix(".png").split("_")
         assert (mark["prompt"], mark["score"]) == (int(prompt), int(prompt) + 256 * int(image))

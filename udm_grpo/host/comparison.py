@@ -97,12 +97,14 @@ def _compare_scorer(
     # The same seed and tags draw the same prompts for both.
     left, right = spread(first, resamples, seed), spread(second, resamples, seed)
     tags = groups(first.tags)
+    prompts = {"mean": len(pairs), "overall": max(len(rows) for rows in tags.values())}
+    prompts.update({f"tag:{tag}": len(rows) for tag, rows in tags.items()})
     values: dict[str, dict[str, Any]] = {}
     for value in (value for value in second.names if value in first.names):
         a, b = first.names.index(value), second.names.index(value)
         values[value] = {}
         for key in left:
-            size = len(tags[key.removeprefix("tag:")]) if key.startswith("tag:") else len(pairs)
+            size = prompts[key]
             change = right[key][:, b] - left[key][:, a]
             moved = {"before": float(left[key][0, a]), "after": float(right[key][0, b])}
             values[value][key] = {**moved, "difference": interval(change, size)}

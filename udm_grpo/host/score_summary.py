@@ -111,14 +111,17 @@ def interval(values: Float[np.ndarray, "n"], prompts: int) -> dict[str, Any]:
 
 
 def by_value(table: Columns, found: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """{value: {"mean", "overall"?, "tags"?: {tag: ...}}}, each an interval with its "prompts" and "images"."""
+    """{value: {"mean", "overall"?, "tags"?: {tag: ...}}}, each an interval with its "prompts" and "images".
+
+    A tag of a single prompt adds nothing to the interval of "overall".
+    """
     size = {"mean": slice(None), "overall": slice(None)} | {f"tag:{tag}": at for tag, at in groups(table.tags).items()}
     result: dict[str, dict[str, Any]] = {name: {} for name in table.names}
     for key, values in found.items():
         counts = table.counts[size[key]]
         for column, name in enumerate(table.names):
-            fewest = len(counts) if key != "overall" else max(len(at) for at in groups(table.tags).values())
-            said = {**interval(values[:, column], fewest), "prompts": len(counts), "images": int(counts.sum())}
+            most = len(counts) if key != "overall" else max(len(at) for at in groups(table.tags).values())
+            said = {**interval(values[:, column], most), "prompts": len(counts), "images": int(counts.sum())}
             place = result[name].setdefault("tags", {}) if key.startswith("tag:") else result[name]
             place[key.removeprefix("tag:")] = said
     return result
