@@ -29,7 +29,7 @@ class Composition:
     """Scorers by name, used like one client.
 
     score = sum of weight * score. Of one part, raw values keep their names; of several, raw value "x" of part "p" is
-    "p/x" and the part's score "p/score".
+    "p/x" and the part's score "p/score"; their details are left out.
     """
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
@@ -117,7 +117,7 @@ def compose(weights: Mapping[str, float], parts: Mapping[str, Scores]) -> Scores
     score = np.asarray(total, np.float64).astype(np.float32)
     if len(names) == 1:
         only = parts[names[0]]
-        return Scores(score=score, raw=only.raw, reasons=only.reasons)
+        return Scores(score=score, raw=only.raw, reasons=only.reasons, details=only.details)
     raw: dict[str, np.ndarray] = {}
     for name in names:
         raw[f"{name}/score"] = parts[name].score

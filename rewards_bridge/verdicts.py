@@ -40,6 +40,8 @@ def find_problems(scores: Scores, count: int) -> dict[int, str]:
     """What is wrong, by image index; a wrong count concerns every image, since no value is surely anyone's."""
     arrays = {"score": scores.score, **{f"raw[{name!r}]": values for name, values in scores.raw.items()}}
     counts = {name: len(values) for name, values in arrays.items()} | {"reasons": len(scores.reasons)}
+    if scores.details:
+        counts["details"] = len(scores.details)
     wrong = [f"{found} {name} for {count} images" for name, found in counts.items() if found != count]
     if wrong:
         return dict.fromkeys(range(count), ", ".join(wrong))

@@ -116,7 +116,7 @@ class Raise:
 
 
 class Wrong:
-    """Answers as the metadata of the first image says: nan, inf, raw nan, too few, raw too few, no Scores."""
+    """Answers as the metadata of the first image says: nan, inf, raw nan, too few of something, no Scores."""
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
         wish = metadata[0].get("wish", "")
@@ -134,6 +134,8 @@ class Wrong:
             scores.raw["raw"] = score[:-1]
         if wish == "too few reasons":
             scores.reasons.pop()
+        if wish == "too few details":
+            scores.details.append("{}")
         if wish == "no Scores":
             return score.tolist()
         return scores

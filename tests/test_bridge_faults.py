@@ -96,6 +96,7 @@ def test_a_traceback_longer_than_grpc_likes_still_arrives():
         ("too few", [0, 1, 2, 3, 4], "image 0 ('prompt 100'): 4 score for 5 images"),
         ("raw too few", [0, 1, 2, 3, 4], "4 raw['raw'] for 5 images"),
         ("too few reasons", [0, 1, 2, 3, 4], "4 reasons for 5 images"),
+        ("too few details", [0, 1, 2, 3, 4], "1 details for 5 images"),
     ],
 )
 def test_wrong_answers_name_the_images(wrong_client, wish, indexes, text):

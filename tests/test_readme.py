@@ -31,6 +31,7 @@ PRETRAIN = "python -m scripts.pretrain_shapes --output outputs/pretrain_shapes"
 SERVE = "python -m rewards_bridge serve --scorer shapes --listen unix:/tmp/shapes.sock"
 DOCTOR = "python -m rewards_bridge doctor"
 SAMPLE = "python -m udm_grpo.sample --checkpoint udm_grpo/assets/ursa-shapes --output outputs/pictures"
+EVALUATE = "python -m udm_grpo.evaluate --samples outputs/pictures --output outputs/scores"
 INFO = "python -m udm_grpo.convert info udm_grpo/assets/ursa-shapes"
 VERIFY = "python -m udm_grpo.convert verify udm_grpo/assets/ursa-shapes udm_grpo/assets/ursa-shapes --forward"
 SCORE = "python -m rewards_bridge score --scorer shapes"
@@ -55,7 +56,7 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
 def test_the_readme_has_no_command_that_no_test_runs() -> None:
     known = (f"{INSTALL} && {TRAIN}", f"{INSTALL} && {PYTEST}", SMOKE, RESUME, PRETRAIN, SERVE, DOCTOR, INFO, VERIFY)
     for command in commands():
-        assert command in known or command.startswith((SCORE, SAMPLE, PREPARE)), command
+        assert command in known or command.startswith((SCORE, SAMPLE, PREPARE, EVALUATE)), command
     for command in known:
         assert command in commands(), command
 
@@ -75,11 +76,16 @@ def test_the_first_command_in_small_and_going_on(tmp_path: Path) -> None:
     assert set(summary["by_steps"]) == {"10", "25"}
 
 
-def test_pictures_of_prompts(tmp_path: Path) -> None:
+def test_pictures_of_prompts_and_their_scores(tmp_path: Path) -> None:
     command = next(command for command in commands() if command.startswith(SAMPLE))
     run(command.replace("outputs/pictures", str(tmp_path / "pictures")))
     assert len(list((tmp_path / "pictures").glob("*/samples/*.png"))) == 8
     assert (tmp_path / "pictures" / "contact_sheet.png").exists()
+    scoring = next(command for command in commands() if command.startswith(EVALUATE))
+    run(scoring.replace("outputs/", f"{tmp_path}/"))
+    summary = json.loads((tmp_path / "scores" / "summary.json").read_text())
+    assert (summary["images"], summary["prompts"]) == (8, 2)
+    assert 0.5 < summary["scorers"]["jpeg"]["values"]["jpeg_kilobytes"]["mean"]["value"] < 3
 
 
 def test_the_prompt_sets_of_the_readme_are_examples_of_the_command() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rewards_bridge.scorers.rubric import judge, keep, relations
+from rewards_bridge.scorers.rubric import details, judge, keep, relations
 
 GOLDEN = Path(__file__).parent / "golden" / "geneval_rubric.jsonl"
 
@@ -162,3 +162,43 @@ def test_incomplete_metadata_are_named(metadata: dict, message: str) -> None:
 def test_a_missing_tag_is_named() -> None:
     with pytest.raises(ValueError, match="'tag'"):
         keep({"include": []}, {})
+
+
+OFFICIAL = [
+    (_wanted({"class": "cat", "count": 2}), {"cat": _seen(A)}, "expected cat>=2, found 1"),
+    (_wanted({"class": "cat", "count": 1}), {"cat": _seen(A, B, C)}, ""),
+    (
+        _wanted({"class": "cat", "count": 1}, exclude=({"class": "cat", "count": 2},)),
+        {"cat": _seen(A, B, C)},
+        "expected cat<2, found 3",
+    ),
+    (
+        _wanted({"class": "bus", "count": 2, "color": "red"}),
+        {"bus": _seen(A) + _seen(B, color="blue")},
+        "expected red bus>=2, found 1 red; and 1 red, 1 blue",
+    ),
+    (
+        _wanted({"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}),
+        {"dog": _seen(A), "cat": _seen(B)},
+        "expected cat left of target, found right of target",
+    ),
+    (
+        _wanted({"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}),
+        {"cat": _seen(B)},
+        "expected dog>=1, found 0\nno target for cat to be left of",
+    ),
+]
+"""Metadata, detections, and what the benchmark's own evaluation says of them, by hand from its source."""
+
+
+@pytest.mark.parametrize(("metadata", "kept", "reason"), OFFICIAL)
+def test_official_reasons_are_in_the_words_of_the_benchmark(metadata: dict, kept: dict, reason: str) -> None:
+    verdict = judge(metadata, kept)
+    assert verdict.official == (not reason)
+    assert "\n".join(verdict.official_reasons) == reason
+
+
+def test_details_are_the_boxes_and_the_official_reason() -> None:
+    verdict = judge(_wanted({"class": "cat", "count": 2}), {"cat": _seen(A), "dog": []})
+    said = json.loads(details(verdict, {"cat": _seen(A, score=1 / 3), "dog": []}))
+    assert said == {"reason": "expected cat>=2, found 1", "objects": {"cat": [[0, 0, 10, 10, 0.3333]]}}

@@ -119,6 +119,11 @@ def test_verdicts(metadata, seen, verdict, reason, picture) -> None:
     assert scores.score.tolist() == scores.raw["soft"].tolist()
     assert reason in scores.reasons[0]
     assert bool(scores.reasons[0]) == (verdict[0] == 0)
+    said = json.loads(scores.details[0])
+    assert (said["reason"] == "") == bool(verdict[2])
+    there = [(name, [*box, score]) for name, box, score in seen]
+    assert all((name, box) in there for name, boxes in said["objects"].items() for box in boxes)
+    assert bool(said["objects"]) == any(score > 0.3 for *_, score in seen)
 
 
 def test_a_batch_keeps_its_order(picture) -> None:

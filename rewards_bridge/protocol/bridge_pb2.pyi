@@ -70,7 +70,7 @@ class Header(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., batch_id: _Optional[int] = ..., count: _Optional[int] = ..., height: _Optional[int] = ..., width: _Optional[int] = ..., pixel_bytes: _Optional[int] = ..., prompts: _Optional[_Iterable[str]] = ..., metadata_json: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ScoreReply(_message.Message):
-    __slots__ = ("batch_id", "score", "raw", "reasons", "seconds_receiving", "seconds_queued", "seconds_scoring")
+    __slots__ = ("batch_id", "score", "raw", "reasons", "seconds_receiving", "seconds_queued", "seconds_scoring", "details")
     class RawEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,7 @@ class ScoreReply(_message.Message):
     SECONDS_RECEIVING_FIELD_NUMBER: _ClassVar[int]
     SECONDS_QUEUED_FIELD_NUMBER: _ClassVar[int]
     SECONDS_SCORING_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
     batch_id: int
     score: _containers.RepeatedScalarFieldContainer[float]
     raw: _containers.MessageMap[str, FloatList]
@@ -92,7 +93,8 @@ class ScoreReply(_message.Message):
     seconds_receiving: float
     seconds_queued: float
     seconds_scoring: float
-    def __init__(self, batch_id: _Optional[int] = ..., score: _Optional[_Iterable[float]] = ..., raw: _Optional[_Mapping[str, FloatList]] = ..., reasons: _Optional[_Iterable[str]] = ..., seconds_receiving: _Optional[float] = ..., seconds_queued: _Optional[float] = ..., seconds_scoring: _Optional[float] = ...) -> None: ...
+    details: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, batch_id: _Optional[int] = ..., score: _Optional[_Iterable[float]] = ..., raw: _Optional[_Mapping[str, FloatList]] = ..., reasons: _Optional[_Iterable[str]] = ..., seconds_receiving: _Optional[float] = ..., seconds_queued: _Optional[float] = ..., seconds_scoring: _Optional[float] = ..., details: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FloatList(_message.Message):
     __slots__ = ("values",)

@@ -218,6 +218,7 @@ def encode_reply(batch_id: int, scores: Scores) -> bridge_pb2.ScoreReply:
     for name, values in scores.raw.items():
         reply.raw[name].values.extend(_numbers(f"raw[{name!r}]", values))
     reply.reasons.extend(scores.reasons)
+    reply.details.extend(scores.details)
     return reply
 
 
@@ -232,4 +233,4 @@ def _numbers(name: str, values: object) -> list[float]:
 def decode_reply(reply: bridge_pb2.ScoreReply) -> Scores:
     """The scores of a reply, counts and values still to be checked."""
     raw = {name: np.array(reply.raw[name].values, np.float32) for name in sorted(reply.raw)}
-    return Scores(np.array(reply.score, np.float32), raw, list(reply.reasons))
+    return Scores(np.array(reply.score, np.float32), raw, list(reply.reasons), list(reply.details))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -11,11 +11,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Scores:
-    """The verdict on one batch: score f32[B] is optimised, each raw f32[B] is logged, reasons is one text an image."""
+    """The verdict on one batch: score f32[B] is optimised, each raw f32[B] is logged, reasons is one text an image.
+
+    details: what a scorer saw, for those who look at single images: one JSON text an image, or none at all.
+    """
 
     score: np.ndarray
     raw: dict[str, np.ndarray]
     reasons: list[str]
+    details: list[str] = field(default_factory=list)
 
 
 class Scorer(Protocol):

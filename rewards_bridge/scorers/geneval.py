@@ -21,7 +21,7 @@ from rewards_bridge.errors import UsageError
 from rewards_bridge.scorers.base import Scores
 from rewards_bridge.scorers.clip_colors import COLORS, load_colors
 from rewards_bridge.scorers.mask2former import ALIASES, CLASSES, choose_device, load_detector
-from rewards_bridge.scorers.rubric import Verdict, judge, keep
+from rewards_bridge.scorers.rubric import Detections, Verdict, details, judge, keep
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
@@ -89,16 +89,22 @@ def score_images(
     if problems:
         text = "\n  ".join(problems)
         raise UsageError(f"metadata that GenEval's judge cannot use; mend or remove these prompts:\n  {text}")
-    verdicts = [
+    judged = [
         _judge(colors, image, entry, found)
         for image, entry, found in zip(images, metadata, detector.detect(images), strict=True)
     ]
+    verdicts = [verdict for verdict, _ in judged]
     raw = {
         "strict": np.array([verdict.strict for verdict in verdicts], dtype=np.float32),
         "soft": np.array([verdict.soft for verdict in verdicts], dtype=np.float32),
         "official": np.array([verdict.official for verdict in verdicts], dtype=np.float32),
     }
-    return Scores(score=raw["soft"], raw=raw, reasons=["; ".join(verdict.reasons) for verdict in verdicts])
+    return Scores(
+        score=raw["soft"],
+        raw=raw,
+        reasons=["; ".join(verdict.reasons) for verdict in verdicts],
+        details=[details(verdict, kept) for verdict, kept in judged],
+    )
 
 
 def _judge(
@@ -106,12 +112,12 @@ def _judge(
     image: np.ndarray,
     metadata: Mapping[str, Any],
     found: Mapping[str, Sequence[Mapping[str, Any]]],
-) -> Verdict:
+) -> tuple[Verdict, Detections]:
     kept = {
         name: [{**seen, "color": partial(colors.tell, image, seen["box"], seen["mask"], name)} for seen in detections]
         for name, detections in keep(metadata, found).items()
     }
-    return judge(metadata, kept)
+    return judge(metadata, kept), kept
 
 
 def check_metadata(prompts: Sequence[str], metadata: Sequence[Any]) -> list[str]:

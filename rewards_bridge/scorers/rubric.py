@@ -10,6 +10,7 @@ Source: Ghosh et al. 2023, "GenEval" (the official rule), and the soft and stric
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,13 +31,15 @@ RELATIONS = ("left of", "right of", "above", "below")
 class Verdict:
     """One image judged: soft is what is optimised, strict what is logged, official the benchmark's own rule.
 
-    Soft is at most 1 and not bounded below. Reasons name what strict found wrong and are empty if it holds.
+    Soft is at most 1 and not bounded below. Reasons name what strict found wrong and are empty if it holds;
+    official_reasons likewise, in the words of the benchmark's own evaluation.
     """
 
     strict: bool
     soft: float
     official: bool
     reasons: list[str]
+    official_reasons: list[str]
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,21 @@ def judge(metadata: Mapping[str, Any], kept: Detections) -> Verdict:
     wants, unwanted = _read(metadata)
     tell = _remembering_tell()
     soft, reasons = _exact(wants, kept, tell)
-    return Verdict(not reasons, soft, _official(wants, unwanted, kept, tell), reasons)
+    official_reasons = _official(wants, unwanted, kept, tell)
+    return Verdict(not reasons, soft, not official_reasons, reasons, official_reasons)
+
+
+def details(verdict: Verdict, kept: Detections) -> str:
+    """JSON of what the benchmark's own evaluation writes of an image: {"reason": text, "objects": {class: boxes}}.
+
+    A box is [x0, y0, x1, y1, score], pixels, to 4 decimals.
+    """
+    objects = {
+        name: [[round(float(number), 4) for number in (*seen["box"], seen["score"])] for seen in found]
+        for name, found in kept.items()
+        if found
+    }
+    return json.dumps({"reason": "\n".join(verdict.official_reasons), "objects": objects})
 
 
 def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
@@ -117,20 +134,36 @@ def _exact(wants: list[_Want], kept: Detections, tell: Tell) -> tuple[float, lis
     return sum(parts) / len(parts), reasons
 
 
-def _official(wants: list[_Want], unwanted: list[_Want], kept: Detections, tell: Tell) -> bool:
-    """The benchmark's rule: of every wanted class at least as many as wanted, the best of them as asked for."""
-    correct = True
+def _official(wants: list[_Want], unwanted: list[_Want], kept: Detections, tell: Tell) -> list[str]:
+    """What the benchmark's rule finds wrong: at least as many of every class as wanted, the best of them as asked."""
+    reasons: list[str] = []
     groups: list[Sequence[Detection] | None] = []
     for want in wants:
         found = kept.get(want.name, [])[: want.count]
-        met = len(found) == want.count
-        if met and want.color is not None:
-            met = all(tell(detection) == want.color for detection in found)
-        if met and want.relation is not None:
-            met = _misplaced(want, found, groups[want.target]) is None
-        groups.append(found if met else None)
-        correct = correct and met
-    return correct and all(len(kept.get(want.name, [])) < want.count for want in unwanted)
+        wrong = None
+        if len(found) < want.count:
+            wrong = f"expected {want.name}>={want.count}, found {len(found)}"
+        elif want.color is not None:
+            wrong = _miscolored(want, [tell(detection) for detection in found])
+        if wrong is None and want.relation is not None:
+            wrong = _misplaced(want, found, groups[want.target])
+        groups.append(found if wrong is None else None)
+        if wrong is not None:
+            reasons.append(wrong)
+    for want in unwanted:
+        count = len(kept.get(want.name, []))
+        if count >= want.count:
+            reasons.append(f"expected {want.name}<{want.count}, found {count}")
+    return reasons
+
+
+def _miscolored(want: _Want, colors: list[str]) -> str | None:
+    """What the benchmark's rule says of these colours, None if all are as asked for."""
+    right = colors.count(str(want.color))
+    if right == want.count:
+        return None
+    seen = ", ".join(f"{colors.count(color)} {color}" for color in dict.fromkeys(colors))
+    return f"expected {want.color} {want.name}>={want.count}, found {right} {want.color}; and {seen}"
 
 
 def _misplaced(want: _Want, found: Sequence[Detection], target: Sequence[Detection] | None) -> str | None:

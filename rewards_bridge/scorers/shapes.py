@@ -17,7 +17,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from skimage.measure import label
 
 from rewards_bridge.scorers.base import Scores
-from rewards_bridge.scorers.rubric import judge, keep
+from rewards_bridge.scorers.rubric import details, judge, keep
 
 CLASSES = ("circle", "square", "triangle", "star")
 COLORS = ("red", "yellow", "green", "blue", "purple", "black")
@@ -27,7 +27,7 @@ LEAST_SIDE = 32  # pixels
 
 
 class ShapesScorer:
-    """Scores pictures of the shapes world: score = GenEval's soft score, raw = strict and soft."""
+    """Scores pictures of the shapes world: score = GenEval's soft score, raw = strict, soft and official."""
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
         """Judges images u8[B,H,W,3] against GenEval metadata; the prompts' own text is not read.
@@ -47,12 +47,17 @@ class ShapesScorer:
             )
         for entry in metadata:
             _check_words(entry)
-        seen = [detect(image) for image in images]
-        verdicts = [judge(entry, keep(entry, found)) for entry, found in zip(metadata, seen, strict=True)]
+        kept = [keep(entry, detect(image)) for entry, image in zip(metadata, images, strict=True)]
+        verdicts = [judge(entry, found) for entry, found in zip(metadata, kept, strict=True)]
         soft = np.array([verdict.soft for verdict in verdicts], dtype=np.float32)
         strict = np.array([verdict.strict for verdict in verdicts], dtype=np.float32)
-        reasons = ["; ".join(verdict.reasons) for verdict in verdicts]
-        return Scores(score=soft, raw={"strict": strict, "soft": soft}, reasons=reasons)
+        official = np.array([verdict.official for verdict in verdicts], dtype=np.float32)
+        return Scores(
+            score=soft,
+            raw={"strict": strict, "soft": soft, "official": official},
+            reasons=["; ".join(verdict.reasons) for verdict in verdicts],
+            details=[details(verdict, found) for verdict, found in zip(verdicts, kept, strict=True)],
+        )
 
     def problem(self, prompt: str, metadata: Mapping[str, Any]) -> str:
         """What keeps pictures of this prompt from being judged: metadata that lack something, a word not known."""

@@ -1,0 +1,183 @@
+"""What a folder of pictures may look like, and that everything wrong with one is named."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sample_pictures import numbered, write_flat, write_geneval
+
+from udm_grpo import sample
+from udm_grpo.host.prompts import PromptSet
+from udm_grpo.host.sample_folder import SamplesError, load_picture, read_samples
+from udm_grpo.host.scoring import LARGEST_BATCH
+
+
+@pytest.fixture
+def geneval(tmp_path: Path) -> Path:
+    write_geneval(tmp_path / "samples", *numbered(3, 2))
+    return tmp_path / "samples"
+
+
+@pytest.fixture
+def flat(tmp_path: Path) -> Path:
+    write_flat(tmp_path / "samples", *numbered(3, 2))
+    return tmp_path / "samples"
+
+
+def refused(root: Path) -> str:
+    with pytest.raises(SamplesError) as caught:
+        read_samples(root)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["04d", "05d", "d"])
+def test_both_layouts_hold_the_same(tmp_path: Path, name: str) -> None:
+    prompts, pictures = numbered(3, 2)
+    write_geneval(tmp_path / "geneval", prompts, pictures, name)
+    write_flat(tmp_path / "flat", prompts, pictures)
+    found, other = read_samples(tmp_path / "geneval"), read_samples(tmp_path / "flat")
+    assert found.prompts == other.prompts == dict(enumerate(prompts))
+    assert [(p.prompt, p.image, p.size, p.digest) for p in found.pictures] == [
+        (p.prompt, p.image, p.size, p.digest) for p in other.pictures
+    ]
+    assert [picture.path for picture in found.pictures] == [
+        f"{prompt:05d}/samples/{image:{name}}.png" for prompt in range(3) for image in range(2)
+    ]
+    assert found.warnings == other.warnings == []
+    assert len({picture.digest for picture in found.pictures}) == 6
+    for picture in found.pictures:
+        np.testing.assert_array_equal(load_picture(found.root / picture.path), pictures[picture.prompt][picture.image])
+
+
+def test_the_layouts_are_those_of_sample(tmp_path: Path) -> None:
+    """Paths, prompts and settings.json as `udm_grpo.sample` itself names and writes them."""
+    prompts, pictures = numbered(2, 2)
+    texts = tuple(prompt["prompt"] for prompt in prompts)
+    asked = PromptSet(texts, tuple(prompts), ("untagged",) * 2)
+    for layout in ("geneval", "flat"):
+        settings = sample.Settings("w", "p", 2, 1, 1.0, 0.9, 0, 8, 8, 4, "float32", layout)
+        root = tmp_path / layout
+        sample.open_output(settings, {}, asked, root)
+        for prompt in range(2):
+            for image in range(2):
+                path = settings.image_path(root, prompt, image)
+                path.parent.mkdir(exist_ok=True)
+                Image.fromarray(pictures[prompt][image]).save(path)
+        Image.fromarray(pictures[0][0]).save(root / "contact_sheet.png")
+        found = read_samples(root)
+        assert found.prompts == dict(enumerate(prompts))
+        assert len(found.pictures) == 4
+        assert found.warnings == []
+        gone = settings.image_path(root, 1, 1)
+        gone.unlink()
+        said = refused(root)
+        assert f"1 pictures are missing; draw them (the same udm_grpo.sample command goes on):\n    {gone}\n" in said
+
+
+def test_missing_pictures_are_listed_and_counted(geneval: Path) -> None:
+    for name in ("00000/samples/0000.png", "00001/samples/0000.png", "00001/samples/0001.png"):
+        (geneval / name).unlink()
+    (geneval / "00002").rename(geneval / "00003")
+    said = refused(geneval)
+    assert "3 pictures are missing" in said  # nothing promises more than one of a prompt here
+    for name in ("00000/samples/0000.png", "00001/samples/0000.png", "00002 (a prompt with all its pictures)"):
+        assert f"\n    {geneval / name}" in said
+    assert said.endswith("--allow_missing scores what is there and counts the rest.")
+    found = read_samples(geneval, allow_missing=True)
+    assert [picture.path for picture in found.pictures] == [
+        "00000/samples/0001.png",
+        *(f"00003/samples/000{image}.png" for image in range(2)),
+    ]
+    missing, counts = found.warnings
+    assert missing.startswith("3 pictures are missing and left out:")
+    assert counts.startswith("3 different numbers of pictures for a prompt")
+
+
+def test_unreadable_pictures_are_listed(flat: Path) -> None:
+    whole = (flat / "00000_0.png").read_bytes()
+    (flat / "00000_0.png").write_bytes(whole[:-40])
+    (flat / "00001_0.png").write_bytes(b"")
+    (flat / "00001_1.png").write_bytes(b"GIF or something")
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(flat / "00002_1.png")
+    said = refused(flat)
+    assert "4 pictures cannot be read; draw them again (remove them first):" in said
+    for name in ("00000_0.png", "00001_0.png", "00001_1.png", "00002_1.png: has the mode I;16; wanted 8 bits"):
+        assert f"\n    {flat / name}" in said
+    assert len(read_samples(flat, allow_missing=True).pictures) == 2
+
+
+def test_bad_metadata_are_listed_even_if_missing_is_allowed(geneval: Path) -> None:
+    for number, text in enumerate(("{", '{"tag": "colors"}')):
+        (geneval / f"{number:05d}" / "metadata.jsonl").write_text(text)
+    (geneval / "00002" / "metadata.jsonl").unlink()
+    with pytest.raises(SamplesError) as caught:
+        read_samples(geneval, allow_missing=True)
+    said = str(caught.value)
+    assert "3 files are wrong:" in said
+    assert f"{geneval / '00000' / 'metadata.jsonl'}: is not JSON" in said
+    assert f"{geneval / '00001' / 'metadata.jsonl'}: is no JSON object with a text" in said
+    assert f"{geneval / '00002' / 'metadata.jsonl'}: is missing" in said
+
+
+def test_bad_lines_and_pictures_without_a_prompt_are_listed(flat: Path) -> None:
+    prompts = (flat / "prompts.jsonl").read_text().splitlines()
+    (flat / "prompts.jsonl").write_text("\n".join([prompts[0], '{"prompt": "x", "tag": 3}']))
+    said = refused(flat)
+    assert 'prompts.jsonl, prompt 1: its "tag" is 3; it has to be a text' in said
+    assert f"{flat / '00002_0.png'}: is of prompt 2, but {flat / 'prompts.jsonl'} has 2 prompts" in said
+
+
+def test_the_same_number_twice_is_refused(geneval: Path) -> None:
+    picture = (geneval / "00000" / "samples" / "0000.png").read_bytes()
+    (geneval / "00000" / "samples" / "00000.png").write_bytes(picture)
+    (geneval / "1").mkdir()
+    (geneval / "00001" / "samples" / "9999999.png").write_bytes(picture)
+    (geneval / "20260101").mkdir()
+    said = refused(geneval)
+    assert "00000.png: 00000/samples/0000.png has the same number; keep one of them" in said
+    assert "another folder has the number 1 too; keep one of them" in said
+    assert "9999999.png: numbers of pictures are below" in said
+    assert "20260101: numbers of prompts are below" in said
+
+
+def test_what_is_no_picture_by_its_name_is_counted(geneval: Path) -> None:
+    (geneval / "00000" / "samples" / "grid.png").write_bytes(b"x")
+    (geneval / "00000" / "samples" / ".0000-123.png").write_bytes(b"half")  # what a kill leaves
+    found = read_samples(geneval)
+    assert found.warnings == [
+        f"1 files are no pictures by their names and are left out:\n    {geneval / '00000' / 'samples' / 'grid.png'}"
+    ]
+    assert len(found.pictures) == 6
+
+
+def test_transparency_is_counted_and_left_out(flat: Path) -> None:
+    Image.fromarray(np.full((8, 8, 4), 77, np.uint8)).save(flat / "00000_0.png")
+    Image.new("P", (8, 8)).save(flat / "00000_1.png", transparency=b"\x00\x80")
+    Image.fromarray(np.full((8, 8, 4), 255, np.uint8)).save(flat / "00001_0.png")
+    found = read_samples(flat)
+    assert found.warnings == [
+        "2 pictures are partly transparent, which is not looked at:\n"
+        f"    {flat / '00000_0.png'}\n    {flat / '00000_1.png'}"
+    ]
+    assert load_picture(flat / "00000_0.png").tolist() == np.full((8, 8, 3), 77).tolist()
+    assert load_picture(flat / "00000_1.png").shape == (8, 8, 3)
+
+
+def test_long_lists_are_cut(tmp_path: Path) -> None:
+    write_flat(tmp_path / "samples", numbered(60, 1)[0], [])
+    said = refused(tmp_path / "samples")
+    assert "60 pictures are missing" in said
+    assert "00049_0.png\n    and 10 more\n" in said
+
+
+def test_folders_of_neither_layout_are_refused(geneval: Path, tmp_path: Path) -> None:
+    assert refused(tmp_path / "nowhere").startswith("there is no folder")
+    (tmp_path / "empty").mkdir()
+    assert "has neither of numbered folders" in refused(tmp_path / "empty")
+    (geneval / "prompts.jsonl").write_text(json.dumps({"prompt": "x"}))
+    assert "has both of numbered folders" in refused(geneval)
+    (tmp_path / "empty" / "prompts.jsonl").touch()
+    assert "holds no picture that can be read" in refused(tmp_path / "empty")
+    assert LARGEST_BATCH >= 3 * 8192**2  # the largest picture that the bridge takes

@@ -1,0 +1,290 @@
+"""A folder of pictures and their prompts, every file looked at before anything is made of it.
+
+Two layouts are read, those that `udm_grpo.sample` writes:
+
+    geneval:  00000/metadata.jsonl, 00000/samples/0000.png (or 00000.png)      flat:  prompts.jsonl, 00000_0.png
+
+Source: the first is GenEval's own (djghosh13/geneval, evaluation/evaluate_images.py).
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from udm_grpo.host.prompts import UNTAGGED
+
+MOST_SHOWN = 50
+"""Files that an error or a warning names; of any further ones it gives the number."""
+
+_READABLE = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX")  # 8 bits a channel
+_DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for broken files
+_READERS = 8
+_MOST = 2**20  # of prompts, and of pictures of one
+_BESIDE = ("contact_sheet.png", "prompts.jsonl", "settings.json")  # what lies beside the pictures of a flat folder
+
+
+class SamplesError(ValueError):
+    """A folder of pictures that cannot be scored as it is; the message names every file and what to do."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture that can be read."""
+
+    path: str
+    """In its folder, with forward slashes."""
+    prompt: int
+    """The number of its prompt."""
+    image: int
+    """Which of its prompt's pictures."""
+    size: tuple[int, int]
+    """Width and height, pixels."""
+    digest: str
+    """SHA-256 of the file and its prompt's metadata: all that a score depends on, besides the scorer."""
+
+
+@dataclass(frozen=True)
+class SampleFolder:
+    """What a folder holds: every prompt's metadata by its number, the pictures in order, what to say about them."""
+
+    root: Path
+    prompts: dict[int, dict[str, Any]]
+    pictures: list[Picture]
+    warnings: list[str]
+
+
+@dataclass
+class _Found:
+    """What is in a folder by its names, and what is wrong with it."""
+
+    prompts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    files: dict[tuple[int, int], str] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    strange: list[str] = field(default_factory=list)
+
+
+def read_samples(root: str | Path, allow_missing: bool = False) -> SampleFolder:
+    """Read every file of a folder of pictures once.
+
+    Raises SamplesError for a folder of neither layout, and for prompts and pictures that are missing or cannot be
+    read, naming them all; with `allow_missing`, pictures that are missing or unreadable are counted in a warning.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise SamplesError(f"there is no folder {root}; give one of pictures, such as udm_grpo.sample writes.")
+    numbered = sorted(entry for entry in root.iterdir() if entry.is_dir() and entry.name.isdecimal())
+    flat = root / "prompts.jsonl"
+    if bool(numbered) == flat.exists():
+        what = "both" if numbered else "neither"
+        raise SamplesError(
+            f"{root} has {what} of numbered folders (00000/metadata.jsonl, 00000/samples/0000.png) and prompts.jsonl "
+            "(with 00000_0.png); it needs exactly one of these."
+        )
+    found = _read_numbered(root, numbered) if numbered else _read_flat(root, flat)
+    _find_missing(root, found, _promised(root / "settings.json"), bool(numbered))
+    pictures, unreadable, transparent = _inspect(root, found)
+    _refuse(root, found, unreadable, allow_missing)
+    if not pictures:
+        raise SamplesError(f"{root} holds no picture that can be read; draw some with udm_grpo.sample.")
+    warnings = [
+        *_listed("pictures are missing and left out", found.missing),
+        *_listed("pictures cannot be read and are left out", unreadable),
+        *_listed("files are no pictures by their names and are left out", found.strange),
+        *_listed("pictures are partly transparent, which is not looked at", transparent),
+        *_sizes(pictures),
+        *_counts(found.prompts, pictures),
+    ]
+    return SampleFolder(root, found.prompts, pictures, warnings)
+
+
+def load_picture(path: Path) -> UInt8[np.ndarray, "H W 3"]:
+    """A picture as RGB, without any transparency; what Pillow raises for a file that cannot be read."""
+    with Image.open(path) as picture:
+        whole = picture.convert("RGBA") if picture.has_transparency_data else picture
+        return np.asarray(whole.convert("RGB"))
+
+
+def _read_numbered(root: Path, folders: Sequence[Path]) -> _Found:
+    found = _Found()
+    for folder in folders:
+        prompt, file = int(folder.name), folder / "metadata.jsonl"
+        if prompt >= _MOST:
+            found.wrong.append(f"{folder}: numbers of prompts are below {_MOST}")
+            continue
+        if prompt in found.prompts:
+            found.wrong.append(f"{folder}: another folder has the number {prompt} too; keep one of them")
+            continue
+        found.prompts[prompt] = {}
+        if file.is_file():
+            try:
+                found.prompts[prompt] = _metadata(file.read_text(encoding="utf-8-sig"))
+            except ValueError as error:
+                found.wrong.append(f"{file}: {error}")
+        else:
+            found.wrong.append(f"{file}: is missing; it holds the prompt as one line of GenEval's JSON")
+        samples = folder / "samples"
+        for entry in sorted(samples.iterdir()) if samples.is_dir() else []:
+            _add(root, found, entry, prompt, re.fullmatch(r"(\d+)\.png", entry.name))
+    width = len(folders[0].name)
+    for prompt in sorted(set(range(max(found.prompts, default=0) + 1)) - set(found.prompts)):
+        found.missing.append(f"{root / f'{prompt:0{width}d}'} (a prompt with all its pictures)")
+    return found
+
+
+def _read_flat(root: Path, file: Path) -> _Found:
+    found = _Found()
+    lines = [line for line in file.read_bytes().splitlines() if line.strip()]
+    for prompt, line in enumerate(lines):
+        try:
+            found.prompts[prompt] = _metadata(line.decode("utf-8-sig"))
+        except ValueError as error:
+            found.wrong.append(f"{file}, prompt {prompt}: {error}")
+            found.prompts[prompt] = {}
+    for entry in sorted(entry for entry in root.iterdir() if entry.is_file() and entry.name not in _BESIDE):
+        named = re.fullmatch(r"(\d+)_(\d+)\.png", entry.name)
+        if named and int(named[1]) >= len(lines):
+            found.wrong.append(f"{entry}: is of prompt {int(named[1])}, but {file} has {len(lines)} prompts")
+        else:
+            _add(root, found, entry, int(named[1]) if named else 0, named)
+    return found
+
+
+def _metadata(text: str) -> dict[str, Any]:
+    """The metadata of a prompt; raises ValueError with what is wrong."""
+    try:
+        line = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(line, dict) or not isinstance(line.get("prompt"), str) or not line["prompt"].strip():
+        raise ValueError('is no JSON object with a text "prompt", as in {"tag": ..., "include": [...], "prompt": ...}')
+    if not isinstance(line.setdefault("tag", UNTAGGED), str):
+        raise ValueError(f'its "tag" is {line["tag"]!r}; it has to be a text')
+    return line
+
+
+def _add(root: Path, found: _Found, entry: Path, prompt: int, named: re.Match[str] | None) -> None:
+    """Take a file of a folder of pictures; what starts with a dot is what a kill left of one being written."""
+    if named is None or not entry.is_file():
+        found.strange += [] if entry.name.startswith(".") else [str(entry)]
+        return
+    key = (prompt, int(named[named.lastindex or 1]))
+    if key in found.files:
+        found.wrong.append(f"{entry}: {found.files[key]} has the same number; keep one of them")
+    if key[1] >= _MOST:
+        found.wrong.append(f"{entry}: numbers of pictures are below {_MOST}")
+        return
+    found.files[key] = entry.relative_to(root).as_posix()
+
+
+def _promised(file: Path) -> int:
+    """How many pictures of every prompt `udm_grpo.sample` was asked for there; 0 if it does not say."""
+    try:
+        promised = json.loads(file.read_text(encoding="utf-8"))["images_per_prompt"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0  # of other origin
+    return promised if isinstance(promised, int) else 0
+
+
+def _find_missing(root: Path, found: _Found, promised: int, numbered: bool) -> None:
+    """Add the pictures that should be there: as many as promised, at least one of a prompt, and no gap in numbers."""
+    there: dict[int, list[int]] = {prompt: [] for prompt in found.prompts}
+    for prompt, image in found.files:
+        there[prompt].append(image)
+    width = max((len(Path(path).stem) for path in found.files.values()), default=4)
+    for prompt, images in there.items():
+        for image in sorted(set(range(max([promised, 1, *(image + 1 for image in images)]))) - set(images)):
+            name = f"{prompt:05d}/samples/{image:0{width}d}.png" if numbered else f"{prompt:05d}_{image}.png"
+            found.missing.append(str(root / name))
+
+
+def _inspect(root: Path, found: _Found) -> tuple[list[Picture], list[str], list[str]]:
+    """The pictures that can be read, in order; those that cannot, with the reason; those partly transparent."""
+    pictures, unreadable, transparent = [], [], []
+
+    def look(key: tuple[int, int]) -> tuple[Picture, bool] | str:
+        return _look(root, found.files[key], *key, found.prompts[key[0]])
+
+    keys = sorted(found.files)
+    # Pillow decodes without the interpreter's lock.
+    with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
+        for seen in tqdm(pool.map(look, keys), total=len(keys), desc="reading", unit="image", disable=None):
+            if isinstance(seen, str):
+                unreadable.append(seen)
+            else:
+                pictures.append(seen[0])
+                transparent += [str(root / seen[0].path)] if seen[1] else []
+    return pictures, unreadable, transparent
+
+
+def _look(root: Path, path: str, prompt: int, image: int, metadata: Mapping[str, Any]) -> tuple[Picture, bool] | str:
+    """(the picture, whether it is partly transparent), or what is wrong with it."""
+    try:
+        content = (root / path).read_bytes()
+        with Image.open(io.BytesIO(content)) as opened:
+            opened.load()
+            if opened.mode not in _READABLE:
+                return f"{root / path}: has the mode {opened.mode}; wanted 8 bits a channel"
+            clear = opened.has_transparency_data and opened.convert("RGBA").getextrema()[3][0] < 255
+            size = opened.size
+    except _DAMAGED as error:
+        return f"{root / path}: {error or type(error).__name__}"
+    digest = hashlib.sha256(content + json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+    return Picture(path, prompt, image, size, digest), bool(clear)
+
+
+def _refuse(root: Path, found: _Found, unreadable: Sequence[str], allow_missing: bool) -> None:
+    """Raise SamplesError if anything is wrong that is not allowed."""
+    told = [*_listed("files are wrong", found.wrong)]
+    if not allow_missing:
+        told += _listed("pictures are missing; draw them (the same udm_grpo.sample command goes on)", found.missing)
+        told += _listed("pictures cannot be read; draw them again (remove them first)", unreadable)
+        if len(told) > bool(found.wrong):
+            told.append("--allow_missing scores what is there and counts the rest.")
+    if told:
+        raise SamplesError("\n".join([f"{root} cannot be scored as it is:", *told]))
+
+
+def _listed(what: str, items: Sequence[str]) -> list[str]:
+    """Nothing for no items, otherwise one text: how many, and the first of them."""
+    if not items:
+        return []
+    rest = [f"and {len(items) - MOST_SHOWN} more"] if len(items) > MOST_SHOWN else []
+    return ["\n    ".join([f"{len(items)} {what}:", *items[:MOST_SHOWN], *rest])]
+
+
+def _sizes(pictures: Iterable[Picture]) -> list[str]:
+    """A warning of several sizes, most common first: each is scored in batches of its own."""
+    by_size: dict[tuple[int, int], list[str]] = {}
+    for picture in pictures:
+        by_size.setdefault(picture.size, []).append(picture.path)
+    if len(by_size) == 1:
+        return []
+    rows = sorted(by_size.items(), key=lambda item: (-len(item[1]), item[0]))
+    said = [f"{width}x{height}: {len(paths)} pictures, such as {paths[0]}" for (width, height), paths in rows]
+    return _listed("sizes of pictures, each scored in batches of its own", said)
+
+
+def _counts(prompts: Iterable[int], pictures: Iterable[Picture]) -> list[str]:
+    """A warning of prompts with different numbers of pictures, most common number first."""
+    of_prompt = Counter(dict.fromkeys(prompts, 0))
+    of_prompt.update(picture.prompt for picture in pictures)
+    numbers = Counter(of_prompt.values()).most_common()
+    if len(numbers) == 1:
+        return []
+    first = {number: next(prompt for prompt, count in of_prompt.items() if count == number) for number, _ in numbers}
+    said = [f"{number} pictures: {times} prompts, such as prompt {first[number]}" for number, times in numbers]
+    return _listed("different numbers of pictures for a prompt; every picture counts alike", said)
