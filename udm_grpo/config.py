@@ -183,7 +183,7 @@ class EvaluationConfig:
     """Iterations between sample pictures (the same prompts and noise each time); 0: none on the way."""
     picture_prompts: int = 16
     """Prompts of a sample picture."""
-    extremes: int = 8
+    extremes: int = 6
     """Best and worst images that an evaluation keeps of each, for the report; 0: none."""
 
 

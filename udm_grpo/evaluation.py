@@ -44,7 +44,8 @@ def draw(run: Run, policy: Params, texts: Sequence[str], copies: int, steps: int
 def evaluate(run: Run, policy: Params, count: int, steps: int, extremes: Path | None = None) -> dict[str, Any]:
     """Means over `count` held-out prompts (all, if there are fewer), balanced over tags.
 
-    extremes: the file for the best and the worst images. Returns {"score": what is optimised, each raw score by its name, "tags": {tag: the same}, "prompts", "images"}.
+    {"score": what is optimised, each raw score by its name, "tags": {tag: the same}, "prompts", "images"}.
+    extremes: the file for the best and the worst of the images.
     """
     texts, metadata, indices = run.heldout.fixed(min(count, len(run.heldout)), run.config.seed)
     copies = run.config.evaluation.images_per_prompt

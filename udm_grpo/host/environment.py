@@ -4,26 +4,22 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from udm_grpo.host.metrics import write_json
+from udm_grpo.host.redaction import without_secrets
 
 FILE = "environment.json"
-HIDDEN = "***"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
-_SECRET = re.compile(r"(?:^|[._-]|api)(?:key|token|secret|passwd|password|credentials?)$", re.IGNORECASE)
-_LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
 def begin(output: Path, resume_after: int | None) -> None:
@@ -59,28 +55,6 @@ def describe() -> dict[str, Any]:
         "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": _memory(),
     }
-
-
-def without_secrets(words: Sequence[str]) -> list[str]:
-    """A command line with *** for the value of --name=value where the name ends in key, token, secret, password, ...
-
-    Logins in addresses (https://name:password@host) go too.
-    """
-    shown = []
-    for word in words:
-        name, equals, _ = word.partition("=")
-        shown.append(f"{name}={HIDDEN}" if equals and is_secret(name) else hide_logins(word))
-    return shown
-
-
-def is_secret(name: str) -> bool:
-    """Whether a field or an environment variable of this name holds a secret; a *_file or *_env only names a place."""
-    return bool(_SECRET.search(name))
-
-
-def hide_logins(text: str) -> str:
-    """The text without logins in addresses."""
-    return _LOGIN.sub(HIDDEN, text)
 
 
 def _starts(path: Path) -> list[dict[str, Any]]:

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from udm_grpo.host.environment import HIDDEN, hide_logins, is_secret
 from udm_grpo.host.grid_file import Cell, read_grid
+from udm_grpo.host.redaction import HIDDEN, hide_logins, is_secret
 from udm_grpo.host.run_folder import RunFolder, RunFolderError
 
 MOST_POINTS = 1500
@@ -172,17 +172,21 @@ def _moments(run: RunFolder, runs: int, notes: list[str]) -> list[dict[str, Any]
     return [found[step] for step in sorted(found)]
 
 
-def _moment(
-    step: int, cells: Sequence[Cell] | None, mark: str, path: Path | None, notes: list[str]
-) -> dict[str, Any]:
+def _moment(step: int, cells: Sequence[Cell] | None, mark: str, path: Path | None, notes: list[str]) -> dict[str, Any]:
     if cells is None and path is not None:
         with Image.open(path) as file:
-            return {"step": step, "label": "", "cells": [], "sheet": encode(np.asarray(file.convert("RGB")), LONGEST_SHEET)}
+            return {
+                "step": step,
+                "label": "",
+                "cells": [],
+                "sheet": encode(np.asarray(file.convert("RGB")), LONGEST_SHEET),
+            }
     cells = cells or []
     limit = f"Pictures of {MOST_PROMPTS} of {len(cells)} prompts are shown."
     if len(cells) > MOST_PROMPTS and limit not in notes:
         notes.append(limit)
-    shown = [{"caption": cell.caption, "src": encode(cell.pictures[mark])} for cell in cells[:MOST_PROMPTS]]
+    named = ((cell.caption, cell.pictures.get(mark)) for cell in cells[:MOST_PROMPTS])
+    shown = [{"caption": caption, "src": encode(image)} for caption, image in named if image is not None]
     return {"step": step, "label": "", "cells": shown}
 
 
@@ -196,7 +200,7 @@ def _extremes(run: RunFolder, runs: int, notes: list[str]) -> list[dict[str, Any
         cells = [
             {**finite(cell.details), "src": encode(cell.pictures[""])}
             for cell in read_grid(run.extremes[step]) or []
-            if {"kind", "prompt", "score", "raw", "reason"} <= set(cell.details)
+            if {"kind", "prompt", "score", "raw", "reason"} <= set(cell.details) and "" in cell.pictures
         ]
         if cells:
             found.append({"step": step, "cells": cells})
@@ -237,7 +241,7 @@ def _start(start: Mapping[str, Any]) -> dict[str, str]:
         if name.endswith("memory_bytes") and _number(value):
             shown[name.removesuffix("_bytes").replace("_", " ")] = f"{value / 2**30:.1f} GiB"
         elif name.startswith("devices "):
-            shown[name.replace("devices ", "device ", 1)] = f"{value} x"
+            shown[name.replace("devices ", "device ", 1)] = str(value)
         else:
             shown[name.removeprefix("versions ")] = _shown(name, value)
     return shown

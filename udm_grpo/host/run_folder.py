@@ -97,6 +97,8 @@ class _Reader:
             if not line.strip():
                 continue
             trouble, values = _line(line, found[-1]["step"] if found else None)
+            if not trouble and not _has_scores(values):
+                trouble = "has tags that are no objects of scores"
             if trouble:
                 self.problems.append(f"{path}: line {number} {trouble}; remove the line.")
             else:
@@ -141,8 +143,8 @@ class _Reader:
             return None
         if found.get("iterations") != last:
             self.notes.append(
-                f"summary.json is of {found.get('iterations')} iterations, but {last} are done: it is left out, as that "
-                "of an earlier run."
+                f"summary.json is of {found.get('iterations')} iterations, but {last} are done: it is of an earlier run "
+                "and left out."
             )
             return None
         return found
@@ -179,7 +181,13 @@ def _line(line: bytes, before: int | None) -> tuple[str, dict[str, Any]]:
 
 
 def _is_pair(pair: Any) -> bool:
-    return isinstance(pair, dict) and isinstance(pair.get("base"), dict) and isinstance(pair.get("final"), dict)
+    return isinstance(pair, dict) and all(_has_scores(pair.get(side)) for side in ("base", "final"))
+
+
+def _has_scores(said: Any) -> bool:
+    """Whether it is an object whose tags, if it has any, are objects too."""
+    tags = said.get("tags", {}) if isinstance(said, dict) else None
+    return isinstance(tags, dict) and all(isinstance(tag, dict) for tag in tags.values())
 
 
 def _kind(value: Any) -> str:

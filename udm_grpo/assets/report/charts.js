@@ -108,7 +108,8 @@ function chart(title, series, options, state) {
     const width = plot.clientWidth;
     if (!width) return;
     const height = options.height || 176;
-    const edge = { left: 46, right: 10, top: 8, bottom: 22 };
+    const narrow = width < 220;
+    const edge = { left: narrow ? 32 : 46, right: 10, top: 8, bottom: 22 };
     const shown = series.filter((one) => !state.hidden.has(one.run));
     const steps = shown.flatMap((one) => [one.x[0], one.x[one.x.length - 1]]);
     const [first, final] = steps.length ? [Math.min(...steps), Math.max(...steps)] : [0, 1];
@@ -118,11 +119,11 @@ function chart(title, series, options, state) {
     svg.replaceChildren();
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.style.height = `${height}px`;
-    for (const value of ticks(low, high, 4)) {
+    for (const value of ticks(low, high, narrow ? 3 : 4)) {
       draw("line", { class: "grid", x1: edge.left, x2: width - edge.right, y1: up(value), y2: up(value) }, svg);
       draw("text", { x: edge.left - 6, y: up(value) + 4, "text-anchor": "end" }, svg, format(value));
     }
-    for (const step of ticks(first, final === first ? first + 1 : final, width < 330 ? 3 : 6).filter(Number.isInteger)) {
+    for (const step of ticks(first, final === first ? first + 1 : final, narrow ? 2 : width < 330 ? 3 : 6).filter(Number.isInteger)) {
       if (step > final) continue;
       const anchor = across(step) > width - 24 ? "end" : "middle";
       draw("text", { x: across(step) + (anchor === "end" ? 8 : 0), y: height - 6, "text-anchor": anchor }, svg, String(step));

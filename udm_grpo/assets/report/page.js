@@ -43,11 +43,11 @@ function status(run) {
 }
 
 function top() {
-  const links = [["results", "Results"], ["curves", "Curves"], ["time", "Time"], ["pictures", "Pictures"], ["judged", "Best and worst"], ["settings", "Settings"]];
+  const links = [["results", "Results"], ["pictures", "Pictures"], ["curves", "Curves"], ["time", "Time"], ["judged", "Best and worst"], ["settings", "Settings"]];
   const head = make("header", {}, make("h1", {}, single ? runs[0].name : `${runs.length} runs compared`));
   if (single) head.append(make("div", { class: "quiet" }, status(runs[0])), tiles(runs[0]));
   else {
-    head.append(...runs.map((run, i) => make("div", { class: "small" }, dot(i), " ", make("b", {}, run.name), " ", status(run))));
+    head.append(make("div", { class: "runs small" }, runs.map((run, i) => make("div", {}, dot(i), " ", make("b", {}, run.name), " ", status(run)))));
   }
   const nav = make("nav", {}, links.map(([id, title]) => make("a", { href: `#${id}` }, title)));
   return [head, nav];
@@ -65,7 +65,7 @@ function tiles(run) {
   if (reward.length) facts.push([`${format(reward[0])} \u2192 ${format(reward[reward.length - 1])}`, "training reward, first and last"]);
   const stages = medians(run);
   if (stages.length) facts.push([`${format(stages.reduce((sum, [, seconds]) => sum + seconds, 0))} s`, "an iteration, median"]);
-  if (device) facts.push([device[1].replace(" x", " \u00d7"), device[0].replace("device ", "")]);
+  if (device) facts.push([device[0].replace(/^device \w+: /, ""), device[1] === "1" ? "device" : `${device[1]} devices`]);
   return make("div", { class: "tiles" }, facts.map(([value, label]) => make("div", { class: "tile" }, make("b", {}, value), make("span", {}, label))));
 }
 
@@ -85,7 +85,10 @@ function results() {
     box.replaceChildren(resultTable(ended, chosen, name));
   }
   fill();
+  const rest = runs.filter((run, i) => !ended.includes(i)).map((run) => run.name);
   section.append(make("div", { class: "bar" }, scoreChoice, steps.length > 1 ? stepChoice : null), box);
+  box.classList.add("fit");
+  if (rest.length) section.append(quiet(`Not finished and so not here: ${rest.join(", ")}.`));
   return section;
 }
 
@@ -175,7 +178,7 @@ function curveBar() {
     } }, dot(i), run.name);
     return chip;
   });
-  return make("div", { class: "bar" }, chips, make("label", { class: "wide" }, "Smoothing", slider, shown));
+  return make("div", { class: "bar" }, chips, make("label", { class: "wide some" }, "Smoothing", slider, shown));
 }
 
 function accuracy() {
@@ -223,7 +226,7 @@ function time() {
     return [named(i), make("div", { class: "card" }, stack, make("div", { class: "small quiet number", style: { whiteSpace: "normal" } }, words))];
   });
   const panels = make("div", { class: "charts many", style: { marginTop: ".75rem" } }, stages.map((stage) => curve(`${stage}, seconds`, `seconds/${stage}`, { robust: true, height: 140 })));
-  return [heading("Time per stage", "time"), quiet("Median seconds an iteration. Evaluations, pictures and checkpoints are not in it."), legend, ...bars, panels];
+  return [heading("Time per stage", "time"), quiet("Median seconds an iteration. Evaluations, pictures and checkpoints are not in it. A time far above the rest, as of an iteration that compiles, touches the upper edge of its chart."), legend, ...bars, panels];
 }
 
 /* ---- pictures ---- */
@@ -271,7 +274,7 @@ function pictures() {
   const moments = withPictures.flatMap((i) => runs[i].moments);
   const steps = unique(moments.map((one) => one.step)).sort((a, b) => a - b);
   const labels = new Map(moments.filter((one) => one.label).map((one) => [one.step, single ? one.label : one.step === 0 ? one.label : ""]));
-  const blocks = withPictures.map((i) => ({ i, grid: make("div", { class: "pictures" }), caption: named(i) }));
+  const blocks = withPictures.map((i) => ({ i, grid: make("div", { class: "pictures", "data-run": i }), caption: named(i) }));
   const slider = stepSlider("iteration of the pictures", steps, labels, (step) => blocks.forEach(({ i, grid }) => showMoment(grid, i, momentAt(runs[i].moments, step))), true);
   slider.id = "moments";
   return [heading("The same prompts through training", "pictures"), quiet("Held-out prompts, each from the same noise every time. Tap a picture for all of its moments."), slider, ...blocks.flatMap(({ caption, grid }) => [caption, grid])];
@@ -339,7 +342,7 @@ function judgedOf(run, moment) {
 
 function judgedCard(cell) {
   const raw = Object.entries(cell.raw).map(([name, value]) => `${name} ${format(value)}`).join(" \u00b7 ");
-  const words = make("div", { class: "words" }, make("b", {}, format(cell.score)), make("p", {}, cell.prompt), make("p", { class: "quiet" }, cell.reason || "no reason given"), raw ? make("p", { class: "quiet small" }, raw) : null);
+  const words = make("div", { class: "words" }, make("b", {}, format(cell.score)), make("p", {}, cell.prompt), cell.reason ? make("p", { class: "quiet" }, cell.reason) : null, raw ? make("p", { class: "quiet small" }, raw) : null);
   return make("div", { class: "card" }, picture(cell.src, cell.prompt), words);
 }
 
@@ -366,5 +369,5 @@ function notes() {
   return lines.length ? [heading("Notes", "notes"), make("ul", { class: "small" }, lines)] : null;
 }
 
-const sections = [top(), results(), curves(), time(), pictures(), judged(), [heading("Settings", "settings"), facts("Machine and versions", "environment", true), facts("Configuration", "config", !single)], notes()];
-document.getElementById("report").append(...sections.flat().filter(Boolean));
+const sections = [top(), results(), pictures(), curves(), time(), judged(), [heading("Settings", "settings"), facts("Machine and versions", "environment", true), facts("Configuration", "config", !single)], notes()];
+document.getElementById("report").append(...sections.flat(Infinity).filter(Boolean));
