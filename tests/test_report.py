@@ -128,7 +128,7 @@ def test_the_point_under_the_mouse_or_finger_is_told(browser, runs, both, size):
         assert lines == wanted
     act('[data-chart="counting"] circle.mark:nth-of-type(2)')
     told = browser.run("return document.querySelector('[data-chart=counting] .tip').innerText")
-    assert f"whole {four_digits(evaluation(4, 12, 6)['tags']['counting']['strict'])} 6 prompts" in told
+    assert f"whole {four_digits(evaluation(4, 12, 6)['tags']['counting']['strict'])} \N{MIDDLE DOT} 6 prompts" in told
 
 
 def test_arrow_keys_move_along_a_curve(browser, runs, alone):

@@ -143,7 +143,7 @@ class _Reader:
             return None
         if found.get("iterations") != last:
             self.notes.append(
-                f"summary.json is of {found.get('iterations')} iterations, but {last} are done: it is of an earlier run "
+                f"summary.json is of {found.get('iterations')} iterations, but {last} are done: it is of an older run "
                 "and left out."
             )
             return None

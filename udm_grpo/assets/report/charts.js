@@ -170,7 +170,7 @@ function chart(title, series, options, state) {
       if (value !== null) draw("circle", { class: "here", cx: frame.across(one.x[i]), cy: frame.up(value), r: 4 }, svg).style.fill = colorOf(one.run);
       const words = one.tell ? one.tell(i) : "";
       const name = series.length > 1 ? `${one.label} ` : "";
-      return make("div", {}, make("span", { class: "dot", style: { background: colorOf(one.run) } }), make("span", {}, name, make("b", { class: "number" }, format(value)), words ? ` ${words}` : ""));
+      return make("div", {}, make("span", { class: "dot", style: { background: colorOf(one.run) } }), make("span", {}, name, make("b", { class: "number" }, format(value)), words ? make("span", { class: "quiet" }, ` \u00b7 ${words}`) : null));
     });
     tip.replaceChildren(make("span", { class: "quiet" }, `iteration ${at}`), ...rows);
     tip.hidden = false;
