@@ -98,6 +98,7 @@ def test_a_choice_names_what_may_be_chosen(name):
         ("evaluation.picture_prompts", 1),
         ("evaluation.every", 0),
         ("evaluation.picture_every", 0),
+        ("evaluation.extremes", 0),
         ("checkpoint.every", 0),
         ("checkpoint.keep", 1),
         ("model.text_length", 0),

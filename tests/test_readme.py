@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from report_runs import write_run
 from running import ROOT, environment
 
 from rewards_bridge.client import BridgeConfig, RewardsClient
@@ -34,6 +35,8 @@ SAMPLE = "python -m udm_grpo.sample --checkpoint udm_grpo/assets/ursa-shapes --o
 EVALUATE = "python -m udm_grpo.evaluate --samples outputs/pictures --output outputs/scores"
 INFO = "python -m udm_grpo.convert info udm_grpo/assets/ursa-shapes"
 VERIFY = "python -m udm_grpo.convert verify udm_grpo/assets/ursa-shapes udm_grpo/assets/ursa-shapes --forward"
+REPORT = "python -m udm_grpo.report outputs/shapes"
+COMPARE = f"{REPORT} outputs/other --output comparison.html"
 SCORE = "python -m rewards_bridge score --scorer shapes"
 PREPARE = "python -m scripts.prepare_prompts"
 
@@ -55,6 +58,7 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_readme_has_no_command_that_no_test_runs() -> None:
     known = (f"{INSTALL} && {TRAIN}", f"{INSTALL} && {PYTEST}", SMOKE, RESUME, PRETRAIN, SERVE, DOCTOR, INFO, VERIFY)
+    known += (REPORT, COMPARE)
     for command in commands():
         assert command in known or command.startswith((SCORE, SAMPLE, PREPARE, EVALUATE)), command
     for command in known:
@@ -74,6 +78,15 @@ def test_the_first_command_in_small_and_going_on(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["iterations"] == 2
     assert set(summary["by_steps"]) == {"10", "25"}
+
+
+def test_reports_of_one_run_and_of_two(tmp_path: Path) -> None:
+    folders = [str(write_run(tmp_path / name)) for name in ("shapes", "other")]
+    at = {"outputs/shapes": folders[0], "outputs/other": folders[1], "comparison.html": f"{tmp_path}/comparison.html"}
+    for command in (REPORT, COMPARE):
+        run(re.sub("|".join(at), lambda found: at[found.group()], command))
+    assert "<title>shapes</title>" in (tmp_path / "shapes" / "report.html").read_text()
+    assert "<title>2 runs: shapes, other</title>" in (tmp_path / "comparison.html").read_text()
 
 
 def test_pictures_of_prompts_and_their_scores(tmp_path: Path) -> None:

@@ -50,7 +50,11 @@ def test_a_run_leaves_everything(finished: Path) -> None:
         "00000002",
         "00000004",
     ]
-    assert [path.name for path in sorted((finished / "pictures").iterdir())] == ["000002.png", "000004.png"]
+    for folder in ("pictures", "extremes"):
+        names = [path.name for path in sorted((finished / folder).iterdir())]
+        assert names == ["000000.png", "000002.png", "000004.png"], folder
+    assert len(json.loads((finished / "environment.json").read_text())["starts"]) == 1
+    assert "<title>whole</title>" in (finished / "report.html").read_text()
     assert (finished / "before_after.png").stat().st_size > 1000
 
 
@@ -70,6 +74,10 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(finished: Path) -> No
     done = train(output, "checkpoint.resume=latest")
     assert done.returncode == 0, done.stderr
     assert metrics(output) == metrics(finished)
+    for pattern in ("evaluations.jsonl", "pictures/*", "extremes/*", "before_after.png"):
+        files = [{path.name: path.read_bytes() for path in folder.glob(pattern)} for folder in (finished, output)]
+        assert files[0] == files[1], pattern
+    assert len(json.loads((output / "environment.json").read_text())["starts"]) == 2
     whole, resumed = load_file(finished / WEIGHTS), load_file(output / WEIGHTS)
     assert whole.keys() == resumed.keys()
     for name, tensor in whole.items():
@@ -160,7 +168,7 @@ def test_every_option_at_once(finished: Path) -> None:
     assert all(np.isfinite(row["loss"]) for row in rows)
     assert list((output / "tensorboard").iterdir())
     assert (output / "export" / "transformer" / "config.json").exists()
-    assert len((output / "evaluations.jsonl").read_text().splitlines()) == 1
+    assert len((output / "evaluations.jsonl").read_text().splitlines()) == 2  # the base and iteration 1
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,8 @@ class EvaluationConfig:
     """Iterations between sample pictures (the same prompts and noise each time); 0: none on the way."""
     picture_prompts: int = 16
     """Prompts of a sample picture."""
+    extremes: int = 6
+    """Best and worst images that an evaluation keeps of each, for the report; 0: none."""
 
 
 @dataclass

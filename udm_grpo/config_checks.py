@@ -44,6 +44,7 @@ def _ranges(config: RunConfig, problems: list[str]) -> None:
     _at_least(problems, 1, evaluation__images_per_prompt=evaluation.images_per_prompt)
     _at_least(problems, 1, evaluation__batch=evaluation.batch, evaluation__picture_prompts=evaluation.picture_prompts)
     _at_least(problems, 0, evaluation__every=evaluation.every, evaluation__picture_every=evaluation.picture_every)
+    _at_least(problems, 0, evaluation__extremes=evaluation.extremes)
     _at_least(problems, 0, checkpoint__every=config.checkpoint.every, model__text_length=config.model.text_length)
     _at_least(problems, 1, checkpoint__keep=config.checkpoint.keep)
     _at_least(problems, 0, grpo__kl_weight=grpo.kl_weight, grpo__clip_range=grpo.clip_range)

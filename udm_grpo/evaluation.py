@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from rewards_bridge.scorers.base import Scores
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params
+from udm_grpo.host.extremes import Extremes
 from udm_grpo.host.rewards import collect
 from udm_grpo.run import Run, Stage
 
@@ -39,18 +41,22 @@ def draw(run: Run, policy: Params, texts: Sequence[str], copies: int, steps: int
         yield Drawn(np.asarray(run.steps.decode(run.vq_params, rolled.clean)), rows)
 
 
-def evaluate(run: Run, policy: Params, count: int, steps: int) -> dict[str, Any]:
+def evaluate(run: Run, policy: Params, count: int, steps: int, extremes: Path | None = None) -> dict[str, Any]:
     """Means over `count` held-out prompts (all, if there are fewer), balanced over tags.
 
     {"score": what is optimised, each raw score by its name, "tags": {tag: the same}, "prompts", "images"}.
+    extremes: the file for the best and the worst of the images.
     """
     texts, metadata, indices = run.heldout.fixed(min(count, len(run.heldout)), run.config.seed)
     copies = run.config.evaluation.images_per_prompt
     tickets: list[Future[Scores]] = []
+    kept = Extremes(run.config.evaluation.extremes if extremes else 0, len(texts) * copies)
     for drawn in draw(run, policy, texts, copies, steps):
-        tickets.append(
-            run.client.submit(drawn.images, [texts[row] for row in drawn.rows], [metadata[row] for row in drawn.rows])
-        )
+        asked = [texts[row] for row in drawn.rows]
+        tickets.append(run.client.submit(drawn.images, asked, [metadata[row] for row in drawn.rows]))
+        kept.watch(drawn.images, asked, tickets[-1])
+    if extremes:
+        kept.write(extremes)
     rewards = collect(tickets, len(texts) * copies)
     parts = {"score": rewards.score, **rewards.raw}
     tags = np.repeat([run.heldout.tags[index] for index in indices], copies)
@@ -71,7 +77,18 @@ def pictures(run: Run, policy: Params) -> tuple[np.ndarray, list[str]]:
     return images[:count], list(texts)
 
 
-def evaluate_all(run: Run, policy: Params) -> dict[str, Any]:
-    """The evaluation at the start and the end: at every number of steps in evaluation.steps, by that number."""
-    given = run.config.evaluation
-    return {str(steps): evaluate(run, policy, given.final_prompts, steps) for steps in given.steps}
+def extremes_file(run: Run, step: int) -> Path:
+    """Where the best and the worst images of the evaluation after `step` iterations go."""
+    return run.output / "extremes" / f"{step:06d}.png"
+
+
+def evaluate_all(run: Run, policy: Params, step: int) -> dict[str, Any]:
+    """The evaluation at the start and the end: at every number of steps in evaluation.steps, by that number.
+
+    The best and the worst images are those at the first number of steps.
+    """
+    given, file = run.config.evaluation, extremes_file(run, step)
+    return {
+        str(steps): evaluate(run, policy, given.final_prompts, steps, file if steps == given.steps[0] else None)
+        for steps in given.steps
+    }

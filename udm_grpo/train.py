@@ -28,14 +28,17 @@ from udm_grpo.batches import Params, Rollout, TrainState
 from udm_grpo.command_line import field_values, parse
 from udm_grpo.config import ConfigError, RunConfig, as_dict
 from udm_grpo.config_checks import validate
-from udm_grpo.evaluation import evaluate, evaluate_all, pictures
+from udm_grpo.evaluation import evaluate, evaluate_all, extremes_file, pictures
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.checkpoint import restore as restore_checkpoint
+from udm_grpo.host.environment import begin
 from udm_grpo.host.metrics import JsonLines, MetricsWriter, Progress, StageTimer, write_json
 from udm_grpo.host.pictures import before_after, image_grid
 from udm_grpo.host.rewards import Rewards, collect
+from udm_grpo.host.run_folder import RunFolderError
 from udm_grpo.host.weights import WeightsError, save_folder
 from udm_grpo.mesh import MeshError
+from udm_grpo.report import NAME, write_report
 from udm_grpo.run import Position, Run, Stage, exported, open_run, save, start
 
 
@@ -137,7 +140,7 @@ def evaluate_on_the_way(run: Run, reports: Reports, state: TrainState, position:
     """A held-out evaluation into evaluations.jsonl; keeps the best weights if asked. Returns the position."""
     given, step = run.config.evaluation, position.step
     params = _last(state)
-    found = evaluate(run, run.steps.compute_copy(params), given.prompts, given.steps[0])
+    found = evaluate(run, run.steps.compute_copy(params), given.prompts, given.steps[0], extremes_file(run, step))
     reports.evaluations.append(step, found)
     means = {name: round(value, 4) for name, value in found.items() if isinstance(value, float)}
     reports.progress.message(f"held-out after {step} iterations, {given.steps[0]} steps: {means}")
@@ -177,7 +180,7 @@ def finish(run: Run, reports: Reports, state: TrainState, reference: Params, pos
     params = final_params(run, state)
     policy = run.steps.compute_copy(params)
     began = time.monotonic()
-    final = evaluate_all(run, policy)
+    final = evaluate_all(run, policy, position.step)
     before, captions = pictures(run, reference)
     after, _ = pictures(run, policy)
     before_after(before, after, captions, run.output / "before_after.png")
@@ -202,9 +205,19 @@ def finish(run: Run, reports: Reports, state: TrainState, reference: Params, pos
     return summary
 
 
+def write_page(reports: Reports, output: Path) -> None:
+    """Write report.html; a run that has ended well does not fail for its report."""
+    try:
+        write_report([output], output / NAME)
+        reports.progress.message(f"report: {output / NAME}")
+    except (RunFolderError, OSError) as error:
+        reports.progress.message(f"no report: {error}")
+
+
 def open_reports(config: RunConfig, resume_after: int | None, stack: contextlib.ExitStack) -> Reports:
     """Open the run's files and its progress bar; lines past `resume_after` (None: a fresh run) are dropped."""
     output, logging = Path(config.output_dir), config.logging
+    begin(output, resume_after)
     writer = stack.enter_context(
         MetricsWriter(output, logging.tensorboard, logging.wandb, resume_after=resume_after, config=as_dict(config))
     )
@@ -224,7 +237,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         reports = open_reports(config, None if position is None else done, stack)
         if position is None:
             reports.progress.message("evaluating the start model")
-            position = Position(step=0, seconds=0.0, base=evaluate_all(run, reference), best=None)
+            position = Position(step=0, seconds=0.0, base=evaluate_all(run, reference, 0), best=None)
+            reports.evaluations.append(0, position.base[str(config.evaluation.steps[0])])
+            if config.evaluation.picture_every:
+                draw_samples(run, reports, state, 0)
         spent = position.seconds
         for step in range(done, config.iterations):
             state, rewards, metrics = iterate(run, state, reference, step, reports.timer)
@@ -234,7 +250,9 @@ def train(config: RunConfig) -> dict[str, Any]:
             every = config.checkpoint.every
             if step + 1 == config.iterations or (every and (step + 1) % every == 0):
                 save(run, state, reference, position)
-        return finish(run, reports, state, reference, position)
+        summary = finish(run, reports, state, reference, position)
+        write_page(reports, run.output)
+        return summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,12 +1,17 @@
-"""Sample grids and before-and-after pictures as labelled PNGs, each written completely or not at all."""
+"""Sample grids and before-and-after pictures as labelled PNGs, each written completely or not at all.
+
+A PNG also says in a text chunk where its pictures are and what belongs to each: `grid_file.py` takes it apart again.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from udm_grpo.host.grid_file import record
 from udm_grpo.host.metrics import replace_file
 
 SMALLEST_CELL = 96
@@ -18,13 +23,20 @@ _CAPTION_LINES = 3
 _FONT_SIZE = 11
 
 
-def image_grid(images: UInt8[np.ndarray, "B H W 3"], captions: Sequence[str], columns: int, path: str | Path) -> None:
+def image_grid(
+    images: UInt8[np.ndarray, "B H W 3"],
+    captions: Sequence[str],
+    columns: int,
+    path: str | Path,
+    details: Sequence[Mapping[str, Any]] = (),
+) -> None:
     """Write the pictures row by row as one PNG, each above its caption (up to three lines of it).
 
+    details: what else the file says of each picture, as plain JSON; not drawn.
     Raises ValueError for no pictures, another shape or dtype, or not one caption for each.
     """
     _check(images, captions, columns)
-    _write_grid(_enlarge(images), captions, columns, Path(path), {})
+    _write_grid(_enlarge(images), captions, columns, Path(path), {}, images.shape, details)
 
 
 def before_after(
@@ -45,7 +57,7 @@ def before_after(
     left, right = _enlarge(before), _enlarge(after)
     gap = np.full_like(left[:, :, :2], 255)
     pairs = np.concatenate([left, gap, right], axis=2)
-    _write_grid(pairs, captions, columns, Path(path), {"before": 0, "after": left.shape[2] + 2})
+    _write_grid(pairs, captions, columns, Path(path), {"before": 0, "after": left.shape[2] + 2}, before.shape, ())
 
 
 def _check(images: UInt8[np.ndarray, "B H W 3"], captions: Sequence[str], columns: int) -> None:
@@ -62,9 +74,19 @@ def _enlarge(images: UInt8[np.ndarray, "B H W 3"]) -> UInt8[np.ndarray, "B H2 W2
 
 
 def _write_grid(
-    cells: UInt8[np.ndarray, "B H W 3"], captions: Sequence[str], columns: int, path: Path, marks: Mapping[str, int]
+    cells: UInt8[np.ndarray, "B H W 3"],
+    captions: Sequence[str],
+    columns: int,
+    path: Path,
+    marks: Mapping[str, int],
+    shape: Sequence[int],
+    details: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Write the grid; marks: texts that every cell has above its picture, and their pixels from its left edge."""
+    """Write the grid.
+
+    marks: texts that every cell has above its picture, and their pixels from its left edge. shape: [B, H, W, 3] before
+    the pictures were enlarged.
+    """
     count, height, width, _ = cells.shape
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -74,14 +96,17 @@ def _write_grid(
     pitch = header + height + _LINE * max(len(lines) for lines in wrapped) + _GAP
     sheet = Image.new("RGB", (columns * (width + _GAP) + _GAP, rows * pitch + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
+    corners: list[tuple[int, int]] = []
     for i, (cell, lines) in enumerate(zip(cells, wrapped, strict=True)):
         left, top = _GAP + i % columns * (width + _GAP), _GAP + i // columns * pitch
+        corners.append((left, top + header))
         for mark, distance in marks.items():
             draw.text((left + distance, top), mark, fill="gray", font=font)
         sheet.paste(Image.fromarray(cell), (left, top + header))
         for j, line in enumerate(lines):
             draw.text((left, top + header + height + 1 + j * _LINE), line, fill="black", font=font)
-    replace_file(path, lambda temporary: sheet.save(temporary, format="PNG"))
+    said = record(shape, height // shape[1], marks or {"": 0}, corners, captions, details)
+    replace_file(path, lambda temporary: sheet.save(temporary, format="PNG", pnginfo=said))
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

@@ -1,0 +1,77 @@
+"""environment.json: what a start notes, what it hides, and what it does with what an older run left."""
+
+import json
+import platform
+import sys
+
+import jax
+import pytest
+
+from udm_grpo.host.environment import begin
+from udm_grpo.host.redaction import hide_logins, is_secret, without_secrets
+
+
+def starts(folder) -> list[dict]:
+    return json.loads((folder / "environment.json").read_text())["starts"]
+
+
+def test_a_start_notes_versions_machine_and_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "x", "--config.rewards.scorers.a.environment.HF_TOKEN=abc"])
+    begin(tmp_path, None)
+    (start,) = starts(tmp_path)
+    assert start["python"] == platform.python_version()
+    assert start["versions"]["jax"] == jax.__version__
+    assert set(start["versions"]) == {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"}
+    assert start["devices"] == {"cpu: cpu": jax.device_count()}
+    assert start["command"] == "python -m x --config.rewards.scorers.a.environment.HF_TOKEN=***"
+    assert start["processors"] >= 1
+    assert start["memory_bytes"] > 2**20
+    assert start["after_step"] == 0
+
+
+def test_a_resume_is_noted_beside_the_start_and_moves_nothing(tmp_path):
+    begin(tmp_path, None)
+    (tmp_path / "pictures").mkdir()
+    begin(tmp_path, 40)
+    assert [start["after_step"] for start in starts(tmp_path)] == [0, 40]
+    assert (tmp_path / "pictures").exists()
+
+
+def test_a_fresh_run_sets_the_pictures_of_an_older_one_aside(tmp_path):
+    for number in (1, 2):
+        for name in ("pictures", "extremes"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / f"{number}.png").touch()
+        begin(tmp_path, None)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*.*/*")) == [
+        "extremes.1/1.png",
+        "extremes.2/2.png",
+        "pictures.1/1.png",
+        "pictures.2/2.png",
+    ]
+    assert len(starts(tmp_path)) == 1
+
+
+def test_a_damaged_note_does_not_keep_a_run_from_going_on(tmp_path):
+    (tmp_path / "environment.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"environment\.json is damaged"):
+        begin(tmp_path, 3)
+    assert [start["after_step"] for start in starts(tmp_path)] == [3]
+
+
+@pytest.mark.parametrize(
+    "name", ["api_key", "x.options.apikey", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "db.password", "key"]
+)
+def test_names_of_secrets(name):
+    assert is_secret(name)
+    assert without_secrets([f"--config.{name}=sesame"]) == [f"--config.{name}=***"]
+
+
+@pytest.mark.parametrize("name", ["token_file", "api_key_env", "model.text_length", "tokens", "monkey", "seed"])
+def test_names_of_no_secrets(name):
+    assert not is_secret(name)
+    assert without_secrets([f"--config.{name}=3"]) == [f"--config.{name}=3"]
+
+
+def test_logins_in_addresses_are_hidden():
+    assert hide_logins("url=https://me:sesame@host:80/a https://host/b") == "url=https://***@host:80/a https://host/b"

@@ -1,0 +1,40 @@
+"""Puts the report's page together: markup, style, script and data in one HTML file that loads nothing."""
+
+import base64
+import hashlib
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+TEMPLATE = Path(__file__).resolve().parent.parent / "assets" / "report"
+
+
+def page(data: dict[str, Any], title: str) -> str:
+    """The HTML of a report. Texts of the data reach the page as text only: they are never markup or script.
+
+    A content security policy allows this very script and style, pictures out of the file itself, and nothing else.
+    """
+    style = _read("page.css")
+    script = f"(() => {{\n{_read('charts.js')}\n\n{_read('page.js')}\n}})();"  # no names among those of the window
+    # In JSON the three can only be inside of texts, where an escape stands for the same character.
+    values = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    for character in "<>&":
+        values = values.replace(character, f"\\u{ord(character):04x}")
+    parts = {
+        "title": html.escape(title),
+        "style": style,
+        "script": script,
+        "data": values,
+        "policy": f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'",
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found.group(1)], _read("page.html"))
+
+
+def _read(name: str) -> str:
+    return (TEMPLATE / name).read_text(encoding="utf-8").strip()
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -1,0 +1,63 @@
+"""Make the report of a training run, or of several to compare: one HTML file that needs no server and no network.
+
+    python -m udm_grpo.report outputs/shapes
+    python -m udm_grpo.report outputs/shapes outputs/other --output comparison.html
+
+A run makes its own at its end, as report.html in its output_dir; this command makes one at any time, also of a run that
+goes on or was killed.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from udm_grpo.host.metrics import replace_file
+from udm_grpo.host.report_data import report_data
+from udm_grpo.host.report_page import page
+from udm_grpo.host.run_folder import RunFolder, RunFolderError, read_run
+
+NAME = "report.html"
+
+
+def write_report(folders: Sequence[str | Path], output: str | Path) -> None:
+    """Write the report of these runs, all of it or nothing; raises RunFolderError naming all that is wrong."""
+    runs: list[RunFolder] = []
+    problems: list[str] = []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except RunFolderError as error:
+            problems.append(str(error))
+    if problems:
+        raise RunFolderError("\n".join(problems))
+    data = report_data(runs)
+    names = [run["name"] for run in data["runs"]]
+    text = page(data, names[0] if len(names) == 1 else f"{len(names)} runs: {', '.join(names)}")
+    replace_file(Path(output), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 2 for what the user can mend, said without a traceback."""
+    parser = argparse.ArgumentParser(
+        prog="python -m udm_grpo.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="OUTPUT_DIR", help="output_dir of a training run")
+    parser.add_argument(
+        "--output", metavar="FILE", help=f"the file to write; default: {NAME} in the run's folder, of several: here"
+    )
+    given = parser.parse_args(argv)
+    output = Path(given.output or (Path(given.runs[0]) / NAME if len(given.runs) == 1 else NAME))
+    try:
+        if output.suffix.lower() not in (".html", ".htm"):
+            raise RunFolderError(f"--output is {output}; give a file whose name ends in .html.")
+        write_report(given.runs, output)
+    except (RunFolderError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
