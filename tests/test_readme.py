@@ -39,6 +39,7 @@ REPORT = "python -m udm_grpo.report outputs/shapes"
 COMPARE = f"{REPORT} outputs/other --output comparison.html"
 SCORE = "python -m rewards_bridge score --scorer shapes"
 PREPARE = "python -m scripts.prepare_prompts"
+DEMO = "python -m scripts.demo --base udm_grpo/assets/ursa-shapes --run outputs/shapes"  # run by test_demo.py
 
 
 def commands() -> list[str]:
@@ -58,7 +59,7 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_readme_has_no_command_that_no_test_runs() -> None:
     known = (f"{INSTALL} && {TRAIN}", f"{INSTALL} && {PYTEST}", SMOKE, RESUME, PRETRAIN, SERVE, DOCTOR, INFO, VERIFY)
-    known += (REPORT, COMPARE)
+    known += (REPORT, COMPARE, DEMO)
     for command in commands():
         assert command in known or command.startswith((SCORE, SAMPLE, PREPARE, EVALUATE)), command
     for command in known:
