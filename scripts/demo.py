@@ -30,8 +30,6 @@ from udm_grpo.pipeline import Pipeline, load_pipeline
 from udm_grpo.sample import open_run
 
 SHAPES_SIZE = 32  # pixels of the shapes world
-POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; base-uri 'self'; form-action 'self'"
-"""What the browser may load: this server's own. Gradio needs the two unsafe words for styles and templates."""
 
 
 def default_examples() -> list[str]:
@@ -137,48 +135,16 @@ def open_models(given: argparse.Namespace) -> tuple[list[Drawer], tuple[int, int
     return drawers, (given.height or sizes["height"], given.width or sizes["width"])
 
 
-class OwnLoadsOnly:
-    """Wraps an ASGI app so that its pages may load nothing from anywhere else."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Serve one connection."""
-
-        async def send_with_policy(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
-            await send(message)
-
-        await self._app(scope, receive, send_with_policy)
-
-
 def serve(demo: Demo, given: argparse.Namespace, users: list[tuple[str, str]], listener: socket.socket) -> None:
     """Serve the page until the process is told to end."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
-    import gradio as gr
     import uvicorn
-    from fastapi import FastAPI
 
-    from scripts.demo_page import STYLE, make_page, theme
+    from scripts.demo_page import make_app
 
-    page = make_page(demo, given.example or default_examples(), given.steps)
-    app = gr.mount_gradio_app(
-        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
-        page,
-        "/",
-        auth=users or None,
-        footer_links=[],
-        run_history=False,
-        ssr_mode=False,
-        mcp_server=False,
-        pwa=False,
-        theme=theme(),
-        css=STYLE,
-    )
+    app = make_app(demo, given.example or default_examples(), given.steps, users)
     config = uvicorn.Config(
-        OwnLoadsOnly(app),
+        app,
         log_level="warning",
         ssl_certfile=given.tls_cert,
         ssl_keyfile=given.tls_key,

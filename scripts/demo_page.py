@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from fastapi import FastAPI
 from PIL import Image
 
 from scripts.demo_models import (
@@ -26,6 +27,8 @@ from scripts.demo_models import (
 STYLE = (Path(__file__).resolve().parent / "demo.css").read_text(encoding="utf-8")
 FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 """Of the reader's system: the page loads none."""
+POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; base-uri 'self'; form-action 'self'"
+"""What the browser may load: this server's own. Gradio needs the two unsafe words for styles and templates."""
 HOW_TO_TRAIN = """\
 python -m udm_grpo.train --config configs/shapes.py
 python -m scripts.demo --base udm_grpo/assets/ursa-shapes --run outputs/shapes"""
@@ -36,6 +39,41 @@ def theme() -> gr.themes.Base:
     return gr.themes.Default(
         primary_hue="blue", neutral_hue="slate", radius_size="lg", font=FONTS[0], font_mono=FONTS[1]
     )
+
+
+class OwnLoadsOnly:
+    """Wraps an ASGI app so that its pages may load nothing from anywhere else."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one connection."""
+
+        async def send_with_policy(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+            await send(message)
+
+        await self._app(scope, receive, send_with_policy)
+
+
+def make_app(demo: Demo, examples: Iterable[str], steps: int, users: list[tuple[str, str]]) -> OwnLoadsOnly:
+    """The page as an ASGI app, open to these users or, if there are none, to all; see `make_page`."""
+    app = gr.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        make_page(demo, examples, steps),
+        "/",
+        auth=users or None,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        theme=theme(),
+        css=STYLE,
+    )
+    return OwnLoadsOnly(app)
 
 
 def make_page(demo: Demo, examples: Iterable[str], steps: int) -> gr.Blocks:
@@ -85,7 +123,9 @@ def _new_seed() -> int:
 
 
 def _head(demo: Demo) -> str:
-    shown = "The same prompt from the same noise, before and after training" if len(demo.drawers) > 1 else "The base"
+    shown = (
+        "The same prompt from the same noise, before and after training" if len(demo.drawers) > 1 else "The base alone"
+    )
     return (
         '<div class="demo-head"><h1>Base and trained, side by side</h1>'
         f"<p>{shown}; every picture is judged by the scorer <b>{html.escape(demo.scorer)}</b>.</p></div>"
@@ -121,11 +161,13 @@ def answer_html(demo: Demo, answer: Answer) -> str:
     notes = "".join(f'<p class="demo-note">{html.escape(text)}</p>' for text in (answer.problem, *answer.notes) if text)
     guided = f"guidance {wish.guidance:g}" if wish.guidance > 1 else "no guidance"
     settings = f"“{wish.prompt}”, {wish.steps} steps, {guided}, seed {wish.seed}"
-    line = f'<p class="demo-quiet" id="drawn" style="margin-bottom:.6rem">{html.escape(settings)}</p>'
+    # The number: Gradio leaves the page as it is where an answer equals the one before.
+    line = f'<p class="demo-quiet" id="drawn" data-number="{answer.number}">{html.escape(settings)}</p>'
     return line + _both(sides, len(sides)) + notes + _table(answer)
 
 
 def _side(side: Side, source: str, prompt: str) -> str:
+    shown = html.escape(source, quote=True)
     figures = []
     for number, image in enumerate(side.images):
         score = "" if side.scores is None else f"<b>{_short(side.scores.score[number])}</b>"
@@ -137,7 +179,7 @@ def _side(side: Side, source: str, prompt: str) -> str:
     return (
         f'<section class="demo-side" data-side="{html.escape(side.name, quote=True)}"><header>'
         f'<h2>{html.escape(side.name)}</h2><span class="demo-mean">{mean}</span>'
-        f'<span class="demo-quiet demo-source">{html.escape(source)}</span></header>'
+        f'<span class="demo-quiet demo-source" title="{shown}">{shown}</span></header>'
         f'<div class="demo-pictures">{"".join(figures)}</div></section>'
     )
 

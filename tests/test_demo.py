@@ -1,9 +1,10 @@
 """The demo page in a real browser: what it draws, scores and says; whom it talks to; who may see it."""
 
-import argparse
+import asyncio
 import base64
 import io
 import json
+import os
 import re
 import socket
 import subprocess
@@ -13,7 +14,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -24,9 +26,10 @@ from PIL import Image
 from running import ROOT, environment
 from selenium.webdriver.common.keys import Keys
 
+from rewards_bridge.client import BridgeConfig
 from rewards_bridge.scorers.shapes import ShapesScorer
 from scripts import demo
-from scripts.demo_models import DemoError, Wish, checked_wish, sharing_programs
+from scripts.demo_models import Demo, DemoError, Drawer, Wish, checked_wish, sharing_programs
 from udm_grpo.host.checkpoint import Checkpoints
 from udm_grpo.host.shapes import all_prompts, heldout_prompts
 from udm_grpo.pipeline import Pipeline, load_pipeline
@@ -35,6 +38,7 @@ SHAPES = str(ROOT / "udm_grpo" / "assets" / "ursa-shapes")
 COMMAND = next(line for line in (ROOT / "README.md").read_text().splitlines() if "-m scripts.demo" in line)
 STRANGE = "a photo of a <b>cat</b> ${1+1} <img src=http://192.0.2.1/x.png>"
 STEPS = 3
+METADATA = next(row for row in heldout_prompts() if row["prompt"] == "a photo of a triangle left of a star")
 
 
 class Proxy:
@@ -59,14 +63,6 @@ class Proxy:
         self._listener.close()
 
 
-@dataclass(frozen=True)
-class Server:
-    """A running demo."""
-
-    process: subprocess.Popen
-    address: str
-
-
 def start(folder: Path, words: list[str], proxy: Proxy) -> subprocess.Popen:
     """Start a demo that writes its address and everything else to folder/log."""
     folder.mkdir(parents=True)
@@ -76,13 +72,14 @@ def start(folder: Path, words: list[str], proxy: Proxy) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, *words, "--port=0"], cwd=ROOT, env=given, stdout=log, stderr=log)
 
 
-def until_serving(process: subprocess.Popen, folder: Path) -> Server:
+def until_serving(process: subprocess.Popen, folder: Path) -> str:
+    """The address of a demo, as it prints it."""
     deadline = time.monotonic() + 300
     while True:
         log = (folder / "log").read_text()
         found = re.search(r"^(http\S+)$", log, re.MULTILINE)
         if found:
-            return Server(process, found[1])
+            return found[1]
         assert process.poll() is None, log
         assert time.monotonic() < deadline, log
         time.sleep(0.05)
@@ -120,24 +117,41 @@ def proxy() -> Iterator[Proxy]:
 
 
 @pytest.fixture(scope="module")
-def servers(run: Path, proxy: Proxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
-    """The README's command, and a base alone with a password; both start at the same time."""
-    folder = tmp_path_factory.mktemp("servers")
+def started(run: Path, proxy: Proxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
+    """The README's command, its page behind passwords: (process, folder of its log), not waited for."""
+    folder = tmp_path_factory.mktemp("server")
     (folder / "users").write_text("ann:sesame:1\n\nbob:open\n")
-    both = COMMAND.replace("outputs/shapes", str(run)).split()[1:]
-    alone = ["-m", "scripts.demo", f"--base={SHAPES}", "--scorer=jpeg", f"--auth-file={folder / 'users'}"]
-    places = [folder / "both", folder / "alone"]
-    started = [start(place, words, proxy) for place, words in zip(places, (both, alone), strict=True)]
+    words = COMMAND.replace("outputs/shapes", str(run)).split()[1:]
+    process = start(folder / "both", [*words, f"--auth-file={folder / 'users'}"], proxy)
     try:
-        yield [until_serving(process, place) for process, place in zip(started, places, strict=True)]
+        yield process, folder / "both"
     finally:
-        for process in started:
-            process.terminate()
-        ends = [process.wait(60) for process in started]
-    assert ends == [0, 0], [(place / "log").read_text() for place in places]
-    for place in places:
-        assert not list(place.glob("rewards-bridge-*")), "the scorer's socket is left"
-        assert "Traceback" not in (place / "log").read_text()
+        process.terminate()
+        status = process.wait(60)
+    log = (folder / "both" / "log").read_text()
+    assert status == 0, log
+    assert "Traceback" not in log
+    assert not list((folder / "both").glob("rewards-bridge-*")), "the scorer's socket is left"
+
+
+@pytest.fixture(scope="module")
+def drawn(started: tuple, models: dict[str, Pipeline]) -> dict[str, np.ndarray]:
+    """What the page should show, drawn here while the server starts."""
+    texts = [METADATA["prompt"]] * 4
+    return {name: one.generate(texts, STEPS, 1.0, 5, height=32, width=32) for name, one in models.items()}
+
+
+@pytest.fixture(scope="module")
+def server(started: tuple, browser: Browser, drawn: dict[str, np.ndarray]) -> str:
+    """The address of the page; the browser has logged in."""
+    address = until_serving(*started)
+    browser.open(address)
+    wait(browser, "document.querySelectorAll('input').length >= 2")
+    user, password = browser.driver.find_elements("css selector", "input, textarea")[:2]
+    user.send_keys("ann")
+    password.send_keys("sesame:1", Keys.ENTER)
+    wait(browser, "!!document.querySelector('#draw')")
+    return address
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +182,9 @@ def open_page(browser: Browser, address: str, *size: tuple[int, int]) -> None:
 
 def press_draw(browser: Browser) -> dict[str, np.ndarray]:
     """Draw, and wait for the answer; the pictures by model."""
-    browser.run("document.querySelector('#drawn')?.remove()")
+    before = browser.run("return document.querySelector('#drawn')?.dataset.number ?? ''")
     browser.run("document.querySelector('#draw').click()")
-    wait(browser, "!!document.querySelector('#drawn')")
+    wait(browser, "(document.querySelector('#drawn')?.dataset.number ?? '') !== arguments[0]", before)
     found = browser.run(
         "return [...document.querySelectorAll('[data-side]')].map((side) =>"
         " [side.dataset.side, [...side.querySelectorAll('img')].map((one) => one.src)])"
@@ -188,36 +202,33 @@ def text_of(browser: Browser, selector: str) -> str:
     return browser.run("return document.querySelector(arguments[0]).innerText", selector)
 
 
-def test_both_models_draw_from_the_same_noise_and_are_scored(browser, servers, proxy, models):
-    address = servers[0].address
-    open_page(browser, address)
-    metadata = next(row for row in heldout_prompts() if row["prompt"] == "a photo of a triangle left of a star")
+def test_both_models_draw_from_the_same_noise_and_are_scored(browser, server, proxy, drawn):
+    open_page(browser, server)
     examples = browser.run(
         "return [...document.querySelectorAll('#examples button')].map((one) => one.innerText.trim())"
     )
-    assert metadata["prompt"] in examples
+    assert METADATA["prompt"] in examples
     assert set(examples) <= {row["prompt"] for row in heldout_prompts()}
 
     browser.run(
         "arguments[0].click()",
-        browser.driver.find_elements("css selector", "#examples button")[examples.index(metadata["prompt"])],
+        browser.driver.find_elements("css selector", "#examples button")[examples.index(METADATA["prompt"])],
     )
     wait(
-        browser, "document.querySelector('#prompt textarea, #prompt input').value === arguments[0]", metadata["prompt"]
+        browser, "document.querySelector('#prompt textarea, #prompt input').value === arguments[0]", METADATA["prompt"]
     )
     fill(browser, "#steps input[type=number]", str(STEPS))
     fill(browser, "#seed input", "5")
     first = press_draw(browser)
-    assert text_of(browser, "#drawn") == f"“{metadata['prompt']}”, {STEPS} steps, no guidance, seed 5"
+    assert text_of(browser, "#drawn") == f"“{METADATA['prompt']}”, {STEPS} steps, no guidance, seed 5"
     means = []
     rows = browser.run(
         "return [...document.querySelectorAll('#scores tbody tr')]"
         ".map((row) => [...row.cells].map((cell) => cell.innerText))"
     )
-    for column, (name, pipeline) in enumerate(models.items(), 1):
-        drawn = pipeline.generate([metadata["prompt"]] * 4, STEPS, 1.0, 5, height=32, width=32)
-        np.testing.assert_array_equal(first[name], drawn)
-        scores = ShapesScorer().score(drawn, [metadata["prompt"]] * 4, [metadata] * 4)
+    for column, (name, images) in enumerate(drawn.items(), 1):
+        np.testing.assert_array_equal(first[name], images)
+        scores = ShapesScorer().score(images, [METADATA["prompt"]] * 4, [METADATA] * 4)
         for row, score, reason in zip(rows, scores.score, scores.reasons, strict=False):
             assert float(row[column].split()[0]) == pytest.approx(float(score), abs=6e-4)
             assert reason in row[column]
@@ -233,13 +244,12 @@ def test_both_models_draw_from_the_same_noise_and_are_scored(browser, servers, p
     third = press_draw(browser)
     assert all((third[name] != first[name]).any() for name in first)
     assert browser.console() == []
-    assert all(request.startswith(address) for request in browser.requests())
+    assert all(request.startswith(server) for request in browser.requests())
     assert proxy.asked == []
 
 
-def test_prompts_that_cannot_be_drawn_or_scored(browser, servers, proxy):
-    address = servers[0].address
-    open_page(browser, address)
+def test_prompts_that_cannot_be_drawn_or_scored(browser, server, proxy):
+    open_page(browser, server)
     browser.run("document.querySelector('#draw').click()")
     wait(browser, "document.body.innerText.includes('There is no prompt. Write one, or choose an example.')")
     fill(browser, "#steps input[type=number]", str(STEPS))
@@ -253,12 +263,12 @@ def test_prompts_that_cannot_be_drawn_or_scored(browser, servers, proxy):
     assert browser.run("return document.querySelector('#scores')") is None
     assert browser.run("return document.querySelectorAll('#answer b, #answer img:not([src^=data])').length") == 0
     assert browser.console() == []
-    assert all(request.startswith(address) for request in browser.requests())
+    assert all(request.startswith(server) for request in browser.requests())
     assert proxy.asked == []
 
 
-def test_the_page_fits_a_phone(browser, servers):
-    open_page(browser, servers[0].address, PHONE)
+def test_the_page_fits_a_phone(browser, server):
+    open_page(browser, server, PHONE)
     assert browser.run("return document.documentElement.scrollWidth") <= PHONE[0]
     fill(browser, "#steps input[type=number]", str(STEPS))
     fill(browser, "#prompt textarea, #prompt input", "a photo of a yellow square and a black circle")
@@ -272,25 +282,44 @@ def test_the_page_fits_a_phone(browser, servers):
     assert browser.console() == []
 
 
-def test_a_base_alone_behind_a_password(browser, servers, proxy):
-    address = servers[1].address
+def test_nobody_comes_in_without_a_password(server):
     with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{address}config", timeout=60)
-    browser.open(address)
-    wait(browser, "document.querySelectorAll('input').length >= 2")
-    user, password = browser.driver.find_elements("css selector", "input, textarea")[:2]
-    user.send_keys("ann")
-    password.send_keys("sesame:1", Keys.ENTER)
-    wait(browser, "!!document.querySelector('#draw')")
-    assert "No trained model yet" in text_of(browser, "#untrained")
-    assert COMMAND in text_of(browser, "#untrained")
-    fill(browser, "#prompt textarea, #prompt input", "no shapes at all")
-    fill(browser, "#steps input[type=number]", "1")
-    found = press_draw(browser)
-    assert found["Base"].shape == (4, 256, 256, 3)
-    assert text_of(browser, "#scores").count("jpeg_kilobytes") == 4
-    assert all(request.startswith(address) for request in browser.requests())
-    assert proxy.asked == []
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{server}config", timeout=60)
+
+
+def test_a_base_alone_says_how_to_get_the_other_and_any_scorer_judges(models, drawn):
+    from scripts.demo_page import answer_html, make_page
+
+    async def made(shown: Demo) -> dict:
+        return make_page(shown, ["a photo of a star"], 25).get_config_file()
+
+    drawers = [Drawer("Base", "<b>somewhere</b>", models["Base"])]
+    told = []
+    with closing(Demo(drawers, (32, 32), BridgeConfig(scorer="jpeg"))) as shown:
+        page = asyncio.run(made(shown))  # Gradio asks for an event loop; without one it would leave one open
+        answer = shown.answer(Wish(METADATA["prompt"], STEPS, 1.0, 5), lambda part, what: told.append((part, what)))
+        long = shown.answer(Wish("star " * 400, STEPS, 1.0, 5), lambda part, what: None)
+    assert any(COMMAND in str(part["props"].get("value")) for part in page["components"])
+    text = answer_html(shown, answer)
+    assert "No trained model yet" in text
+    assert "&lt;b&gt;somewhere" in text
+    assert "<b>somewhere" not in text
+    assert told == [(0.0, "Base draws"), (0.5, "jpeg scores")]
+    assert text.count("jpeg_kilobytes") == 4
+    np.testing.assert_array_equal(answer.sides[0].images, drawn["Base"])
+    assert "the rest of them has no effect; shorten them" in answer_html(shown, long)
+    assert answer.notes == ()
+
+
+def test_a_scorer_that_raises_is_told_and_the_pictures_are_shown(models, drawn):
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    raising = BridgeConfig(scorer="bridge_scorers:Raise", environment={"PYTHONPATH": paths})
+    with closing(Demo([Drawer("Base", "x", models["Base"])], (32, 32), raising)) as shown:
+        answer = shown.answer(Wish(METADATA["prompt"], STEPS, 1.0, 5), lambda part, what: None)
+    assert answer.sides[0].scores is None
+    assert answer.problem.startswith("The scorer bridge_scorers:Raise failed: ")
+    assert "the judge is confused by" in answer.problem
+    np.testing.assert_array_equal(answer.sides[0].images, drawn["Base"])
 
 
 def test_an_exported_folder_shares_the_programs_of_its_base(models, tmp_path):
@@ -300,6 +329,7 @@ def test_an_exported_folder_shares_the_programs_of_its_base(models, tmp_path):
     assert size == (32, 32)
     base, trained = (drawer.pipeline for drawer in drawers)
     assert trained.compiled is base.compiled
+    assert demo.open_models(demo._parser().parse_args(["--base", SHAPES, "--scorer=jpeg"]))[1] == (256, 256)
     other = replace(base, checkpoint=replace(base.checkpoint, scheduler=replace(base.checkpoint.scheduler, c=1.0)))
     assert sharing_programs(base, replace(other, compiled={})).compiled is not base.compiled
 
@@ -364,7 +394,6 @@ def test_a_command_line_that_cannot_work_is_refused(tmp_path, capsys, words, sai
 def test_without_tls_a_page_for_others_warns(tmp_path, capsys):
     (tmp_path / "users").write_text("ann:sesame\n")
     given = demo._parser().parse_args(["--base=x", "--host=0.0.0.0", f"--auth-file={tmp_path / 'users'}"])
-    assert isinstance(given, argparse.Namespace)
     assert demo.check_access(given) == [("ann", "sesame")]
     assert "passwords are sent in the clear" in capsys.readouterr().err
 
