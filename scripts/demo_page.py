@@ -23,6 +23,7 @@ from scripts.demo_models import (
     Side,
     checked_wish,
 )
+from udm_grpo.host.shapes import heldout_prompts
 
 STYLE = (Path(__file__).resolve().parent / "demo.css").read_text(encoding="utf-8")
 FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
@@ -86,14 +87,15 @@ def make_page(demo: Demo, examples: Iterable[str], steps: int) -> gr.Blocks:
             raise gr.Error(html.escape(str(error)), print_exception=False) from error
         return answer_html(demo, demo.answer(wish, lambda part, what: progress(part, desc=what)))
 
+    shown = list(examples)
     with gr.Blocks(title="Base and trained, side by side", analytics_enabled=False) as page:
         gr.HTML(_head(demo), elem_id="head")
         prompt = gr.Textbox(
             label="Prompt", placeholder="a photo of ...", lines=1, max_length=MOST_CHARACTERS, elem_id="prompt"
         )
-        gr.Examples(
-            [[text] for text in examples], prompt, label="Prompts that no training has seen", elem_id="examples"
-        )
+        held_out = {row["prompt"] for row in heldout_prompts()}
+        label = "Prompts that no training has seen" if held_out.issuperset(shown) else "Prompts to choose from"
+        gr.Examples([[text] for text in shown], prompt, label=label, elem_id="examples", examples_per_page=20)
         with gr.Row(equal_height=True):
             wanted = gr.Slider(1, MOST_STEPS, steps, step=1, label="Steps", elem_id="steps", min_width=220)
             guidance = gr.Slider(
