@@ -27,6 +27,10 @@ INSTALL = "pip install -r requirements.txt"
 TRAIN = "python -m udm_grpo.train --config configs/shapes.py"
 SMOKE = f"{TRAIN}:smoke"
 RESUME = f"{TRAIN} --config.checkpoint.resume=latest"
+READER = "python -m rewards_bridge.scorers.ocr_models --output outputs/ocr-models"
+TRAIN_OCR = "python -m udm_grpo.train --config configs/shapes_ocr.py"
+PRETRAIN_SIGNS = "python -m scripts.pretrain_signs --output outputs/pretrain_signs"
+LAUNCH = ("scripts/launch_", "sbatch ", "IMAGE=", "TPU_NAME=")
 PYTEST = "python -m pytest"
 PRETRAIN = "python -m scripts.pretrain_shapes --output outputs/pretrain_shapes"
 SERVE = "python -m rewards_bridge serve --scorer shapes --listen unix:/tmp/shapes.sock"
@@ -58,9 +62,9 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_readme_has_no_command_that_no_test_runs() -> None:
     known = (f"{INSTALL} && {TRAIN}", f"{INSTALL} && {PYTEST}", SMOKE, RESUME, PRETRAIN, SERVE, DOCTOR, INFO, VERIFY)
-    known += (REPORT, COMPARE)
+    known += (REPORT, COMPARE, READER, TRAIN_OCR, PRETRAIN_SIGNS)
     for command in commands():
-        assert command in known or command.startswith((SCORE, SAMPLE, PREPARE, EVALUATE)), command
+        assert command in known or command.startswith((SCORE, SAMPLE, PREPARE, EVALUATE, *LAUNCH)), command
     for command in known:
         assert command in commands(), command
 
@@ -78,6 +82,30 @@ def test_the_first_command_in_small_and_going_on(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["iterations"] == 2
     assert set(summary["by_steps"]) == {"10", "25"}
+
+
+def test_an_ocr_reward_in_small(tmp_path: Path) -> None:
+    """The reader's models by their command, then configs/shapes_ocr.py with fewer and smaller iterations."""
+    run(READER.replace("outputs/ocr-models", str(tmp_path / "models")))
+    models = "".join(
+        f" --config.rewards.scorers.ocr.options.{option}={tmp_path}/models/PP-OCRv5_mobile_{short}"
+        for option, short in (("detection", "det"), ("recognition", "rec"))
+    )
+    run(f"{TRAIN_OCR}:smoke --config.output_dir={tmp_path / 'run'}{models}")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["base"]["ocr"] >= summary["base"]["exact"] > 0.1
+    assert set(summary["final"]["tags"]) == {"one", "two", "three"}
+
+
+def test_the_launches_of_the_readme_print_what_they_would_do() -> None:
+    """Each with --dry-run put in; tests/test_launch.py looks at what they print."""
+    shown = [command for command in commands() if command.startswith(LAUNCH)]
+    assert len(shown) >= 4
+    for command in shown:
+        if command.startswith("sbatch "):
+            command = f"bash scripts/{command.partition('scripts/')[2]}"
+        dry = command.replace(" -- ", " --dry-run -- ") if " -- " in command else f"{command} --dry-run"
+        assert run(f"export CUDA_VISIBLE_DEVICES=0,1; {dry}").stdout.strip(), command
 
 
 def test_reports_of_one_run_and_of_two(tmp_path: Path) -> None:
