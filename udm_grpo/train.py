@@ -226,12 +226,13 @@ def open_reports(config: RunConfig, resume_after: int | None, stack: contextlib.
         output, logging.tensorboard, logging.wandb, resume_after=resume_after, config=as_dict(config), primary=primary
     )
     stack.enter_context(writer)
-    stream = None if primary else stack.enter_context(open(os.devnull, "w"))
+    stream, evaluations = None, None
+    if primary:
+        evaluations = stack.enter_context(contextlib.closing(JsonLines(output / "evaluations.jsonl", resume_after)))
+    else:
+        stream = stack.enter_context(open(os.devnull, "w"))
     progress = Progress(config.iterations, resume_after or 0, plain_every=10, stream=stream)
     stack.enter_context(contextlib.closing(progress))
-    if not primary:
-        return Reports(writer, None, progress, StageTimer())
-    evaluations = stack.enter_context(contextlib.closing(JsonLines(output / "evaluations.jsonl", resume_after)))
     return Reports(writer, evaluations, progress, StageTimer())
 
 
