@@ -12,6 +12,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = "configs/shapes.py:smoke"
+TOGETHER = (
+    "JAX_COORDINATOR_ADDRESS=node-0:8476 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0 "
+    "python -m udm_grpo.train --config configs/shapes.py"
+)
+"""The README's way to start one of several processes."""
 
 
 def environment(tmp: Path, devices: int = 1) -> dict[str, str]:
@@ -51,12 +56,12 @@ def train_together(output: Path, count: int, devices: int, *overrides: str) -> l
     """
     with socket.create_server(("", 0)) as first:
         port = first.getsockname()[1]
-    settings = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
-    shared = environment(output.parent, devices) | settings | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    address, number, identity = (word.partition("=")[0] for word in TOGETHER.split()[:3])
+    shared = environment(output.parent, devices) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     processes = []
     for process in range(count):
         with output.with_name(f"{output.name}-{process}.log").open("w") as log:
-            env = shared | {"JAX_PROCESS_ID": str(process)}
+            env = shared | {address: f"127.0.0.1:{port}", number: str(count), identity: str(process)}
             processes.append(
                 subprocess.Popen(command(output, *overrides), cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
             )

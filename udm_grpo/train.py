@@ -9,7 +9,7 @@ scores, advantages, update.
 """
 
 import contextlib
-import os
+import io
 import sys
 import time
 from collections.abc import Sequence
@@ -226,12 +226,11 @@ def open_reports(config: RunConfig, resume_after: int | None, stack: contextlib.
         output, logging.tensorboard, logging.wandb, resume_after=resume_after, config=as_dict(config), primary=primary
     )
     stack.enter_context(writer)
-    stream, evaluations = None, None
+    evaluations = None
     if primary:
         evaluations = stack.enter_context(contextlib.closing(JsonLines(output / "evaluations.jsonl", resume_after)))
-    else:
-        stream = stack.enter_context(open(os.devnull, "w"))
-    progress = Progress(config.iterations, resume_after or 0, plain_every=10, stream=stream)
+    unseen = None if primary else io.StringIO()
+    progress = Progress(config.iterations, resume_after or 0, plain_every=10, stream=unseen)
     stack.enter_context(contextlib.closing(progress))
     return Reports(writer, evaluations, progress, StageTimer())
 
