@@ -165,6 +165,22 @@ class MeshConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """The processes of a run, one a host; distributed.py says where what is not given here comes from."""
+
+    coordinator: str = ""
+    """host:port of process 0; empty: from the environment."""
+    processes: int = 0
+    """Their number; 0: from the environment."""
+    process_id: int = -1
+    """Which one this is, from 0; -1: from the environment."""
+    initialization_timeout_s: float = 300.0
+    """Seconds that the processes may take to find each other."""
+    silence_s: float = 60.0
+    """Seconds without a sign of life after which a process counts as lost and the others end."""
+
+
+@dataclass
 class EvaluationConfig:
     """Held-out evaluation; its images are drawn from the same noise each time."""
 
@@ -229,6 +245,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -59,6 +59,9 @@ def _ranges(config: RunConfig, problems: list[str]) -> None:
         if not 0 <= beta < 1:
             problems.append(f"optimizer.{name} is {beta}; set it to 0 or more and below 1.")
     _above_zero(problems, optimizer__max_grad_norm=optimizer.max_grad_norm, grpo__advantage_clip=grpo.advantage_clip)
+    _at_least(problems, 0, distributed__processes=config.distributed.processes)
+    _at_least(problems, 1, distributed__initialization_timeout_s=config.distributed.initialization_timeout_s)
+    _at_least(problems, 1, distributed__silence_s=config.distributed.silence_s)
     if not evaluation.steps:
         problems.append("evaluation.steps is empty; name at least one number of rollout steps.")
     elif min(evaluation.steps) < 1:

@@ -28,17 +28,21 @@ class MeshError(ValueError):
 def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
     """A mesh of axes data, fsdp and tensor; a size of -1 takes the rest of the devices.
 
-    Raises MeshError when the sizes do not multiply up to the number of devices.
+    The devices go in the order of their hosts, so a host holds neighbouring rows of a batch: whole groups, wherever the
+    rows of a host are a multiple of the group. Raises MeshError when the sizes do not multiply up to the number of
+    devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = sorted(jax.devices() if devices is None else devices, key=lambda each: (each.process_index, each.id))
     wanted = [sizes[axis] for axis in AXES]
     fixed = int(np.prod([size for size in wanted if size != -1]))
     if -1 in wanted and len(devices) % fixed == 0:
         wanted = [len(devices) // fixed if size == -1 else size for size in wanted]
     if -1 in wanted or int(np.prod(wanted)) != len(devices):
+        hosts = len({device.process_index for device in devices})
+        where = f" of {hosts} processes" if hosts > 1 else ""
         raise MeshError(
-            f"mesh {sizes} does not fit {len(devices)} device(s); the sizes must multiply to that number (-1 for one "
-            "of them takes the rest)."
+            f"mesh {sizes} does not fit {len(devices)} device(s){where}; the sizes must multiply to that number (-1 "
+            "for one of them takes the rest)."
         )
     grid = np.asarray(devices, dtype=object).reshape(wanted)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

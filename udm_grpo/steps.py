@@ -61,6 +61,8 @@ class Steps:
     """(state, training states, score f32[P,G]) -> the next state (the old one is donated), metrics."""
     compute_copy: Callable[[Params], Params]
     """Master weights -> one copy in the compute dtype."""
+    begin: Callable[[Params], TrainState]
+    """Master weights (donated) -> the state before the first update."""
 
 
 def make_plans(
@@ -194,6 +196,10 @@ def build(
             with_advantages(samples, score, grpo.advantage_clip, grpo.global_std),
         )
 
+    def begin(params: Params) -> TrainState:
+        ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay > 0 else None
+        return TrainState(params=params, opt_state=optimizer.init(params), ema=ema, step=jnp.int32(0))
+
     prepare = partial(prepare_samples, plans, path, micro_batch, grpo.updates_per_rollout > 1)
     return Steps(
         plans=plans,
@@ -203,6 +209,7 @@ def build(
         prepare=jax.jit(prepare, out_shardings=over_batch),
         update=jax.jit(update_step, out_shardings=(state_shardings, replicated), donate_argnums=0),
         compute_copy=jax.jit(partial(cast, dtype=plans.compute_dtype), out_shardings=state_shardings.params),
+        begin=jax.jit(begin, out_shardings=state_shardings, donate_argnums=0),
     )
 
 

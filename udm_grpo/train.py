@@ -9,10 +9,10 @@ scores, advantages, update.
 """
 
 import contextlib
+import io
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rewards_bridge.errors import BridgeError, UsageError
-from rewards_bridge.scorers.base import Scores
+from udm_grpo import distributed, hosts, scoring
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params, Rollout, TrainState
 from udm_grpo.command_line import field_values, parse
@@ -34,7 +34,7 @@ from udm_grpo.host.checkpoint import restore as restore_checkpoint
 from udm_grpo.host.environment import begin
 from udm_grpo.host.metrics import JsonLines, MetricsWriter, Progress, StageTimer, write_json
 from udm_grpo.host.pictures import before_after, image_grid
-from udm_grpo.host.rewards import Rewards, collect
+from udm_grpo.host.rewards import Rewards
 from udm_grpo.host.run_folder import RunFolderError
 from udm_grpo.host.weights import WeightsError, save_folder
 from udm_grpo.mesh import MeshError
@@ -47,33 +47,35 @@ class Reports:
     """Where a run tells how it goes."""
 
     writer: MetricsWriter
-    evaluations: JsonLines
+    evaluations: JsonLines | None
+    """Of process 0; the others write nothing."""
     progress: Progress
     timer: StageTimer
 
 
 def roll_out(
     run: Run, policy: Params, texts: Sequence[str], metadata: Sequence[dict[str, Any]], step: int
-) -> tuple[jax.Array, Rollout, list["Future[Scores]"]]:
+) -> tuple[jax.Array, Rollout, list[scoring.Ticket]]:
     """Draw the B images of an iteration in micro-batches, each on its way to the scorer while the next is computed.
 
-    Returns prompt ids i32[B, L], the rollout of all B, and the scorer's tickets.
+    Returns prompt ids i32[B, L], the rollout of all B, and the tickets of this host's images.
     """
     given = run.config.rollout
     rows = np.repeat(np.arange(given.prompts), given.group_size)
-    prompt_ids = run.prompt_ids([texts[row] for row in rows])
+    asked, about = [texts[row] for row in rows], [metadata[row] for row in rows]
     empty_ids, key = run.empty_ids(), run.key(Stage.ROLLOUT, step)
     slices = [slice(at, at + given.micro_batch) for at in range(0, len(rows), given.micro_batch)]
     parts, decoded = [], []
     for part in slices:
-        index = jax.device_put(np.arange(part.start, part.stop, dtype=np.int32), meshes.over_batch(run.mesh))
-        parts.append(run.steps.rollout(policy, prompt_ids[part], empty_ids, index, key))
+        index = hosts.put(np.arange(part.start, part.stop, dtype=np.int32), meshes.over_batch(run.mesh))
+        parts.append(run.steps.rollout(policy, run.prompt_ids(asked[part]), empty_ids, index, key))
         decoded.append(run.steps.decode(run.vq_params, parts[-1].clean))
     tickets = [
-        run.client.submit(np.asarray(images), [texts[row] for row in rows[part]], [metadata[row] for row in rows[part]])
+        ticket
         for part, images in zip(slices, decoded, strict=True)
+        for ticket in scoring.submit(run.client, images, part.start, asked[part], about[part])
     ]
-    return prompt_ids, _joined(parts), tickets
+    return run.prompt_ids(asked), _joined(parts), tickets
 
 
 def _joined(parts: Sequence[Rollout]) -> Rollout:
@@ -99,8 +101,8 @@ def iterate(
         samples = run.steps.prepare(policy, reference, prompt_ids, rolled, run.key(Stage.STATES, step))
         jax.block_until_ready(samples)
     with timer("reward"):
-        rewards = collect(tickets)
-    score = jax.device_put(rewards.score.reshape(given.prompts, given.group_size), meshes.replicated(run.mesh))
+        rewards = scoring.collect(tickets, given.prompts * given.group_size)
+    score = hosts.put(rewards.score.reshape(given.prompts, given.group_size), meshes.replicated(run.mesh))
     with timer("update"):
         for _ in range(run.config.grpo.updates_per_rollout):
             state, metrics = run.steps.update(state, samples, score)
@@ -132,8 +134,9 @@ def draw_samples(run: Run, reports: Reports, state: TrainState, step: int) -> No
     """Write the sample pictures of this moment."""
     images, captions = pictures(run, run.steps.compute_copy(state.params))
     path = run.output / "pictures" / f"{step:06d}.png"
-    image_grid(images, captions, 4, path)
-    reports.writer.picture(step, "samples", path)
+    if hosts.is_primary():
+        image_grid(images, captions, 4, path)
+        reports.writer.picture(step, "samples", path)
 
 
 def evaluate_on_the_way(run: Run, reports: Reports, state: TrainState, position: Position) -> Position:
@@ -141,12 +144,13 @@ def evaluate_on_the_way(run: Run, reports: Reports, state: TrainState, position:
     given, step = run.config.evaluation, position.step
     params = _last(state)
     found = evaluate(run, run.steps.compute_copy(params), given.prompts, given.steps[0], extremes_file(run, step))
-    reports.evaluations.append(step, found)
+    if reports.evaluations:
+        reports.evaluations.append(step, found)
     means = {name: round(value, 4) for name, value in found.items() if isinstance(value, float)}
     reports.progress.message(f"held-out after {step} iterations, {given.steps[0]} steps: {means}")
     if run.config.checkpoint.keep_best and (position.best is None or found["score"] > position.best):
         position = replace(position, best=found["score"])
-        run.checkpoints.save_best(step, {"params": params}, {"score": found["score"]})
+        run.checkpoints.begin_best(step, {"params": params}, {"score": found["score"]})
     return position
 
 
@@ -162,14 +166,14 @@ def look(run: Run, reports: Reports, state: TrainState, position: Position) -> P
         draw_samples(run, reports, state, step)
     if given.every and step % given.every == 0 and step < run.config.iterations:
         position = evaluate_on_the_way(run, reports, state, position)
-    return position
+    return replace(position, looked=True)
 
 
 def final_params(run: Run, state: TrainState) -> Params:
     """What the run ends with: the best weights if they were kept, else the moving average, else the last."""
     last = _last(state)
-    best = run.checkpoints.best() if run.config.checkpoint.keep_best else None
-    if best is None:
+    best = hosts.from_primary(lambda: str(run.checkpoints.best() or "")) if run.config.checkpoint.keep_best else ""
+    if not best:
         return last
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), last)
     return restore_checkpoint(best, {"params": like})[0]["params"]
@@ -177,14 +181,15 @@ def final_params(run: Run, state: TrainState) -> Params:
 
 def finish(run: Run, reports: Reports, state: TrainState, reference: Params, position: Position) -> dict[str, Any]:
     """The last evaluation, the picture of before and after, the export and summary.json; returns the summary."""
+    run.checkpoints.finish()
     params = final_params(run, state)
     policy = run.steps.compute_copy(params)
     began = time.monotonic()
     final = evaluate_all(run, policy, position.step)
     before, captions = pictures(run, reference)
     after, _ = pictures(run, policy)
-    before_after(before, after, captions, run.output / "before_after.png")
-    save_folder(exported(run.checkpoint, params), run.output / "export")
+    export = exported(run.checkpoint, params)
+    save_folder(export, run.output / "export", fetch=hosts.block, write=hosts.is_primary())
     first = str(run.config.evaluation.steps[0])
     summary = {
         "iterations": position.step,
@@ -193,7 +198,9 @@ def finish(run: Run, reports: Reports, state: TrainState, reference: Params, pos
         "final": final[first],
         "by_steps": {steps: {"base": position.base[steps], "final": final[steps]} for steps in final},
     }
-    write_json(run.output / "summary.json", summary)
+    if hosts.is_primary():
+        before_after(before, after, captions, run.output / "before_after.png")
+        write_json(run.output / "summary.json", summary)
     for steps, pair in summary["by_steps"].items():
         words = ", ".join(
             f"{name} {pair['base'][name]:.3f} -> {value:.3f}"
@@ -214,23 +221,44 @@ def write_page(reports: Reports, output: Path) -> None:
         reports.progress.message(f"no report: {error}")
 
 
+def stop(run: Run, reports: Reports, position: Position) -> dict[str, Any]:
+    """The end of a run that was asked to stop, once its checkpoint is good; returns how far it came."""
+    run.checkpoints.finish()
+    reports.progress.message(
+        f"stopped by SIGTERM after {position.step} of {run.config.iterations} iterations; go on with "
+        "--config.checkpoint.resume=latest"
+    )
+    return {"iterations": position.step, "seconds": position.seconds, "stopped": True}
+
+
 def open_reports(config: RunConfig, resume_after: int | None, stack: contextlib.ExitStack) -> Reports:
     """Open the run's files and its progress bar; lines past `resume_after` (None: a fresh run) are dropped."""
-    output, logging = Path(config.output_dir), config.logging
-    begin(output, resume_after)
-    writer = stack.enter_context(
-        MetricsWriter(output, logging.tensorboard, logging.wandb, resume_after=resume_after, config=as_dict(config))
+    output, logging, primary = Path(config.output_dir), config.logging, hosts.is_primary()
+    if primary:
+        begin(output, resume_after)
+    writer = MetricsWriter(
+        output, logging.tensorboard, logging.wandb, resume_after=resume_after, config=as_dict(config), primary=primary
     )
-    evaluations = stack.enter_context(contextlib.closing(JsonLines(output / "evaluations.jsonl", resume_after)))
-    progress = stack.enter_context(contextlib.closing(Progress(config.iterations, resume_after or 0, plain_every=10)))
+    stack.enter_context(writer)
+    evaluations = None
+    if primary:
+        evaluations = stack.enter_context(contextlib.closing(JsonLines(output / "evaluations.jsonl", resume_after)))
+    unseen = None if primary else io.StringIO()
+    progress = Progress(config.iterations, resume_after or 0, plain_every=10, stream=unseen)
+    stack.enter_context(contextlib.closing(progress))
     return Reports(writer, evaluations, progress, StageTimer())
 
 
 def train(config: RunConfig) -> dict[str, Any]:
-    """Run a whole training and return its summary; raises ConfigError before anything is started."""
+    """Run a whole training and return its summary; raises ConfigError before anything is started.
+
+    SIGTERM ends it after the iteration that is being made, with a checkpoint to go on from. With several processes all
+    of them call this inside of `distributed.joined`.
+    """
     validate(config)
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
+        asked = stack.enter_context(distributed.interruption())
         run, abstract = open_run(config, stack)
         state, reference, position = start(run, abstract)
         done = 0 if position is None else position.step
@@ -238,20 +266,27 @@ def train(config: RunConfig) -> dict[str, Any]:
         if position is None:
             reports.progress.message("evaluating the start model")
             position = Position(step=0, seconds=0.0, base=evaluate_all(run, reference, 0), best=None)
-            reports.evaluations.append(0, position.base[str(config.evaluation.steps[0])])
+            if reports.evaluations:
+                reports.evaluations.append(0, position.base[str(config.evaluation.steps[0])])
             if config.evaluation.picture_every:
                 draw_samples(run, reports, state, 0)
         spent = position.seconds
+        if not position.looked:
+            position = look(run, reports, state, position)
         for step in range(done, config.iterations):
             state, rewards, metrics = iterate(run, state, reference, step, reports.timer)
             report(reports, config, step + 1, rewards, metrics)
-            position = replace(position, step=step + 1, seconds=spent + time.monotonic() - began)
+            position = replace(position, step=step + 1, seconds=spent + time.monotonic() - began, looked=False)
+            if step + 1 < config.iterations and hosts.any_process(asked.requested):
+                save(run, state, reference, position)
+                return stop(run, reports, position)
             position = look(run, reports, state, position)
             every = config.checkpoint.every
             if step + 1 == config.iterations or (every and (step + 1) % every == 0):
                 save(run, state, reference, position)
         summary = finish(run, reports, state, reference, position)
-        write_page(reports, run.output)
+        if hosts.is_primary():
+            write_page(reports, run.output)
         return summary
 
 
@@ -263,9 +298,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fields and their defaults (udm_grpo/config.py says what each is):")
         print("\n".join(f"  --config.{name}={value}" for name, value in field_values(RunConfig())))
         return 0
+    expected = (ConfigError, MeshError, WeightsError, CheckpointError, BridgeError, UsageError, OSError)
     try:
-        train(parse(words))
-    except (ConfigError, MeshError, WeightsError, CheckpointError, BridgeError, UsageError, OSError) as error:
+        config = parse(words)
+        validate(config)
+        with distributed.joined(config.distributed, expected):
+            train(config)
+    except expected as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
