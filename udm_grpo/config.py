@@ -214,6 +214,8 @@ class CheckpointConfig:
     """Newest checkpoints that are kept."""
     resume: str = "none"
     """latest (of output_dir; starts afresh when there is none), none, or the path of a checkpoint."""
+    stopped_status: int = 0
+    """Exit status of a run that SIGTERM has stopped; not 0 where a scheduler starts again only what has failed."""
     keep_best: bool = False
     """Also keep the weights with the best held-out score on the way, and export those."""
 

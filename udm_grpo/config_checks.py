@@ -47,6 +47,8 @@ def _ranges(config: RunConfig, problems: list[str]) -> None:
     _at_least(problems, 0, evaluation__extremes=evaluation.extremes)
     _at_least(problems, 0, checkpoint__every=config.checkpoint.every, model__text_length=config.model.text_length)
     _at_least(problems, 1, checkpoint__keep=config.checkpoint.keep)
+    if not 0 <= config.checkpoint.stopped_status <= 125:
+        problems.append(f"checkpoint.stopped_status is {config.checkpoint.stopped_status}; set it to 0 to 125.")
     _at_least(problems, 0, grpo__kl_weight=grpo.kl_weight, grpo__clip_range=grpo.clip_range)
     _at_least(problems, 0, optimizer__learning_rate=optimizer.learning_rate, rollout__shift=rollout.shift)
     _at_least(problems, 0, optimizer__warmup_updates=optimizer.warmup_updates)

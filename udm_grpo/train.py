@@ -303,11 +303,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(words)
         validate(config)
         with distributed.joined(config.distributed, expected):
-            train(config)
+            summary = train(config)
     except expected as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return config.checkpoint.stopped_status if summary.get("stopped") else 0
 
 
 if __name__ == "__main__":
