@@ -21,11 +21,12 @@ from udm_grpo.diffusion.path import Path as NoisePath
 from udm_grpo.diffusion.path import make_path
 from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.host import rewards
-from udm_grpo.host.checkpoint import Checkpoints, check_same_run, resolve_resume
+from udm_grpo.host.checkpoint import Checkpoints, check_same_run, read_meta, resolve_resume
 from udm_grpo.host.checkpoint import restore as restore_checkpoint
 from udm_grpo.host.metrics import write_json
 from udm_grpo.host.prompts import PromptSet, read_prompts
 from udm_grpo.host.weights import Checkpoint, load_folder
+from udm_grpo.model import lora, transformer
 from udm_grpo.steps import Steps, build, make_plans
 
 MOST_PROBLEMS = 50
@@ -38,6 +39,7 @@ class Stage(enum.IntEnum):
     ROLLOUT = 0
     STATES = 1
     EVALUATION = 2
+    ADAPTER = 3
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ class Run:
     config: RunConfig
     mesh: Mesh
     checkpoint: Checkpoint
-    """The start model as it lies on disk; its configs and tokenizer go into the export."""
+    """The start model as it lies on disk; its configs and tokenizer go into the export.
+
+    Once training has begun, its transformer is empty (`without_start_weights`).
+    """
     steps: Steps
     vq_params: Params
     train: PromptSet
@@ -96,6 +101,8 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         part: {name: given[name] for name in ("scorer", "weight", "options")}
         for part, given in fields["rewards"]["scorers"].items()
     }
+    if not config.lora.rank:
+        fields.pop("lora")
     fields["rollout"].pop("micro_batch")
     fields["optimizer"].pop("micro_batch")
     return fields
@@ -149,6 +156,17 @@ def _abstract_state(optimizer: Any, params: Params, ema: bool, mesh: Mesh) -> Tr
     )
 
 
+def _trained(config: RunConfig, checkpoint: Checkpoint) -> Params:
+    """What is trained, perhaps abstract: all weights, or an adapter of them; raises ConfigError for a rank too high."""
+    given = config.lora
+    if not given.rank:
+        return checkpoint.transformer
+    try:
+        return lora.abstract(checkpoint.transformer_config, given.rank, lora.targets(given.targets))
+    except ValueError as error:
+        raise ConfigError(f"lora.rank does not fit {config.model.path}: {error}.") from None
+
+
 def path_of(checkpoint: Checkpoint) -> NoisePath:
     """The probability path of a checkpoint."""
     scheduler = checkpoint.scheduler
@@ -191,7 +209,7 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
         meshes.batch_shards(mesh),
     )
     optimizer = optimizer_of(config)
-    abstract = _abstract_state(optimizer, checkpoint.transformer, config.optimizer.ema_decay > 0, mesh)
+    abstract = _abstract_state(optimizer, _trained(config, checkpoint), config.optimizer.ema_decay > 0, mesh)
     path = jax.device_put(path_of(checkpoint), meshes.replicated(mesh))
     client = stack.enter_context(rewards.connect(config.rewards, output / "kept_images"))
     _check_prompts(client, "prompts.train", train)
@@ -215,15 +233,19 @@ def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position 
     """(state, reference parameters, position): of the checkpoint to go on from, or fresh with position None.
 
     The reference is part of every checkpoint, so that a resumed run keeps the model it started from whatever has
-    become of the folder since.
+    become of the folder since. It is also the base of an adapter.
     """
+    whole = transformer.abstract(run.checkpoint.transformer_config)
     reference = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, run.steps.plans.compute_dtype, sharding=leaf.sharding),
-        abstract.params,
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, run.steps.plans.compute_dtype, sharding=sharding),
+        whole,
+        meshes.shardings(run.mesh, whole),
     )
     found = resolve_resume(run.config.checkpoint.resume, run.checkpoints.folder)
     if found is None:
         run.checkpoints.set_aside_after(-1)
+        if run.config.lora.rank:
+            return *_fresh_adapter(run, abstract, reference), None
         master = jax.tree.map(
             lambda leaf, like: jax.device_put(np.asarray(leaf, np.float32), like.sharding),
             run.checkpoint.transformer,
@@ -231,11 +253,31 @@ def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position 
         )
         state = _fresh_state(run, abstract, master)
         return state, run.steps.compute_copy(master), None
+    check_same_run(read_meta(found), fingerprint(run.config))
     saved, meta = restore_checkpoint(found, {"state": abstract, "reference": reference})
-    check_same_run(meta, fingerprint(run.config))
     position = Position(**meta["position"])
     run.checkpoints.set_aside_after(position.step)
     return saved["state"], saved["reference"], position
+
+
+def without_start_weights(run: Run) -> Run:
+    """The run without the start model's own copy of the transformer, which nothing needs once training has begun."""
+    return replace(run, checkpoint=replace(run.checkpoint, transformer={}))
+
+
+def _fresh_adapter(run: Run, abstract: TrainState, reference: Params) -> tuple[TrainState, Params]:
+    """(state of a fresh adapter, the frozen base on the devices in the compute dtype)."""
+    base = jax.tree.map(
+        lambda leaf, like: jax.device_put(np.asarray(leaf, like.dtype), like.sharding),
+        run.checkpoint.transformer,
+        reference,
+    )
+    adapter = jax.tree.map(
+        lambda leaf, like: jax.device_put(np.asarray(leaf), like.sharding),
+        lora.init(abstract.params, run.key(Stage.ADAPTER, 0)),
+        abstract.params,
+    )
+    return _fresh_state(run, abstract, adapter), base
 
 
 def _fresh_state(run: Run, abstract: TrainState, master: Params) -> TrainState:

@@ -101,20 +101,26 @@ def problems(wanted: Mapping[str, Source], found: Mapping[str, TensorInfo]) -> l
     return lines
 
 
-def to_tree(wanted: Mapping[str, Source], tree: Params, read: Callable[[str], np.ndarray], dtype: jnp.dtype) -> Params:
-    """Return the parameters in the form of the abstract `tree`, read tensor by tensor."""
+def to_tree(
+    wanted: Mapping[str, Source],
+    tree: Params,
+    read: Callable[[str], np.ndarray],
+    dtype: jnp.dtype,
+    place: Callable[[np.ndarray], Any] = jnp.asarray,
+) -> Params:
+    """Return the parameters in the form of the abstract `tree`, read tensor by tensor; `place` is given each leaf."""
     names = dict[str, list[str]]()
     for name, source in wanted.items():
         names.setdefault(source.path, []).append(name)
 
-    def leaf(path: tuple[Any, ...], abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    def leaf(path: tuple[Any, ...], abstract: jax.ShapeDtypeStruct) -> Any:
         members = names[jax.tree_util.keystr(path, simple=True, separator="/")]
         made = np.empty(abstract.shape, dtype)
         for name in members:
             source = wanted[name]
             target = made if source.layer is None else made[source.layer]
             target[...] = _forward(read(name), source.transform)
-        return jnp.asarray(made)
+        return place(made)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 

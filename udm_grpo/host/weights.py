@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +123,20 @@ def load_folder(folder: PathLike, dtype: str = "float32", prompt_length: int | N
     )
 
 
-def load_transformer(path: PathLike, config: TransformerConfig, dtype: str = "float32") -> Params:
-    """Read a transformer's parameters from its folder or from one tensor file; raises WeightsError listing problems."""
+def load_transformer(
+    path: PathLike, config: TransformerConfig, dtype: str = "float32", place: Callable[[np.ndarray], Any] = jnp.asarray
+) -> Params:
+    """Read a transformer's parameters from its folder or from one tensor file; raises WeightsError listing problems.
+
+    place: is given each leaf; np.asarray leaves them on the host.
+    """
     _check_dtype(dtype)
     path, found = Path(path), Problems()
     wanted = sources(TRANSFORMER_TABLE, transformer.abstract(config))
     weights = found.part(path, wanted)
     found.raise_any(path)
     assert weights
-    return _read_tree(weights, TRANSFORMER_TABLE, transformer.abstract(config), dtype)
+    return to_tree(wanted, transformer.abstract(config), weights.read, jnp.dtype(dtype), place)
 
 
 def save_folder(checkpoint: Checkpoint, folder: PathLike, dtype: str | None = None) -> None:
