@@ -234,7 +234,7 @@ def test_errors(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "is a released folder; wanted": ("to-pytorch", "--checkpoint", SHAPES, "--base", SHAPES, "--output", free),
         "orbax: 7 problem(s)": ("from-pytorch", "--checkpoint", orbax, "--output", free),
         "use to-pytorch first": ("verify", golden, orbax, "--forward"),
-        "one of the arguments --output --transformer-only is required": (*base, golden),
+        "one of the arguments --output --transformer-only --adapter is required": (*base, golden),
         "are required: COMMAND": (),
     }
     for text, words in wanted.items():

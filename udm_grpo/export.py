@@ -29,7 +29,7 @@ def export(run: Run, state: TrainState, judged: Params, reference: Params) -> No
             save_folder(exported(run.checkpoint, params), run.output / f"export{ending}")
             continue
         adapter = jax.device_get(params)
-        write_adapter(run.output / f"export_lora{ending}", adapter, given.alpha, Path(run.config.model.path).name)
+        write_adapter(run.output / f"export_lora{ending}", adapter, given.alpha)
         merged = merge_on_host(base, adapter, lora.factor(given))
         save_folder(exported(run.checkpoint, merged), run.output / f"export{ending}")
 

@@ -79,8 +79,8 @@ def update(
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """(next state, metrics): gradients in `compute_dtype` on one copy of the weights, the step on float32 masters.
 
-    `optimizer` clips the gradients itself; the metric `grad_norm` is their norm before that. With `base`, frozen weights
-    in `compute_dtype`, the state is that of an adapter which counts `factor` times.
+    `optimizer` clips the gradients itself; the metric `grad_norm` is their norm before that. With `base`, frozen
+    weights in `compute_dtype`, the state is that of an adapter which counts `factor` times.
 
     Source: UDM-GRPO, arXiv 2604.18518.
     """

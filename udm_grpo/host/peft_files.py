@@ -44,8 +44,8 @@ UNUSED: Mapping[str, Any] = {
 """Fields of adapter_config.json for what no adapter here has, with the value (or one that is as empty) that says so."""
 
 
-def write_adapter(folder: PathLike, adapter: Params, alpha: float, base: str) -> None:
-    """Write an adapter (not `scaled`) in float32; `base` is a name for the model that it belongs to.
+def write_adapter(folder: PathLike, adapter: Params, alpha: float) -> None:
+    """Write an adapter (not `scaled`) in float32.
 
     Raises FileExistsError rather than overwrite anything but an adapter, and OSError if the disk is full.
     """
@@ -55,7 +55,7 @@ def write_adapter(folder: PathLike, adapter: Params, alpha: float, base: str) ->
     config = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": None,  # PEFT would take the name of a folder for one on the hub, and ask there
         "inference_mode": True,
         "r": next(iter(leaves.values())).shape[-1],  # of lora_a, which comes before lora_b
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,

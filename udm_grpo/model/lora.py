@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Key
 
 from udm_grpo.batches import Params
@@ -64,12 +65,14 @@ def abstract(config: TransformerConfig, rank: int, names: Sequence[str]) -> Para
             leaf: jax.ShapeDtypeStruct(shapes[leaf], jnp.dtype(jnp.float32)) for leaf in ADAPTER
         }
     if too_small:
-        raise ValueError(f"the rank is {rank}, more than the smaller side of {', '.join(too_small)}; choose a lower one")
+        raise ValueError(
+            f"the rank is {rank}, more than the smaller side of {', '.join(too_small)}; choose a lower one"
+        )
     return {"layers": made}
 
 
 def init(adapter: Params, key: Key[Array, ""]) -> Params:
-    """A fresh adapter in the form of the abstract one: A uniform in +- 1/sqrt(in), B zero, so that it changes nothing."""
+    """A fresh adapter in the form of the abstract one: A uniform in +- 1/sqrt(in), B zero: it changes nothing yet."""
     leaves, form = jax.tree_util.tree_flatten_with_path(adapter)
     made = []
     for index, (path, leaf) in enumerate(leaves):
@@ -85,7 +88,7 @@ def init(adapter: Params, key: Key[Array, ""]) -> Params:
 def scaled(adapter: Params, by: float) -> Params:
     """The adapter with every B times `by`; also the way back of a gradient through it, the map being linear."""
 
-    def one(path: tuple, leaf: Array) -> Array:
+    def one(path: tuple, leaf: Array | np.ndarray) -> Array | np.ndarray:
         return leaf * by if path[-1].key == "lora_b" else leaf
 
     return jax.tree_util.tree_map_with_path(one, adapter)

@@ -253,7 +253,8 @@ def hidden_states(
 ) -> Float[Array, "b s d"]:
     """The trunk's output at all S = L + 1 + N rows, after the last norm, in the dtype of `params`.
 
-    `params` may hold an adapter (`lora.attach`). `grid` is (h, w) with h*w = N. The logits of image token n are read one position to the left, at row L + n.
+    `grid` is (h, w) with h*w = N. The logits of image token n are read one position to the left, at row L + n.
+    `params` may hold an adapter (`lora.attach`).
 
     Source: URSA, arXiv 2510.24717; Qwen3.
     """
