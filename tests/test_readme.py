@@ -32,6 +32,8 @@ DOCTOR = "python -m rewards_bridge doctor"
 SAMPLE = "python -m udm_grpo.sample --checkpoint udm_grpo/assets/ursa-shapes --output outputs/pictures"
 INFO = "python -m udm_grpo.convert info udm_grpo/assets/ursa-shapes"
 VERIFY = "python -m udm_grpo.convert verify udm_grpo/assets/ursa-shapes udm_grpo/assets/ursa-shapes --forward"
+LORA = f"{SMOKE} --config.output_dir=outputs/lora --config.lora.rank=8 --config.optimizer.learning_rate=2e-3"
+ADAPTED = "python -m udm_grpo.sample --checkpoint udm_grpo/assets/ursa-shapes --adapter outputs/lora/export_lora"
 SCORE = "python -m rewards_bridge score --scorer shapes"
 
 
@@ -51,9 +53,20 @@ def run(command: str, tmp: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_readme_has_no_command_that_no_test_runs() -> None:
-    known = (f"{INSTALL} && {TRAIN}", f"{INSTALL} && {PYTEST}", SMOKE, RESUME, PRETRAIN, SERVE, DOCTOR, INFO, VERIFY)
+    known = (
+        f"{INSTALL} && {TRAIN}",
+        f"{INSTALL} && {PYTEST}",
+        SMOKE,
+        RESUME,
+        PRETRAIN,
+        SERVE,
+        DOCTOR,
+        INFO,
+        VERIFY,
+        LORA,
+    )
     for command in commands():
-        assert command in known or command.startswith((SCORE, SAMPLE)), command
+        assert command in known or command.startswith((SCORE, SAMPLE, ADAPTED)), command
     for command in known:
         assert command in commands(), command
 
@@ -74,10 +87,21 @@ def test_the_first_command_in_small_and_going_on(tmp_path: Path) -> None:
 
 
 def test_pictures_of_prompts(tmp_path: Path) -> None:
-    command = next(command for command in commands() if command.startswith(SAMPLE))
+    command = next(command for command in commands() if command.startswith(f"{SAMPLE} "))
     run(command.replace("outputs/pictures", str(tmp_path / "pictures")), tmp_path)
     assert len(list((tmp_path / "pictures").glob("*/samples/*.png"))) == 8
     assert (tmp_path / "pictures" / "contact_sheet.png").exists()
+
+
+def test_an_adapter_is_trained_and_drawn_with(tmp_path: Path) -> None:
+    small = "--config.iterations=1 --config.evaluation.final_prompts=2 --config.evaluation.picture_prompts=2"
+    run(f"{LORA} {small}".replace("outputs/lora", str(tmp_path / "lora")), tmp_path)
+    command = next(command for command in commands() if command.startswith(ADAPTED))
+    moved = command.replace("outputs/lora", str(tmp_path / "lora")).replace(
+        "outputs/pictures_lora", str(tmp_path / "p")
+    )
+    run(moved, tmp_path)
+    assert len(list((tmp_path / "p").glob("*/samples/*.png"))) == 4
 
 
 def test_a_checkpoint_is_described_and_compared(tmp_path: Path) -> None:
