@@ -100,6 +100,7 @@ def test_a_trained_checkpoint_is_its_export(trained: Path, tmp_path: Path, capsy
         assert equal(tmp_path / weights, trained / "checkpoints", "--weights", weights)
     for name in (WEIGHTS, "vae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"):
         assert (tmp_path / "ema" / name).read_bytes() == (trained / "export" / name).read_bytes()
+    assert (tmp_path / "params" / WEIGHTS).read_bytes() == (trained / "export_raw" / WEIGHTS).read_bytes()
     assert not equal(tmp_path / "params", trained / "export")
     capsys.readouterr()
     assert call("info", trained / "checkpoints" / "00000001", "--json") == 0

@@ -24,7 +24,7 @@ from udm_grpo.command_line import parse
 from udm_grpo.config import ConfigError, LoraConfig
 from udm_grpo.export import start_weights, unrounded
 from udm_grpo.grpo.loss import LossPlan
-from udm_grpo.grpo.update import accumulated_gradients, update
+from udm_grpo.grpo.update import accumulated_gradients, cast, update
 from udm_grpo.host.checkpoint import CheckpointError, Checkpoints
 from udm_grpo.host.peft_files import merge_on_host
 from udm_grpo.host.weight_table import leaves_by_path
@@ -102,6 +102,26 @@ def test_gradients_follow_the_chain_rule() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), after.ema, average)
 
 
+def test_bfloat16_computes_on_a_rounded_base_and_exact_adapters() -> None:
+    base, samples = init(CONFIG, jax.random.key(0)), _random_samples()
+    adapter = drawn(lora.abstract(CONFIG, 3, lora.targets(("q_proj", "up_proj"))))
+    optimizer = optax.sgd(1.0)
+    state = TrainState(adapter, optimizer.init(adapter), None, jnp.int32(0))
+    (after, found), (exact, wanted) = (
+        update(CONFIG, Execution(), LOSS, optimizer, 0.0, dtype, 4, state, samples, cast(base, dtype), 2.0)
+        for dtype in (jnp.bfloat16, jnp.float32)
+    )
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(after.params))
+    np.testing.assert_allclose(found["logp"], wanted["logp"], rtol=0.02)
+    moved, exactly = (
+        np.concatenate(
+            [np.ravel(new - old) for new, old in zip(jax.tree.leaves(x), jax.tree.leaves(adapter), strict=True)]
+        )
+        for x in (after.params, exact.params)
+    )
+    assert np.corrcoef(moved, exactly)[0, 1] > 0.99
+
+
 def test_an_update_makes_nothing_of_the_bases_size() -> None:
     """Neither gradients nor copies of the frozen weights, the head's included."""
     config = TransformerConfig(64, 96, 1, 1, 2, 1e6, 4106, 10, 4096, 2)
@@ -137,6 +157,13 @@ def test_patterns_and_ranks_that_cannot_be() -> None:
         lora.abstract(TransformerConfig(32, 48, 2, 1, 2, 1e6, 30, 10, 20, 2), 33, ("q_proj",))
 
 
+def live() -> Counter:
+    """Shape -> pieces of memory that arrays of this shape lie in; on CPU several arrays may share one."""
+    gc.collect()
+    places = {(leaf.shape, leaf.unsafe_buffer_pointer()) for leaf in jax.live_arrays()}
+    return Counter(shape for shape, _ in places)
+
+
 class Runs:
     """Runs in this process that share their compiled stages; what lies on the devices after each iteration is kept."""
 
@@ -149,8 +176,7 @@ class Runs:
             return made[-1]
 
         def look_at(run, reports, state, reference, position):
-            gc.collect()
-            self.live.append((reference, Counter(leaf.shape for leaf in jax.live_arrays())))
+            self.live.append((reference, live()))
             return look(run, reports, state, reference, position)
 
         patch.setattr(udm_grpo.run, "build", build_once)
@@ -169,9 +195,8 @@ def runs():
 
 @pytest.fixture(scope="module")
 def before() -> Counter:
-    """Arrays that lay on the devices before any run."""
-    gc.collect()
-    return Counter(leaf.shape for leaf in jax.live_arrays())
+    """Memory that was in use before any run."""
+    return live()
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +257,7 @@ def test_a_run_does_not_go_on_with_another_adapter(finished: Path, runs: Runs, t
     with pytest.raises(CheckpointError, match=r"lora\.alpha: saved 12\.0, now 6\.0"):
         runs(tmp_path / "alpha", resume, "lora.alpha=6.0")
     with pytest.raises(ConfigError, match=r"lora\.rank does not fit .*ursa-shapes: the rank is 200, .*q_proj is 128 x"):
-        runs(tmp_path / "rank", "lora.rank=200")
+        runs(tmp_path / "rank", "lora.rank=200", "lora.targets=('q_proj', 'v_proj')")
 
 
 def call(*words: object) -> int:
