@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -178,6 +178,7 @@ def build(
         out = Rollout(first, kept, kept)
         return jax.jit(partial(rollout, plans.transformer, plans.execution, path, plan), out_shardings=out)
 
+    @cache  # a second evaluation with these steps compiles nothing
     def evaluation_step(steps: int) -> RolloutStep:
         return rollout_step(
             RolloutPlan(grid=plans.rollout.grid, steps=steps, shift=plans.rollout.shift, rows=plans.rollout.rows)
