@@ -41,6 +41,8 @@ INFO = "python -m udm_grpo.convert info udm_grpo/assets/ursa-shapes"
 VERIFY = "python -m udm_grpo.convert verify udm_grpo/assets/ursa-shapes udm_grpo/assets/ursa-shapes --forward"
 REPORT = "python -m udm_grpo.report outputs/shapes"
 COMPARE = f"{REPORT} outputs/other --output comparison.html"
+LORA = f"{SMOKE} --config.output_dir=outputs/lora --config.lora.rank=8 --config.optimizer.learning_rate=2e-3"
+ADAPTED = "python -m udm_grpo.sample --checkpoint udm_grpo/assets/ursa-shapes --adapter outputs/lora/export_lora"
 SCORE = "python -m rewards_bridge score --scorer shapes"
 PREPARE = "python -m scripts.prepare_prompts"
 
@@ -62,11 +64,11 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_readme_has_no_command_that_no_test_runs() -> None:
     known = (f"{INSTALL} && {TRAIN}", f"{INSTALL} && {PYTEST}", SMOKE, RESUME, PRETRAIN, SERVE, DOCTOR, INFO, VERIFY)
-    known += (REPORT, COMPARE, READER, TRAIN_OCR, PRETRAIN_SIGNS)
+    known += (REPORT, COMPARE, READER, TRAIN_OCR, PRETRAIN_SIGNS, LORA)
     for command in commands():
         if command == TOGETHER:
             continue  # tests/test_train.py runs several of it
-        assert command in known or command.startswith((SCORE, SAMPLE, PREPARE, EVALUATE, *LAUNCH)), command
+        assert command in known or command.startswith((SCORE, SAMPLE, PREPARE, EVALUATE, ADAPTED, *LAUNCH)), command
     for command in known:
         assert command in commands(), command
 
@@ -120,7 +122,7 @@ def test_reports_of_one_run_and_of_two(tmp_path: Path) -> None:
 
 
 def test_pictures_of_prompts_and_their_scores(tmp_path: Path) -> None:
-    command = next(command for command in commands() if command.startswith(SAMPLE))
+    command = next(command for command in commands() if command.startswith(f"{SAMPLE} "))
     run(command.replace("outputs/pictures", str(tmp_path / "pictures")))
     assert len(list((tmp_path / "pictures").glob("*/samples/*.png"))) == 8
     assert (tmp_path / "pictures" / "contact_sheet.png").exists()
@@ -137,6 +139,17 @@ def test_the_prompt_sets_of_the_readme_are_examples_of_the_command() -> None:
     assert len(shown) == 2
     for command in shown:
         assert f"    {command}\n" in (prepare_prompts.__doc__ or "")
+
+
+def test_an_adapter_is_trained_and_drawn_with(tmp_path: Path) -> None:
+    small = "--config.iterations=1 --config.evaluation.final_prompts=2 --config.evaluation.picture_prompts=2"
+    run(f"{LORA} {small}".replace("outputs/lora", str(tmp_path / "lora")))
+    command = next(command for command in commands() if command.startswith(ADAPTED))
+    moved = command.replace("outputs/lora", str(tmp_path / "lora")).replace(
+        "outputs/pictures_lora", str(tmp_path / "p")
+    )
+    run(moved)
+    assert len(list((tmp_path / "p").glob("*/samples/*.png"))) == 4
 
 
 def test_a_checkpoint_is_described_and_compared(tmp_path: Path) -> None:

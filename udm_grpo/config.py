@@ -28,6 +28,18 @@ class ModelConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Train a low-rank adapter beside the frozen start model instead of all its weights."""
+
+    rank: int = 0
+    """r; 0: off."""
+    alpha: float = 32.0
+    """alpha; the adapter's part is multiplied by alpha / r."""
+    targets: tuple[str, ...] = ("*_proj",)
+    """Which linear maps of every layer: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj or patterns."""
+
+
+@dataclass
 class PromptsConfig:
     """What is drawn, and what it is judged on."""
 
@@ -241,6 +253,7 @@ class RunConfig:
     iterations: int = 1000
     """Rollouts, each with its update(s)."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from udm_grpo.config import ConfigError, RunConfig
+from udm_grpo.model import lora
 
 
 def _choice(problems: list[str], name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -122,12 +123,24 @@ def _combinations(config: RunConfig, problems: list[str]) -> None:
         problems.append("checkpoint.keep_best needs evaluations on the way; set evaluation.every above 0.")
 
 
+def _lora(config: RunConfig, problems: list[str]) -> None:
+    given = config.lora
+    _at_least(problems, 0, lora__rank=given.rank)
+    if not 0 < given.alpha < math.inf:
+        problems.append(f"lora.alpha is {given.alpha}; set it to a finite number above 0.")
+    try:
+        lora.targets(given.targets)
+    except ValueError as error:
+        problems.append(f"lora.targets is {given.targets}: {error}.")
+
+
 def validate(config: RunConfig) -> None:
     """Raise ConfigError listing every field or combination that cannot run."""
     problems: list[str] = []
     _choices(config, problems)
     _scorers(config, problems)
     _ranges(config, problems)
+    _lora(config, problems)
     _combinations(config, problems)
     if problems:
         raise ConfigError("this configuration cannot run:\n" + "\n".join(f"  - {problem}" for problem in problems))

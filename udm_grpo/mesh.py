@@ -16,6 +16,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"layers/mlp/(gate|up)/kernel$", (None, "fsdp", "tensor")),
     (r"layers/mlp/down/kernel$", (None, "tensor", "fsdp")),
     (r"lm_head/kernel$", ("fsdp", "tensor")),
+    # Of an adapter, the side that its linear map splits over tensor or fsdp is split alike; the rank is whole.
+    (r"layers/(attn/[qkv]|mlp/(gate|up))/lora_a$", (None, "fsdp", None)),
+    (r"layers/(attn/[qkv]|mlp/(gate|up))/lora_b$", (None, None, "tensor")),
+    (r"layers/(attn/o|mlp/down)/lora_a$", (None, "tensor", None)),
+    (r"layers/(attn/o|mlp/down)/lora_b$", (None, None, "fsdp")),
 )
 """(pattern of a leaf's path, axis of each of its dimensions); what no pattern matches is replicated. Moments and
 averages of a parameter end in its path, so they follow the same rules."""

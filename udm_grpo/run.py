@@ -24,11 +24,12 @@ from udm_grpo.diffusion.path import Path as NoisePath
 from udm_grpo.diffusion.path import make_path
 from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.host import rewards
-from udm_grpo.host.checkpoint import Checkpoints, check_same_run, resolve_resume
+from udm_grpo.host.checkpoint import Checkpoints, check_same_run, read_meta, resolve_resume
 from udm_grpo.host.checkpoint import restore as restore_checkpoint
 from udm_grpo.host.metrics import write_json
 from udm_grpo.host.prompts import PromptSet, read_prompts
 from udm_grpo.host.weights import Checkpoint, load_folder, load_transformer
+from udm_grpo.model import lora, transformer
 from udm_grpo.steps import Steps, build, make_plans
 
 MOST_PROBLEMS = 50
@@ -43,6 +44,7 @@ class Stage(enum.IntEnum):
     ROLLOUT = 0
     STATES = 1
     EVALUATION = 2
+    ADAPTER = 3
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         part: {name: given[name] for name in ("scorer", "weight", "options")}
         for part, given in fields["rewards"]["scorers"].items()
     }
+    if not config.lora.rank:
+        fields.pop("lora")
     fields["rollout"].pop("micro_batch")
     fields["optimizer"].pop("micro_batch")
     return fields
@@ -160,6 +164,17 @@ def _abstract_state(optimizer: Any, params: Params, ema: bool, mesh: Mesh) -> Tr
     )
 
 
+def _trained(config: RunConfig, checkpoint: Checkpoint) -> Params:
+    """What is trained, perhaps abstract: all weights, or an adapter of them; raises ConfigError for a rank too high."""
+    given = config.lora
+    if not given.rank:
+        return checkpoint.transformer
+    try:
+        return lora.abstract(checkpoint.transformer_config, given.rank, lora.targets(given.targets))
+    except ValueError as error:
+        raise ConfigError(f"lora.rank does not fit {config.model.path}: {error}.") from None
+
+
 def path_of(checkpoint: Checkpoint) -> NoisePath:
     """The probability path of a checkpoint."""
     scheduler = checkpoint.scheduler
@@ -201,7 +216,7 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
         meshes.batch_shards(mesh),
     )
     optimizer = optimizer_of(config)
-    abstract = _abstract_state(optimizer, checkpoint.transformer, config.optimizer.ema_decay > 0, mesh)
+    abstract = _abstract_state(optimizer, _trained(config, checkpoint), config.optimizer.ema_decay > 0, mesh)
     replicated = meshes.replicated(mesh)
     path = jax.tree.map(lambda leaf: hosts.put(leaf, replicated), path_of(checkpoint))
     client = stack.enter_context(rewards.connect(config.rewards, output / "kept_images"))
@@ -253,25 +268,37 @@ def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position 
     """(state, reference parameters, position): of the checkpoint to go on from, or fresh with position None.
 
     The reference is part of every checkpoint, so that a resumed run keeps the model it started from whatever has
-    become of the folder since.
+    become of the folder since. It is also the base of an adapter.
     """
+    whole = transformer.abstract(run.checkpoint.transformer_config)
     reference = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, run.steps.plans.compute_dtype, sharding=leaf.sharding),
-        abstract.params,
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, run.steps.plans.compute_dtype, sharding=sharding),
+        whole,
+        meshes.shardings(run.mesh, whole),
     )
     found = hosts.from_primary(lambda: _text(resolve_resume(run.config.checkpoint.resume, run.checkpoints.folder)))
     if found is None:
         run.checkpoints.set_aside_after(-1)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
-        folder = Path(run.config.model.path) / "transformer"
-        master = load_transformer(folder, run.checkpoint.transformer_config, shardings=shardings)
-        reference = run.steps.compute_copy(master)
-        return run.steps.begin(master), reference, None
+        return *_fresh(run, abstract, reference), None
+    check_same_run(read_meta(found), fingerprint(run.config))
     saved, meta = restore_checkpoint(found, {"state": abstract, "reference": reference})
-    check_same_run(meta, fingerprint(run.config))
     position = Position(**meta["position"])
     run.checkpoints.set_aside_after(position.step)
     return saved["state"], saved["reference"], position
+
+
+def _fresh(run: Run, abstract: TrainState, reference: Params) -> tuple[TrainState, Params]:
+    """(the state before the first update, the frozen reference), from the start model's folder."""
+    config, folder = run.checkpoint.transformer_config, Path(run.config.model.path) / "transformer"
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, reference)
+    if not run.config.lora.rank:
+        master = load_transformer(folder, config, shardings=shardings)
+        reference = run.steps.compute_copy(master)
+        return run.steps.begin(master), reference
+    base = load_transformer(folder, config, run.config.model.dtype, shardings)
+    drawn = lora.init(abstract.params, run.key(Stage.ADAPTER, 0))
+    adapter = jax.tree.map(lambda leaf, like: hosts.put(leaf, like.sharding), drawn, abstract.params)
+    return run.steps.begin(adapter), base
 
 
 def _text(path: Any) -> str | None:

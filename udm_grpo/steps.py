@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from udm_grpo.grpo.loss import LossPlan, token_mean_logps
 from udm_grpo.grpo.optimizer import step as optimizer_step
 from udm_grpo.grpo.trajectory import TrajectoryPlan, trajectory
 from udm_grpo.grpo.update import cast, update
-from udm_grpo.model import vq
+from udm_grpo.model import lora, vq
 from udm_grpo.model.transformer import Execution, TransformerConfig, head, hidden_states, image_rows
 from udm_grpo.model.vq_loss import tokenizer_loss, unit
 
@@ -57,12 +57,16 @@ class Steps:
     """(tokenizer params, ids i32[m,N]) -> pictures."""
     prepare: Callable[[Params, Params, Array, Rollout, Array], Samples]
     """(policy, reference, prompt_ids i32[B,L], rollout of B images, key) -> training states, advantages still 0."""
-    update: Callable[[TrainState, Samples, Array], tuple[TrainState, Metrics]]
-    """(state, training states, score f32[P,G]) -> the next state (the old one is donated), metrics."""
-    compute_copy: Callable[[Params], Params]
-    """Master weights -> one copy in the compute dtype."""
+    update: Callable[..., tuple[TrainState, Metrics]]
+    """(state, training states, score f32[P,G], reference) -> the next state (the old one is donated), metrics.
+
+    The reference is the base of an adapter and used for nothing else.
+    """
+    compute_copy: Callable[..., Params]
+    """(master weights, reference) -> one copy in the compute dtype; of an adapter, which then has the reference's own
+    arrays beside it."""
     begin: Callable[[Params], TrainState]
-    """Master weights (donated) -> the state before the first update."""
+    """Master weights, or an adapter (donated) -> the state before the first update."""
 
 
 def make_plans(
@@ -168,6 +172,7 @@ def build(
     over_batch, replicated = meshes.over_batch(mesh), meshes.replicated(mesh)
     state_shardings = meshes.shardings(mesh, state)
     grpo, micro_batch = config.grpo, config.optimizer.micro_batch
+    factor = lora.factor(config.lora) if config.lora.rank else 1.0
 
     def rollout_step(plan: RolloutPlan) -> RolloutStep:
         kept: Any = meshes.over_second(mesh) if plan.keep_trajectory else None
@@ -175,6 +180,7 @@ def build(
         out = Rollout(first, kept, kept)
         return jax.jit(partial(rollout, plans.transformer, plans.execution, path, plan), out_shardings=out)
 
+    @cache  # a second evaluation with these steps compiles nothing
     def evaluation_step(steps: int) -> RolloutStep:
         return rollout_step(
             RolloutPlan(grid=plans.rollout.grid, steps=steps, shift=plans.rollout.shift, rows=plans.rollout.rows)
@@ -183,7 +189,9 @@ def build(
     def decode(params: Params, ids: Int32[Array, "m n"]) -> UInt8[Array, "m hh ww 3"]:
         return to_pixels(vq.decode(plans.vq, params, ids.reshape(-1, *plans.rollout.grid)))
 
-    def update_step(state: TrainState, samples: Samples, score: Array) -> tuple[TrainState, Metrics]:
+    def update_step(
+        state: TrainState, samples: Samples, score: Array, reference: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
         return update(
             plans.transformer,
             plans.execution,
@@ -194,6 +202,8 @@ def build(
             micro_batch,
             state,
             with_advantages(samples, score, grpo.advantage_clip, grpo.global_std),
+            reference if config.lora.rank else None,
+            factor,
         )
 
     def begin(params: Params) -> TrainState:
@@ -208,9 +218,19 @@ def build(
         decode=jax.jit(decode, out_shardings=over_batch),
         prepare=jax.jit(prepare, out_shardings=over_batch),
         update=jax.jit(update_step, out_shardings=(state_shardings, replicated), donate_argnums=0),
-        compute_copy=jax.jit(partial(cast, dtype=plans.compute_dtype), out_shardings=state_shardings.params),
+        compute_copy=_compute_copy(config, plans.compute_dtype, state_shardings.params),
         begin=jax.jit(begin, out_shardings=state_shardings, donate_argnums=0),
     )
+
+
+def _compute_copy(config: RunConfig, dtype: Any, out_shardings: Any) -> Callable[..., Params]:
+    if not config.lora.rank:
+        whole = jax.jit(partial(cast, dtype=dtype), out_shardings=out_shardings)
+        return lambda params, reference=None: whole(params)
+    factor = lora.factor(config.lora)
+    adapter = jax.jit(lambda params: cast(lora.scaled(params, factor), dtype), out_shardings=out_shardings)
+    # Outside jit, which would copy the reference.
+    return lambda params, reference: lora.attach(reference, adapter(params))
 
 
 def tokenizer_step(

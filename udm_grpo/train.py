@@ -29,6 +29,7 @@ from udm_grpo.command_line import field_values, parse
 from udm_grpo.config import ConfigError, RunConfig, as_dict
 from udm_grpo.config_checks import validate
 from udm_grpo.evaluation import evaluate, evaluate_all, extremes_file, pictures
+from udm_grpo.export import export
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.checkpoint import restore as restore_checkpoint
 from udm_grpo.host.environment import begin
@@ -36,10 +37,10 @@ from udm_grpo.host.metrics import JsonLines, MetricsWriter, Progress, StageTimer
 from udm_grpo.host.pictures import before_after, image_grid
 from udm_grpo.host.rewards import Rewards
 from udm_grpo.host.run_folder import RunFolderError
-from udm_grpo.host.weights import WeightsError, save_folder
+from udm_grpo.host.weights import WeightsError
 from udm_grpo.mesh import MeshError
 from udm_grpo.report import NAME, write_report
-from udm_grpo.run import Position, Run, Stage, exported, open_run, save, start
+from udm_grpo.run import Position, Run, Stage, fingerprint, open_run, save, start
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def iterate(
     """One iteration: rollout, scores, update(s). Returns the next state (the given one is used up), scores, metrics."""
     given = run.config.rollout
     texts, metadata, _ = run.train.batch(step, given.prompts, run.config.seed)
-    policy = run.steps.compute_copy(state.params)
+    policy = run.steps.compute_copy(state.params, reference)
     with timer("rollout"):
         prompt_ids, rolled, tickets = roll_out(run, policy, texts, metadata, step)
     with timer("reference"):
@@ -105,7 +106,7 @@ def iterate(
     score = hosts.put(rewards.score.reshape(given.prompts, given.group_size), meshes.replicated(run.mesh))
     with timer("update"):
         for _ in range(run.config.grpo.updates_per_rollout):
-            state, metrics = run.steps.update(state, samples, score)
+            state, metrics = run.steps.update(state, samples, score, reference)
         jax.block_until_ready(metrics)
     return state, rewards, metrics
 
@@ -130,27 +131,31 @@ def report(reports: Reports, config: RunConfig, step: int, rewards: Rewards, met
     reports.progress.update(shown, seconds)
 
 
-def draw_samples(run: Run, reports: Reports, state: TrainState, step: int) -> None:
+def draw_samples(run: Run, reports: Reports, state: TrainState, reference: Params, step: int) -> None:
     """Write the sample pictures of this moment."""
-    images, captions = pictures(run, run.steps.compute_copy(state.params))
+    images, captions = pictures(run, run.steps.compute_copy(state.params, reference))
     path = run.output / "pictures" / f"{step:06d}.png"
     if hosts.is_primary():
         image_grid(images, captions, 4, path)
         reports.writer.picture(step, "samples", path)
 
 
-def evaluate_on_the_way(run: Run, reports: Reports, state: TrainState, position: Position) -> Position:
+def evaluate_on_the_way(
+    run: Run, reports: Reports, state: TrainState, reference: Params, position: Position
+) -> Position:
     """A held-out evaluation into evaluations.jsonl; keeps the best weights if asked. Returns the position."""
     given, step = run.config.evaluation, position.step
     params = _last(state)
-    found = evaluate(run, run.steps.compute_copy(params), given.prompts, given.steps[0], extremes_file(run, step))
+    policy = run.steps.compute_copy(params, reference)
+    found = evaluate(run, policy, given.prompts, given.steps[0], extremes_file(run, step))
     if reports.evaluations:
         reports.evaluations.append(step, found)
     means = {name: round(value, 4) for name, value in found.items() if isinstance(value, float)}
     reports.progress.message(f"held-out after {step} iterations, {given.steps[0]} steps: {means}")
     if run.config.checkpoint.keep_best and (position.best is None or found["score"] > position.best):
         position = replace(position, best=found["score"])
-        run.checkpoints.begin_best(step, {"params": params}, {"score": found["score"]})
+        meta = {"score": found["score"], "fingerprint": fingerprint(run.config)}
+        run.checkpoints.begin_best(step, {"params": params}, meta)
     return position
 
 
@@ -159,13 +164,13 @@ def _last(state: TrainState) -> Params:
     return state.params if state.ema is None else state.ema
 
 
-def look(run: Run, reports: Reports, state: TrainState, position: Position) -> Position:
+def look(run: Run, reports: Reports, state: TrainState, reference: Params, position: Position) -> Position:
     """Draw pictures and evaluate when it is time; after the last iteration `finish` evaluates."""
     given, step = run.config.evaluation, position.step
     if given.picture_every and step % given.picture_every == 0:
-        draw_samples(run, reports, state, step)
+        draw_samples(run, reports, state, reference, step)
     if given.every and step % given.every == 0 and step < run.config.iterations:
-        position = evaluate_on_the_way(run, reports, state, position)
+        position = evaluate_on_the_way(run, reports, state, reference, position)
     return replace(position, looked=True)
 
 
@@ -183,13 +188,12 @@ def finish(run: Run, reports: Reports, state: TrainState, reference: Params, pos
     """The last evaluation, the picture of before and after, the export and summary.json; returns the summary."""
     run.checkpoints.finish()
     params = final_params(run, state)
-    policy = run.steps.compute_copy(params)
+    policy = run.steps.compute_copy(params, reference)
     began = time.monotonic()
     final = evaluate_all(run, policy, position.step)
     before, captions = pictures(run, reference)
     after, _ = pictures(run, policy)
-    export = exported(run.checkpoint, params)
-    save_folder(export, run.output / "export", fetch=hosts.block, write=hosts.is_primary())
+    export(run, state, params, reference)
     first = str(run.config.evaluation.steps[0])
     summary = {
         "iterations": position.step,
@@ -269,10 +273,10 @@ def train(config: RunConfig) -> dict[str, Any]:
             if reports.evaluations:
                 reports.evaluations.append(0, position.base[str(config.evaluation.steps[0])])
             if config.evaluation.picture_every:
-                draw_samples(run, reports, state, 0)
+                draw_samples(run, reports, state, reference, 0)
         spent = position.seconds
         if not position.looked:
-            position = look(run, reports, state, position)
+            position = look(run, reports, state, reference, position)
         for step in range(done, config.iterations):
             state, rewards, metrics = iterate(run, state, reference, step, reports.timer)
             report(reports, config, step + 1, rewards, metrics)
@@ -280,7 +284,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             if step + 1 < config.iterations and hosts.any_process(asked.requested):
                 save(run, state, reference, position)
                 return stop(run, reports, position)
-            position = look(run, reports, state, position)
+            position = look(run, reports, state, reference, position)
             every = config.checkpoint.every
             if step + 1 == config.iterations or (every and (step + 1) % every == 0):
                 save(run, state, reference, position)

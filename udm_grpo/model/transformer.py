@@ -23,6 +23,8 @@ RMS_NORM_EPS = 1e-6
 ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
 """What `Execution.attention` may name: plain XLA anywhere, cuDNN's flash attention on NVIDIA GPUs (bfloat16)."""
 REMAT_POLICIES = ("none", "dots", "full")
+ADAPTER = ("lora_a", "lora_b")
+"""The leaves beside the kernel of a linear map that has a low-rank adapter."""
 
 RotaryTable = tuple[Any, Any]
 
@@ -102,6 +104,21 @@ class Linear(nnx.Module):
         return (x.reshape(-1, kernel.shape[0]) @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
 
 
+class AdaptedLinear(Linear):
+    """A linear map and a low-rank one beside it: x W + (x A) B; any factor is in B."""
+
+    def __init__(self, d_in: int, d_out: int, rank: int, rngs: nnx.Rngs):
+        super().__init__(d_in, d_out, rngs)
+        self.lora_a = nnx.Param(jnp.zeros((d_in, rank)))
+        self.lora_b = nnx.Param(jnp.zeros((rank, d_out)))
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        """Map every row."""
+        a, b = self.lora_a[...], self.lora_b[...]
+        low = (x.reshape(-1, a.shape[0]) @ a) @ b
+        return super().__call__(x) + low.reshape(*x.shape[:-1], b.shape[1])
+
+
 def attend(
     q: Float[Array, "b s heads c"], k: Float[Array, "b s kv c"], v: Float[Array, "b s kv c"], implementation: str
 ) -> Float[Array, "b s heads c"]:
@@ -171,9 +188,23 @@ class Block(nnx.Module):
         return x + self.mlp(self.post_norm(x))
 
 
-@functools.lru_cache(maxsize=8)
-def _block_graph(config: TransformerConfig) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))[0]
+@functools.lru_cache(maxsize=16)
+def _block_graph(config: TransformerConfig, adapted: tuple[tuple[str, str], ...] = ()) -> nnx.GraphDef:
+    """The graph of a block in which the linear maps (part, name) carry an adapter; of no shapes."""
+
+    def make() -> Block:
+        block = Block(config, nnx.Rngs(0))
+        for part, name in adapted:
+            setattr(getattr(block, part), name, AdaptedLinear(1, 1, 1, nnx.Rngs(0)))
+        return block
+
+    return nnx.split(nnx.eval_shape(make))[0]
+
+
+def _adapted(layers: Params) -> tuple[tuple[str, str], ...]:
+    """(part, name) of the linear maps that carry an adapter."""
+    parts = ((part, name, leaves) for part in ("attn", "mlp") for name, leaves in layers[part].items())
+    return tuple((part, name) for part, name, leaves in parts if ADAPTER[0] in leaves)
 
 
 def init(config: TransformerConfig, key: Array) -> Params:
@@ -223,13 +254,14 @@ def hidden_states(
     """The trunk's output at all S = L + 1 + N rows, after the last norm, in the dtype of `params`.
 
     `grid` is (h, w) with h*w = N. The logits of image token n are read one position to the left, at row L + n.
+    `params` may hold an adapter (`lora.attach`).
 
     Source: URSA, arXiv 2510.24717; Qwen3.
     """
     if grid[0] * grid[1] != image_ids.shape[1]:
         raise ValueError(f"image_ids has {image_ids.shape[1]} tokens an image, but the grid is {grid[0]} x {grid[1]}.")
     rope = rotary_table(positions(prompt_ids.shape[1], *grid), config.rope_theta)
-    graph = _block_graph(config)
+    graph = _block_graph(config, _adapted(params["layers"]))
 
     def body(x: Array, layer: Params) -> tuple[Array, None]:
         return nnx.merge(graph, layer)(x, rope, execution.attention), None
