@@ -119,7 +119,8 @@ def _check_prompts(client: Composition, field: str, given: PromptSet) -> None:
     raise ConfigError("\n  ".join([listed, *more, "Mend or remove them, or choose another scorer."]))
 
 
-def _check_sizes(config: RunConfig, stride: int, mesh: Mesh) -> None:
+def check_sizes(config: RunConfig, stride: int, mesh: Mesh) -> None:
+    """Raise ConfigError or MeshError where the image or a batch does not fit the checkpoint or the mesh."""
     model = config.model
     if model.height % stride or model.width % stride:
         raise ConfigError(
@@ -136,7 +137,7 @@ def _check_sizes(config: RunConfig, stride: int, mesh: Mesh) -> None:
     )
 
 
-def _abstract_state(optimizer: Any, params: Params, ema: bool, mesh: Mesh) -> TrainState:
+def abstract_state(optimizer: Any, params: Params, ema: bool, mesh: Mesh) -> TrainState:
     """The train state as shapes with shardings."""
     master = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
@@ -177,7 +178,7 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     """
     mesh = meshes.make_mesh(asdict(config.mesh))
     checkpoint = load_folder(config.model.path, prompt_length=config.model.text_length or None)
-    _check_sizes(config, checkpoint.vq_config.stride, mesh)
+    check_sizes(config, checkpoint.vq_config.stride, mesh)
     train = _prompts("prompts.train", config.prompts.train, config.prompts.tag_weights)
     heldout = _prompts("prompts.heldout", config.prompts.heldout, {})
     output = Path(config.output_dir)
@@ -191,7 +192,7 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
         meshes.batch_shards(mesh),
     )
     optimizer = optimizer_of(config)
-    abstract = _abstract_state(optimizer, checkpoint.transformer, config.optimizer.ema_decay > 0, mesh)
+    abstract = abstract_state(optimizer, checkpoint.transformer, config.optimizer.ema_decay > 0, mesh)
     path = jax.device_put(path_of(checkpoint), meshes.replicated(mesh))
     client = stack.enter_context(rewards.connect(config.rewards, output / "kept_images"))
     _check_prompts(client, "prompts.train", train)

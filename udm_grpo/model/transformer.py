@@ -70,6 +70,22 @@ class Execution:
     """One of ATTENTION_IMPLEMENTATIONS."""
     remat: str = "none"
     """What the backward pass recomputes: nothing, all but matrix products ("dots"), or whole blocks ("full")."""
+    batch: Any = None
+    """Sharding of arrays whose first axis is the batch; None leaves it to the compiler."""
+    head: Any = None
+    """Sharding of the head's kernel while logits are computed; None leaves it as it lies."""
+    shards: int = 1
+    """Devices that a batch is spread over."""
+
+    def spread(self, x: Array) -> Array:
+        """Keep a batch spread over its devices: left alone, the compiler may spread the width like the weights'."""
+        return x if self.batch is None else jax.lax.with_sharding_constraint(x, self.batch)
+
+    def with_head(self, params: Params) -> Params:
+        """The parameters with the head's kernel brought together: once, instead of again for every chunk of rows."""
+        if self.head is None:
+            return params
+        return {**params, "lm_head": jax.lax.with_sharding_constraint(params["lm_head"], self.head)}
 
 
 class RMSNorm(nnx.Module):
@@ -232,12 +248,12 @@ def hidden_states(
     graph = _block_graph(config)
 
     def body(x: Array, layer: Params) -> tuple[Array, None]:
-        return nnx.merge(graph, layer)(x, rope, execution.attention), None
+        return execution.spread(nnx.merge(graph, layer)(x, rope, execution.attention)), None
 
-    x = params["embed"]["embedding"][input_ids(config, prompt_ids, image_ids)]
+    x = execution.spread(params["embed"]["embedding"][input_ids(config, prompt_ids, image_ids)])
     x, _ = jax.lax.scan(_rematerialised(body, execution.remat), x, params["layers"])
     norm_graph = nnx.split(nnx.eval_shape(lambda: RMSNorm(config.hidden_size)))[0]
-    return nnx.merge(norm_graph, params["norm"])(x)
+    return execution.spread(nnx.merge(norm_graph, params["norm"])(x))
 
 
 def image_rows(hidden: Float[Array, "b s d"], tokens: int) -> Float[Array, "b n d"]:
