@@ -19,9 +19,10 @@ states; rollout.micro_batch and optimizer.micro_batch are 32 over all devices, s
 Memory a device, by the TPU compiler: configs/compile_table.md; what else fits is there too. On NVIDIA GPUs add
 --config.model.attention=cudnn; without --topology, --compile_only compiles for the GPUs at hand.
 
-Scorer: in a process of its own, by the trainer, on the first GPU it sees, or on CPU where there is none, as beside a TPU.
-On GPUs that JAX fills, leave it room with XLA_PYTHON_CLIENT_MEM_FRACTION=0.85; or start `python -m rewards_bridge serve`
-on other machines and name them: --config.rewards.scorers.geneval.addresses=host:port with tls_ca and token_file.
+Scorer: in a process of its own, by the trainer, on the first GPU it sees, or on CPU where there is none, as beside a
+TPU. On GPUs that JAX fills, leave it room with XLA_PYTHON_CLIENT_MEM_FRACTION=0.85; or start
+`python -m rewards_bridge serve` on other machines and name them:
+--config.rewards.scorers.geneval.addresses=host:port with tls_ca and token_file.
 
 Evaluation: 25 steps, no guidance, all 553 prompts x 4 images at the start and the end.
 Measured here: that everything compiles and fits, nothing else. Not tried: the released weights, a GPU, a TPU, this run.

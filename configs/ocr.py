@@ -20,8 +20,8 @@ that twice the token ids take. On NVIDIA GPUs add --config.model.attention=cudnn
 Scorer: on CPU, 2 processes that share the images; more with --config.rewards.scorers.ocr.replicas=4.
 
 Evaluation: 25 steps, no guidance, 1,000 prompts x 1 image at the start and the end.
-Measured here: that the programs compile and fit (with 128 images), nothing else. Not tried: the released weights, a GPU,
-a TPU, this run. The release reads with an older PaddleOCR (2.9), so scores may differ a little.
+Measured here: that the programs compile and fit (with 128 images), nothing else. Not tried: the released weights, a
+GPU, a TPU, this run. The release reads with an older PaddleOCR (2.9), so scores may differ a little.
 Source: UDM-GRPO, arXiv 2604.18518, and its public configs/ocr_grpo/ursa_1.7b_ibq512.yaml.
 """
 

@@ -20,8 +20,8 @@ Scorer: in a process of its own, on CPU; options.device=cuda:0 puts it on a GPU,
 environment.CUDA_VISIBLE_DEVICES=7 on one that the trainer leaves alone, and addresses=host:port on another machine.
 
 Evaluation: 25 steps, no guidance, 2,048 prompts x 1 image at the start and the end.
-Measured here: that the programs compile and fit (with 128 images), nothing else. Not tried: the released weights, a GPU,
-a TPU, this run.
+Measured here: that the programs compile and fit (with 128 images), nothing else. Not tried: the released weights, a
+GPU, a TPU, this run.
 Source: UDM-GRPO, arXiv 2604.18518, and its public configs/pickscore_grpo/ursa_1.7b_ibq512.yaml.
 """
 

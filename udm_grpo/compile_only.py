@@ -3,6 +3,11 @@
     python -m udm_grpo.train --config configs/geneval.py --compile_only --topology v5p:2x2x4
     python -m udm_grpo.train --config configs/shapes.py --compile_only
 
+    --topology NAME         a TPU slice as kind:chips, by the libtpu wheel; without it, the devices at hand
+    --programs A,B          some of rollout, decode, reference, update
+    --no_search             do not look for the largest micro-batch that fits
+    --report FILE           the numbers as JSON
+
 Needs no weights: sizes are read from the configuration files in model.path, or, for a published checkpoint that is not
 there, from those in udm_grpo/assets. Prints, for each program, the memory of one device, floating-point operations,
 whether it fits, the largest micro-batch that does, and collectives; ends with status 0 only if everything fits.
@@ -31,6 +36,7 @@ from udm_grpo.mesh import MeshError
 from udm_grpo.programs import Program, Sizes, device_bytes, mesh_of, programs, read_sizes
 from udm_grpo.topology import GIB, TopologyError, devices_of, usable_bytes
 
+PROGRAMS = ("rollout", "decode", "reference", "update")
 ROLLOUT_PROGRAMS = ("rollout", "decode")
 """What works in rollout.micro_batch images; the others work in optimizer.micro_batch states."""
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -130,7 +136,8 @@ def largest(measure: Callable[[int], Report], first: Report, sizes: Sequence[int
         guess = _predicted(known, between) if len(known) > 1 else ([between[0]] if low else [between[-1]])
         if not guess:
             return low or None
-        found[guess[-1]] = measure(guess[-1])
+        size = guess[len(guess) // 2] if failing and low else guess[-1]  # halve once the line has been wrong
+        found[size] = measure(size)
 
 
 def _predicted(known: list[Report], sizes: list[int]) -> list[int]:
@@ -148,12 +155,16 @@ def with_micro_batch(config: RunConfig, program: str, size: int) -> RunConfig:
     return replace(config, optimizer=replace(config.optimizer, micro_batch=size))
 
 
-def report_all(config: RunConfig, sizes: Sizes, devices: list[Any], search: bool) -> list[tuple[Report, int | None]]:
-    """(report, largest micro-batch that fits) of every program, printed as they come."""
+def report_all(
+    config: RunConfig, sizes: Sizes, devices: list[Any], wanted: Sequence[str], search: bool
+) -> list[tuple[Report, int | None]]:
+    """(report, largest micro-batch that fits) of the wanted programs, printed as they come."""
     mesh = mesh_of(config, sizes, devices)
     images = config.rollout.prompts * config.rollout.group_size
     found = []
     for name, program in programs(config, sizes, mesh).items():
+        if name not in wanted:
+            continue
         total = images * (1 if name in ROLLOUT_PROGRAMS else config.grpo.trained_steps)
         report = compile_program(program, devices)
 
@@ -185,11 +196,25 @@ def describe(report: Report, most: int | None, search: bool) -> list[str]:
     return [*lines, f"  a device sends or receives: {'; '.join(moved) or 'nothing'}"]
 
 
-def _options(words: Sequence[str]) -> tuple[list[str], str, str, bool]:
-    """(the rest of the words, topology, file of the report, whether to look for the largest micro-batch)."""
+@dataclass(frozen=True)
+class Options:
+    """The flags that are not fields of the configuration."""
+
+    rest: list[str]
+    """The other words of the command line."""
+    topology: str
+    """Empty: the devices at hand."""
+    programs: tuple[str, ...]
+    report: str
+    """File for the numbers, or empty."""
+    search: bool
+    """Whether to look for the largest micro-batch."""
+
+
+def options(words: Sequence[str]) -> Options:
+    """Read the flags; raises ConfigError for one without a value and for unknown programs."""
     rest: list[str] = []
-    given = {"--topology": "", "--report": ""}
-    search = True
+    given = {"--topology": "", "--programs": ",".join(PROGRAMS), "--report": ""}
     pending = iter(words)
     for word in pending:
         flag, equals, value = word.partition("=")
@@ -197,32 +222,37 @@ def _options(words: Sequence[str]) -> tuple[list[str], str, str, bool]:
             given[flag] = value if equals else next(pending, "")
             if not given[flag] or given[flag].startswith("--"):
                 raise ConfigError(f"{flag} has no value; write {flag}=value.")
-        elif word == "--no_search":
-            search = False
-        elif word != "--compile_only":
+        elif word not in ("--compile_only", "--no_search"):
             rest.append(word)
-    return rest, given["--topology"], given["--report"], search
+    wanted = tuple(given["--programs"].split(","))
+    unknown = [name for name in wanted if name not in PROGRAMS]
+    if unknown:
+        raise ConfigError(f"--programs: there is no {', '.join(unknown)}; name some of {','.join(PROGRAMS)}.")
+    return Options(rest, given["--topology"], wanted, given["--report"], "--no_search" not in words)
 
 
 def main(argv: Sequence[str]) -> int:
-    """--config FILE --compile_only [--topology NAME] [--no_search] [--report FILE.json]; returns the exit status."""
+    """The command line of train.py with --compile_only in it; returns the exit status."""
     try:
-        words, topology, output, search = _options(argv)
-        config = parse(words)
+        given = options(argv)
+        config = parse(given.rest)
         validate(config)
-        if topology:
+        if given.topology:
             jax.config.update("jax_platforms", "cpu")  # a TPU that is here stays free for others
-        devices = devices_of(topology)
+        devices = devices_of(given.topology)
         sizes = read_sizes(config.model.path, config.model.text_length)
-        print(f"{topology or 'devices at hand'}: {len(devices)} x {devices[0].device_kind}, mesh {asdict(config.mesh)}")
-        print(f"sizes: {sizes.folder}; {config.model}", flush=True)
-        found = report_all(config, sizes, devices, search)
+        kind = devices[0].device_kind
+        print(f"{given.topology or 'the devices at hand'}: {len(devices)} x {kind}, mesh {asdict(config.mesh)}")
+        print(f"sizes of {sizes.folder}, {config.model.height} x {config.model.width} pixels", flush=True)
+        found = report_all(config, sizes, devices, given.programs, given.search)
     except (ConfigError, MeshError, WeightsError, TopologyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if output:
-        programs_found = [{**asdict(report), "fits": report.fits, "largest": most} for report, most in found]
-        record = {"topology": topology, "devices": len(devices), "kind": devices[0].device_kind}
-        made = {**record, "config": asdict(config), "programs": programs_found}
-        Path(output).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    if given.report:
+        made = [
+            asdict(report) | {"together": report.together, "fits": report.fits, "largest": most}
+            for report, most in found
+        ]
+        record = {"topology": given.topology, "devices": len(devices), "kind": kind, "programs": made}
+        Path(given.report).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0 if all(report.fits for report, _ in found) else 1

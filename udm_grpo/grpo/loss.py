@@ -27,6 +27,9 @@ class LossPlan:
     """Images whose logits exist at a time."""
 
 
+ONE_DEVICE = Execution()
+
+
 def _row_logits(hidden: Float[Array, "r n d"], kernel: Float[Array, "d v"]) -> Float[Array, "r n v"]:
     return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
@@ -37,7 +40,7 @@ def head_logps(
     kernel: Float[Array, "d v"],
     action: Int[Array, "s n"],
     rows: int,
-    execution: Execution = Execution(),
+    execution: Execution = ONE_DEVICE,
 ) -> tuple[Float[Array, "s n"], Float[Array, "s n"]]:
     """(log softmax(hidden @ kernel)[action], entropy) of every token, `rows` images at a time.
 

@@ -16,12 +16,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from udm_grpo.batches import Params
+from udm_grpo.model import splash
 from udm_grpo.model.rope import HEAD_DIM, positions, rotary_table, rotate
 
 RMS_NORM_EPS = 1e-6
 """Fixed by the checkpoint format."""
-ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
-"""What `Execution.attention` may name: plain XLA anywhere, cuDNN's flash attention on NVIDIA GPUs (bfloat16)."""
+ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+"""What `Execution.attention` may name: plain XLA anywhere, cuDNN's flash attention on NVIDIA GPUs (bfloat16), JAX's
+splash kernel on TPUs."""
 REMAT_POLICIES = ("none", "dots", "full")
 
 RotaryTable = tuple[Any, Any]
@@ -119,16 +121,20 @@ class Linear(nnx.Module):
 
 
 def attend(
-    q: Float[Array, "b s heads c"], k: Float[Array, "b s kv c"], v: Float[Array, "b s kv c"], implementation: str
+    q: Float[Array, "b s heads c"], k: Float[Array, "b s kv c"], v: Float[Array, "b s kv c"], execution: Execution
 ) -> Float[Array, "b s heads c"]:
     """softmax(q k / sqrt(c)) v without a mask; query head i reads key/value head i // (heads / kv).
 
     "xla" is written out here, with float32 softmax: it runs anywhere, also backward in bfloat16.
     """
-    if implementation == "cudnn":
+    if execution.attention == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    if implementation != "xla":
-        raise ValueError(f"attention is {implementation!r}; it must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}.")
+    if execution.attention == "splash":
+        return splash.attend(q, k, v, execution.batch)
+    if execution.attention != "xla":
+        raise ValueError(
+            f"attention is {execution.attention!r}; it must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}."
+        )
     B, S, heads, c = q.shape
     kv = k.shape[2]
     grouped = q.reshape(B, S, kv, heads // kv, c)
@@ -149,13 +155,13 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(HEAD_DIM)
         self.k_norm = RMSNorm(HEAD_DIM)
 
-    def __call__(self, x: Float[Array, "b s d"], rope: RotaryTable, implementation: str) -> Float[Array, "b s d"]:
+    def __call__(self, x: Float[Array, "b s d"], rope: RotaryTable, execution: Execution) -> Float[Array, "b s d"]:
         """Attend over the whole sequence."""
         B, S, _ = x.shape
         q = rotate(self.q_norm(self.q(x).reshape(B, S, -1, HEAD_DIM)), rope)
         k = rotate(self.k_norm(self.k(x).reshape(B, S, -1, HEAD_DIM)), rope)
         v = self.v(x).reshape(B, S, -1, HEAD_DIM)
-        mixed = attend(q, k, v, implementation)
+        mixed = attend(q, k, v, execution)
         return self.o(mixed.reshape(B, S, -1))
 
 
@@ -181,9 +187,9 @@ class Block(nnx.Module):
         self.post_norm = RMSNorm(config.hidden_size)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: Float[Array, "b s d"], rope: RotaryTable, implementation: str) -> Float[Array, "b s d"]:
+    def __call__(self, x: Float[Array, "b s d"], rope: RotaryTable, execution: Execution) -> Float[Array, "b s d"]:
         """Residual attention, then residual MLP."""
-        x = x + self.attn(self.input_norm(x), rope, implementation)
+        x = x + self.attn(self.input_norm(x), rope, execution)
         return x + self.mlp(self.post_norm(x))
 
 
@@ -248,7 +254,7 @@ def hidden_states(
     graph = _block_graph(config)
 
     def body(x: Array, layer: Params) -> tuple[Array, None]:
-        return execution.spread(nnx.merge(graph, layer)(x, rope, execution.attention)), None
+        return execution.spread(nnx.merge(graph, layer)(x, rope, execution)), None
 
     x = execution.spread(params["embed"]["embedding"][input_ids(config, prompt_ids, image_ids)])
     x, _ = jax.lax.scan(_rematerialised(body, execution.remat), x, params["layers"])
