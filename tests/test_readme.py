@@ -33,6 +33,7 @@ SAMPLE = "python -m udm_grpo.sample --checkpoint udm_grpo/assets/ursa-shapes --o
 INFO = "python -m udm_grpo.convert info udm_grpo/assets/ursa-shapes"
 VERIFY = "python -m udm_grpo.convert verify udm_grpo/assets/ursa-shapes udm_grpo/assets/ursa-shapes --forward"
 SCORE = "python -m rewards_bridge score --scorer shapes"
+COMPILE = "python -m udm_grpo.train --config configs/geneval.py --compile_only --topology v5p:2x2x4"
 
 
 def commands() -> list[str]:
@@ -51,7 +52,18 @@ def run(command: str, tmp: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_readme_has_no_command_that_no_test_runs() -> None:
-    known = (f"{INSTALL} && {TRAIN}", f"{INSTALL} && {PYTEST}", SMOKE, RESUME, PRETRAIN, SERVE, DOCTOR, INFO, VERIFY)
+    known = (
+        f"{INSTALL} && {TRAIN}",
+        f"{INSTALL} && {PYTEST}",
+        SMOKE,
+        RESUME,
+        PRETRAIN,
+        SERVE,
+        DOCTOR,
+        INFO,
+        VERIFY,
+        COMPILE,
+    )
     for command in commands():
         assert command in known or command.startswith((SCORE, SAMPLE)), command
     for command in known:

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,13 @@ def test_every_command_of_a_page_can_be_given(name):
     named = re.findall(r"--config\.([\w.]+)=", RECIPES[name].__doc__ or "")
     for field in named:
         parse(["--config", f"configs/{name}.py", f"--config.{field}={'1' if field.endswith('replicas') else 'x'}"])
+
+
+def test_the_readme_names_the_command_of_the_page():
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    compiling = [command for command in commands("geneval") if "--compile_only" in command]
+    assert len(compiling) == 1
+    assert f"\n{compiling[0]}\n" in readme
 
 
 def test_missing_weights_are_an_error_that_names_the_folder(tmp_path, capsys):

@@ -9,11 +9,11 @@ from udm_grpo.model import splash
 from udm_grpo.model.transformer import Execution, attend
 
 
-@pytest.mark.parametrize("length", [130, 128])
-def test_splash_is_attention(length):
+def test_splash_is_attention():
+    length = 130
     keys = jax.random.split(jax.random.key(3), 4)
-    q, weight = (jax.random.normal(key, (2, length, 2, 128)) for key in keys[:2])
-    k, v = (jax.random.normal(key, (2, length, 1, 128)) for key in keys[2:])
+    q, weight = (jax.random.normal(key, (1, length, 2, 128)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (1, length, 1, 128)) for key in keys[2:])
 
     def value_and_gradients(fn):
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # inside the kernel

@@ -118,11 +118,7 @@ def _held(config: RunConfig, sizes: Sizes, mesh: Mesh) -> tuple[dict[str, Any], 
     state = abstract_state(optimizer, params, config.optimizer.ema_decay > 0, mesh)
     codes = (sizes.transformer.lm_head_size, sizes.vq.vq_embed_dim)
     whole = meshes.replicated(mesh)
-    path = NoisePath(
-        codebook=_spread(codes, jnp.float32, whole),  # type: ignore[arg-type]
-        alpha=sizes.scheduler.alpha,
-        c=sizes.scheduler.c,
-    )
+    path = NoisePath(_spread(codes, jnp.float32, whole), sizes.scheduler.alpha, sizes.scheduler.c)
     copy = jax.tree.map(lambda leaf: _spread(leaf.shape, plans.compute_dtype, leaf.sharding), state.params)
     held = {
         "state": state,
