@@ -49,13 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     numbers = given.output.with_suffix(".json")
     found: dict[str, dict[str, Any]] = json.loads(numbers.read_text()) if numbers.exists() else {}
-    for topology in given.topology or TESTED:
-        for program in given.programs.split(","):
-            known = found.setdefault(topology, {}).get(program)
-            if known is None or (known["largest"] is None and not given.no_search):
-                found[topology][program] = compiled(topology, program, given.no_search)
-                write_json(numbers, found)
-            given.output.write_text(table(found), encoding="utf-8")
+    wanted = given.topology or TESTED
+    for topology, program in ((topology, program) for program in given.programs.split(",") for topology in wanted):
+        known = found.setdefault(topology, {}).get(program)
+        if known is None or (not known["searched"] and not given.no_search):
+            found[topology][program] = compiled(topology, program, given.no_search)
+            write_json(numbers, found)
+        given.output.write_text(table(found), encoding="utf-8")
     return 0 if all(one["fits"] for part in found.values() for one in part.values()) else 1
 
 
@@ -69,17 +69,20 @@ def compiled(topology: str, program: str, no_search: bool) -> dict[str, Any]:
         if not report.exists():
             raise SystemExit(f"{topology}, {program}: no report; the error stands above.")
         record = json.loads(report.read_text())
-    return {"devices": record["devices"], "kind": record["kind"], **record["programs"][0]}
+    head = {"devices": record["devices"], "kind": record["kind"], "searched": not no_search}
+    return head | record["programs"][0]
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """The Markdown page."""
     lines, moved = [], []
-    for topology, parts in found.items():
-        for name, one in parts.items():
+    for topology in sorted(found, key=[*TESTED, *found].index):
+        for name in sorted(found[topology], key=PROGRAMS.index):
+            one = found[topology][name]
             sizes = (one[key] / GIB for key in ("arguments", "temporaries", "output", "beside", "together", "limit"))
             done = "" if one["repeated"] is None else f"{one['repeated']:.2f}"
-            cells = [topology, name, one["micro_batch"], one["largest"] or "", *(f"{size:.2f}" for size in sizes)]
+            most = (one["largest"] or "none") if one["searched"] else ""
+            cells = [topology, name, one["micro_batch"], most, *(f"{size:.2f}" for size in sizes)]
             cells += ["yes" if one["fits"] else "no", f"{one['flops'] / 1e12:.4g}", done]
             lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
             kinds = one["collectives"].items()

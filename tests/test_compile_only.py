@@ -10,7 +10,7 @@ import pytest
 from golden_data import DEFAULT_ROOT
 
 from udm_grpo import compile_only, topology, train
-from udm_grpo.compile_only import Report, candidates, compile_program, largest
+from udm_grpo.compile_only import Report, candidates, largest
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.programs import device_bytes, mesh_of, programs, read_sizes
 
@@ -45,8 +45,9 @@ def run(config_file, *flags) -> int:
 
 def test_a_small_run_compiles_for_a_tpu_that_is_not_here(config_file, tmp_path, capsys):
     path = tmp_path / "report.json"
+    kernel = ("--config.model.attention=splash", "--config.model.dtype=bfloat16", "--config.model.remat=full")
     flags = ("--topology=v5e:2x2", "--programs=rollout,update", "--no_search", f"--report={path}")
-    assert run(config_file, *flags) == 0
+    assert run(config_file, *flags, *kernel) == 0
     said = capsys.readouterr().out
     assert "v5e:2x2: 4 x TPU v5 lite" in said
     assert "rollout, 8 at a time: fits" in said
@@ -55,6 +56,7 @@ def test_a_small_run_compiles_for_a_tpu_that_is_not_here(config_file, tmp_path, 
     assert (record["devices"], record["kind"]) == (4, "TPU v5 lite")
     rollout, update = record["programs"]
     assert rollout["fits"]
+    assert rollout["beside"] > 3 * rollout["arguments"]  # masters, moments, reference and tokenizer beside the policy
     assert update["arguments"] > 0 and update["temporaries"] > 0 and update["flops"] > rollout["flops"]  # noqa: PT018
     # Weights are spread over four devices: they have to come together, and gradients to be summed.
     assert rollout["collectives"]
@@ -65,7 +67,7 @@ def test_a_small_run_compiles_for_a_tpu_that_is_not_here(config_file, tmp_path, 
 
 
 def test_the_devices_at_hand(config_file, capsys):
-    assert run(config_file, "--programs=decode") == 0
+    assert run(config_file, "--programs=reference") == 0
     said = capsys.readouterr().out
     assert "the devices at hand: 1 x cpu" in said
     assert "no limit known" in said
@@ -82,7 +84,7 @@ def test_the_devices_at_hand(config_file, capsys):
         (("--topology=v5e:2x2", "--config.rollout.micro_batch=2"), "rollout.micro_batch is 2"),
         (("--programs=rollout,training",), "--programs: there is no training; name some of rollout,decode"),
         (("--config.model.path=models/URSA-9B",), "the package has no sizes for URSA-9B"),
-        (("--config.model.height=20",), "choose multiples of 4"),
+        (("--config.model.height=18",), "choose multiples of 4"),
         (("--compile",), "unexpected --compile"),
     ],
 )
@@ -163,9 +165,6 @@ def test_all_that_lies_on_a_device_is_counted(config_file):
     found = programs(config, sizes, mesh_of(config, sizes, jax.devices()[:1]))
     parameters = device_bytes(found["update"].present[0]["policy"])
     assert device_bytes(found["decode"].present) > 5 * parameters  # masters, two moments, policy, reference
-    one = compile_program(found["decode"], jax.devices()[:1])
-    assert one.together >= 5 * parameters
-    assert one.beside > 4 * parameters
 
 
 def test_sizes_of_a_published_checkpoint_need_no_folder(tmp_path):

@@ -45,7 +45,7 @@ def published():
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     sizes = read_sizes(config.model.path, config.model.text_length)
     made = programs(config, sizes, mesh_of(config, sizes, jax.devices()[:1]))
-    images = {"rollout": 32, "decode": 32, "reference": 128, "update": 128}
+    images = {"rollout": 32, "reference": 128, "update": 128}
     return {name: matrix_flops(made[name].trace().jaxpr.jaxpr) / n / 1e12 for name, n in images.items()}
 
 

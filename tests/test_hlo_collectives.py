@@ -32,11 +32,20 @@ HloModule page
 %body (state.1: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
   %state.1 = (s32[], f32[8,128]{1,0:T(8,128)}) parameter(0)
   %value = f32[8,128]{1,0:T(8,128)S(1)} get-tuple-element(%state.1), index=1
-  %whole = (f32[8,128], f32[64,128]) all-gather-start(%value), dimensions={0}
+  %whole = (f32[8,128], f32[64,128]) all-gather-start(%value), channel_id=3, dimensions={0}
   %gathered = f32[64,128]{1,0} all-gather-done(%whole)
   %twice = ((bf16[16,128]), bf16[2,128]) async-start(%value), calls=%inner
   %again = (s32[]) while(%state.1), condition=%known, body=%deep, backend_config={"known_trip_count":{"n":"3"}}
-  ROOT %next = (s32[], f32[8,128]) tuple(%value, %value)
+  %piece = f32[64,128]{1,0} fusion(%gathered), calls=%spread
+  %two = s32[] constant(2)
+  %count = s32[] get-tuple-element(%state.1), index=0
+  %more = s32[] add(%count, %two)
+  ROOT %next = (s32[], f32[8,128]) tuple(%more, %value)
+}
+
+%spread (q: f32[8,128]) -> f32[64,128] {
+  %q = f32[8,128] parameter(0)
+  ROOT %also = f32[64,128] all-gather(%q), channel_id=3, dimensions={0}
 }
 
 %known (s: (s32[], f32[8,128])) -> pred[] {
@@ -62,9 +71,10 @@ ENTRY %main (a: f32[8,128]) -> f32[8,128] {
 def test_a_page_that_can_be_counted_by_hand():
     found = collectives(TEXT)
     assert found["all-reduce"] == Collective(1, 8 * 128 * 4)
-    assert found["all-gather"] == Collective(28, 28 * 64 * 128 * 4)
-    assert found["reduce-scatter"] == Collective(28, 28 * 16 * 128 * 2)
-    assert found["collective-permute"] == Collective(28 * 3, 28 * 3 * 4 * 4)
+    # The loop counts to 28 by twos, so it turns 14 times; the gather's second piece is the same gather.
+    assert found["all-gather"] == Collective(14, 14 * 64 * 128 * 4)
+    assert found["reduce-scatter"] == Collective(14, 14 * 16 * 128 * 2)
+    assert found["collective-permute"] == Collective(14 * 3, 14 * 3 * 4 * 4)
     assert len(found) == 4
 
 

@@ -21,40 +21,60 @@ class Collective:
     """Bytes on one device: of the results, and of the operands of a reduce-scatter."""
 
 
+@dataclass(frozen=True)
+class _Operation:
+    kind: str
+    bytes: int
+    channel: str
+    """Pieces of one collective that is spread over other work have the same channel; empty if there is none."""
+
+
 @dataclass
 class _Computation:
     types: dict[str, str] = field(default_factory=dict)
     """Instruction -> its type."""
-    own: list[tuple[str, int]] = field(default_factory=list)
-    """(kind, bytes) of the collectives in it."""
+    own: list[_Operation] = field(default_factory=list)
+    """The collectives in it."""
     calls: list[tuple[str, int]] = field(default_factory=list)
     """(computation, times) that it calls."""
     constants: dict[str, int] = field(default_factory=dict)
     """Instruction -> its value, for whole numbers."""
-    bound: int | None = None
-    """N of a loop's condition i < N."""
+    elements: dict[str, int] = field(default_factory=dict)
+    """Instruction -> which element of a tuple it takes."""
+    sums: dict[str, list[str]] = field(default_factory=dict)
+    """Instruction -> what it adds."""
+    less: list[str] = field(default_factory=list)
+    """[i, N] of the comparison i < N in it."""
+    last: list[str] = field(default_factory=list)
+    """Operands of its last instruction: a loop body's next state."""
 
 
 def collectives(text: str) -> dict[str, Collective]:
     """Kind -> Collective of one execution, from `compiled.as_text()`; kinds that do not occur are left out.
 
-    A loop's body counts as often as the loop turns, which is read off the compiler's note or off a condition i < N;
-    where it says neither, once.
+    A loop's body counts as often as the loop turns, which is read off the compiler's note or off its counter (i < N,
+    and what the body adds to i); where it says neither, once. A collective whose pieces the compiler spread over other work
+    counts once, not once a piece.
     """
     entry, computations = _read(text)
-    found: dict[str, Collective] = {}
+    pieces: dict[str, tuple[int, _Operation]] = {}
 
-    def add(name: str, times: int) -> None:
-        for kind, size in computations[name].own:
-            total = found.setdefault(kind, Collective())
-            total.count += times
-            total.bytes += times * size
+    def visit(name: str, times: int) -> None:
+        for number, operation in enumerate(computations[name].own):
+            key = operation.channel or f"{name} {number} {len(pieces)}"
+            known = pieces.get(key)
+            pieces[key] = (times if known is None else min(times, known[0]), operation)
         for callee, turns in computations[name].calls:
             if callee in computations:
-                add(callee, times * turns)
+                visit(callee, times * turns)
 
     if entry:
-        add(entry, 1)
+        visit(entry, 1)
+    found: dict[str, Collective] = {}
+    for times, operation in pieces.values():
+        total = found.setdefault(operation.kind, Collective())
+        total.count += times
+        total.bytes += times * operation.bytes
     return found
 
 
@@ -89,20 +109,26 @@ def _read(text: str) -> tuple[str, dict[str, _Computation]]:
             _note(current, name, kind, operation, rest)
             if operation == "while":
                 waiting.append((current, rest))
-    for computation, rest in waiting:  # a condition may stand below its loop
+    for computation, rest in waiting:  # a loop's parts may stand below it
         computation.calls.append((_called(rest, "body")[0], _turns(rest, computations)))
     return entry, computations
 
 
 def _note(computation: _Computation, name: str, kind: str, operation: str, rest: str) -> None:
     plain = operation.removesuffix("-start")
+    computation.last = _operands(rest)
     if plain in KINDS:
-        computation.own.append((plain, _collective_bytes(computation, kind, operation, rest)))
+        channel = re.search(r"channel_id=(\d+)", rest)
+        size = _collective_bytes(computation, kind, operation, rest)
+        computation.own.append(_Operation(plain, size, channel.group(1) if channel else ""))
+    elif operation == "get-tuple-element":
+        computation.elements[name] = int(rest.split("index=")[1].split(",")[0])
+    elif operation == "add":
+        computation.sums[name] = _operands(rest)
     elif operation == "constant" and rest.split(")")[0].isdigit():
         computation.constants[name] = int(rest.split(")")[0])
     elif operation == "compare" and "direction=LT" in rest:
-        limit = _operands(rest)[-1]
-        computation.bound = computation.constants.get(limit)
+        computation.less = _operands(rest)
     elif operation in ("fusion", "call", "async-start", "conditional"):
         for attribute in ("calls", "to_apply", "branch_computations", "true_computation", "false_computation"):
             computation.calls += [(callee, 1) for callee in _called(rest, attribute)]
@@ -135,5 +161,11 @@ def _turns(rest: str, computations: dict[str, _Computation]) -> int:
     known = _TRIPS.search(rest)
     if known:
         return int(known.group(1))
-    condition = computations.get(_called(rest, "condition")[0])
-    return condition.bound if condition and condition.bound is not None else 1
+    condition, body = (computations.get(_called(rest, part)[0]) for part in ("condition", "body"))
+    if not condition or not body or len(condition.less) != 2:
+        return 1
+    counter, limit = condition.less
+    place = condition.elements.get(counter, len(body.last))
+    added = body.sums.get(body.last[place], []) if place < len(body.last) else []
+    steps = [body.constants[name] for name in added if body.constants.get(name)]
+    return -(-condition.constants.get(limit, 1) // (steps[0] if steps else 1))

@@ -1,5 +1,6 @@
 """The one place that jits: pure stages in, compiled stages with shardings and donation out."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -174,6 +175,7 @@ def build(
         first: Any = over_batch
         return free_rollout(plans.transformer, plans.execution, path, plan, Rollout(first, kept, kept))
 
+    @functools.cache  # or every evaluation would compile it again
     def evaluation_step(steps: int) -> RolloutStep:
         return rollout_step(
             RolloutPlan(grid=plans.rollout.grid, steps=steps, shift=plans.rollout.shift, rows=plans.rollout.rows)

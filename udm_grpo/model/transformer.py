@@ -250,7 +250,7 @@ def hidden_states(
     """
     if grid[0] * grid[1] != image_ids.shape[1]:
         raise ValueError(f"image_ids has {image_ids.shape[1]} tokens an image, but the grid is {grid[0]} x {grid[1]}.")
-    rope = rotary_table(positions(prompt_ids.shape[1], *grid), config.rope_theta)
+    rope = rotary_table(positions(prompt_ids.shape[1], *grid), float(config.rope_theta))
     graph = _block_graph(config)
 
     def body(x: Array, layer: Params) -> tuple[Array, None]:
