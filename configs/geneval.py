@@ -14,7 +14,7 @@ Prompts, in data/geneval/: train_metadata.jsonl (50,000 of GenEval's grammar, th
 evaluation_metadata.jsonl (the benchmark's 553). With --config.model.path=..., --config.prompts.train=...,
 --config.prompts.heldout=... and --config.rewards.scorers.geneval.options.detector=... they may lie anywhere.
 
-Hardware: any slice of configs/compile_table.md, or GPUs. Images: 16 prompts x 8 = 128 an iteration, 384 training
+Hardware: TPU slices (configs/compile_table.md) or GPUs. Images: 16 prompts x 8 = 128 an iteration, 384 training
 states; rollout.micro_batch and optimizer.micro_batch are 32 over all devices, so 2 images a device on 16, 4 on 8.
 Memory a device, by the TPU compiler: configs/compile_table.md; what else fits is there too. On NVIDIA GPUs add
 --config.model.attention=cudnn; without --topology, --compile_only compiles for the GPUs at hand.
@@ -25,7 +25,7 @@ TPU. On GPUs that JAX fills, leave it room with XLA_PYTHON_CLIENT_MEM_FRACTION=0
 --config.rewards.scorers.geneval.addresses=host:port with tls_ca and token_file.
 
 Evaluation: 25 steps, no guidance, all 553 prompts x 4 images at the start and the end.
-Measured here: that everything compiles and fits, nothing else. Not tried: the released weights, a GPU, a TPU, this run.
+Measured here: what configs/compile_table.md says, by the compiler alone. Not tried: the released weights, a GPU, a TPU, this run.
 Source: UDM-GRPO, arXiv 2604.18518, and its public configs/geneval_grpo/ursa_1.7b_ibq512.yaml.
 """
 

@@ -12,7 +12,7 @@ makes. Prompts, in data/ocr/: train.txt (about 20,000) and test.txt (about 1,000
 quotes. With --config.model.path=..., --config.prompts.train=..., --config.prompts.heldout=... and
 --config.rewards.scorers.ocr.options.detection=... (recognition likewise) they may lie anywhere.
 
-Hardware: any slice of configs/compile_table.md, or GPUs. Images: 16 prompts x 16 = 256 an iteration, 768 training
+Hardware: TPU slices (configs/compile_table.md) or GPUs. Images: 16 prompts x 16 = 256 an iteration, 768 training
 states; both micro-batches are 32 over all devices, so 2 images a device on 16, 4 on 8. The programs are those of
 configs/geneval.py with more turns of their loops, so its memory and largest micro-batches hold here, within the few MB
 that twice the token ids take. On NVIDIA GPUs add --config.model.attention=cudnn.
@@ -20,8 +20,8 @@ that twice the token ids take. On NVIDIA GPUs add --config.model.attention=cudnn
 Scorer: on CPU, 2 processes that share the images; more with --config.rewards.scorers.ocr.replicas=4.
 
 Evaluation: 25 steps, no guidance, 1,000 prompts x 1 image at the start and the end.
-Measured here: that the programs compile and fit (with 128 images), nothing else. Not tried: the released weights, a
-GPU, a TPU, this run. The release reads with an older PaddleOCR (2.9), so scores may differ a little.
+Measured here: what configs/compile_table.md says (with 128 images), by the compiler alone. Not tried: the released
+weights, a GPU, a TPU, this run. The release reads with an older PaddleOCR (2.9), so scores may differ a little.
 Source: UDM-GRPO, arXiv 2604.18518, and its public configs/ocr_grpo/ursa_1.7b_ibq512.yaml.
 """
 

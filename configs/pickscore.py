@@ -11,7 +11,7 @@ Weights, in models/: the checkpoint, and the scorer's CLIP ViT-H/14. Prompts, in
 test.txt (2,048), one a line. With --config.model.path=..., --config.prompts.train=..., --config.prompts.heldout=... and
 --config.rewards.scorers.pickscore.options.model=... they may lie anywhere.
 
-Hardware: any slice of configs/compile_table.md, or GPUs. Images: 16 prompts x 16 = 256 an iteration, 768 training
+Hardware: TPU slices (configs/compile_table.md) or GPUs. Images: 16 prompts x 16 = 256 an iteration, 768 training
 states; both micro-batches are 32 over all devices, so 2 images a device on 16, 4 on 8. The programs are those of
 configs/geneval.py with more turns of their loops, so its memory and largest micro-batches hold here, within the few MB
 that twice the token ids take. On NVIDIA GPUs add --config.model.attention=cudnn.
@@ -20,8 +20,8 @@ Scorer: in a process of its own, on CPU; options.device=cuda:0 puts it on a GPU,
 environment.CUDA_VISIBLE_DEVICES=7 on one that the trainer leaves alone, and addresses=host:port on another machine.
 
 Evaluation: 25 steps, no guidance, 2,048 prompts x 1 image at the start and the end.
-Measured here: that the programs compile and fit (with 128 images), nothing else. Not tried: the released weights, a
-GPU, a TPU, this run.
+Measured here: what configs/compile_table.md says (with 128 images), by the compiler alone. Not tried: the released
+weights, a GPU, a TPU, this run.
 Source: UDM-GRPO, arXiv 2604.18518, and its public configs/pickscore_grpo/ursa_1.7b_ibq512.yaml.
 """
 

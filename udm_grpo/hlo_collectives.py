@@ -53,8 +53,8 @@ def collectives(text: str) -> dict[str, Collective]:
     """Kind -> Collective of one execution, from `compiled.as_text()`; kinds that do not occur are left out.
 
     A loop's body counts as often as the loop turns, which is read off the compiler's note or off its counter (i < N,
-    and what the body adds to i); where it says neither, once. A collective whose pieces the compiler spread over other work
-    counts once, not once a piece.
+    and what the body adds to i); where it says neither, once. A collective whose pieces the compiler spread over other
+    work counts once, not once a piece.
     """
     entry, computations = _read(text)
     pieces: dict[str, tuple[int, _Operation]] = {}
@@ -94,7 +94,9 @@ def _bits(kind: str) -> int:
 
 
 def _read(text: str) -> tuple[str, dict[str, _Computation]]:
-    entry, computations, waiting = "", {}, []
+    entry = ""
+    computations: dict[str, _Computation] = {}
+    waiting: list[tuple[_Computation, str]] = []
     current = _Computation()
     for line in text.splitlines():
         head = _COMPUTATION.match(line)
