@@ -25,7 +25,8 @@ TPU. On GPUs that JAX fills, leave it room with XLA_PYTHON_CLIENT_MEM_FRACTION=0
 --config.rewards.scorers.geneval.addresses=host:port with tls_ca and token_file.
 
 Evaluation: 25 steps, no guidance, all 553 prompts x 4 images at the start and the end.
-Measured here: what configs/compile_table.md says, by the compiler alone. Not tried: the released weights, a GPU, a TPU, this run.
+Measured here: what configs/compile_table.md says, by the compiler alone. Not tried: the released
+weights, a GPU, a TPU, this run.
 Source: UDM-GRPO, arXiv 2604.18518, and its public configs/geneval_grpo/ursa_1.7b_ibq512.yaml.
 """
 
