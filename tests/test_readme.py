@@ -45,6 +45,7 @@ LORA = f"{SMOKE} --config.output_dir=outputs/lora --config.lora.rank=8 --config.
 ADAPTED = "python -m udm_grpo.sample --checkpoint udm_grpo/assets/ursa-shapes --adapter outputs/lora/export_lora"
 SCORE = "python -m rewards_bridge score --scorer shapes"
 PREPARE = "python -m scripts.prepare_prompts"
+COMPILE = "python -m udm_grpo.train --config configs/geneval.py --compile_only --topology v5p:2x2x4"
 
 
 def commands() -> list[str]:
@@ -64,7 +65,7 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_readme_has_no_command_that_no_test_runs() -> None:
     known = (f"{INSTALL} && {TRAIN}", f"{INSTALL} && {PYTEST}", SMOKE, RESUME, PRETRAIN, SERVE, DOCTOR, INFO, VERIFY)
-    known += (REPORT, COMPARE, READER, TRAIN_OCR, PRETRAIN_SIGNS, LORA)
+    known += (REPORT, COMPARE, READER, TRAIN_OCR, PRETRAIN_SIGNS, LORA, COMPILE)
     for command in commands():
         if command == TOGETHER:
             continue  # tests/test_train.py runs several of it

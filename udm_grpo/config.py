@@ -20,11 +20,11 @@ class ModelConfig:
     width: int = 32
     """Pixels."""
     attention: str = "xla"
-    """Attention kernel: xla, or cudnn (NVIDIA GPUs, bfloat16)."""
+    """Attention kernel: xla, cudnn (NVIDIA GPUs, bfloat16) or splash (TPUs)."""
     remat: str = "none"
     """What the backward pass recomputes: none, dots (all but matrix products) or full."""
     logit_rows: int = 4
-    """Images whose logits (N x V each) exist at a time, on all devices together."""
+    """Images whose logits (N x V each) exist at a time, on each device that the batch is spread over."""
 
 
 @dataclass

@@ -26,7 +26,7 @@ def _above_zero(problems: list[str], **values: float) -> None:
 
 def _choices(config: RunConfig, problems: list[str]) -> None:
     _choice(problems, "model.dtype", config.model.dtype, ("float32", "bfloat16"))
-    _choice(problems, "model.attention", config.model.attention, ("xla", "cudnn"))
+    _choice(problems, "model.attention", config.model.attention, ("xla", "cudnn", "splash"))
     _choice(problems, "model.remat", config.model.remat, ("none", "dots", "full"))
     _choice(problems, "grpo.trajectory", config.grpo.trajectory, ("forward", "rollout"))
     _choice(problems, "grpo.action", config.grpo.action, ("clean", "intermediate"))

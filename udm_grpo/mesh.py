@@ -68,6 +68,11 @@ def over_second(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
 
 
+def head(mesh: Mesh) -> NamedSharding:
+    """The head's kernel [D, V] where logits are computed: split over tensor alone."""
+    return NamedSharding(mesh, PartitionSpec(None, "tensor"))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -30,6 +30,7 @@ from udm_grpo.host.metrics import write_json
 from udm_grpo.host.prompts import PromptSet, read_prompts
 from udm_grpo.host.weights import Checkpoint, load_folder, load_transformer
 from udm_grpo.model import lora, transformer
+from udm_grpo.model.transformer import TransformerConfig
 from udm_grpo.steps import Steps, build, make_plans
 
 MOST_PROBLEMS = 50
@@ -134,7 +135,8 @@ def _check_prompts(client: Composition, field: str, given: PromptSet) -> None:
     raise ConfigError("\n  ".join([listed, *more, "Mend or remove them, or choose another scorer."]))
 
 
-def _check_sizes(config: RunConfig, stride: int, mesh: Mesh) -> None:
+def check_sizes(config: RunConfig, stride: int, mesh: Mesh) -> None:
+    """Raise ConfigError or MeshError where the image or a batch does not fit the checkpoint or the mesh."""
     model = config.model
     if model.height % stride or model.width % stride:
         raise ConfigError(
@@ -151,7 +153,7 @@ def _check_sizes(config: RunConfig, stride: int, mesh: Mesh) -> None:
     )
 
 
-def _abstract_state(optimizer: Any, params: Params, ema: bool, mesh: Mesh) -> TrainState:
+def abstract_state(optimizer: Any, params: Params, ema: bool, mesh: Mesh) -> TrainState:
     """The train state as shapes with shardings."""
     master = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
@@ -164,13 +166,13 @@ def _abstract_state(optimizer: Any, params: Params, ema: bool, mesh: Mesh) -> Tr
     )
 
 
-def _trained(config: RunConfig, checkpoint: Checkpoint) -> Params:
+def trained(config: RunConfig, whole: Params, sizes: TransformerConfig) -> Params:
     """What is trained, perhaps abstract: all weights, or an adapter of them; raises ConfigError for a rank too high."""
     given = config.lora
     if not given.rank:
-        return checkpoint.transformer
+        return whole
     try:
-        return lora.abstract(checkpoint.transformer_config, given.rank, lora.targets(given.targets))
+        return lora.abstract(sizes, given.rank, lora.targets(given.targets))
     except ValueError as error:
         raise ConfigError(f"lora.rank does not fit {config.model.path}: {error}.") from None
 
@@ -204,7 +206,7 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     mesh = meshes.make_mesh(asdict(config.mesh))
     prompt_length = config.model.text_length or None
     checkpoint = load_folder(config.model.path, prompt_length=prompt_length, read_transformer=False)
-    _check_sizes(config, checkpoint.vq_config.stride, mesh)
+    check_sizes(config, checkpoint.vq_config.stride, mesh)
     train = _prompts("prompts.train", config.prompts.train, config.prompts.tag_weights)
     heldout = _prompts("prompts.heldout", config.prompts.heldout, {})
     output = _open_output(config)
@@ -216,7 +218,8 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
         meshes.batch_shards(mesh),
     )
     optimizer = optimizer_of(config)
-    abstract = _abstract_state(optimizer, _trained(config, checkpoint), config.optimizer.ema_decay > 0, mesh)
+    learned = trained(config, checkpoint.transformer, checkpoint.transformer_config)
+    abstract = abstract_state(optimizer, learned, config.optimizer.ema_decay > 0, mesh)
     replicated = meshes.replicated(mesh)
     path = jax.tree.map(lambda leaf: hosts.put(leaf, replicated), path_of(checkpoint))
     client = stack.enter_context(rewards.connect(config.rewards, output / "kept_images"))

@@ -1,7 +1,7 @@
 """The one place that jits: pure stages in, compiled stages with shardings and donation out."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -170,6 +170,8 @@ def build(
 ) -> Steps:
     """Compile-on-first-use stages of a run on `mesh`; `state` may be abstract and gives the shardings."""
     over_batch, replicated = meshes.over_batch(mesh), meshes.replicated(mesh)
+    execution = replace(plans.execution, batch=over_batch, head=meshes.head(mesh), shards=meshes.batch_shards(mesh))
+    plans = replace(plans, execution=execution)
     state_shardings = meshes.shardings(mesh, state)
     grpo, micro_batch = config.grpo, config.optimizer.micro_batch
     factor = lora.factor(config.lora) if config.lora.rank else 1.0
@@ -177,8 +179,7 @@ def build(
     def rollout_step(plan: RolloutPlan) -> RolloutStep:
         kept: Any = meshes.over_second(mesh) if plan.keep_trajectory else None
         first: Any = over_batch
-        out = Rollout(first, kept, kept)
-        return jax.jit(partial(rollout, plans.transformer, plans.execution, path, plan), out_shardings=out)
+        return free_rollout(plans.transformer, plans.execution, path, plan, Rollout(first, kept, kept))
 
     @cache  # a second evaluation with these steps compiles nothing
     def evaluation_step(steps: int) -> RolloutStep:
@@ -210,13 +211,15 @@ def build(
         ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay > 0 else None
         return TrainState(params=params, opt_state=optimizer.init(params), ema=ema, step=jnp.int32(0))
 
-    prepare = partial(prepare_samples, plans, path, micro_batch, grpo.updates_per_rollout > 1)
+    def prepare(path: Path, *given: Any) -> Samples:
+        return prepare_samples(plans, path, micro_batch, grpo.updates_per_rollout > 1, *given)
+
     return Steps(
         plans=plans,
         rollout=rollout_step(plans.rollout),
         rollout_in=evaluation_step,
         decode=jax.jit(decode, out_shardings=over_batch),
-        prepare=jax.jit(prepare, out_shardings=over_batch),
+        prepare=partial(jax.jit(prepare, out_shardings=over_batch), path),
         update=jax.jit(update_step, out_shardings=(state_shardings, replicated), donate_argnums=0),
         compute_copy=_compute_copy(config, plans.compute_dtype, state_shardings.params),
         begin=jax.jit(begin, out_shardings=state_shardings, donate_argnums=0),
@@ -274,9 +277,16 @@ def image_logits(
     return jax.jit(logits)
 
 
-def free_rollout(config: TransformerConfig, execution: Execution, path: Path, plan: RolloutPlan) -> RolloutStep:
+def free_rollout(
+    config: TransformerConfig, execution: Execution, path: Path, plan: RolloutPlan, out_shardings: Any = None
+) -> RolloutStep:
     """A rollout outside a run: for notebooks and sampling."""
-    return jax.jit(partial(rollout, config, execution, path, plan))
+
+    def step(path: Path, *given: Any) -> Rollout:
+        return rollout(config, execution, path, plan, *given)
+
+    # The path is an argument: closed over, its codebook would be a constant of 134 MB in every program.
+    return partial(jax.jit(step, out_shardings=out_shardings), path)
 
 
 def pretrain_step(

@@ -3,6 +3,7 @@
     python -m udm_grpo.train --config configs/shapes.py
     python -m udm_grpo.train --config configs/shapes.py:smoke --config.output_dir=outputs/try --config.seed=1
     python -m udm_grpo.train --config configs/shapes.py --config.checkpoint.resume=latest
+    python -m udm_grpo.train --config configs/shapes.py --compile_only       # what it needs; see compile_only.py
 
 An iteration, as `train` below reads: prompts, rollout, pictures to the scorer, reference log-probabilities while it
 scores, advantages, update.
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rewards_bridge.errors import BridgeError, UsageError
-from udm_grpo import distributed, hosts, scoring
+from udm_grpo import compile_only, distributed, hosts, scoring
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params, Rollout, TrainState
 from udm_grpo.command_line import field_values, parse
@@ -302,6 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fields and their defaults (udm_grpo/config.py says what each is):")
         print("\n".join(f"  --config.{name}={value}" for name, value in field_values(RunConfig())))
         return 0
+    if "--compile_only" in words:
+        return compile_only.main(words)
     expected = (ConfigError, MeshError, WeightsError, CheckpointError, BridgeError, UsageError, OSError)
     try:
         config = parse(words)
