@@ -3,16 +3,24 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import tomllib
 from pathlib import Path
 
 import jax
 import pytest
 from golden_data import DEFAULT_ROOT
+from running import ROOT
 
 from udm_grpo import compile_only, topology, train
 from udm_grpo.compile_only import Report, candidates, largest
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.programs import device_bytes, mesh_of, programs, read_sizes
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None and not os.environ.get("UDM_GRPO_REQUIRE_LIBTPU"),
+    reason="the TPU compiler is not installed: pip install libtpu==0.0.42.1",
+)
 
 CONFIG = """
 from udm_grpo.config import RunConfig
@@ -43,6 +51,7 @@ def run(config_file, *flags) -> int:
     return train.main(["--config", str(config_file), "--compile_only", *flags])
 
 
+@needs_libtpu
 def test_a_small_run_compiles_for_a_tpu_that_is_not_here(config_file, tmp_path, capsys):
     path = tmp_path / "report.json"
     kernel = ("--config.model.attention=splash", "--config.model.dtype=bfloat16", "--config.model.remat=full")
@@ -77,11 +86,13 @@ def test_the_devices_at_hand(config_file, capsys):
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
-        (("--topology=v9z:2x2",), "--topology=v9z:2x2: libtpu knows no such slice"),
-        (("--topology", "nonsense"), "name one as kind:chips, such as v5e:4x4"),
+        pytest.param(("--topology=v9z:2x2",), "--topology=v9z:2x2: libtpu knows no such slice", marks=needs_libtpu),
+        pytest.param(("--topology", "nonsense"), "name one as kind:chips, such as v5e:4x4", marks=needs_libtpu),
         (("--topology",), "--topology has no value; write --topology=value"),
-        (("--topology=v5e:2x2", "--config.mesh.fsdp=3"), "does not fit 4 device"),
-        (("--topology=v5e:2x2", "--config.rollout.micro_batch=2"), "rollout.micro_batch is 2"),
+        pytest.param(("--topology=v5e:2x2", "--config.mesh.fsdp=3"), "does not fit 4 device", marks=needs_libtpu),
+        pytest.param(
+            ("--topology=v5e:2x2", "--config.rollout.micro_batch=2"), "rollout.micro_batch is 2", marks=needs_libtpu
+        ),
         (("--programs=rollout,training",), "--programs: there is no training; name some of rollout,decode"),
         (("--config.model.path=models/URSA-9B",), "the package has no sizes for URSA-9B"),
         (("--config.model.height=18",), "choose multiples of 4"),
@@ -184,3 +195,9 @@ def test_sizes_of_a_published_checkpoint_need_no_folder(tmp_path):
 def test_usable_memory_of_each_kind():
     assert set(topology.USABLE_HBM) >= {"TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"}
     assert topology.usable_bytes(jax.devices()[0]) is None
+
+
+def test_the_compiler_that_is_named_is_the_one_that_is_pinned():
+    (pin,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["tpu-compiler"]
+    for file in ("README.md", "udm_grpo/topology.py", "scripts/compile_table.py"):
+        assert pin in (ROOT / file).read_text().replace("libtpu 0", "libtpu==0"), file
