@@ -82,7 +82,7 @@ def test_the_place_of_a_process_comes_from_the_config_or_the_scheduler(monkeypat
             "only processes 4 is known; distributed.coordinator and distributed",
         ),
         (DistributedConfig("a:1", 2), {}, "distributed.process_id is missing: set them or their environment"),
-        (DistributedConfig("a", 2, 0), {}, "distributed.coordinator is 'a'; give process 0's host:port"),
+        (DistributedConfig("a", 2, 0), {}, "distributed.coordinator is 'a'; give host:port of process 0"),
         (DistributedConfig("a:1", 2, 2), {}, "process_id is 2 of 2 processes; the ids go from 0 to 1"),
         (DistributedConfig(), EXPLICIT | {"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID is 'one'; give a whole number"),
     ],
@@ -124,6 +124,13 @@ class Meeting:
         except PeersError as error:
             self.found[at] = error
 
+    def close(self) -> None:
+        closing = [threading.Thread(target=peers.close) for peers in self.found if isinstance(peers, Peers)]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join()
+
     def wait(self, ends: int) -> dict[int, str]:
         """What each process was told at its end."""
         deadline = time.monotonic() + 10
@@ -135,11 +142,10 @@ class Meeting:
 
 
 def test_all_processes_meet_and_leave_in_peace():
-    meeting = Meeting([(member(i), 4) for i in (2, 0, 3, 1)])
-    time.sleep(1.0)  # longer than the silence that counts as death
-    for peers in meeting.found:
-        assert isinstance(peers, Peers)
-        peers.close()
+    meeting = Meeting([(member(i), 4) for i in (2, 0, 3, 1)], silence_s=2.0)
+    time.sleep(2.5)  # longer than the silence that counts as death
+    assert all(isinstance(peers, Peers) for peers in meeting.found)
+    meeting.close()
     assert meeting.wait(0) == {}
 
 
@@ -148,12 +154,14 @@ def test_a_failure_reaches_every_process_with_its_reason():
     meeting.found[2].fail("ValueError: no such prompt")
     expected = "process 2 (host host-2, pid 102) failed: ValueError: no such prompt"
     assert meeting.wait(2) == {0: expected, 1: expected}
+    meeting.close()
 
 
 def test_a_process_that_stands_still_is_named_to_the_others():
     meeting = Meeting([(member(i), 3) for i in range(3)])
     meeting.found[1]._closed.set()  # its beat stops, its connection stays
     told = meeting.wait(2)
+    meeting.close()
     for process in (0, 2):
         assert (
             told[process] == "process 1 (host host-1, pid 101) gave no sign of life for 0.4 s (distributed.silence_s)"
@@ -200,8 +208,8 @@ def test_a_missing_coordinator_is_an_error_with_the_address_that_was_tried():
 
 
 def test_a_stranger_who_calls_is_ignored():
-    address = ("127.0.0.1", free_port())
-    server = threading.Thread(target=meet, args=(member(0), 2, address, 5.0, 5.0, print))
+    address, met = ("127.0.0.1", free_port()), list[Peers]()
+    server = threading.Thread(target=lambda: met.append(meet(member(0), 2, address, 5.0, 5.0, print)))
     server.start()
     deadline = time.monotonic() + 5
     while True:
@@ -211,10 +219,11 @@ def test_a_stranger_who_calls_is_ignored():
         except OSError:
             assert time.monotonic() < deadline
     stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-    peers = meet(member(1), 2, address, 5.0, 5.0, print)
+    met.append(meet(member(1), 2, address, 5.0, 5.0, print))
     server.join()
-    peers.close()
     stranger.close()
+    for peers in met:
+        peers.close()
 
 
 def test_one_process_joins_nothing(monkeypatch):
@@ -239,15 +248,12 @@ def start(what: str, count: int, tmp: Path) -> list[subprocess.Popen]:
     """Start `count` processes of this file that work together until one of them does WHAT."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "JAX_PLATFORMS": "cpu"}
     port = free_port()
-    return [
-        subprocess.Popen(
-            [sys.executable, __file__, what, str(port), str(process), str(count)],
-            env=environment,
-            stdout=(tmp / f"{process}.out").open("w"),
-            stderr=(tmp / f"{process}.err").open("w"),
-        )
-        for process in range(count)
-    ]
+    processes = []
+    for process in range(count):
+        words = [sys.executable, __file__, what, str(port), str(process), str(count)]
+        with (tmp / f"{process}.log").open("w") as log:
+            processes.append(subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    return processes
 
 
 @pytest.mark.parametrize(
@@ -266,11 +272,11 @@ def test_the_end_of_a_process_ends_the_others_with_an_error_that_names_it(tmp_pa
     died = time.monotonic()
     assert processes[1 - lost].wait(120) == 1
     assert time.monotonic() - died < 10
-    text = (tmp_path / f"{1 - lost}.err").read_text()
+    text = (tmp_path / f"{1 - lost}.log").read_text()
     assert re.search(message.format(pid=processes[lost].pid), text), text
     if what == "1 raises":
         assert processes[1].returncode == 1
-        assert (tmp_path / "1.err").read_text().splitlines()[-1].startswith("error: process 1 (host ")
+        assert "\nerror: process 1 (host " in (tmp_path / "1.log").read_text()
 
 
 def work(what: str, port: str, process: str, count: str) -> None:

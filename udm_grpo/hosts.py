@@ -49,7 +49,7 @@ def owned_rows(sharding: Sharding, count: int) -> np.ndarray:
 def take(array: Array, rows: np.ndarray) -> np.ndarray:
     """Rows of an array that this process holds, as NumPy."""
     if array.is_fully_addressable:
-        return np.asarray(array)[rows]
+        return np.asarray(array) if len(rows) == len(array) else np.asarray(array)[rows]
     taken = np.empty((len(rows), *array.shape[1:]), array.dtype)
     for shard in array.addressable_shards:
         inside = _at(shard.index, array.shape[0])

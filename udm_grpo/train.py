@@ -236,8 +236,9 @@ def stop(run: Run, reports: Reports, position: Position) -> dict[str, Any]:
     return {"iterations": position.step, "seconds": position.seconds, "stopped": True}
 
 
-def open_reports(config: RunConfig, resume_after: int | None, stack: contextlib.ExitStack) -> Reports:
-    """Open the run's files and its progress bar; lines past `resume_after` (None: a fresh run) are dropped."""
+def open_reports(config: RunConfig, position: Position | None, stack: contextlib.ExitStack) -> Reports:
+    """Open the run's files and its progress bar; lines past `position` (None: a fresh run) are dropped."""
+    resume_after = None if position is None else position.step
     output, logging, primary = Path(config.output_dir), config.logging, hosts.is_primary()
     if primary:
         begin(output, resume_after)
@@ -247,7 +248,9 @@ def open_reports(config: RunConfig, resume_after: int | None, stack: contextlib.
     stack.enter_context(writer)
     evaluations = None
     if primary:
-        evaluations = stack.enter_context(contextlib.closing(JsonLines(output / "evaluations.jsonl", resume_after)))
+        # What has not been looked at will be: a line on it is of an attempt that was killed.
+        evaluated = resume_after if position is None else position.step - (not position.looked)
+        evaluations = stack.enter_context(contextlib.closing(JsonLines(output / "evaluations.jsonl", evaluated)))
     unseen = None if primary else io.StringIO()
     progress = Progress(config.iterations, resume_after or 0, plain_every=10, stream=unseen)
     stack.enter_context(contextlib.closing(progress))
@@ -267,7 +270,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         run, abstract = open_run(config, stack)
         state, reference, position = start(run, abstract)
         done = 0 if position is None else position.step
-        reports = open_reports(config, None if position is None else done, stack)
+        reports = open_reports(config, position, stack)
         if position is None:
             reports.progress.message("evaluating the start model")
             position = Position(step=0, seconds=0.0, base=evaluate_all(run, reference, 0), best=None)

@@ -18,6 +18,8 @@ from typing import Any, TextIO
 HELLO_TIMEOUT_S = 10.0
 """How long a caller may take to say who it is."""
 RETRY_S = 0.2
+LAST_WORDS_S = 2.0
+"""How long a process that leaves waits until the others have read why."""
 
 
 class PeersError(RuntimeError):
@@ -57,23 +59,35 @@ class Peers:
         self._me, self._connections, self._silence_s, self._ended = me, connections, silence_s, ended
         self._closed = threading.Event()
         self._over = threading.Lock()
-        for connection in connections:
+        self._listeners = [
+            threading.Thread(target=self._listen, args=(connection,), name="peers", daemon=True)
+            for connection in connections
+        ]
+        for connection, listener in zip(connections, self._listeners, strict=True):
             connection.socket.settimeout(silence_s)
-            threading.Thread(target=self._listen, args=(connection,), name="peers", daemon=True).start()
+            listener.start()
         threading.Thread(target=self._beat, name="peers-beat", daemon=True).start()
 
     def fail(self, reason: str) -> None:
         """Tell the others that this process ends, and why."""
         self._closed.set()
-        for connection in self._connections:
-            connection.send(failed=f"{self._me} failed: {reason}")
+        self._leave(failed=f"{self._me} failed: {reason}")
 
     def close(self) -> None:
         """Leave in peace; the others are not told that anything is wrong."""
         self._closed.set()
+        self._leave(leaves=True)
+
+    def _leave(self, **message: Any) -> None:
+        """Send last words, and wait until they are read: a system that closes too early may drop them."""
         for connection in self._connections:
-            connection.send(leaves=True)
-            connection.socket.close()
+            connection.send(**message)
+            with contextlib.suppress(OSError):
+                connection.socket.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + LAST_WORDS_S
+        for listener in self._listeners:
+            if listener is not threading.current_thread():
+                listener.join(max(deadline - time.monotonic(), 0))
 
     def _beat(self) -> None:
         while not self._closed.wait(self._silence_s / 4):
@@ -81,26 +95,30 @@ class Peers:
                 connection.send(alive=True)
 
     def _listen(self, connection: _Connection) -> None:
+        with connection.socket, connection.lines:
+            reason = self._read(connection)
+            if reason is not None:
+                self._end(reason)
+
+    def _read(self, connection: _Connection) -> str | None:
+        """Read until the connection ends; return why this run has to end, or None."""
         try:
             for line in connection.lines:
                 message = json.loads(line)
                 connection.left |= "leaves" in message
                 if "failed" in message:
-                    return self._end(str(message["failed"]))
+                    return str(message["failed"])
             reason = "ended without a word: it was killed, or it crashed; its own log says more"
         except TimeoutError:
             reason = f"gave no sign of life for {self._silence_s:g} s (distributed.silence_s)"
         except (OSError, ValueError) as error:
             reason = f"is lost: {error}"
-        if not connection.left:
-            self._end(f"{connection.member} {reason}")
-        return None
+        return None if connection.left else f"{connection.member} {reason}"
 
     def _end(self, reason: str) -> None:
         if self._closed.is_set() or not self._over.acquire(blocking=False):
             return
-        for connection in self._connections:
-            connection.send(failed=reason)
+        self._leave(failed=reason)
         self._ended(reason)
 
 
@@ -163,6 +181,7 @@ def _accept(listener: socket.socket, count: int, known: dict[int, Member]) -> _C
         hello = json.loads(lines.readline(4096))
         member, its_count = Member(int(hello["process"]), str(hello["host"]), int(hello["pid"])), int(hello["count"])
     except (OSError, ValueError, KeyError, TypeError):
+        lines.close()
         connected.close()
         return None
     connection = _Connection(member, connected, lines)
@@ -173,14 +192,14 @@ def _accept(listener: socket.socket, count: int, known: dict[int, Member]) -> _C
         problem = f"two processes have the id {member.process}: {known[member.process]} and {member}"
     if problem:
         problem += "; give every process its own id, from 0, and all the same number of processes"
-        connection.send(refused=problem)
-        raise PeersError(problem)
+        raise _refused({member.process: connection}, problem)
     return connection
 
 
 def _refused(found: dict[int, _Connection], problem: str) -> PeersError:
     for connection in found.values():
-        connection.send(refused=problem)
+        with connection.socket, connection.lines:
+            connection.send(refused=problem)
     return PeersError(problem)
 
 
@@ -194,11 +213,15 @@ def _call(me: Member, count: int, address: tuple[str, int], deadline: float, tim
     try:
         message = json.loads(lines.readline())
     except (OSError, ValueError):
+        message = {}
+    if "welcome" in message:
+        return [_Connection(Member(**message["welcome"]), connected, lines)]
+    lines.close()
+    connected.close()
+    if "refused" not in message:
         advice = "see the log of process 0; if what answers there is another program, choose another port"
-        raise PeersError(f"process 0 at {where} took {me}'s call and then did not answer; {advice}") from None
-    if "refused" in message:
-        raise PeersError(str(message["refused"]))
-    return [_Connection(Member(**message["welcome"]), connected, lines)]
+        raise PeersError(f"process 0 at {where} took {me}'s call and then did not answer; {advice}")
+    raise PeersError(str(message["refused"]))
 
 
 def _reach(me: Member, address: tuple[str, int], deadline: float, timeout_s: float) -> socket.socket:
