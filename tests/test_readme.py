@@ -53,6 +53,7 @@ def run(command: str, tmp: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_readme_has_no_command_that_no_test_runs() -> None:
+    """Those of an adapter are run in tests/test_lora.py."""
     known = (
         f"{INSTALL} && {TRAIN}",
         f"{INSTALL} && {PYTEST}",
@@ -91,17 +92,6 @@ def test_pictures_of_prompts(tmp_path: Path) -> None:
     run(command.replace("outputs/pictures", str(tmp_path / "pictures")), tmp_path)
     assert len(list((tmp_path / "pictures").glob("*/samples/*.png"))) == 8
     assert (tmp_path / "pictures" / "contact_sheet.png").exists()
-
-
-def test_an_adapter_is_trained_and_drawn_with(tmp_path: Path) -> None:
-    small = "--config.iterations=1 --config.evaluation.final_prompts=2 --config.evaluation.picture_prompts=2"
-    run(f"{LORA} {small}".replace("outputs/lora", str(tmp_path / "lora")), tmp_path)
-    command = next(command for command in commands() if command.startswith(ADAPTED))
-    moved = command.replace("outputs/lora", str(tmp_path / "lora")).replace(
-        "outputs/pictures_lora", str(tmp_path / "p")
-    )
-    run(moved, tmp_path)
-    assert len(list((tmp_path / "p").glob("*/samples/*.png"))) == 4
 
 
 def test_a_checkpoint_is_described_and_compared(tmp_path: Path) -> None:
