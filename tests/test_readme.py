@@ -64,6 +64,7 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_readme_has_no_command_that_no_test_runs() -> None:
+    """Those of an adapter are run in tests/test_lora.py."""
     known = (f"{INSTALL} && {TRAIN}", f"{INSTALL} && {PYTEST}", SMOKE, RESUME, PRETRAIN, SERVE, DOCTOR, INFO, VERIFY)
     known += (REPORT, COMPARE, READER, TRAIN_OCR, PRETRAIN_SIGNS, LORA, COMPILE)
     for command in commands():
@@ -142,6 +143,7 @@ def test_the_prompt_sets_of_the_readme_are_examples_of_the_command() -> None:
         assert f"    {command}\n" in (prepare_prompts.__doc__ or "")
 
 
+    """Those of an adapter are run in tests/test_lora.py."""
 def test_an_adapter_is_trained_and_drawn_with(tmp_path: Path) -> None:
     small = "--config.iterations=1 --config.evaluation.final_prompts=2 --config.evaluation.picture_prompts=2"
     run(f"{LORA} {small}".replace("outputs/lora", str(tmp_path / "lora")))
