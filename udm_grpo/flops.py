@@ -18,16 +18,20 @@ def matrix_flops(jaxpr: Jaxpr, loops: bool = True) -> int:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+            shape = _shape(equation.invars[0])
+            total += 2 * math.prod(_shape(equation.outvars[0])) * math.prod(shape[axis] for axis in contracted)
         elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
+            kernel = _shape(equation.invars[1])
             features = kernel[params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // features
+            total += 2 * math.prod(_shape(equation.outvars[0])) * math.prod(kernel) // features
         else:
             inner = [matrix_flops(part, loops) for part in _inner(params)]
             total += (max(inner, default=0) if name == "cond" else sum(inner)) * _turns(name, params, loops)
     return total
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return tuple(variable.aval.shape)
 
 
 def _turns(name: str, params: dict[str, Any], loops: bool) -> int:

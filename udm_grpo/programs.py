@@ -91,6 +91,7 @@ def programs(config: RunConfig, sizes: Sizes, mesh: Mesh) -> dict[str, Program]:
 
     def program(name: str, step: Any, micro_batch: int, taken: tuple[str, ...], *rest: Any) -> Program:
         # A stage may carry its path: partial(jitted, path).
+        jitted: Any
         jitted, bound = (step.func, step.args) if isinstance(step, partial) else (step, ())
         arguments = (*bound, *(held[part] for part in taken), *rest)
         return Program(name, micro_batch, lambda: jitted.trace(*arguments), (held, rest))

@@ -165,8 +165,9 @@ def build(
 ) -> Steps:
     """Compile-on-first-use stages of a run on `mesh`; `state` may be abstract and gives the shardings."""
     over_batch, replicated = meshes.over_batch(mesh), meshes.replicated(mesh)
-    spread = {"batch": over_batch, "head": meshes.head(mesh), "shards": meshes.batch_shards(mesh)}
-    plans = replace(plans, execution=replace(plans.execution, **spread))
+    shards, head_sharding = meshes.batch_shards(mesh), meshes.head(mesh)
+    execution = replace(plans.execution, batch=over_batch, head=head_sharding, shards=shards)
+    plans = replace(plans, execution=execution)
     state_shardings = meshes.shardings(mesh, state)
     grpo, micro_batch = config.grpo, config.optimizer.micro_batch
 

@@ -31,7 +31,7 @@ def attend(
     if batch is None:
         return _attend(q, k, v, interpret)
     divided = jax.shard_map(
-        lambda *part: _attend(*part, interpret),
+        lambda *part: _attend(part[0], part[1], part[2], interpret),
         mesh=batch.mesh,
         in_specs=batch.spec,
         out_specs=batch.spec,
