@@ -31,7 +31,8 @@ GiB of one device: arguments, temporaries, output that takes no argument's place
 policy, reference and image tokenizer, where they are no argument), and their sum, of what programs may use. A tpu7x
 chip is two devices. Micro-batch: images or states at a time over all devices, as configured, and the largest that fits
 (of those that divide the batch). TFLOP: matrix products and convolutions of one execution on all devices together;
-"done" is how often the devices together do that work. Collectives: GiB of their results on one device in one execution
+"done" is how often the devices together do that work (below 1 where the compiler made a loop of a product, whose body
+it counts once). Collectives: GiB of their results on one device in one execution
 (of the operands, for a reduce-scatter), loops counted in full.
 
 | slice | program | micro-batch | largest | arguments | temporaries | output | beside | sum | of | fits | TFLOP | done |

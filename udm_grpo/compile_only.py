@@ -59,7 +59,10 @@ class Report:
     flops: int
     """Of all devices together, matrix products and convolutions."""
     repeated: float | None
-    """Operations that the devices do together over those that are needed: above 1, they do the same work."""
+    """Operations that the devices do together over those that are needed: above 1, they do the same work.
+
+    Both count loop bodies once; below 1 where the compiler made a loop of one product, to overlap it with a collective.
+    """
     collectives: dict[str, dict[str, int]] = field(default_factory=dict)
     """Kind -> count and bytes of one execution."""
     seconds: float = 0.0
