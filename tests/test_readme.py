@@ -143,18 +143,6 @@ def test_the_prompt_sets_of_the_readme_are_examples_of_the_command() -> None:
         assert f"    {command}\n" in (prepare_prompts.__doc__ or "")
 
 
-    """Those of an adapter are run in tests/test_lora.py."""
-def test_an_adapter_is_trained_and_drawn_with(tmp_path: Path) -> None:
-    small = "--config.iterations=1 --config.evaluation.final_prompts=2 --config.evaluation.picture_prompts=2"
-    run(f"{LORA} {small}".replace("outputs/lora", str(tmp_path / "lora")))
-    command = next(command for command in commands() if command.startswith(ADAPTED))
-    moved = command.replace("outputs/lora", str(tmp_path / "lora")).replace(
-        "outputs/pictures_lora", str(tmp_path / "p")
-    )
-    run(moved)
-    assert len(list((tmp_path / "p").glob("*/samples/*.png"))) == 4
-
-
 def test_a_checkpoint_is_described_and_compared(tmp_path: Path) -> None:
     described = run(INFO).stdout
     assert "alpha: 0.9\n" in described
