@@ -39,7 +39,7 @@ def test_eight_devices_hold_what_one_does_and_export_it(tmp_path):
 
 def on_meshes(folder: str) -> None:
     """Load to every mesh in blocks of a few rows; each shard must be that part of the whole."""
-    streaming.BLOCK_BYTES = 1 << 11
+    streaming.BLOCK_BYTES = 1 << 14
     base = load_folder(first_case().checkpoint)
     for sizes in ((8, 1, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2)):
         mesh = meshes.make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
