@@ -49,23 +49,26 @@ def train(output: Path, *overrides: str, devices: int = 1, config: str = SMOKE) 
     )
 
 
-def train_together(output: Path, count: int, devices: int, *overrides: str) -> list[subprocess.Popen]:
-    """Start a run of `count` processes with so many virtual devices each; their logs are output-0.log and so on.
+def together(words: list[str], output: Path, count: int, devices: int) -> list[subprocess.Popen]:
+    """Start `count` processes of one command with so many virtual devices each; logs are output-0.log and so on.
 
     Compiled without most optimizations, for every process compiles anew.
     """
     with socket.create_server(("", 0)) as first:
         port = first.getsockname()[1]
     address, number, identity = (word.partition("=")[0] for word in TOGETHER.split()[:3])
-    shared = environment(output.parent, devices) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    shared = environment(devices) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     processes = []
     for process in range(count):
         with output.with_name(f"{output.name}-{process}.log").open("w") as log:
             env = shared | {address: f"127.0.0.1:{port}", number: str(count), identity: str(process)}
-            processes.append(
-                subprocess.Popen(command(output, *overrides), cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
-            )
+            processes.append(subprocess.Popen(words, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT))
     return processes
+
+
+def train_together(output: Path, count: int, devices: int, *overrides: str) -> list[subprocess.Popen]:
+    """Start a run of `count` processes; see `together`."""
+    return together(command(output, *overrides), output, count, devices)
 
 
 def train_and_kill(output: Path, after: int, *overrides: str) -> None:

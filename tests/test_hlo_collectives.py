@@ -108,8 +108,6 @@ print(many.count - few.count, many.bytes - few.bytes)
 
 
 def test_a_gather_in_a_loop_counts_each_turn(tmp_path: Path):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment(tmp_path, 4), capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment(4), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["10", str(10 * 8 * 16 * 4)]

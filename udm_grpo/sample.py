@@ -11,7 +11,8 @@
     OUTPUT/00000/samples/0000.png        its first picture          OUTPUT/00000_0.png      its first picture
 
 and settings.json and contact_sheet.png. The same command again goes on where it stopped. Image i of prompt p depends
-on (seed, p, i) alone, not on --batch or --devices; image 0 of each is what `Pipeline.generate` draws with that seed.
+on (seed, p, i) alone, not on --batch, --devices or hosts (several share the work like those of a training, see
+udm_grpo/distributed.py, and the folder); image 0 of each is what `Pipeline.generate` draws with that seed.
 """
 
 import argparse
@@ -31,9 +32,9 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
+from udm_grpo import distributed, hosts, steps
 from udm_grpo import mesh as meshes
-from udm_grpo import steps
-from udm_grpo.config import MeshConfig
+from udm_grpo.config import DistributedConfig, MeshConfig
 from udm_grpo.diffusion.rollout import RolloutPlan
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.metrics import replace_file, write_json
@@ -156,11 +157,14 @@ def drawer(
 def sample(model: Model, settings: Settings, prompts: PromptSet, output: Path, batch: int, devices: list[Any]) -> int:
     """Draw all pictures of `settings` that are not in `output` yet, `batch` at a time; returns how many.
 
+    Of several processes each draws its own share, on its own `devices`.
+
     Raises what `open_output` and `drawer` raise, and OSError where a picture cannot be written.
     """
     draw = drawer(model.checkpoint, settings, prompts.prompts, batch, devices)
     open_output(settings, model.source, prompts, output)
     every = list(itertools.product(range(len(prompts)), range(settings.images_per_prompt)))
+    every = every[jax.process_index() :: jax.process_count()]
     todo = [pair for pair in every if not settings.image_path(output, *pair).exists()]
     parts = [todo[at : at + batch] for at in range(0, len(todo), batch)]
     # The devices draw a part while the one before is written.
@@ -206,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
         ("guidance_scale", 1.0, "1 is without guidance"),
         ("guidance_trunc", 0.9, "guidance acts while t is below it"),
         ("seed", 0, "another one draws other pictures"),
-        ("batch", 32, "pictures that are drawn together, on all devices"),
+        ("batch", 32, "pictures that are drawn together, on all devices of a host"),
         ("sheet_prompts", 16, "prompts on contact_sheet.png; 0: none"),
     ):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{meaning} (default: %(default)s)")
@@ -262,24 +266,31 @@ def _settings(given: argparse.Namespace, model: Model, prompts: PromptSet) -> Se
     return Settings(**{**model.defaults, **{name: value for name, value in asked.items() if value is not None}, **read})
 
 
+def draw_all(given: argparse.Namespace) -> None:
+    """Draw what the command line asks for; raises SampleError, WeightsError and the like."""
+    devices = jax.local_devices()
+    _check(given, len(devices))
+    prompts = _read_prompts(given)
+    model = (
+        open_run(given.run, given.step, given.weights) if given.run else open_folder(given.checkpoint, given.adapter)
+    )
+    settings, output = _settings(given, model, prompts), Path(given.output)
+    drawn = sum(hosts.gather(sample(model, settings, prompts, output, given.batch, devices[: given.devices])))
+    if hosts.is_primary():
+        contact_sheet(settings, prompts, output, given.sheet_prompts)
+        print(f"{settings.images_per_prompt} pictures of each prompt are in {output}; {drawn} are new", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for what the user can mend, said without a traceback."""
     given = _parser().parse_args(argv)
+    expected = (CheckpointError, OSError, ValueError)  # ValueError: SampleError, WeightsError, MeshError, prompts
     try:
-        devices = jax.devices()
-        _check(given, len(devices))
-        prompts = _read_prompts(given)
-        if given.run:
-            model = open_run(given.run, given.step, given.weights)
-        else:
-            model = open_folder(given.checkpoint, given.adapter)
-        settings, output = _settings(given, model, prompts), Path(given.output)
-        drawn = sample(model, settings, prompts, output, given.batch, devices[: given.devices])
-        contact_sheet(settings, prompts, output, given.sheet_prompts)
-    except (CheckpointError, OSError, ValueError) as error:  # ValueError: SampleError, WeightsError, MeshError, prompts
+        with distributed.joined(DistributedConfig(), expected):
+            draw_all(given)
+    except expected as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{settings.images_per_prompt} pictures of each prompt are in {output}; {drawn} are new", file=sys.stderr)
     return 0
 
 

@@ -288,7 +288,7 @@ def hidden_states(
     def body(x: Array, layer: Params) -> tuple[Array, None]:
         return execution.spread(nnx.merge(graph, layer)(x, rope, execution)), None
 
-    x = execution.spread(params["embed"]["embedding"][input_ids(config, prompt_ids, image_ids)])
+    x = execution.spread(jnp.asarray(params["embed"]["embedding"])[input_ids(config, prompt_ids, image_ids)])
     x, _ = jax.lax.scan(_rematerialised(body, execution.remat), x, params["layers"])
     norm_graph = nnx.split(nnx.eval_shape(lambda: RMSNorm(config.hidden_size)))[0]
     return execution.spread(nnx.merge(norm_graph, params["norm"])(x))
