@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 LANES = 128
 """The kernel wants sequences of a multiple of this."""
 LONGEST_BLOCK = 512
-"""Rows of a block at most; twice as many did not fit the vector memory of a v5e in the backward kernels."""
+"""Rows of a block at most; not tuned."""
 
 
 def attend(

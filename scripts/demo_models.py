@@ -1,0 +1,181 @@
+"""What the demo page asks for: pictures of one prompt by two models from the same noise, and the scores of each."""
+
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from rewards_bridge.client import BridgeConfig, BridgeError, RewardsClient
+from rewards_bridge.scorers.base import Scores
+from udm_grpo.host import shapes
+from udm_grpo.host.prompts import UNTAGGED
+from udm_grpo.pipeline import Pipeline
+
+PICTURES = 4
+MOST_STEPS, MOST_GUIDANCE, MOST_SEED, MOST_CHARACTERS = 50, 8, 2**32 - 1, 2000
+MOST_COMPILED = 32
+"""Every number of steps and every guidance is a program of its own; so many are kept."""
+
+
+class DemoError(ValueError):
+    """What was asked for cannot be done; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Drawer:
+    """A model by its name on the page ("Base", "Trained"), where it comes from, and the pipeline that draws."""
+
+    name: str
+    source: str
+    pipeline: Pipeline
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the page asks for. steps: T, 1 to 50; guidance: g, 1 to 8, 1 is without; seed: 0 to 2**32 - 1."""
+
+    prompt: str
+    steps: int
+    guidance: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one model drew: pictures of consecutive noises, and their scores if they could be scored."""
+
+    name: str
+    images: UInt8[np.ndarray, "b hh ww 3"]
+    scores: Scores | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Both sides of a wish, in the order of the models. problem: why there are no scores; notes: what else to know."""
+
+    wish: Wish
+    sides: tuple[Side, ...]
+    problem: str
+    notes: tuple[str, ...]
+
+
+def checked_wish(prompt: Any, steps: Any, guidance: Any, seed: Any) -> Wish:
+    """What was filled in, checked; raises DemoError."""
+    words = " ".join(str(prompt or "").split())
+    if not words:
+        raise DemoError("There is no prompt. Write one, or choose an example.")
+    if len(words) > MOST_CHARACTERS:
+        raise DemoError(f"The prompt has {len(words)} characters. Write at most {MOST_CHARACTERS}.")
+    t, number = _whole("Steps", steps, 1, MOST_STEPS), _whole("Seed", seed, 0, MOST_SEED)
+    g = _number("Guidance", guidance, 1, MOST_GUIDANCE)
+    return Wish(words, t, round(g, 2), number)
+
+
+def _number(name: str, value: Any, least: float, most: float) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+        raise DemoError(f"{name} is {'empty' if value is None else value!r}. Choose {least} to {most}.")
+    return float(value)
+
+
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    number = _number(name, value, least, most)
+    if number != int(number):
+        raise DemoError(f"{name} is {value!r}. Choose a whole number.")
+    return int(number)
+
+
+def sharing_programs(base: Pipeline, trained: Pipeline) -> Pipeline:
+    """The trained pipeline, with the base's compiled programs if both compute alike: one compilation serves both."""
+    ours, theirs = base.checkpoint, trained.checkpoint
+    alike = (
+        ours.transformer_config == theirs.transformer_config
+        and ours.vq_config == theirs.vq_config
+        and ours.scheduler == theirs.scheduler
+        and base.execution == trained.execution
+        and np.array_equal(ours.path_codebook, theirs.path_codebook)
+    )
+    return replace(trained, compiled=base.compiled) if alike else trained
+
+
+class Demo:
+    """One or two models and a scorer in a process of its own; draws for one wish at a time.
+
+    size: height and width in pixels. Raises DemoError for a size that a model cannot draw, BridgeError and UsageError
+    for a scorer that cannot be started.
+    """
+
+    def __init__(self, drawers: Sequence[Drawer], size: tuple[int, int], config: BridgeConfig) -> None:
+        for drawer in drawers:
+            stride = drawer.pipeline.stride
+            if any(side < 1 or side % stride for side in size):
+                raise DemoError(
+                    f"--height {size[0]} and --width {size[1]} must be multiples of {stride}, "
+                    f"the pixels of a token of {drawer.source}."
+                )
+        self.drawers = tuple(drawers)
+        self.size = size
+        self.scorer = config.scorer
+        self._metadata = {row["prompt"]: row for row in shapes.all_prompts()}
+        self._lock = threading.Lock()
+        self._client = RewardsClient(config)
+
+    def close(self) -> None:
+        """End the scorer's process."""
+        self._client.close()
+
+    def answer(self, wish: Wish, tell: Callable[[float, str], None]) -> Answer:
+        """Draw and score; `tell` hears how far it is, 0 to 1, and what is done now."""
+        with self._lock:
+            images, notes = [], []
+            for number, drawer in enumerate(self.drawers):
+                tell(number / (len(self.drawers) + 1), f"{drawer.name} draws")
+                made, said = self._draw(drawer.pipeline, wish)
+                images.append(made)
+                notes += said
+            tell(len(images) / (len(images) + 1), f"{self.scorer} scores")
+            scores, problem = self._score(wish.prompt, np.concatenate(images))
+        sides = tuple(
+            Side(drawer.name, made, part)
+            for drawer, made, part in zip(self.drawers, images, _split(scores, len(images)), strict=True)
+        )
+        return Answer(wish, sides, problem, tuple(dict.fromkeys(notes)))
+
+    def _draw(self, pipeline: Pipeline, wish: Wish) -> tuple[np.ndarray, list[str]]:
+        if len(pipeline.compiled) >= MOST_COMPILED:
+            pipeline.compiled.clear()
+        height, width = self.size
+        with warnings.catch_warnings(record=True) as caught:  # that the prompt was cut, for instance
+            warnings.simplefilter("always", UserWarning)
+            images = pipeline.generate(
+                [wish.prompt] * PICTURES, wish.steps, wish.guidance, wish.seed, height=height, width=width
+            )
+        return images, [str(warning.message) for warning in caught if warning.category is UserWarning]
+
+    def _score(self, prompt: str, images: np.ndarray) -> tuple[Scores | None, str]:
+        """(scores, "") or (None, why there are none)."""
+        metadata: Mapping[str, Any] = self._metadata.get(prompt, {"tag": UNTAGGED, "prompt": prompt})
+        try:
+            problems = self._client.check([prompt], [dict(metadata)])
+            if problems:
+                return None, f"The scorer {self.scorer} cannot score this prompt: {problems[0]}"
+            rows = len(images)
+            return self._client.submit(images, [prompt] * rows, [dict(metadata)] * rows).result(), ""
+        except (BridgeError, ValueError) as error:
+            return None, f"The scorer {self.scorer} failed: {error}"
+
+
+def _split(scores: Scores | None, parts: int) -> list[Scores | None]:
+    if scores is None:
+        return [None] * parts
+    return [
+        Scores(
+            score=scores.score[at : at + PICTURES],
+            raw={name: values[at : at + PICTURES] for name, values in scores.raw.items()},
+            reasons=scores.reasons[at : at + PICTURES],
+        )
+        for at in range(0, parts * PICTURES, PICTURES)
+    ]
