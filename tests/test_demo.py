@@ -1,6 +1,5 @@
 """The demo page in a real browser: what it draws, scores and says; whom it talks to; who may see it."""
 
-import argparse
 import base64
 import io
 import json
@@ -361,12 +360,11 @@ def test_a_command_line_that_cannot_work_is_refused(tmp_path, capsys, words, sai
     assert "sesame" not in error
 
 
-def test_without_tls_a_page_for_others_warns(tmp_path, capsys):
+def test_a_page_for_others_wants_tls_as_well(tmp_path):
     (tmp_path / "users").write_text("ann:sesame\n")
     given = demo._parser().parse_args(["--base=x", "--host=0.0.0.0", f"--auth-file={tmp_path / 'users'}"])
-    assert isinstance(given, argparse.Namespace)
-    assert demo.check_access(given) == [("ann", "sesame")]
-    assert "passwords are sent in the clear" in capsys.readouterr().err
+    with pytest.raises(demo.DemoError, match="--tls-cert and --tls-key, or leave --host out"):
+        demo.check_access(given)
 
 
 def test_examples_are_held_out_prompts_of_every_tag():
