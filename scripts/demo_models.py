@@ -1,5 +1,6 @@
 """What the demo page asks for: pictures of one prompt by two models from the same noise, and the scores of each."""
 
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -55,8 +56,12 @@ class Side:
 
 @dataclass(frozen=True)
 class Answer:
-    """Both sides of a wish, in the order of the models. problem: why there are no scores; notes: what else to know."""
+    """Both sides of a wish, in the order of the models.
 
+    number: of this answer, from 1 on; problem: why there are no scores; notes: what else to know.
+    """
+
+    number: int
     wish: Wish
     sides: tuple[Side, ...]
     problem: str
@@ -77,7 +82,8 @@ def checked_wish(prompt: Any, steps: Any, guidance: Any, seed: Any) -> Wish:
 
 def _number(name: str, value: Any, least: float, most: float) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
-        raise DemoError(f"{name} is {'empty' if value is None else value!r}. Choose {least} to {most}.")
+        found = "empty" if value is None else repr(value)
+        raise DemoError(f"{name} is {found}. Choose {least} to {most}.")
     return float(value)
 
 
@@ -120,6 +126,7 @@ class Demo:
         self.size = size
         self.scorer = config.scorer
         self._metadata = {row["prompt"]: row for row in shapes.all_prompts()}
+        self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._client = RewardsClient(config)
 
@@ -142,7 +149,7 @@ class Demo:
             Side(drawer.name, made, part)
             for drawer, made, part in zip(self.drawers, images, _split(scores, len(images)), strict=True)
         )
-        return Answer(wish, sides, problem, tuple(dict.fromkeys(notes)))
+        return Answer(next(self._numbers), wish, sides, problem, tuple(dict.fromkeys(notes)))
 
     def _draw(self, pipeline: Pipeline, wish: Wish) -> tuple[np.ndarray, list[str]]:
         if len(pipeline.compiled) >= MOST_COMPILED:

@@ -121,7 +121,8 @@ def answer_html(demo: Demo, answer: Answer) -> str:
     notes = "".join(f'<p class="demo-note">{html.escape(text)}</p>' for text in (answer.problem, *answer.notes) if text)
     guided = f"guidance {wish.guidance:g}" if wish.guidance > 1 else "no guidance"
     settings = f"“{wish.prompt}”, {wish.steps} steps, {guided}, seed {wish.seed}"
-    line = f'<p class="demo-quiet" id="drawn" style="margin-bottom:.6rem">{html.escape(settings)}</p>'
+    # The number: Gradio leaves the page as it is where an answer equals the one before.
+    line = f'<p class="demo-quiet" id="drawn" data-number="{answer.number}">{html.escape(settings)}</p>'
     return line + _both(sides, len(sides)) + notes + _table(answer)
 
 

@@ -125,6 +125,7 @@ def servers(run: Path, proxy: Proxy, tmp_path_factory: pytest.TempPathFactory) -
     (folder / "users").write_text("ann:sesame:1\n\nbob:open\n")
     both = COMMAND.replace("outputs/shapes", str(run)).split()[1:]
     alone = ["-m", "scripts.demo", f"--base={SHAPES}", "--scorer=jpeg", f"--auth-file={folder / 'users'}"]
+    alone += ["--height=32", "--width=64"]
     places = [folder / "both", folder / "alone"]
     started = [start(place, words, proxy) for place, words in zip(places, (both, alone), strict=True)]
     try:
@@ -167,9 +168,9 @@ def open_page(browser: Browser, address: str, *size: tuple[int, int]) -> None:
 
 def press_draw(browser: Browser) -> dict[str, np.ndarray]:
     """Draw, and wait for the answer; the pictures by model."""
-    browser.run("document.querySelector('#drawn')?.remove()")
+    before = browser.run("return document.querySelector('#drawn')?.dataset.number ?? ''")
     browser.run("document.querySelector('#draw').click()")
-    wait(browser, "!!document.querySelector('#drawn')")
+    wait(browser, "(document.querySelector('#drawn')?.dataset.number ?? '') !== arguments[0]", before)
     found = browser.run(
         "return [...document.querySelectorAll('[data-side]')].map((side) =>"
         " [side.dataset.side, [...side.querySelectorAll('img')].map((one) => one.src)])"
@@ -280,13 +281,13 @@ def test_a_base_alone_behind_a_password(browser, servers, proxy):
     user, password = browser.driver.find_elements("css selector", "input, textarea")[:2]
     user.send_keys("ann")
     password.send_keys("sesame:1", Keys.ENTER)
-    wait(browser, "!!document.querySelector('#draw')")
+    wait(browser, "!!document.querySelector('#draw') && !!document.querySelector('#untrained')")
     assert "No trained model yet" in text_of(browser, "#untrained")
     assert COMMAND in text_of(browser, "#untrained")
     fill(browser, "#prompt textarea, #prompt input", "no shapes at all")
     fill(browser, "#steps input[type=number]", "1")
     found = press_draw(browser)
-    assert found["Base"].shape == (4, 256, 256, 3)
+    assert found["Base"].shape == (4, 32, 64, 3)
     assert text_of(browser, "#scores").count("jpeg_kilobytes") == 4
     assert all(request.startswith(address) for request in browser.requests())
     assert proxy.asked == []
@@ -299,6 +300,7 @@ def test_an_exported_folder_shares_the_programs_of_its_base(models, tmp_path):
     assert size == (32, 32)
     base, trained = (drawer.pipeline for drawer in drawers)
     assert trained.compiled is base.compiled
+    assert demo.open_models(demo._parser().parse_args(["--base", SHAPES, "--scorer=jpeg"]))[1] == (256, 256)
     other = replace(base, checkpoint=replace(base.checkpoint, scheduler=replace(base.checkpoint.scheduler, c=1.0)))
     assert sharing_programs(base, replace(other, compiled={})).compiled is not base.compiled
 

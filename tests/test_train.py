@@ -165,7 +165,7 @@ def test_two_processes_equal_one_stop_when_asked_and_go_on_as_one(alone: Path) -
     saved = sorted(path.name for path in (output / "checkpoints").iterdir() if path.name.isdigit())
     assert saved == [f"{step + 1:08d}" for step in range(stopped)]
     assert_same_steps(alone, output)
-    done = train(output, "checkpoint.resume=latest", f"iterations={stopped + 1}", *SHORT[1:])
+    done = train(output, "checkpoint.resume=latest", "checkpoint.keep=9", f"iterations={stopped + 1}", *SHORT[1:])
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in metrics(output)] == list(range(1, stopped + 2))
     assert_same_steps(alone, output)
