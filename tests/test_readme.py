@@ -48,7 +48,6 @@ ADAPTED = "python -m udm_grpo.sample --checkpoint udm_grpo/assets/ursa-shapes --
 SCORE = "python -m rewards_bridge score --scorer shapes"
 PREPARE = "python -m scripts.prepare_prompts"
 COMPILE = "python -m udm_grpo.train --config configs/geneval.py --compile_only --topology v5p:2x2x4"
-DEMO = "python -m scripts.demo --base udm_grpo/assets/ursa-shapes --run outputs/shapes"  # run by test_demo.py
 
 
 def commands() -> list[str]:
@@ -69,7 +68,7 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
 def test_the_readme_has_no_command_that_no_test_runs() -> None:
     """Those of an adapter are run in tests/test_lora.py."""
     known = (f"{INSTALL} && {TRAIN}", f"{INSTALL} && {PYTEST}", SMOKE, RESUME, PRETRAIN, SERVE, DOCTOR, INFO, VERIFY)
-    known += (REPORT, COMPARE, READER, TRAIN_OCR, PRETRAIN_SIGNS, LORA, COMPILE, DEMO)
+    known += (REPORT, COMPARE, READER, TRAIN_OCR, PRETRAIN_SIGNS, LORA, COMPILE)
     for command in commands():
         if command == TOGETHER:
             continue  # tests/test_train.py runs several of it
