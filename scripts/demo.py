@@ -4,9 +4,8 @@
     python -m scripts.demo --base udm_grpo/assets/ursa-shapes --trained outputs/shapes/export --scorer jpeg --port 7861
 
 Without a trained model the page shows the base alone. Scores need what the scorer needs: `shapes` prompts of its world,
-`jpeg`, `pickscore` and the like any prompt. Only this machine can reach the page; for others give --host, --auth-file
-and, so that passwords are not sent in the clear, --tls-cert and --tls-key. The page and its server ask nobody else for
-anything: no fonts, no telemetry, no link to share.
+`jpeg`, `pickscore` and the like any prompt. Only this machine can reach the page; for others give --host, --auth-file,
+--tls-cert and --tls-key. The page and its server ask nobody else for anything: fonts, telemetry, a link to share.
 """
 
 import argparse
@@ -85,14 +84,11 @@ def check_access(given: argparse.Namespace) -> list[tuple[str, str]]:
                 f"--tls-cert {given.tls_cert} and --tls-key {given.tls_key} are no certificate and its key: {error}"
             ) from error
     host = f"[{given.host}]" if ":" in given.host else given.host
-    if not transport.is_local(f"{host}:{given.port}"):
-        if not given.auth_file:
-            raise DemoError(
-                f"--host is {given.host}, which other machines can reach; give --auth-file FILE with lines "
-                "USER:PASSWORD, or leave --host out."
-            )
-        if not given.tls_cert:
-            print("warning: without --tls-cert and --tls-key, passwords are sent in the clear", file=sys.stderr)
+    if not transport.is_local(f"{host}:{given.port}") and not (given.auth_file and given.tls_cert):
+        raise DemoError(
+            f"--host is {given.host}, which other machines can reach; give --auth-file FILE with lines "
+            "USER:PASSWORD, --tls-cert and --tls-key, or leave --host out."
+        )
     return read_users(Path(given.auth_file)) if given.auth_file else []
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = "configs/shapes.py:smoke"
+TOGETHER = (
+    "JAX_COORDINATOR_ADDRESS=node-0:8476 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0 "
+    "python -m udm_grpo.train --config configs/shapes.py"
+)
+"""The README's way to start one of several processes."""
 
 
 def environment(devices: int = 1) -> dict[str, str]:
@@ -41,6 +47,28 @@ def train(output: Path, *overrides: str, devices: int = 1, config: str = SMOKE) 
         text=True,
         timeout=500,
     )
+
+
+def together(words: list[str], output: Path, count: int, devices: int) -> list[subprocess.Popen]:
+    """Start `count` processes of one command with so many virtual devices each; logs are output-0.log and so on.
+
+    Compiled without most optimizations, for every process compiles anew.
+    """
+    with socket.create_server(("", 0)) as first:
+        port = first.getsockname()[1]
+    address, number, identity = (word.partition("=")[0] for word in TOGETHER.split()[:3])
+    shared = environment(devices) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    processes = []
+    for process in range(count):
+        with output.with_name(f"{output.name}-{process}.log").open("w") as log:
+            env = shared | {address: f"127.0.0.1:{port}", number: str(count), identity: str(process)}
+            processes.append(subprocess.Popen(words, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT))
+    return processes
+
+
+def train_together(output: Path, count: int, devices: int, *overrides: str) -> list[subprocess.Popen]:
+    """Start a run of `count` processes; see `together`."""
+    return together(command(output, *overrides), output, count, devices)
 
 
 def train_and_kill(output: Path, after: int, *overrides: str) -> None:

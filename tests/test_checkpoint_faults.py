@@ -100,7 +100,7 @@ def save_forever(folder: str) -> None:
     while True:
         step += 1
         checkpoints.save_best(step, make_large_state(step), {"step": step})
-        checkpoints.save(step, make_large_state(step), {"step": step})
+        checkpoints.begin(step, make_large_state(step), {"step": step})  # written while the next one is made
 
 
 @contextlib.contextmanager

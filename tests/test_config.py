@@ -234,3 +234,20 @@ def test_a_scorer_is_started_or_reached_but_not_both():
 
 def test_no_scorer_at_all_is_refused():
     assert problems(rewards__scorers={}) == ["rewards.scorers is empty; name at least one."]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"lora__rank": -1}, "lora.rank is -1; set it to at least 0."),
+        ({"lora__alpha": 0.0}, "lora.alpha is 0.0; set it to a finite number above 0."),
+        ({"lora__alpha": float("inf")}, "lora.alpha is inf; set it to a finite number above 0."),
+        (
+            {"lora__targets": ("q_proj", "head")},
+            "lora.targets is ('q_proj', 'head'): 'head' matches nothing; choose from q_proj, k_proj, v_proj, o_proj, "
+            "gate_proj, up_proj, down_proj, or patterns of these such as *_proj.",
+        ),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_named(changes, line):
+    assert problems(**changes) == [line]

@@ -100,6 +100,7 @@ def test_a_trained_checkpoint_is_its_export(trained: Path, tmp_path: Path, capsy
         assert equal(tmp_path / weights, trained / "checkpoints", "--weights", weights)
     for name in (WEIGHTS, "vae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"):
         assert (tmp_path / "ema" / name).read_bytes() == (trained / "export" / name).read_bytes()
+    assert (tmp_path / "params" / WEIGHTS).read_bytes() == (trained / "export_raw" / WEIGHTS).read_bytes()
     assert not equal(tmp_path / "params", trained / "export")
     capsys.readouterr()
     assert call("info", trained / "checkpoints" / "00000001", "--json") == 0
@@ -234,7 +235,7 @@ def test_errors(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "is a released folder; wanted": ("to-pytorch", "--checkpoint", SHAPES, "--base", SHAPES, "--output", free),
         "orbax: 7 problem(s)": ("from-pytorch", "--checkpoint", orbax, "--output", free),
         "use to-pytorch first": ("verify", golden, orbax, "--forward"),
-        "one of the arguments --output --transformer-only is required": (*base, golden),
+        "one of the arguments --output --transformer-only --adapter is required": (*base, golden),
         "are required: COMMAND": (),
     }
     for text, words in wanted.items():

@@ -391,11 +391,18 @@ def test_a_command_line_that_cannot_work_is_refused(tmp_path, capsys, words, sai
     assert "sesame" not in error
 
 
-def test_without_tls_a_page_for_others_warns(tmp_path, capsys):
+def test_a_page_for_others_wants_tls_as_well(tmp_path):
     (tmp_path / "users").write_text("ann:sesame\n")
     given = demo._parser().parse_args(["--base=x", "--host=0.0.0.0", f"--auth-file={tmp_path / 'users'}"])
-    assert demo.check_access(given) == [("ann", "sesame")]
-    assert "passwords are sent in the clear" in capsys.readouterr().err
+    with pytest.raises(DemoError, match="--tls-cert and --tls-key, or leave --host out"):
+        demo.check_access(given)
+
+
+def test_this_machine_comes_in_freely_unless_there_are_users(tmp_path):
+    (tmp_path / "users").write_text("ann:sesame:1\n\nbob:open\n")
+    assert demo.check_access(demo._parser().parse_args(["--base=x"])) == []
+    given = demo._parser().parse_args(["--base=x", f"--auth-file={tmp_path / 'users'}"])
+    assert demo.check_access(given) == [("ann", "sesame:1"), ("bob", "open")]
 
 
 def test_examples_are_held_out_prompts_of_every_tag():

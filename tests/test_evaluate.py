@@ -184,7 +184,7 @@ def test_a_killed_command_goes_on(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*command, f"--output={tmp_path / 'killed'}", "--resamples=500"],
         cwd=ROOT,
-        env=environment(tmp_path),
+        env=environment(),
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )

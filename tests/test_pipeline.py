@@ -81,7 +81,7 @@ def test_a_stage_is_compiled_once(pipeline: Pipeline):
         pipeline.generate(["a red circle"], steps=2, seed=seed, height=size, width=size)
     plans = [stage for what, stage in pipeline.compiled.items() if getattr(what, "grid", None) == (1, 1)]
     assert len(plans) == 1
-    assert plans[0]._cache_size() == 1
+    assert plans[0].func._cache_size() == 1  # partial(compiled, path)
 
 
 def test_bfloat16_is_near_float32(pipeline: Pipeline):

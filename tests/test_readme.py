@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from report_runs import write_run
-from running import ROOT, environment
+from running import ROOT, TOGETHER, environment
 
 from rewards_bridge.client import BridgeConfig, RewardsClient
 from rewards_bridge.scorers import KNOWN
 from scripts import prepare_prompts
 from udm_grpo import config as config_module
+from udm_grpo import evaluate, sample, train
 from udm_grpo.config import RunConfig
 from udm_grpo.config_checks import validate
 from udm_grpo.host.shapes import all_prompts
@@ -27,6 +29,10 @@ INSTALL = "pip install -r requirements.txt"
 TRAIN = "python -m udm_grpo.train --config configs/shapes.py"
 SMOKE = f"{TRAIN}:smoke"
 RESUME = f"{TRAIN} --config.checkpoint.resume=latest"
+READER = "python -m rewards_bridge.scorers.ocr_models --output outputs/ocr-models"
+TRAIN_OCR = "python -m udm_grpo.train --config configs/shapes_ocr.py"
+PRETRAIN_SIGNS = "python -m scripts.pretrain_signs --output outputs/pretrain_signs"
+LAUNCH = ("scripts/launch_", "sbatch ", "IMAGE=", "TPU_NAME=")
 PYTEST = "python -m pytest"
 PRETRAIN = "python -m scripts.pretrain_shapes --output outputs/pretrain_shapes"
 SERVE = "python -m rewards_bridge serve --scorer shapes --listen unix:/tmp/shapes.sock"
@@ -37,8 +43,11 @@ INFO = "python -m udm_grpo.convert info udm_grpo/assets/ursa-shapes"
 VERIFY = "python -m udm_grpo.convert verify udm_grpo/assets/ursa-shapes udm_grpo/assets/ursa-shapes --forward"
 REPORT = "python -m udm_grpo.report outputs/shapes"
 COMPARE = f"{REPORT} outputs/other --output comparison.html"
+LORA = f"{SMOKE} --config.output_dir=outputs/lora --config.lora.rank=8 --config.optimizer.learning_rate=2e-3"
+ADAPTED = "python -m udm_grpo.sample --checkpoint udm_grpo/assets/ursa-shapes --adapter outputs/lora/export_lora"
 SCORE = "python -m rewards_bridge score --scorer shapes"
 PREPARE = "python -m scripts.prepare_prompts"
+COMPILE = "python -m udm_grpo.train --config configs/geneval.py --compile_only --topology v5p:2x2x4"
 DEMO = "python -m scripts.demo --base udm_grpo/assets/ursa-shapes --run outputs/shapes"  # run by test_demo.py
 
 
@@ -58,10 +67,15 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_readme_has_no_command_that_no_test_runs() -> None:
+    """Those of an adapter are run in tests/test_lora.py."""
     known = (f"{INSTALL} && {TRAIN}", f"{INSTALL} && {PYTEST}", SMOKE, RESUME, PRETRAIN, SERVE, DOCTOR, INFO, VERIFY)
-    known += (REPORT, COMPARE, DEMO)
+    known += (REPORT, COMPARE, READER, TRAIN_OCR, PRETRAIN_SIGNS, LORA, COMPILE, DEMO)
     for command in commands():
-        assert command in known or command.startswith((SCORE, SAMPLE, PREPARE, EVALUATE)), command
+        if command == TOGETHER:
+            continue  # tests/test_train.py runs several of it
+        if command in recipe_commands():
+            continue
+        assert command in known or command.startswith((SCORE, SAMPLE, PREPARE, EVALUATE, ADAPTED, *LAUNCH)), command
     for command in known:
         assert command in commands(), command
 
@@ -81,6 +95,54 @@ def test_the_first_command_in_small_and_going_on(tmp_path: Path) -> None:
     assert set(summary["by_steps"]) == {"10", "25"}
 
 
+def recipe_commands() -> list[str]:
+    """Those of the published recipes, which need weights and prompts that are not here."""
+    section = README.split("## The published recipes")[1].split("\n## ")[0]
+    return [command for command in commands() if re.sub(r"\s+", " ", section.replace("\\\n", " ")).find(command) >= 0]
+
+
+def test_the_published_recipes_can_be_given(capsys) -> None:
+    """Each command takes its words, and says which of its files is not here; tests/test_recipes.py looks at configs."""
+    shown = [shlex.split(command) for command in recipe_commands() if command != COMPILE]
+    assert len(shown) == 10
+    for words in shown:
+        if words[:2] == ["hf", "download"]:
+            continue
+        run_it, lost = {
+            "udm_grpo.train": (train.main, "models/URSA-1.7B-IBQ512"),
+            "udm_grpo.sample": (sample.main, words[words.index("--prompts") + 1] if "--prompts" in words else ""),
+            "udm_grpo.evaluate": (evaluate.main, words[4]),
+        }[words[2]]
+        assert run_it(words[3:]) in (1, 2)
+        said = capsys.readouterr().err
+        assert said.startswith("error: ")
+        assert lost in said, said
+
+
+def test_an_ocr_reward_in_small(tmp_path: Path) -> None:
+    """The reader's models by their command, then configs/shapes_ocr.py with fewer and smaller iterations."""
+    run(READER.replace("outputs/ocr-models", str(tmp_path / "models")))
+    models = "".join(
+        f" --config.rewards.scorers.ocr.options.{option}={tmp_path}/models/PP-OCRv5_mobile_{short}"
+        for option, short in (("detection", "det"), ("recognition", "rec"))
+    )
+    run(f"{TRAIN_OCR}:smoke --config.output_dir={tmp_path / 'run'}{models}")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["base"]["ocr"] >= summary["base"]["exact"] > 0.1
+    assert set(summary["final"]["tags"]) == {"one", "two", "three"}
+
+
+def test_the_launches_of_the_readme_print_what_they_would_do() -> None:
+    """Each with --dry-run put in; tests/test_launch.py looks at what they print."""
+    shown = [command for command in commands() if command.startswith(LAUNCH)]
+    assert len(shown) >= 4
+    for command in shown:
+        if command.startswith("sbatch "):
+            command = f"bash scripts/{command.partition('scripts/')[2]}"
+        dry = command.replace(" -- ", " --dry-run -- ") if " -- " in command else f"{command} --dry-run"
+        assert run(f"export CUDA_VISIBLE_DEVICES=0,1; {dry}").stdout.strip(), command
+
+
 def test_reports_of_one_run_and_of_two(tmp_path: Path) -> None:
     folders = [str(write_run(tmp_path / name)) for name in ("shapes", "other")]
     at = {"outputs/shapes": folders[0], "outputs/other": folders[1], "comparison.html": f"{tmp_path}/comparison.html"}
@@ -91,7 +153,7 @@ def test_reports_of_one_run_and_of_two(tmp_path: Path) -> None:
 
 
 def test_pictures_of_prompts_and_their_scores(tmp_path: Path) -> None:
-    command = next(command for command in commands() if command.startswith(SAMPLE))
+    command = next(command for command in commands() if command.startswith(f"{SAMPLE} "))
     run(command.replace("outputs/pictures", str(tmp_path / "pictures")))
     assert len(list((tmp_path / "pictures").glob("*/samples/*.png"))) == 8
     assert (tmp_path / "pictures" / "contact_sheet.png").exists()

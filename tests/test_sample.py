@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from running import ROOT, environment, train
+from running import ROOT, environment, together, train
 
 from udm_grpo import sample
 from udm_grpo.host.checkpoint import Checkpoints
@@ -186,6 +186,18 @@ def test_eight_devices_after_a_kill_draw_what_one_does_at_once(whole: Path, prom
     )
     assert done.returncode == 0, done.stderr
     assert f"{12 - len(partial)} are new" in done.stderr
+    assert_same(pictures(output), pictures(whole))
+
+
+def test_two_processes_share_the_work(whole: Path, prompts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "shared"
+    processes = together(command(output, prompts, "--batch=4"), output, 2, 1)
+    codes = [process.wait(300) for process in processes]
+    said = [(tmp_path / f"shared-{process}.log").read_text() for process in range(2)]
+    assert codes == [0, 0], said
+    assert "12 are new" in said[0]
+    assert "are new" not in said[1]
+    assert (output / "contact_sheet.png").exists()
     assert_same(pictures(output), pictures(whole))
 
 

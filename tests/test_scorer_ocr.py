@@ -122,6 +122,13 @@ def test_other_texts_get_what_the_distance_says(scorer):
     np.testing.assert_allclose(scores.score, [0.8, 0.6, 0.2, 0.8], rtol=1e-6)
 
 
+def test_what_is_read_beside_the_text_may_count(scorer, folders):
+    strict = load_scorer(SCORER, {**folders, "extra": "counts"})
+    images, texts = [line("1234"), line("1234")], ["123", "1234"]
+    assert judged(scorer, images, texts).score.tolist() == [1, 1]
+    np.testing.assert_allclose(judged(strict, images, texts).score, [2 / 3, 1], rtol=1e-6)
+
+
 def test_nothing_is_read_where_nothing_is(scorer):
     noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     ramp = np.broadcast_to(np.arange(128, dtype=np.uint8)[:, None], (128, 128, 3))
@@ -267,6 +274,7 @@ def test_the_named_versions_are_those_that_are_pinned():
         ({"batch_size": "0"}, "batch_size=0"),
         ({"processes": "0"}, "processes=0"),
         ({"enlarge": "-1"}, "enlarge=-1"),
+        ({"extra": "no"}, "option extra is 'no'; wanted free or counts"),
     ],
 )
 def test_options_that_cannot_work(folders, options, words):

@@ -48,6 +48,13 @@ def test_scores_by_hand(read, target, score):
     assert text_match.match(read, target) == pytest.approx(score, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("read", "target", "score"), [("17", "7", 0.0), ("say hi", "hi", 0.0), ("1234", "123", 2 / 3), ("12", "12", 1.0)]
+)
+def test_what_is_read_beside_the_target_may_count(read, target, score):
+    assert text_match.match(read, target, extra_is_free=False) == pytest.approx(score, abs=1e-12)
+
+
 def test_exact_is_the_target_and_nothing_else():
     assert text_match.is_exact("He llo", "hello")
     assert not text_match.is_exact("hello!", "hello")

@@ -1,11 +1,13 @@
 import json
+import signal
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
-from running import metrics, train, train_and_kill
+from running import metrics, train, train_and_kill, train_together
 from safetensors.numpy import load_file
 
 from udm_grpo.host.checkpoint import restore
@@ -116,16 +118,21 @@ def alone(finished: Path) -> Path:
 
 @pytest.mark.parametrize("mesh", ["mesh.data=8", "mesh.data=2", "mesh.data=1"])
 def test_eight_devices_equal_one(alone: Path, mesh: str) -> None:
+    shape = {"mesh.data=8": (), "mesh.data=2": ("mesh.fsdp=4",), "mesh.data=1": ("mesh.fsdp=4", "mesh.tensor=2")}[mesh]
+    output = alone.parent / mesh
+    done = train(output, mesh, *shape, *SHORT, devices=8)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(output)) == 2
+    assert_same_steps(alone, output)
+
+
+def assert_same_steps(alone: Path, output: Path) -> None:
     """The same tokens, so the same rewards; the same loss, gradients and weights to float tolerance.
 
     Adam's first step is the sign of the gradient. Where that is nearly 0, rounding decides the sign, so weights may
     differ there, and the second iteration's KL, itself small, by some hundredths.
     """
-    shape = {"mesh.data=8": (), "mesh.data=2": ("mesh.fsdp=4",), "mesh.data=1": ("mesh.fsdp=4", "mesh.tensor=2")}[mesh]
-    output = alone.parent / mesh
-    done = train(output, mesh, *shape, *SHORT, devices=8)
-    assert done.returncode == 0, done.stderr
-    for one, eight in zip(metrics(alone), metrics(output), strict=True):
+    for one, eight in zip(metrics(alone), metrics(output), strict=False):
         assert eight["reward"] == one["reward"]
         for name in ("loss", "logp", "entropy", "grad_norm"):
             assert eight[name] == pytest.approx(one[name], rel=2e-3, abs=2e-5), name
@@ -139,6 +146,33 @@ def test_eight_devices_equal_one(alone: Path, mesh: str) -> None:
         certain = np.abs(gradient) > rounding
         assert certain.mean() > 0.5, name
         np.testing.assert_allclose(weights_of_eight[name][certain], weights[name][certain], rtol=0, atol=1e-6)
+
+
+def test_two_processes_equal_one_stop_when_asked_and_go_on_as_one(alone: Path) -> None:
+    """Mesh (2, 2, 2) over two processes; SIGTERM to the second of them alone; resumed by one process on one device."""
+    output = alone.parent / "together"
+    shape = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "checkpoint.keep=9", *SHORT[1:])
+    processes = train_together(output, 2, 4, *shape, "iterations=50")
+    while not metrics(output):
+        assert [process.poll() for process in processes] == [None, None], logs(output)
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    assert [process.wait(300) for process in processes] == [0, 0], logs(output)
+    stopped = len(metrics(output))
+    assert 1 <= stopped < 50
+    assert f"stopped by SIGTERM after {stopped} of 50 iterations" in logs(output)[0]
+    assert not (output / "summary.json").exists()
+    saved = sorted(path.name for path in (output / "checkpoints").iterdir() if path.name.isdigit())
+    assert saved == [f"{step + 1:08d}" for step in range(stopped)]
+    assert_same_steps(alone, output)
+    done = train(output, "checkpoint.resume=latest", "checkpoint.keep=9", f"iterations={stopped + 1}", *SHORT[1:])
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in metrics(output)] == list(range(1, stopped + 2))
+    assert_same_steps(alone, output)
+
+
+def logs(output: Path) -> list[str]:
+    return [output.with_name(f"{output.name}-{process}.log").read_text() for process in range(2)]
 
 
 def test_every_option_at_once(finished: Path) -> None:

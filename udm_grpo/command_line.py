@@ -132,8 +132,8 @@ def _read(name: str, text: str | None, wanted: Any) -> Any:
         raise ConfigError(f"--config.{name} has no value; write --config.{name}=value.")
     try:
         if get_origin(wanted) is tuple:
-            parts = text.strip("()[] ").split(",")
-            return tuple(get_args(wanted)[0](part) for part in parts if part.strip())
+            parts = [part.strip(" '\"") for part in text.strip("()[] ").split(",")]
+            return tuple(get_args(wanted)[0](part) for part in parts if part)
         return _TRUTH[text.lower()] if wanted is bool else wanted(text)
     except (KeyError, ValueError):
         kind = wanted.__name__ if isinstance(wanted, type) and not get_args(wanted) else str(wanted)

@@ -20,11 +20,23 @@ class ModelConfig:
     width: int = 32
     """Pixels."""
     attention: str = "xla"
-    """Attention kernel: xla, or cudnn (NVIDIA GPUs, bfloat16)."""
+    """Attention kernel: xla, cudnn (NVIDIA GPUs, bfloat16) or splash (TPUs)."""
     remat: str = "none"
     """What the backward pass recomputes: none, dots (all but matrix products) or full."""
     logit_rows: int = 4
-    """Images whose logits (N x V each) exist at a time, on all devices together."""
+    """Images whose logits (N x V each) exist at a time, on each device that the batch is spread over."""
+
+
+@dataclass
+class LoraConfig:
+    """Train a low-rank adapter beside the frozen start model instead of all its weights."""
+
+    rank: int = 0
+    """r; 0: off."""
+    alpha: float = 32.0
+    """alpha; the adapter's part is multiplied by alpha / r."""
+    targets: tuple[str, ...] = ("*_proj",)
+    """Which linear maps of every layer: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj or patterns."""
 
 
 @dataclass
@@ -165,6 +177,22 @@ class MeshConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """The processes of a run, one a host; distributed.py says where what is not given here comes from."""
+
+    coordinator: str = ""
+    """host:port of process 0; empty: from the environment."""
+    processes: int = 0
+    """Their number; 0: from the environment."""
+    process_id: int = -1
+    """Which one this is, from 0; -1: from the environment."""
+    initialization_timeout_s: float = 300.0
+    """Seconds that the processes may take to find each other."""
+    silence_s: float = 60.0
+    """Seconds without a sign of life after which a process counts as lost and the others end."""
+
+
+@dataclass
 class EvaluationConfig:
     """Held-out evaluation; its images are drawn from the same noise each time."""
 
@@ -198,6 +226,8 @@ class CheckpointConfig:
     """Newest checkpoints that are kept."""
     resume: str = "none"
     """latest (of output_dir; starts afresh when there is none), none, or the path of a checkpoint."""
+    stopped_status: int = 0
+    """Exit status of a run that SIGTERM has stopped; not 0 where a scheduler starts again only what has failed."""
     keep_best: bool = False
     """Also keep the weights with the best held-out score on the way, and export those."""
 
@@ -223,12 +253,14 @@ class RunConfig:
     iterations: int = 1000
     """Rollouts, each with its update(s)."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

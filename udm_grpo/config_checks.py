@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from udm_grpo.config import ConfigError, RunConfig
+from udm_grpo.model import lora
 
 
 def _choice(problems: list[str], name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -25,7 +26,7 @@ def _above_zero(problems: list[str], **values: float) -> None:
 
 def _choices(config: RunConfig, problems: list[str]) -> None:
     _choice(problems, "model.dtype", config.model.dtype, ("float32", "bfloat16"))
-    _choice(problems, "model.attention", config.model.attention, ("xla", "cudnn"))
+    _choice(problems, "model.attention", config.model.attention, ("xla", "cudnn", "splash"))
     _choice(problems, "model.remat", config.model.remat, ("none", "dots", "full"))
     _choice(problems, "grpo.trajectory", config.grpo.trajectory, ("forward", "rollout"))
     _choice(problems, "grpo.action", config.grpo.action, ("clean", "intermediate"))
@@ -47,6 +48,8 @@ def _ranges(config: RunConfig, problems: list[str]) -> None:
     _at_least(problems, 0, evaluation__extremes=evaluation.extremes)
     _at_least(problems, 0, checkpoint__every=config.checkpoint.every, model__text_length=config.model.text_length)
     _at_least(problems, 1, checkpoint__keep=config.checkpoint.keep)
+    if not 0 <= config.checkpoint.stopped_status <= 125:
+        problems.append(f"checkpoint.stopped_status is {config.checkpoint.stopped_status}; set it to 0 to 125.")
     _at_least(problems, 0, grpo__kl_weight=grpo.kl_weight, grpo__clip_range=grpo.clip_range)
     _at_least(problems, 0, optimizer__learning_rate=optimizer.learning_rate, rollout__shift=rollout.shift)
     _at_least(problems, 0, optimizer__warmup_updates=optimizer.warmup_updates)
@@ -59,6 +62,9 @@ def _ranges(config: RunConfig, problems: list[str]) -> None:
         if not 0 <= beta < 1:
             problems.append(f"optimizer.{name} is {beta}; set it to 0 or more and below 1.")
     _above_zero(problems, optimizer__max_grad_norm=optimizer.max_grad_norm, grpo__advantage_clip=grpo.advantage_clip)
+    _at_least(problems, 0, distributed__processes=config.distributed.processes)
+    _at_least(problems, 1, distributed__initialization_timeout_s=config.distributed.initialization_timeout_s)
+    _at_least(problems, 1, distributed__silence_s=config.distributed.silence_s)
     if not evaluation.steps:
         problems.append("evaluation.steps is empty; name at least one number of rollout steps.")
     elif min(evaluation.steps) < 1:
@@ -117,12 +123,24 @@ def _combinations(config: RunConfig, problems: list[str]) -> None:
         problems.append("checkpoint.keep_best needs evaluations on the way; set evaluation.every above 0.")
 
 
+def _lora(config: RunConfig, problems: list[str]) -> None:
+    given = config.lora
+    _at_least(problems, 0, lora__rank=given.rank)
+    if not 0 < given.alpha < math.inf:
+        problems.append(f"lora.alpha is {given.alpha}; set it to a finite number above 0.")
+    try:
+        lora.targets(given.targets)
+    except ValueError as error:
+        problems.append(f"lora.targets is {given.targets}: {error}.")
+
+
 def validate(config: RunConfig) -> None:
     """Raise ConfigError listing every field or combination that cannot run."""
     problems: list[str] = []
     _choices(config, problems)
     _scorers(config, problems)
     _ranges(config, problems)
+    _lora(config, problems)
     _combinations(config, problems)
     if problems:
         raise ConfigError("this configuration cannot run:\n" + "\n".join(f"  - {problem}" for problem in problems))

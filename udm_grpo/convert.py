@@ -1,6 +1,7 @@
 """Between the checkpoints of training (Orbax) and the released folders of PyTorch: convert, look into, compare.
 
     python -m udm_grpo.convert to-pytorch --checkpoint outputs/shapes --base udm_grpo/assets/ursa-shapes --output out
+    python -m udm_grpo.convert to-pytorch --checkpoint outputs/lora --base FOLDER --adapter out
     python -m udm_grpo.convert from-pytorch --checkpoint udm_grpo/assets/ursa-shapes --output out
     python -m udm_grpo.convert info udm_grpo/assets/ursa-shapes
     python -m udm_grpo.convert verify out udm_grpo/assets/ursa-shapes --tolerance 0.1
@@ -17,89 +18,32 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from etils import epath
-from orbax.checkpoint import v1 as ocp
 
-from udm_grpo.batches import Params
-from udm_grpo.host.checkpoint import CheckpointError, Checkpoints, read_meta, resolve_resume, restore
+from udm_grpo.host.checkpoint import CheckpointError, Checkpoints
+from udm_grpo.host.peft_files import write_adapter
 from udm_grpo.host.released import CONFIG_FILES, SCHEDULER_FILE, Scheduler
 from udm_grpo.host.tokenizer import load_tokenizer
 from udm_grpo.host.torch_files import Layout, TensorFiles, find, open_tensors, read_json
-from udm_grpo.host.weight_table import TRANSFORMER_TABLE, TensorInfo, from_tree, leaves_by_path, problems, sources
-from udm_grpo.host.weights import WeightsError, load_folder, save_folder
-from udm_grpo.model import transformer
+from udm_grpo.host.weight_table import TRANSFORMER_TABLE, TensorInfo, from_tree, leaves_by_path, sources
+from udm_grpo.host.weights import Checkpoint, WeightsError, load_folder, save_folder
 from udm_grpo.model.transformer import TransformerConfig
 from udm_grpo.model.vq_config import VQConfig
 from udm_grpo.pipeline import Pipeline
 from udm_grpo.run import exported
+from udm_grpo.trained import PREFIXES, Training, is_released, open_training, part_of
 
 REFERENCE = Path(__file__).resolve().parent.parent / "scripts" / "torch_reference.py"
-PREFIXES = {"params": ("state/params/", "params/"), "ema": ("state/ema/",)}
-"""--weights -> how their names begin in a checkpoint of training; the best one holds params alone."""
 FORWARD_TOLERANCE = 1e-4
 """Of the largest logit."""
 BLOCK = 1 << 22
 """Numbers that are compared at a time."""
 Tensors = tuple[Mapping[str, TensorInfo], Callable[[str], np.ndarray]]  # what is known by name, and what reads one
-
-
-@dataclass(frozen=True)
-class Training:
-    """A checkpoint of training whose arrays are still unread."""
-
-    path: epath.Path
-    step: int
-    meta: Mapping[str, Any]
-    infos: Mapping[str, TensorInfo]
-    """Name such as state/params/norm/scale -> shape and dtype."""
-
-    def prefix(self, weights: str) -> str:
-        """Return how the names of params or ema begin; raises WeightsError if it holds none."""
-        for prefix in PREFIXES[weights]:
-            if any(name.startswith(prefix) for name in self.infos):
-                return prefix
-        found = f"found {', '.join(sorted({_part_of(name) for name in self.infos}))}, wanted {PREFIXES[weights][0]}"
-        advice = "use --weights params, or for ema a run with optimizer.ema_decay"
-        raise WeightsError(f"{self.path} holds no {weights}: {found}; {advice}")
-
-    def empty(self, weights: str) -> Params:
-        """Return arrays to fill for the transformer's parameters, by names such as norm/scale: a tree of one level."""
-        prefix = self.prefix(weights)
-        infos = {name.removeprefix(prefix): info for name, info in self.infos.items() if name.startswith(prefix)}
-        return {name: np.empty(info.shape, info.dtype) for name, info in infos.items()}
-
-    def read(self, weights: str) -> Params:
-        """Return the transformer's parameters as `empty` does, in the dtypes that were saved."""
-        prefix = self.prefix(weights)
-        wanted = {prefix + name: array for name, array in self.empty(weights).items()}
-        return {name.removeprefix(prefix): array for name, array in restore(self.path, wanted, True)[0].items()}
-
-
-def is_released(path: epath.Path) -> bool:
-    """Return whether a folder has the form of the released ones."""
-    return (path / "transformer").is_dir() or (path / "model_index.json").is_file()
-
-
-def open_training(path: epath.Path) -> Training:
-    """Find a checkpoint of training and read what it says of itself; raises WeightsError or CheckpointError."""
-    found = Checkpoints(path.parent, keep=1).best() if path.name == "best" else None
-    if found is None:
-        try:
-            found = resolve_resume(f"{path}/", path)
-        except CheckpointError:
-            kinds = "a run's folder, its checkpoints, one of them, or checkpoints/best"
-            what = "is a released folder" if is_released(path) else "holds no complete checkpoint"
-            raise WeightsError(f"{path} {what if path.exists() else 'does not exist'}; wanted {kinds}") from None
-    assert found is not None
-    meta, header = read_meta(found), cast(Any, ocp.metadata(found))
-    infos = {name: TensorInfo(tuple(leaf.shape), str(leaf.dtype)) for name, leaf in header.metadata.items()}
-    return Training(found, header.custom_metadata["step"], meta, infos)
 
 
 def to_pytorch(given: argparse.Namespace) -> int:
@@ -109,13 +53,11 @@ def to_pytorch(given: argparse.Namespace) -> int:
             f"found {given.transformer_only}, wanted a .safetensors or .bin; give it one of these endings"
         )
     base, training = load_folder(given.base), open_training(given.checkpoint)
-    released, layout = sources(TRANSFORMER_TABLE, training.empty(given.weights)), base.layouts["transformer"]
-    found = {name: TensorInfo(source.shape, "float32") for name, source in released.items()}
-    lines = problems(sources(TRANSFORMER_TABLE, transformer.abstract(base.transformer_config)), found)
-    if lines:
-        advice = "give the --base that the training started from"
-        raise WeightsError(f"{training.path} is of another model than {given.base}: {'; '.join(lines)}; {advice}")
-    made, target = exported(base, training.read(given.weights)), given.output or given.transformer_only
+    if given.adapter:
+        return to_peft(given, base, training)
+    layout = base.layouts["transformer"]
+    made = exported(base, training.read_for(base, given.weights, str(given.base)))
+    target = given.output or given.transformer_only
     if given.output:
         save_folder(made, target)
     else:
@@ -126,6 +68,18 @@ def to_pytorch(given: argparse.Namespace) -> int:
             (Path(scratch) / "transformer" / target.name).replace(target)
     dtypes = ", ".join(sorted(set(layout.dtypes.values())))
     print(f"{target}: {given.weights} of step {training.step}, in the dtype of {given.base.name} ({dtypes})")
+    return 0
+
+
+def to_peft(given: argparse.Namespace, base: Checkpoint, training: Training) -> int:
+    """The command to-pytorch with --adapter: what a LoRA run has trained, as a folder that PEFT reads."""
+    lora = training.lora
+    if lora is None:
+        raise WeightsError(f"{training.path} is of a run that trained all weights, not an adapter; use --output")
+    training.check(base, given.weights, str(given.base))
+    adapter = training.read_part(training.prefix(given.weights))
+    write_adapter(given.adapter, adapter, lora.alpha)
+    print(f"{given.adapter}: {given.weights} of step {training.step}, rank {lora.rank}, alpha {lora.alpha:g}")
     return 0
 
 
@@ -158,14 +112,16 @@ def describe_training(path: epath.Path) -> dict[str, Any]:
     """Return what a checkpoint of training says of itself and the shapes of its transformer's parameters."""
     training, parts = open_training(path), dict[str, list[TensorInfo]]()
     for name, form in training.infos.items():
-        parts.setdefault(_part_of(name), []).append(form)
+        parts.setdefault(part_of(name), []).append(form)
+    trained = training.empty(training.prefix("params"))
     return {
         "kind": "training checkpoint",
         "name": training.path.name,
         "step": training.step,
         "ema": "state/ema" in parts,
         "parts": {name: _counted(forms) for name, forms in parts.items()},
-        "transformer": {name: list(leaf.shape) for name, leaf in training.empty("params").items()},
+        "lora": training.lora and dataclasses.asdict(training.lora),
+        "transformer": {name: list(leaf.shape) for name, leaf in leaves_by_path(trained).items()},
         "fingerprint": training.meta.get("fingerprint"),
         "origin": training.meta.get("origin"),
     } | _files(Path(training.path))
@@ -268,10 +224,6 @@ def verify(given: argparse.Namespace) -> int:
     return 1 if lines else 0
 
 
-def _part_of(name: str) -> str:
-    return "/".join(name.split("/")[: 2 if name.startswith("state/") else 1])
-
-
 def _counted(infos: Iterable[TensorInfo]) -> dict[str, Any]:
     dtypes: dict[str, int] = {}
     for info in infos:
@@ -320,6 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     target = one.add_mutually_exclusive_group(required=True)
     target.add_argument("--output", type=_free, help="folder to write")
     target.add_argument("--transformer-only", type=_free, metavar="FILE", help="a .safetensors or .bin instead")
+    target.add_argument("--adapter", type=_free, metavar="FOLDER", help="of a LoRA run, for PEFT, instead")
     two = command(from_pytorch, "from-pytorch", "a released folder -> its transformer as a checkpoint of training")
     two.add_argument("--checkpoint", type=Path, required=True, help="released folder")
     two.add_argument("--output", type=_free, required=True, help="folder to write")

@@ -1,7 +1,6 @@
 """Held-out evaluation and sample pictures, drawn from the same noise each time."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from rewards_bridge.scorers.base import Scores
+from udm_grpo import hosts, scoring
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params
 from udm_grpo.host.extremes import Extremes
-from udm_grpo.host.rewards import collect
 from udm_grpo.run import Run, Stage
 
 
@@ -21,8 +19,10 @@ from udm_grpo.run import Run, Stage
 class Drawn:
     """A micro-batch of pictures and what they were asked to show; the last one's tail may be padding."""
 
-    images: np.ndarray
+    images: jax.Array
     """u8[batch, H, W, 3]."""
+    first: int
+    """The number of the first of them among all."""
     rows: np.ndarray
     """Which of the prompts each picture is of."""
 
@@ -35,29 +35,32 @@ def draw(run: Run, policy: Params, texts: Sequence[str], copies: int, steps: int
     padded = np.pad(wanted, (0, -len(wanted) % batch), mode="edge")
     for at in range(0, len(padded), batch):
         rows = padded[at : at + batch]
-        index = jax.device_put(np.arange(at, at + batch, dtype=np.int32), meshes.over_batch(run.mesh))
+        index = hosts.put(np.arange(at, at + batch, dtype=np.int32), meshes.over_batch(run.mesh))
         prompt_ids = run.prompt_ids([texts[row] for row in rows])
         rolled = rollout(policy, prompt_ids, run.empty_ids(), index, run.key(Stage.EVALUATION, 0))
-        yield Drawn(np.asarray(run.steps.decode(run.vq_params, rolled.clean)), rows)
+        yield Drawn(run.steps.decode(run.vq_params, rolled.clean), at, rows)
 
 
 def evaluate(run: Run, policy: Params, count: int, steps: int, extremes: Path | None = None) -> dict[str, Any]:
     """Means over `count` held-out prompts (all, if there are fewer), balanced over tags.
 
     {"score": what is optimised, each raw score by its name, "tags": {tag: the same}, "prompts", "images"}.
-    extremes: the file for the best and the worst of the images.
+    extremes: the file for the best and the worst of the images, of those that process 0 scores.
     """
     texts, metadata, indices = run.heldout.fixed(min(count, len(run.heldout)), run.config.seed)
     copies = run.config.evaluation.images_per_prompt
-    tickets: list[Future[Scores]] = []
-    kept = Extremes(run.config.evaluation.extremes if extremes else 0, len(texts) * copies)
+    total = len(texts) * copies
+    tickets: list[scoring.Ticket] = []
+    kept = Extremes(run.config.evaluation.extremes if extremes and hosts.is_primary() else 0, total)
     for drawn in draw(run, policy, texts, copies, steps):
-        asked = [texts[row] for row in drawn.rows]
-        tickets.append(run.client.submit(drawn.images, asked, [metadata[row] for row in drawn.rows]))
-        kept.watch(drawn.images, asked, tickets[-1])
-    if extremes:
+        asked, about = [texts[row] for row in drawn.rows], [metadata[row] for row in drawn.rows]
+        for ticket in scoring.submit(run.client, drawn.images, drawn.first, asked, about):
+            mine = ticket.rows[ticket.rows < total] - drawn.first
+            kept.watch(hosts.take(drawn.images, mine), [asked[row] for row in mine], ticket.scores)
+            tickets.append(ticket)
+    if extremes and hosts.is_primary():
         kept.write(extremes)
-    rewards = collect(tickets, len(texts) * copies)
+    rewards = scoring.collect(tickets, total)
     parts = {"score": rewards.score, **rewards.raw}
     tags = np.repeat([run.heldout.tags[index] for index in indices], copies)
     result: dict[str, Any] = {name: float(np.mean(values)) for name, values in parts.items()}
@@ -73,7 +76,7 @@ def pictures(run: Run, policy: Params) -> tuple[np.ndarray, list[str]]:
     count = min(run.config.evaluation.picture_prompts, len(run.heldout))
     texts, _, _ = run.heldout.fixed(count, run.config.seed)
     steps = run.config.evaluation.steps[0]
-    images = np.concatenate([drawn.images for drawn in draw(run, policy, texts, 1, steps)])
+    images = np.concatenate([hosts.whole(drawn.images) for drawn in draw(run, policy, texts, 1, steps)])
     return images[:count], list(texts)
 
 

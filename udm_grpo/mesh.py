@@ -16,6 +16,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"layers/mlp/(gate|up)/kernel$", (None, "fsdp", "tensor")),
     (r"layers/mlp/down/kernel$", (None, "tensor", "fsdp")),
     (r"lm_head/kernel$", ("fsdp", "tensor")),
+    # Of an adapter, the side that its linear map splits over tensor or fsdp is split alike; the rank is whole.
+    (r"layers/(attn/[qkv]|mlp/(gate|up))/lora_a$", (None, "fsdp", None)),
+    (r"layers/(attn/[qkv]|mlp/(gate|up))/lora_b$", (None, None, "tensor")),
+    (r"layers/(attn/o|mlp/down)/lora_a$", (None, "tensor", None)),
+    (r"layers/(attn/o|mlp/down)/lora_b$", (None, None, "fsdp")),
 )
 """(pattern of a leaf's path, axis of each of its dimensions); what no pattern matches is replicated. Moments and
 averages of a parameter end in its path, so they follow the same rules."""
@@ -28,17 +33,21 @@ class MeshError(ValueError):
 def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
     """A mesh of axes data, fsdp and tensor; a size of -1 takes the rest of the devices.
 
-    Raises MeshError when the sizes do not multiply up to the number of devices.
+    The devices go in the order of their hosts, so a host holds neighbouring rows of a batch: whole groups, wherever the
+    rows of a host are a multiple of the group. Raises MeshError when the sizes do not multiply up to the number of
+    devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = sorted(jax.devices() if devices is None else devices, key=lambda each: (each.process_index, each.id))
     wanted = [sizes[axis] for axis in AXES]
     fixed = int(np.prod([size for size in wanted if size != -1]))
     if -1 in wanted and len(devices) % fixed == 0:
         wanted = [len(devices) // fixed if size == -1 else size for size in wanted]
     if -1 in wanted or int(np.prod(wanted)) != len(devices):
+        hosts = len({device.process_index for device in devices})
+        where = f" of {hosts} processes" if hosts > 1 else ""
         raise MeshError(
-            f"mesh {sizes} does not fit {len(devices)} device(s); the sizes must multiply to that number (-1 for one "
-            "of them takes the rest)."
+            f"mesh {sizes} does not fit {len(devices)} device(s){where}; the sizes must multiply to that number (-1 "
+            "for one of them takes the rest)."
         )
     grid = np.asarray(devices, dtype=object).reshape(wanted)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -57,6 +66,11 @@ def over_batch(mesh: Mesh) -> NamedSharding:
 def over_second(mesh: Mesh) -> NamedSharding:
     """The second axis over data and fsdp: a batch under a leading axis of steps."""
     return NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
+
+
+def head(mesh: Mesh) -> NamedSharding:
+    """The head's kernel [D, V] where logits are computed: split over tensor alone."""
+    return NamedSharding(mesh, PartitionSpec(None, "tensor"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

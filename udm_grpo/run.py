@@ -2,6 +2,8 @@
 
 import contextlib
 import enum
+import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int32, Key
 
 from rewards_bridge.composition import Composition
+from udm_grpo import hosts
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params, TrainState
 from udm_grpo.config import ConfigError, RunConfig, as_dict
@@ -21,15 +24,19 @@ from udm_grpo.diffusion.path import Path as NoisePath
 from udm_grpo.diffusion.path import make_path
 from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.host import rewards
-from udm_grpo.host.checkpoint import Checkpoints, check_same_run, resolve_resume
+from udm_grpo.host.checkpoint import Checkpoints, check_same_run, read_meta, resolve_resume
 from udm_grpo.host.checkpoint import restore as restore_checkpoint
 from udm_grpo.host.metrics import write_json
 from udm_grpo.host.prompts import PromptSet, read_prompts
-from udm_grpo.host.weights import Checkpoint, load_folder
+from udm_grpo.host.weights import Checkpoint, load_folder, load_transformer
+from udm_grpo.model import lora, transformer
+from udm_grpo.model.transformer import TransformerConfig
 from udm_grpo.steps import Steps, build, make_plans
 
 MOST_PROBLEMS = 50
 """Prompts that cannot be scored which an error spells out."""
+SEEN_WITHIN_S = 20.0
+"""How long a file of process 0 may take to show on the other hosts."""
 
 
 class Stage(enum.IntEnum):
@@ -38,6 +45,7 @@ class Stage(enum.IntEnum):
     ROLLOUT = 0
     STATES = 1
     EVALUATION = 2
+    ADAPTER = 3
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class Run:
     config: RunConfig
     mesh: Mesh
     checkpoint: Checkpoint
-    """The start model as it lies on disk; its configs and tokenizer go into the export."""
+    """The start model as it lies on disk, its transformer only as shapes; the rest goes into the export."""
     steps: Steps
     vq_params: Params
     train: PromptSet
@@ -62,12 +70,16 @@ class Run:
         return jax.random.fold_in(root, step)
 
     def prompt_ids(self, texts: Sequence[str]) -> Int32[Array, "b l"]:
-        """Token ids of B prompts, spread over the devices."""
-        return jax.device_put(self.checkpoint.tokenizer(texts), meshes.over_batch(self.mesh))
+        """Token ids of B prompts, spread over the devices; each host makes those of its own rows."""
+
+        def ids(rows: Sequence[int]) -> np.ndarray:
+            return self.checkpoint.tokenizer([texts[row] for row in rows])
+
+        return hosts.put_rows(ids, len(texts), meshes.over_batch(self.mesh))
 
     def empty_ids(self) -> Int32[Array, " l"]:
         """Token ids of the empty prompt."""
-        return jax.device_put(self.checkpoint.tokenizer.empty(), meshes.replicated(self.mesh))
+        return hosts.put(self.checkpoint.tokenizer.empty(), meshes.replicated(self.mesh))
 
 
 @dataclass(frozen=True)
@@ -82,12 +94,14 @@ class Position:
     """Evaluations of the start model, by number of rollout steps."""
     best: float | None
     """Best held-out score on the way, if there was an evaluation."""
+    looked: bool = True
+    """Whether the pictures and the evaluation that are due after this step have been made."""
 
 
 def fingerprint(config: RunConfig) -> dict[str, Any]:
     """The fields that must be the same when a run goes on: all that decide its numbers."""
     fields = as_dict(config)
-    for name in ("output_dir", "checkpoint", "logging", "evaluation", "mesh"):
+    for name in ("output_dir", "checkpoint", "logging", "evaluation", "mesh", "distributed"):
         fields.pop(name)
     if config.optimizer.schedule != "cosine":
         fields.pop("iterations")  # only the cosine schedule looks at the end
@@ -96,6 +110,8 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         part: {name: given[name] for name in ("scorer", "weight", "options")}
         for part, given in fields["rewards"]["scorers"].items()
     }
+    if not config.lora.rank:
+        fields.pop("lora")
     fields["rollout"].pop("micro_batch")
     fields["optimizer"].pop("micro_batch")
     return fields
@@ -119,7 +135,8 @@ def _check_prompts(client: Composition, field: str, given: PromptSet) -> None:
     raise ConfigError("\n  ".join([listed, *more, "Mend or remove them, or choose another scorer."]))
 
 
-def _check_sizes(config: RunConfig, stride: int, mesh: Mesh) -> None:
+def check_sizes(config: RunConfig, stride: int, mesh: Mesh) -> None:
+    """Raise ConfigError or MeshError where the image or a batch does not fit the checkpoint or the mesh."""
     model = config.model
     if model.height % stride or model.width % stride:
         raise ConfigError(
@@ -136,7 +153,7 @@ def _check_sizes(config: RunConfig, stride: int, mesh: Mesh) -> None:
     )
 
 
-def _abstract_state(optimizer: Any, params: Params, ema: bool, mesh: Mesh) -> TrainState:
+def abstract_state(optimizer: Any, params: Params, ema: bool, mesh: Mesh) -> TrainState:
     """The train state as shapes with shardings."""
     master = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
@@ -147,6 +164,17 @@ def _abstract_state(optimizer: Any, params: Params, ema: bool, mesh: Mesh) -> Tr
         state,
         meshes.shardings(mesh, state),
     )
+
+
+def trained(config: RunConfig, whole: Params, sizes: TransformerConfig) -> Params:
+    """What is trained, perhaps abstract: all weights, or an adapter of them; raises ConfigError for a rank too high."""
+    given = config.lora
+    if not given.rank:
+        return whole
+    try:
+        return lora.abstract(sizes, given.rank, lora.targets(given.targets))
+    except ValueError as error:
+        raise ConfigError(f"lora.rank does not fit {config.model.path}: {error}.") from None
 
 
 def path_of(checkpoint: Checkpoint) -> NoisePath:
@@ -176,13 +204,12 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     Raises ConfigError, MeshError, and the errors of the files that the config names.
     """
     mesh = meshes.make_mesh(asdict(config.mesh))
-    checkpoint = load_folder(config.model.path, prompt_length=config.model.text_length or None)
-    _check_sizes(config, checkpoint.vq_config.stride, mesh)
+    prompt_length = config.model.text_length or None
+    checkpoint = load_folder(config.model.path, prompt_length=prompt_length, read_transformer=False)
+    check_sizes(config, checkpoint.vq_config.stride, mesh)
     train = _prompts("prompts.train", config.prompts.train, config.prompts.tag_weights)
     heldout = _prompts("prompts.heldout", config.prompts.heldout, {})
-    output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "config.json", as_dict(config))
+    output = _open_output(config)
     plans = make_plans(
         config,
         checkpoint.transformer_config,
@@ -191,72 +218,102 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
         meshes.batch_shards(mesh),
     )
     optimizer = optimizer_of(config)
-    abstract = _abstract_state(optimizer, checkpoint.transformer, config.optimizer.ema_decay > 0, mesh)
-    path = jax.device_put(path_of(checkpoint), meshes.replicated(mesh))
+    learned = trained(config, checkpoint.transformer, checkpoint.transformer_config)
+    abstract = abstract_state(optimizer, learned, config.optimizer.ema_decay > 0, mesh)
+    replicated = meshes.replicated(mesh)
+    path = jax.tree.map(lambda leaf: hosts.put(leaf, replicated), path_of(checkpoint))
     client = stack.enter_context(rewards.connect(config.rewards, output / "kept_images"))
     _check_prompts(client, "prompts.train", train)
     _check_prompts(client, "prompts.heldout", heldout)
+    checkpoints = Checkpoints(output / "checkpoints", config.checkpoint.keep)
+    stack.callback(checkpoints.finish)  # what has begun becomes good also if the run fails
     run = Run(
         config=config,
         mesh=mesh,
         checkpoint=checkpoint,
         steps=build(config, plans, path, optimizer, mesh, abstract),
-        vq_params=jax.device_put(checkpoint.vq, meshes.replicated(mesh)),
+        vq_params=jax.tree.map(lambda leaf: hosts.put(leaf, replicated), checkpoint.vq),
         train=train,
         heldout=heldout,
         client=client,
-        checkpoints=Checkpoints(output / "checkpoints", config.checkpoint.keep),
+        checkpoints=checkpoints,
         output=output,
     )
     return run, abstract
+
+
+def _open_output(config: RunConfig) -> Path:
+    """Make the run's folder; raises ConfigError if a process does not see in it what process 0 writes."""
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    if hosts.is_primary():
+        write_json(output / "config.json", as_dict(config))
+    if jax.process_count() == 1:
+        return output
+    mark = output / hosts.from_primary(lambda: f".seen-{uuid.uuid4().hex}")
+    if hosts.is_primary():
+        mark.touch()
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while not mark.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = [process for process, seen in enumerate(hosts.gather(mark.exists())) if not seen]
+    if hosts.is_primary():
+        mark.unlink(missing_ok=True)
+    if blind:
+        raise ConfigError(
+            f"output_dir {output} is not the same folder for all: process(es) {', '.join(map(str, blind))} do not see "
+            "there what process 0 writes; name a folder that all hosts share."
+        )
+    return output
 
 
 def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position | None]:
     """(state, reference parameters, position): of the checkpoint to go on from, or fresh with position None.
 
     The reference is part of every checkpoint, so that a resumed run keeps the model it started from whatever has
-    become of the folder since.
+    become of the folder since. It is also the base of an adapter.
     """
+    whole = transformer.abstract(run.checkpoint.transformer_config)
     reference = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, run.steps.plans.compute_dtype, sharding=leaf.sharding),
-        abstract.params,
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, run.steps.plans.compute_dtype, sharding=sharding),
+        whole,
+        meshes.shardings(run.mesh, whole),
     )
-    found = resolve_resume(run.config.checkpoint.resume, run.checkpoints.folder)
+    found = hosts.from_primary(lambda: _text(resolve_resume(run.config.checkpoint.resume, run.checkpoints.folder)))
     if found is None:
         run.checkpoints.set_aside_after(-1)
-        master = jax.tree.map(
-            lambda leaf, like: jax.device_put(np.asarray(leaf, np.float32), like.sharding),
-            run.checkpoint.transformer,
-            abstract.params,
-        )
-        state = _fresh_state(run, abstract, master)
-        return state, run.steps.compute_copy(master), None
+        return *_fresh(run, abstract, reference), None
+    check_same_run(read_meta(found), fingerprint(run.config))
     saved, meta = restore_checkpoint(found, {"state": abstract, "reference": reference})
-    check_same_run(meta, fingerprint(run.config))
     position = Position(**meta["position"])
     run.checkpoints.set_aside_after(position.step)
     return saved["state"], saved["reference"], position
 
 
-def _fresh_state(run: Run, abstract: TrainState, master: Params) -> TrainState:
-    optimizer = optimizer_of(run.config)
-    opt_state = jax.tree.map(
-        lambda leaf, like: jax.device_put(leaf, like.sharding), optimizer.init(master), abstract.opt_state
-    )
-    return TrainState(
-        params=master,
-        opt_state=opt_state,
-        ema=None if abstract.ema is None else jax.tree.map(jnp.copy, master),
-        step=jax.device_put(jnp.int32(0), abstract.step.sharding),
-    )
+def _fresh(run: Run, abstract: TrainState, reference: Params) -> tuple[TrainState, Params]:
+    """(the state before the first update, the frozen reference), from the start model's folder."""
+    config, folder = run.checkpoint.transformer_config, Path(run.config.model.path) / "transformer"
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, reference)
+    if not run.config.lora.rank:
+        master = load_transformer(folder, config, shardings=shardings)
+        reference = run.steps.compute_copy(master)
+        return run.steps.begin(master), reference
+    base = load_transformer(folder, config, run.config.model.dtype, shardings)
+    drawn = lora.init(abstract.params, run.key(Stage.ADAPTER, 0))
+    adapter = jax.tree.map(lambda leaf, like: hosts.put(leaf, like.sharding), drawn, abstract.params)
+    return run.steps.begin(adapter), base
+
+
+def _text(path: Any) -> str | None:
+    return None if path is None else str(path)
 
 
 def save(run: Run, state: TrainState, reference: Params, position: Position) -> None:
-    """Save everything an exact resume needs."""
+    """Begin to save everything an exact resume needs; the writing goes on while the run does."""
     meta = {"fingerprint": fingerprint(run.config), "position": asdict(position)}
-    run.checkpoints.save(position.step, {"state": state, "reference": reference}, meta)
+    run.checkpoints.begin(position.step, {"state": state, "reference": reference}, meta)
 
 
 def exported(checkpoint: Checkpoint, params: Params) -> Checkpoint:
     """The start model's folder with other transformer weights in it."""
-    return replace(checkpoint, transformer=jax.tree.map(lambda leaf: np.asarray(jax.device_get(leaf)), params))
+    return replace(checkpoint, transformer=params)

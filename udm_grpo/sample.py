@@ -3,6 +3,7 @@
     python -m udm_grpo.sample --checkpoint udm_grpo/assets/ursa-shapes --output outputs/pictures \\
         --prompt "a photo of a red circle" --height 32 --width 32
     python -m udm_grpo.sample --run outputs/shapes --output outputs/geneval --prompts geneval.jsonl
+    python -m udm_grpo.sample --checkpoint FOLDER --adapter outputs/mine/export_lora --output out --prompt "a star"
 
 --layout geneval, what GenEval's evaluation reads, or --layout flat:
 
@@ -10,7 +11,8 @@
     OUTPUT/00000/samples/0000.png        its first picture          OUTPUT/00000_0.png      its first picture
 
 and settings.json and contact_sheet.png. The same command again goes on where it stopped. Image i of prompt p depends
-on (seed, p, i) alone, not on --batch or --devices; image 0 of each is what `Pipeline.generate` draws with that seed.
+on (seed, p, i) alone, not on --batch, --devices or hosts (several share the work like those of a training, see
+udm_grpo/distributed.py, and the folder); image 0 of each is what `Pipeline.generate` draws with that seed.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,24 +32,21 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
+from udm_grpo import distributed, hosts, steps
 from udm_grpo import mesh as meshes
-from udm_grpo import steps
-from udm_grpo.config import MeshConfig
+from udm_grpo.config import DistributedConfig, MeshConfig
 from udm_grpo.diffusion.rollout import RolloutPlan
-from udm_grpo.host.checkpoint import CheckpointError, Checkpoints, restore
+from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.metrics import replace_file, write_json
 from udm_grpo.host.pictures import image_grid
 from udm_grpo.host.prompts import UNTAGGED, PromptSet, read_prompts
-from udm_grpo.host.weights import Checkpoint, load_folder
+from udm_grpo.host.weights import Checkpoint
 from udm_grpo.model.transformer import Execution
+from udm_grpo.models import Model, SampleError, open_folder, open_run, read_json
 from udm_grpo.run import path_of
 
 MOST_PROMPTS, MOST_IMAGES = 2**20, 2**11
 """Image i of prompt p is number i * MOST_PROMPTS + p of the rollouts, which 31 bits hold."""
-
-
-class SampleError(ValueError):
-    """What was asked for cannot be drawn; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -79,65 +78,6 @@ class Settings:
         return output / f"{prompt:05d}_{image}.png"
 
 
-@dataclass(frozen=True)
-class Model:
-    """What draws: a checkpoint in float32, where it comes from (for the record); height, width, dtype by default."""
-
-    checkpoint: Checkpoint
-    source: dict[str, Any]
-    defaults: dict[str, Any]
-
-
-def open_folder(folder: str) -> Model:
-    """A checkpoint folder in the released format; raises WeightsError."""
-    checkpoint = load_folder(folder)
-    size = 32 * checkpoint.vq_config.stride
-    return Model(checkpoint, {"checkpoint": folder}, {"height": size, "width": size, "dtype": "float32"})
-
-
-def open_run(folder: str, step: str | None = None, weights: str | None = None) -> Model:
-    """A training run's checkpoint: its start model's folder with the weights of a step (a number, best; None: latest).
-
-    weights: params, ema or None: what the run itself judges and exports, its moving average if it keeps one.
-    Raises SampleError, CheckpointError, WeightsError.
-    """
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise SampleError(f"{folder} is no training run: there is no {file}. Give the output_dir of one as --run.")
-    config = _read_json(file)
-    given, judged = config["model"], "ema" if config["optimizer"]["ema_decay"] > 0 else "params"
-    wanted = weights or judged
-    if wanted != judged and (step == "best" or judged == "params"):
-        raise SampleError(f"--weights is {wanted}, but {folder} has only {judged} there; give --weights {judged}.")
-    path, number = _checkpoint_of(Path(folder) / "checkpoints", step or "latest")
-    checkpoint = load_folder(given["path"], prompt_length=given["text_length"] or None)
-    like: Any = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), checkpoint.transformer)
-    best = step == "best"
-    found = restore(path, {"params": like} if best else {"state": {wanted: like}}, partial=True)[0]
-    params = found["params"] if best else found["state"][wanted]
-    source = {"run": folder, "step": number, "best": best, "weights": wanted}
-    defaults = {name: given[name] for name in ("height", "width", "dtype")}
-    return Model(replace(checkpoint, transformer=params), source, defaults)
-
-
-def _checkpoint_of(folder: Path, step: str) -> tuple[Any, int]:
-    """(folder, step) of a run's checkpoint."""
-    saved = Checkpoints(folder, keep=1)
-    steps = saved.steps()
-    there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
-    if step == "best":
-        best = saved.best()
-        if best is None:
-            raise SampleError(f"{folder} has no best checkpoint (checkpoint.keep_best); by step {there}.")
-        return best, int(best.name.rpartition("-")[2])
-    if step != "latest" and not step.isdecimal():
-        raise SampleError(f"--step is {step!r}; give latest, best or a number.")
-    number = int(step) if step != "latest" else max(steps, default=-1)
-    if number not in steps:
-        raise SampleError(f"{folder} has no complete checkpoint for --step {step}; {there}.")
-    return saved.path(number), number
-
-
 def digest_of(checkpoint: Checkpoint) -> str:
     """SHA-256 of all that a checkpoint draws with: the same for a run's checkpoint and its export."""
     digest = hashlib.sha256(repr(sorted(checkpoint.files.items())).encode())
@@ -154,7 +94,7 @@ def open_output(settings: Settings, source: dict[str, Any], prompts: PromptSet, 
     """
     file = output / "settings.json"
     if file.exists():
-        there = _read_json(file)
+        there = read_json(file)
         now = asdict(settings)
         lines = [
             f"{name}: there {there.get(name)!r}, now {now[name]!r}" for name in now if there.get(name) != now[name]
@@ -172,13 +112,6 @@ def open_output(settings: Settings, source: dict[str, Any], prompts: PromptSet, 
     for path, text in texts.items() if settings.layout == "geneval" else [(output / "prompts.jsonl", "".join(rows))]:
         if not path.exists():
             replace_file(path, partial(Path.write_text, data=text, encoding="utf-8"))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise SampleError(f"{file} is damaged ({error}); give another folder.") from error
 
 
 def drawer(
@@ -224,11 +157,14 @@ def drawer(
 def sample(model: Model, settings: Settings, prompts: PromptSet, output: Path, batch: int, devices: list[Any]) -> int:
     """Draw all pictures of `settings` that are not in `output` yet, `batch` at a time; returns how many.
 
+    Of several processes each draws its own share, on its own `devices`.
+
     Raises what `open_output` and `drawer` raise, and OSError where a picture cannot be written.
     """
     draw = drawer(model.checkpoint, settings, prompts.prompts, batch, devices)
     open_output(settings, model.source, prompts, output)
     every = list(itertools.product(range(len(prompts)), range(settings.images_per_prompt)))
+    every = every[jax.process_index() :: jax.process_count()]
     todo = [pair for pair in every if not settings.image_path(output, *pair).exists()]
     parts = [todo[at : at + batch] for at in range(0, len(todo), batch)]
     # The devices draw a part while the one before is written.
@@ -260,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", metavar="FOLDER", help="in the released format")
     model.add_argument("--run", metavar="OUTPUT_DIR", help="of a training run")
+    parser.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter of --checkpoint, e.g. a run's export_lora")
     parser.add_argument("--step", help="of --run: a number, latest (the default) or best")
     parser.add_argument("--weights", choices=("params", "ema"), help="of --run; default: ema if it keeps one")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -273,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
         ("guidance_scale", 1.0, "1 is without guidance"),
         ("guidance_trunc", 0.9, "guidance acts while t is below it"),
         ("seed", 0, "another one draws other pictures"),
-        ("batch", 32, "pictures that are drawn together, on all devices"),
+        ("batch", 32, "pictures that are drawn together, on all devices of a host"),
         ("sheet_prompts", 16, "prompts on contact_sheet.png; 0: none"),
     ):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{meaning} (default: %(default)s)")
@@ -304,6 +241,8 @@ def _check(given: argparse.Namespace, available: int) -> None:
     ]
     if given.checkpoint and (given.step or given.weights):
         found.append("--step and --weights choose from a training run; give it as --run OUTPUT_DIR.")
+    if given.run and given.adapter:
+        found.append("--adapter belongs to a released folder; give that as --checkpoint instead of --run.")
     if found:
         raise SampleError("\n  ".join(found))
 
@@ -327,21 +266,31 @@ def _settings(given: argparse.Namespace, model: Model, prompts: PromptSet) -> Se
     return Settings(**{**model.defaults, **{name: value for name, value in asked.items() if value is not None}, **read})
 
 
+def draw_all(given: argparse.Namespace) -> None:
+    """Draw what the command line asks for; raises SampleError, WeightsError and the like."""
+    devices = jax.local_devices()
+    _check(given, len(devices))
+    prompts = _read_prompts(given)
+    model = (
+        open_run(given.run, given.step, given.weights) if given.run else open_folder(given.checkpoint, given.adapter)
+    )
+    settings, output = _settings(given, model, prompts), Path(given.output)
+    drawn = sum(hosts.gather(sample(model, settings, prompts, output, given.batch, devices[: given.devices])))
+    if hosts.is_primary():
+        contact_sheet(settings, prompts, output, given.sheet_prompts)
+        print(f"{settings.images_per_prompt} pictures of each prompt are in {output}; {drawn} are new", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for what the user can mend, said without a traceback."""
     given = _parser().parse_args(argv)
+    expected = (CheckpointError, OSError, ValueError)  # ValueError: SampleError, WeightsError, MeshError, prompts
     try:
-        devices = jax.devices()
-        _check(given, len(devices))
-        prompts = _read_prompts(given)
-        model = open_run(given.run, given.step, given.weights) if given.run else open_folder(given.checkpoint)
-        settings, output = _settings(given, model, prompts), Path(given.output)
-        drawn = sample(model, settings, prompts, output, given.batch, devices[: given.devices])
-        contact_sheet(settings, prompts, output, given.sheet_prompts)
-    except (CheckpointError, OSError, ValueError) as error:  # ValueError: SampleError, WeightsError, MeshError, prompts
+        with distributed.joined(DistributedConfig(), expected):
+            draw_all(given)
+    except expected as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{settings.images_per_prompt} pictures of each prompt are in {output}; {drawn} are new", file=sys.stderr)
     return 0
 
 

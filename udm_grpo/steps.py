@@ -1,8 +1,8 @@
 """The one place that jits: pure stages in, compiled stages with shardings and donation out."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from udm_grpo.grpo.loss import LossPlan, token_mean_logps
 from udm_grpo.grpo.optimizer import step as optimizer_step
 from udm_grpo.grpo.trajectory import TrajectoryPlan, trajectory
 from udm_grpo.grpo.update import cast, update
-from udm_grpo.model import vq
+from udm_grpo.model import lora, vq
 from udm_grpo.model.transformer import Execution, TransformerConfig, head, hidden_states, image_rows
 from udm_grpo.model.vq_loss import tokenizer_loss, unit
 
@@ -57,10 +57,16 @@ class Steps:
     """(tokenizer params, ids i32[m,N]) -> pictures."""
     prepare: Callable[[Params, Params, Array, Rollout, Array], Samples]
     """(policy, reference, prompt_ids i32[B,L], rollout of B images, key) -> training states, advantages still 0."""
-    update: Callable[[TrainState, Samples, Array], tuple[TrainState, Metrics]]
-    """(state, training states, score f32[P,G]) -> the next state (the old one is donated), metrics."""
-    compute_copy: Callable[[Params], Params]
-    """Master weights -> one copy in the compute dtype."""
+    update: Callable[..., tuple[TrainState, Metrics]]
+    """(state, training states, score f32[P,G], reference) -> the next state (the old one is donated), metrics.
+
+    The reference is the base of an adapter and used for nothing else.
+    """
+    compute_copy: Callable[..., Params]
+    """(master weights, reference) -> one copy in the compute dtype; of an adapter, which then has the reference's own
+    arrays beside it."""
+    begin: Callable[[Params], TrainState]
+    """Master weights, or an adapter (donated) -> the state before the first update."""
 
 
 def make_plans(
@@ -164,15 +170,18 @@ def build(
 ) -> Steps:
     """Compile-on-first-use stages of a run on `mesh`; `state` may be abstract and gives the shardings."""
     over_batch, replicated = meshes.over_batch(mesh), meshes.replicated(mesh)
+    execution = replace(plans.execution, batch=over_batch, head=meshes.head(mesh), shards=meshes.batch_shards(mesh))
+    plans = replace(plans, execution=execution)
     state_shardings = meshes.shardings(mesh, state)
     grpo, micro_batch = config.grpo, config.optimizer.micro_batch
+    factor = lora.factor(config.lora) if config.lora.rank else 1.0
 
     def rollout_step(plan: RolloutPlan) -> RolloutStep:
         kept: Any = meshes.over_second(mesh) if plan.keep_trajectory else None
         first: Any = over_batch
-        out = Rollout(first, kept, kept)
-        return jax.jit(partial(rollout, plans.transformer, plans.execution, path, plan), out_shardings=out)
+        return free_rollout(plans.transformer, plans.execution, path, plan, Rollout(first, kept, kept))
 
+    @cache  # a second evaluation with these steps compiles nothing
     def evaluation_step(steps: int) -> RolloutStep:
         return rollout_step(
             RolloutPlan(grid=plans.rollout.grid, steps=steps, shift=plans.rollout.shift, rows=plans.rollout.rows)
@@ -181,7 +190,9 @@ def build(
     def decode(params: Params, ids: Int32[Array, "m n"]) -> UInt8[Array, "m hh ww 3"]:
         return to_pixels(vq.decode(plans.vq, params, ids.reshape(-1, *plans.rollout.grid)))
 
-    def update_step(state: TrainState, samples: Samples, score: Array) -> tuple[TrainState, Metrics]:
+    def update_step(
+        state: TrainState, samples: Samples, score: Array, reference: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
         return update(
             plans.transformer,
             plans.execution,
@@ -192,18 +203,37 @@ def build(
             micro_batch,
             state,
             with_advantages(samples, score, grpo.advantage_clip, grpo.global_std),
+            reference if config.lora.rank else None,
+            factor,
         )
 
-    prepare = partial(prepare_samples, plans, path, micro_batch, grpo.updates_per_rollout > 1)
+    def begin(params: Params) -> TrainState:
+        ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay > 0 else None
+        return TrainState(params=params, opt_state=optimizer.init(params), ema=ema, step=jnp.int32(0))
+
+    def prepare(path: Path, *given: Any) -> Samples:
+        return prepare_samples(plans, path, micro_batch, grpo.updates_per_rollout > 1, *given)
+
     return Steps(
         plans=plans,
         rollout=rollout_step(plans.rollout),
         rollout_in=evaluation_step,
         decode=jax.jit(decode, out_shardings=over_batch),
-        prepare=jax.jit(prepare, out_shardings=over_batch),
+        prepare=partial(jax.jit(prepare, out_shardings=over_batch), path),
         update=jax.jit(update_step, out_shardings=(state_shardings, replicated), donate_argnums=0),
-        compute_copy=jax.jit(partial(cast, dtype=plans.compute_dtype), out_shardings=state_shardings.params),
+        compute_copy=_compute_copy(config, plans.compute_dtype, state_shardings.params),
+        begin=jax.jit(begin, out_shardings=state_shardings, donate_argnums=0),
     )
+
+
+def _compute_copy(config: RunConfig, dtype: Any, out_shardings: Any) -> Callable[..., Params]:
+    if not config.lora.rank:
+        whole = jax.jit(partial(cast, dtype=dtype), out_shardings=out_shardings)
+        return lambda params, reference=None: whole(params)
+    factor = lora.factor(config.lora)
+    adapter = jax.jit(lambda params: cast(lora.scaled(params, factor), dtype), out_shardings=out_shardings)
+    # Outside jit, which would copy the reference.
+    return lambda params, reference: lora.attach(reference, adapter(params))
 
 
 def tokenizer_step(
@@ -247,9 +277,16 @@ def image_logits(
     return jax.jit(logits)
 
 
-def free_rollout(config: TransformerConfig, execution: Execution, path: Path, plan: RolloutPlan) -> RolloutStep:
+def free_rollout(
+    config: TransformerConfig, execution: Execution, path: Path, plan: RolloutPlan, out_shardings: Any = None
+) -> RolloutStep:
     """A rollout outside a run: for notebooks and sampling."""
-    return jax.jit(partial(rollout, config, execution, path, plan))
+
+    def step(path: Path, *given: Any) -> Rollout:
+        return rollout(config, execution, path, plan, *given)
+
+    # The path is an argument: closed over, its codebook would be a constant of 134 MB in every program.
+    return partial(jax.jit(step, out_shardings=out_shardings), path)
 
 
 def pretrain_step(

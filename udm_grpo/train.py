@@ -3,16 +3,17 @@
     python -m udm_grpo.train --config configs/shapes.py
     python -m udm_grpo.train --config configs/shapes.py:smoke --config.output_dir=outputs/try --config.seed=1
     python -m udm_grpo.train --config configs/shapes.py --config.checkpoint.resume=latest
+    python -m udm_grpo.train --config configs/shapes.py --compile_only       # what it needs; see compile_only.py
 
 An iteration, as `train` below reads: prompts, rollout, pictures to the scorer, reference log-probabilities while it
 scores, advantages, update.
 """
 
 import contextlib
+import io
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,24 +23,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from rewards_bridge.errors import BridgeError, UsageError
-from rewards_bridge.scorers.base import Scores
+from udm_grpo import compile_only, distributed, hosts, scoring
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params, Rollout, TrainState
 from udm_grpo.command_line import field_values, parse
 from udm_grpo.config import ConfigError, RunConfig, as_dict
 from udm_grpo.config_checks import validate
 from udm_grpo.evaluation import evaluate, evaluate_all, extremes_file, pictures
+from udm_grpo.export import export
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.checkpoint import restore as restore_checkpoint
 from udm_grpo.host.environment import begin
 from udm_grpo.host.metrics import JsonLines, MetricsWriter, Progress, StageTimer, write_json
 from udm_grpo.host.pictures import before_after, image_grid
-from udm_grpo.host.rewards import Rewards, collect
+from udm_grpo.host.rewards import Rewards
 from udm_grpo.host.run_folder import RunFolderError
-from udm_grpo.host.weights import WeightsError, save_folder
+from udm_grpo.host.weights import WeightsError
 from udm_grpo.mesh import MeshError
 from udm_grpo.report import NAME, write_report
-from udm_grpo.run import Position, Run, Stage, exported, open_run, save, start
+from udm_grpo.run import Position, Run, Stage, fingerprint, open_run, save, start
 
 
 @dataclass(frozen=True)
@@ -47,33 +49,35 @@ class Reports:
     """Where a run tells how it goes."""
 
     writer: MetricsWriter
-    evaluations: JsonLines
+    evaluations: JsonLines | None
+    """Of process 0; the others write nothing."""
     progress: Progress
     timer: StageTimer
 
 
 def roll_out(
     run: Run, policy: Params, texts: Sequence[str], metadata: Sequence[dict[str, Any]], step: int
-) -> tuple[jax.Array, Rollout, list["Future[Scores]"]]:
+) -> tuple[jax.Array, Rollout, list[scoring.Ticket]]:
     """Draw the B images of an iteration in micro-batches, each on its way to the scorer while the next is computed.
 
-    Returns prompt ids i32[B, L], the rollout of all B, and the scorer's tickets.
+    Returns prompt ids i32[B, L], the rollout of all B, and the tickets of this host's images.
     """
     given = run.config.rollout
     rows = np.repeat(np.arange(given.prompts), given.group_size)
-    prompt_ids = run.prompt_ids([texts[row] for row in rows])
+    asked, about = [texts[row] for row in rows], [metadata[row] for row in rows]
     empty_ids, key = run.empty_ids(), run.key(Stage.ROLLOUT, step)
     slices = [slice(at, at + given.micro_batch) for at in range(0, len(rows), given.micro_batch)]
     parts, decoded = [], []
     for part in slices:
-        index = jax.device_put(np.arange(part.start, part.stop, dtype=np.int32), meshes.over_batch(run.mesh))
-        parts.append(run.steps.rollout(policy, prompt_ids[part], empty_ids, index, key))
+        index = hosts.put(np.arange(part.start, part.stop, dtype=np.int32), meshes.over_batch(run.mesh))
+        parts.append(run.steps.rollout(policy, run.prompt_ids(asked[part]), empty_ids, index, key))
         decoded.append(run.steps.decode(run.vq_params, parts[-1].clean))
     tickets = [
-        run.client.submit(np.asarray(images), [texts[row] for row in rows[part]], [metadata[row] for row in rows[part]])
+        ticket
         for part, images in zip(slices, decoded, strict=True)
+        for ticket in scoring.submit(run.client, images, part.start, asked[part], about[part])
     ]
-    return prompt_ids, _joined(parts), tickets
+    return run.prompt_ids(asked), _joined(parts), tickets
 
 
 def _joined(parts: Sequence[Rollout]) -> Rollout:
@@ -92,18 +96,18 @@ def iterate(
     """One iteration: rollout, scores, update(s). Returns the next state (the given one is used up), scores, metrics."""
     given = run.config.rollout
     texts, metadata, _ = run.train.batch(step, given.prompts, run.config.seed)
-    policy = run.steps.compute_copy(state.params)
+    policy = run.steps.compute_copy(state.params, reference)
     with timer("rollout"):
         prompt_ids, rolled, tickets = roll_out(run, policy, texts, metadata, step)
     with timer("reference"):
         samples = run.steps.prepare(policy, reference, prompt_ids, rolled, run.key(Stage.STATES, step))
         jax.block_until_ready(samples)
     with timer("reward"):
-        rewards = collect(tickets)
-    score = jax.device_put(rewards.score.reshape(given.prompts, given.group_size), meshes.replicated(run.mesh))
+        rewards = scoring.collect(tickets, given.prompts * given.group_size)
+    score = hosts.put(rewards.score.reshape(given.prompts, given.group_size), meshes.replicated(run.mesh))
     with timer("update"):
         for _ in range(run.config.grpo.updates_per_rollout):
-            state, metrics = run.steps.update(state, samples, score)
+            state, metrics = run.steps.update(state, samples, score, reference)
         jax.block_until_ready(metrics)
     return state, rewards, metrics
 
@@ -128,25 +132,31 @@ def report(reports: Reports, config: RunConfig, step: int, rewards: Rewards, met
     reports.progress.update(shown, seconds)
 
 
-def draw_samples(run: Run, reports: Reports, state: TrainState, step: int) -> None:
+def draw_samples(run: Run, reports: Reports, state: TrainState, reference: Params, step: int) -> None:
     """Write the sample pictures of this moment."""
-    images, captions = pictures(run, run.steps.compute_copy(state.params))
+    images, captions = pictures(run, run.steps.compute_copy(state.params, reference))
     path = run.output / "pictures" / f"{step:06d}.png"
-    image_grid(images, captions, 4, path)
-    reports.writer.picture(step, "samples", path)
+    if hosts.is_primary():
+        image_grid(images, captions, 4, path)
+        reports.writer.picture(step, "samples", path)
 
 
-def evaluate_on_the_way(run: Run, reports: Reports, state: TrainState, position: Position) -> Position:
+def evaluate_on_the_way(
+    run: Run, reports: Reports, state: TrainState, reference: Params, position: Position
+) -> Position:
     """A held-out evaluation into evaluations.jsonl; keeps the best weights if asked. Returns the position."""
     given, step = run.config.evaluation, position.step
     params = _last(state)
-    found = evaluate(run, run.steps.compute_copy(params), given.prompts, given.steps[0], extremes_file(run, step))
-    reports.evaluations.append(step, found)
+    policy = run.steps.compute_copy(params, reference)
+    found = evaluate(run, policy, given.prompts, given.steps[0], extremes_file(run, step))
+    if reports.evaluations:
+        reports.evaluations.append(step, found)
     means = {name: round(value, 4) for name, value in found.items() if isinstance(value, float)}
     reports.progress.message(f"held-out after {step} iterations, {given.steps[0]} steps: {means}")
     if run.config.checkpoint.keep_best and (position.best is None or found["score"] > position.best):
         position = replace(position, best=found["score"])
-        run.checkpoints.save_best(step, {"params": params}, {"score": found["score"]})
+        meta = {"score": found["score"], "fingerprint": fingerprint(run.config)}
+        run.checkpoints.begin_best(step, {"params": params}, meta)
     return position
 
 
@@ -155,21 +165,21 @@ def _last(state: TrainState) -> Params:
     return state.params if state.ema is None else state.ema
 
 
-def look(run: Run, reports: Reports, state: TrainState, position: Position) -> Position:
+def look(run: Run, reports: Reports, state: TrainState, reference: Params, position: Position) -> Position:
     """Draw pictures and evaluate when it is time; after the last iteration `finish` evaluates."""
     given, step = run.config.evaluation, position.step
     if given.picture_every and step % given.picture_every == 0:
-        draw_samples(run, reports, state, step)
+        draw_samples(run, reports, state, reference, step)
     if given.every and step % given.every == 0 and step < run.config.iterations:
-        position = evaluate_on_the_way(run, reports, state, position)
-    return position
+        position = evaluate_on_the_way(run, reports, state, reference, position)
+    return replace(position, looked=True)
 
 
 def final_params(run: Run, state: TrainState) -> Params:
     """What the run ends with: the best weights if they were kept, else the moving average, else the last."""
     last = _last(state)
-    best = run.checkpoints.best() if run.config.checkpoint.keep_best else None
-    if best is None:
+    best = hosts.from_primary(lambda: str(run.checkpoints.best() or "")) if run.config.checkpoint.keep_best else ""
+    if not best:
         return last
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), last)
     return restore_checkpoint(best, {"params": like})[0]["params"]
@@ -177,14 +187,14 @@ def final_params(run: Run, state: TrainState) -> Params:
 
 def finish(run: Run, reports: Reports, state: TrainState, reference: Params, position: Position) -> dict[str, Any]:
     """The last evaluation, the picture of before and after, the export and summary.json; returns the summary."""
+    run.checkpoints.finish()
     params = final_params(run, state)
-    policy = run.steps.compute_copy(params)
+    policy = run.steps.compute_copy(params, reference)
     began = time.monotonic()
     final = evaluate_all(run, policy, position.step)
     before, captions = pictures(run, reference)
     after, _ = pictures(run, policy)
-    before_after(before, after, captions, run.output / "before_after.png")
-    save_folder(exported(run.checkpoint, params), run.output / "export")
+    export(run, state, params, reference)
     first = str(run.config.evaluation.steps[0])
     summary = {
         "iterations": position.step,
@@ -193,7 +203,9 @@ def finish(run: Run, reports: Reports, state: TrainState, reference: Params, pos
         "final": final[first],
         "by_steps": {steps: {"base": position.base[steps], "final": final[steps]} for steps in final},
     }
-    write_json(run.output / "summary.json", summary)
+    if hosts.is_primary():
+        before_after(before, after, captions, run.output / "before_after.png")
+        write_json(run.output / "summary.json", summary)
     for steps, pair in summary["by_steps"].items():
         words = ", ".join(
             f"{name} {pair['base'][name]:.3f} -> {value:.3f}"
@@ -214,44 +226,75 @@ def write_page(reports: Reports, output: Path) -> None:
         reports.progress.message(f"no report: {error}")
 
 
-def open_reports(config: RunConfig, resume_after: int | None, stack: contextlib.ExitStack) -> Reports:
-    """Open the run's files and its progress bar; lines past `resume_after` (None: a fresh run) are dropped."""
-    output, logging = Path(config.output_dir), config.logging
-    begin(output, resume_after)
-    writer = stack.enter_context(
-        MetricsWriter(output, logging.tensorboard, logging.wandb, resume_after=resume_after, config=as_dict(config))
+def stop(run: Run, reports: Reports, position: Position) -> dict[str, Any]:
+    """The end of a run that was asked to stop, once its checkpoint is good; returns how far it came."""
+    run.checkpoints.finish()
+    reports.progress.message(
+        f"stopped by SIGTERM after {position.step} of {run.config.iterations} iterations; go on with "
+        "--config.checkpoint.resume=latest"
     )
-    evaluations = stack.enter_context(contextlib.closing(JsonLines(output / "evaluations.jsonl", resume_after)))
-    progress = stack.enter_context(contextlib.closing(Progress(config.iterations, resume_after or 0, plain_every=10)))
+    return {"iterations": position.step, "seconds": position.seconds, "stopped": True}
+
+
+def open_reports(config: RunConfig, position: Position | None, stack: contextlib.ExitStack) -> Reports:
+    """Open the run's files and its progress bar; lines past `position` (None: a fresh run) are dropped."""
+    resume_after = None if position is None else position.step
+    output, logging, primary = Path(config.output_dir), config.logging, hosts.is_primary()
+    if primary:
+        begin(output, resume_after)
+    writer = MetricsWriter(
+        output, logging.tensorboard, logging.wandb, resume_after=resume_after, config=as_dict(config), primary=primary
+    )
+    stack.enter_context(writer)
+    evaluations = None
+    if primary:
+        # What has not been looked at will be: a line on it is of an attempt that was killed.
+        evaluated = resume_after if position is None else position.step - (not position.looked)
+        evaluations = stack.enter_context(contextlib.closing(JsonLines(output / "evaluations.jsonl", evaluated)))
+    unseen = None if primary else io.StringIO()
+    progress = Progress(config.iterations, resume_after or 0, plain_every=10, stream=unseen)
+    stack.enter_context(contextlib.closing(progress))
     return Reports(writer, evaluations, progress, StageTimer())
 
 
 def train(config: RunConfig) -> dict[str, Any]:
-    """Run a whole training and return its summary; raises ConfigError before anything is started."""
+    """Run a whole training and return its summary; raises ConfigError before anything is started.
+
+    SIGTERM ends it after the iteration that is being made, with a checkpoint to go on from. With several processes all
+    of them call this inside of `distributed.joined`.
+    """
     validate(config)
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
+        asked = stack.enter_context(distributed.interruption())
         run, abstract = open_run(config, stack)
         state, reference, position = start(run, abstract)
         done = 0 if position is None else position.step
-        reports = open_reports(config, None if position is None else done, stack)
+        reports = open_reports(config, position, stack)
         if position is None:
             reports.progress.message("evaluating the start model")
             position = Position(step=0, seconds=0.0, base=evaluate_all(run, reference, 0), best=None)
-            reports.evaluations.append(0, position.base[str(config.evaluation.steps[0])])
+            if reports.evaluations:
+                reports.evaluations.append(0, position.base[str(config.evaluation.steps[0])])
             if config.evaluation.picture_every:
-                draw_samples(run, reports, state, 0)
+                draw_samples(run, reports, state, reference, 0)
         spent = position.seconds
+        if not position.looked:
+            position = look(run, reports, state, reference, position)
         for step in range(done, config.iterations):
             state, rewards, metrics = iterate(run, state, reference, step, reports.timer)
             report(reports, config, step + 1, rewards, metrics)
-            position = replace(position, step=step + 1, seconds=spent + time.monotonic() - began)
-            position = look(run, reports, state, position)
+            position = replace(position, step=step + 1, seconds=spent + time.monotonic() - began, looked=False)
+            if step + 1 < config.iterations and hosts.any_process(asked.requested):
+                save(run, state, reference, position)
+                return stop(run, reports, position)
+            position = look(run, reports, state, reference, position)
             every = config.checkpoint.every
             if step + 1 == config.iterations or (every and (step + 1) % every == 0):
                 save(run, state, reference, position)
         summary = finish(run, reports, state, reference, position)
-        write_page(reports, run.output)
+        if hosts.is_primary():
+            write_page(reports, run.output)
         return summary
 
 
@@ -263,12 +306,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fields and their defaults (udm_grpo/config.py says what each is):")
         print("\n".join(f"  --config.{name}={value}" for name, value in field_values(RunConfig())))
         return 0
+    if "--compile_only" in words:
+        return compile_only.main(words)
+    expected = (ConfigError, MeshError, WeightsError, CheckpointError, BridgeError, UsageError, OSError)
     try:
-        train(parse(words))
-    except (ConfigError, MeshError, WeightsError, CheckpointError, BridgeError, UsageError, OSError) as error:
+        config = parse(words)
+        validate(config)
+        with distributed.joined(config.distributed, expected):
+            summary = train(config)
+    except expected as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return config.checkpoint.stopped_status if summary.get("stopped") else 0
 
 
 if __name__ == "__main__":

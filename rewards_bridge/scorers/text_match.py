@@ -50,16 +50,16 @@ def check_prompts(prompts: Iterable[str]) -> list[str]:
     return problems
 
 
-def match(read: str, target: str) -> float:
+def match(read: str, target: str, extra_is_free: bool = True) -> float:
     """1 - distance / len(target), in 0..1, both without white space and in lower case.
 
-    The distance is 0 if the target is part of what was read, else Levenshtein's, at most len(target). Raises
-    ValueError for a target of nothing but white space.
+    The distance is Levenshtein's, at most len(target); with `extra_is_free`, the published rule, it is 0 wherever the
+    target is part of what was read. Raises ValueError for a target of nothing but white space.
     """
     wanted, seen = _plain(target), _plain(read)
     if not wanted:
         raise ValueError(f"the target {target!r} is empty; check_prompts finds such prompts before training")
-    if wanted in seen:
+    if extra_is_free and wanted in seen:
         return 1.0
     return 1.0 - min(Levenshtein.distance(seen, wanted), len(wanted)) / len(wanted)
 

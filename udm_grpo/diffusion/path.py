@@ -29,8 +29,8 @@ class Path:
     Source: arXiv 2412.03487; URSA, arXiv 2510.24717.
     """
 
-    codebook: Float[Array, "v e"]
-    """L2-normalised rows."""
+    codebook: Float[Any, "v e"]
+    """L2-normalised rows; an array, or only its shape where programs are compiled without running."""
     alpha: float | None = field(metadata={"static": True})
     c: float = field(metadata={"static": True})
 

@@ -93,6 +93,7 @@ def denoise(
 ) -> tuple[Int32[Array, "b n"], Int32[Array, "b n"]]:
     """One step for B images: the trunk, logits at the image rows in chunks of `plan.rows` images, and the draws."""
     tokens = x.shape[1]
+    params = execution.with_head(params)
 
     def features(prompts: Int[Array, "b l"]) -> Float[Array, "b n d"]:
         return image_rows(hidden_states(config, params, prompts, x, plan.grid, execution), tokens)

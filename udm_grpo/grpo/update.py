@@ -1,5 +1,6 @@
 """One optimizer step from accumulated gradients."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from udm_grpo.batches import Params, Samples, TrainState
 from udm_grpo.diffusion.chunks import chunk_size, split
 from udm_grpo.grpo.loss import LossPlan, grpo_loss
 from udm_grpo.grpo.optimizer import step as optimizer_step
+from udm_grpo.model import lora
 from udm_grpo.model.transformer import Execution, TransformerConfig
 
 
@@ -26,9 +28,18 @@ def accumulated_gradients(
     params: Params,
     samples: Samples,
     micro_batch: int,
+    base: Params | None = None,
 ) -> tuple[Params, dict[str, Float[Array, ""]]]:
-    """(float32 gradients, metrics), averaged over S samples that are worked through `micro_batch` at a time."""
-    gradient = jax.value_and_grad(lambda weights, part: grpo_loss(config, execution, plan, weights, part), has_aux=True)
+    """(float32 gradients, metrics), averaged over S samples that are worked through `micro_batch` at a time.
+
+    With `base`, which stays as it is, `params` is an adapter of it.
+    """
+
+    def loss(weights: Params, part: Samples) -> tuple[Array, dict[str, Array]]:
+        whole = weights if base is None else lora.attach(base, weights)
+        return grpo_loss(config, execution, plan, whole, part)
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
     total = samples.noisy.shape[0]
     size = chunk_size(total, micro_batch)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
@@ -63,14 +74,19 @@ def update(
     micro_batch: int,
     state: TrainState,
     samples: Samples,
+    base: Params | None = None,
+    factor: float = 1.0,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """(next state, metrics): gradients in `compute_dtype` on one copy of the weights, the step on float32 masters.
 
-    `optimizer` clips the gradients itself; the metric `grad_norm` is their norm before that.
+    `optimizer` clips the gradients itself; the metric `grad_norm` is their norm before that. With `base`, frozen
+    weights in `compute_dtype`, the state is that of an adapter which counts `factor` times.
 
     Source: UDM-GRPO, arXiv 2604.18518.
     """
-    compute = cast(state.params, compute_dtype)
-    gradients, metrics = accumulated_gradients(config, execution, plan, compute, samples, micro_batch)
+    scale = partial(lora.scaled, by=factor) if base is not None else lambda params: params
+    compute = cast(scale(state.params), compute_dtype)
+    gradients, metrics = accumulated_gradients(config, execution, plan, compute, samples, micro_batch, base)
+    gradients = scale(gradients)
     metrics["grad_norm"] = optax.tree.norm(gradients)
     return apply_gradients(optimizer, ema_decay, state, gradients), metrics

@@ -10,7 +10,8 @@ What a caller may rely on:
   state given to `restore`, bit for bit, dtypes included, on the shardings given there: no flax or optax type is stored.
 * `meta` is any JSON dictionary. What makes two runs the same run goes under "fingerprint" (see `check_same_run`).
 
-Saving blocks until the checkpoint is committed. With several processes all of them call save and restore alike.
+`begin` copies the state and writes it while the caller goes on; `finish` waits for it, and `save` is both. With several
+processes all of them call these and `restore` alike, and all see the same folder.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,9 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from udm_grpo.host.checkpoint_leaves import State, abstract_leaves, by_name, differences, savable_leaves
+
 FORMAT = 1  # of what is inside a checkpoint; goes up when old ones can no longer be read
-MOST_SHOWN = 5  # differences of a kind that an error spells out; further ones are counted
-State = Any  # a pytree of arrays
 PathLike = str | os.PathLike[str]
 
 _COMMITTED = "commit_success.txt"  # Orbax writes it last, on local disks and in buckets alike
@@ -37,6 +39,17 @@ _COMMITTED = "commit_success.txt"  # Orbax writes it last, on local disks and in
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, found or read, or belongs to another run; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A save that has begun."""
+
+    path: epath.Path
+    bytes: int
+    response: ocp.AsyncResponse[None]
+    after: Callable[[], None]
+    """What to do once it is good."""
 
 
 class Checkpoints:
@@ -50,6 +63,8 @@ class Checkpoints:
             raise ValueError(f"checkpoints to keep must be at least 1, found {keep}")
         self.folder, self.keep = _absolute(folder), keep
         self._written: set[int] = set()
+        self._pending: _Pending | None = None
+        self._best_number = 0
 
     def steps(self) -> list[int]:
         """Return the steps of all good checkpoints, oldest first."""
@@ -68,34 +83,63 @@ class Checkpoints:
         return self.folder / f"{step:08d}"
 
     def save(self, step: int, state: State, meta: Mapping[str, Any]) -> epath.Path:
-        """Save the state as this step's checkpoint and then delete all but the newest `keep`; return its folder.
+        """`begin` to save, and `finish`; return the checkpoint's folder."""
+        self.begin(step, state, meta)
+        self.finish()
+        return self.path(step)
 
-        Saving a step again that this object has saved does nothing: within a run a step has one state.
+    def begin(self, step: int, state: State, meta: Mapping[str, Any]) -> None:
+        """Begin to save the state as this step's checkpoint; once it is good, all but the newest `keep` are deleted.
+
+        Returns when the state has been copied: what becomes of its arrays then does not matter. Waits for a save that
+        has begun before. Saving a step again that this object has saved does nothing: a step of a run has one state.
 
         Raises CheckpointError when the disk is full or saving fails in another way (earlier checkpoints stay as they
         are) and when an earlier run's checkpoint of this step exists; TypeError for leaves that are not arrays.
         """
+        self.finish()
         path = self.path(step)
         if step in self._written:
-            return path
-        if step in self.steps():
+            return
+        if jax.process_index() == 0 and step in self.steps():
             advice = "resume from it, call set_aside_after, or choose another folder"
             raise CheckpointError(f"{path} exists already, from an earlier run; {advice}")
-        self._write(path, step, state, meta)
-        self._written.add(step)
-        for old in self.steps()[: -self.keep]:
-            _remove(self.path(old))
-        return path
+
+        def keep_newest() -> None:
+            self._written.add(step)
+            for old in self.steps()[: -self.keep]:
+                _remove(self.path(old))
+
+        self._begin(path, step, state, meta, keep_newest)
 
     def save_best(self, step: int, state: State, meta: Mapping[str, Any]) -> epath.Path:
-        """Save the state in the slot for the best one; the one before is deleted once this one is committed."""
-        before = _committed_best(self.folder)
-        number = max(before, default=(0, None))[0] + 1
-        path = self.folder / "best" / f"{number}-step-{step}"
-        self._write(path, step, state, meta)
-        for _, old in before:
-            _remove(old)
+        """`begin_best`, and `finish`; return the checkpoint's folder."""
+        path = self.begin_best(step, state, meta)
+        self.finish()
         return path
+
+    def begin_best(self, step: int, state: State, meta: Mapping[str, Any]) -> epath.Path:
+        """Begin to save the state in the slot for the best one; the one before is deleted once this one is good."""
+        self.finish()
+        before = _committed_best(self.folder)
+        self._best_number = max(self._best_number, max(before, default=(0, None))[0]) + 1
+        path = self.folder / "best" / f"{self._best_number}-step-{step}"
+
+        def drop_others() -> None:
+            for _, old in before:
+                _remove(old)
+
+        self._begin(path, step, state, meta, drop_others)
+        return path
+
+    def finish(self) -> None:
+        """Wait until what has begun is good; raises CheckpointError if it cannot be."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        with self._failing(pending.path, pending.bytes):
+            pending.response.result()
+        pending.after()
 
     def restore(self, path_or_step: PathLike | int, abstract_state: State) -> tuple[State, dict[str, Any]]:
         """Return (state, meta) of one of these checkpoints by its step, or of any by its folder; see `restore`."""
@@ -115,21 +159,29 @@ class Checkpoints:
                 self.path(later).rename(moved[-1])
         return moved
 
-    def _write(self, path: epath.Path, step: int, state: State, meta: Mapping[str, Any]) -> None:
-        leaves = _savable_leaves(state)
+    def _begin(
+        self, path: epath.Path, step: int, state: State, meta: Mapping[str, Any], after: Callable[[], None]
+    ) -> None:
+        leaves = savable_leaves(state)
         header = {"format": FORMAT, "step": step, "meta": _as_json(meta)}
+        size = sum(leaf.nbytes for leaf in leaves.values())
         _clear_leftovers(path.parent)
-        try:
+        with self._failing(path, size):
             self.folder.mkdir(parents=True, exist_ok=True)
             with _orbax():
-                ocp.save(path, leaves, custom_metadata=header)
+                response = ocp.save_async(path, leaves, custom_metadata=header)
+        self._pending = _Pending(path, size, response, after)
+
+    @contextlib.contextmanager
+    def _failing(self, path: epath.Path, size: int) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             _clear_leftovers(path.parent)
-            raise CheckpointError(self._why_not_saved(path, leaves, error)) from error
+            raise CheckpointError(self._why_not_saved(path, size, error)) from error
 
-    def _why_not_saved(self, path: epath.Path, leaves: Mapping[str, Any], error: Exception) -> str:
-        needed = sum(leaf.nbytes for leaf in leaves.values()) / 2**20
-        text = f"saving {path} failed: {_first_line(error)}\n  It needs {needed:,.1f} MiB"
+    def _why_not_saved(self, path: epath.Path, size: int, error: Exception) -> str:
+        text = f"saving {path} failed: {_first_line(error)}\n  It needs {size / 2**20:,.1f} MiB"
         with contextlib.suppress(OSError):
             text += f"; the disk has {shutil.disk_usage(self.folder).free / 2**20:,.1f} MiB free"
         latest = self.latest()
@@ -148,11 +200,11 @@ def restore(path: PathLike, abstract_state: State, partial: bool = False) -> tup
     """
     path = _absolute(path)
     saved, meta = _read_header(path)
-    wanted = _abstract_leaves(abstract_state)
-    differences = _differences(saved, wanted, partial)
-    if differences:
+    wanted = abstract_leaves(abstract_state)
+    found = differences(saved, wanted, partial)
+    if found:
         advice = "Give the configuration it was made with, or resume=none to begin anew."
-        raise CheckpointError("\n  ".join([f"{path} is a checkpoint of another model:", *differences, advice]))
+        raise CheckpointError("\n  ".join([f"{path} is a checkpoint of another model:", *found, advice]))
     with _reading(path, partial):
         loaded = ocp.load(path, wanted)
     scalars = [isinstance(leaf, np.generic) for leaf in jax.tree.leaves(abstract_state)]
@@ -192,7 +244,7 @@ def check_same_run(meta: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> N
     if "fingerprint" not in meta:
         raise CheckpointError("the checkpoint's meta has no fingerprint, so it cannot be told which run it belongs to")
     sides = (_as_json(meta["fingerprint"]), _as_json(fingerprint))
-    saved, now = (_by_name(side, separator=".", is_leaf=lambda leaf: leaf is None) for side in sides)
+    saved, now = (by_name(side, separator=".", is_leaf=lambda leaf: leaf is None) for side in sides)
     lines = []
     for name in sorted(saved.keys() | now.keys()):
         was, is_now = (json.dumps(side[name]) if name in side else "absent" for side in (saved, now))
@@ -201,60 +253,6 @@ def check_same_run(meta: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> N
     if lines:
         advice = "Set these fields back, or begin anew with resume=none in another output_dir."
         raise CheckpointError("\n  ".join(["the checkpoint is of a run with another configuration:", *lines, advice]))
-
-
-def _savable_leaves(state: State) -> dict[str, Any]:
-    leaves = _by_name(state)
-    wrong = []
-    for name, leaf in leaves.items():
-        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
-            wrong.append(f"{name} is {type(leaf).__name__}: store it as np.int32(...) or np.float32(...), or in meta")
-        elif jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            wrong.append(f"{name} is a random key: store jax.random.key_data of it, or make it from the seed")
-        elif leaf.size == 0:
-            wrong.append(f"{name} has no elements, shape {leaf.shape}: leave it out")
-    if wrong:
-        raise TypeError("\n  ".join(["only arrays can be saved:", *_some(wrong)]))
-    return {name: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf for name, leaf in leaves.items()}
-
-
-def _abstract_leaves(state: State) -> dict[str, Any]:
-    """Return what Orbax is to make of each leaf, by name."""
-    leaves = _by_name(state)
-    for name, leaf in leaves.items():
-        if isinstance(leaf, np.ndarray | np.generic):
-            leaves[name] = np.empty(leaf.shape, leaf.dtype)
-        elif isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-            sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            leaves[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        else:
-            advice = "give a jax.ShapeDtypeStruct or an array"
-            raise TypeError(f"{name} of the abstract state is {type(leaf).__name__}: {advice}")
-    return leaves
-
-
-def _by_name(tree: Any, separator: str = "/", is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """Return the tree's leaves in their order, named like "opt_state/0/mu/head"."""
-    named = dict[str, Any]()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator=separator)
-        if name in named:
-            raise ValueError(f"two leaves are both named {name}: rename one of the keys on the way to them")
-        named[name] = leaf
-    return named
-
-
-def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], partial: bool) -> list[str]:
-    """Return a line for each way in which the leaves differ, by names, shapes and dtypes."""
-    here, there = ({name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in side.items()} for side in (wanted, saved))
-    kinds = {
-        "wanted but not in it": [name for name in here if name not in there],
-        "in it but not wanted": [name for name in there if name not in here and not partial],
-        "of another form": [
-            f"{name} is {there[name]}, wanted {form}" for name, form in here.items() if there.get(name, form) != form
-        ],
-    }
-    return [f"{len(names)} {kind}: {'; '.join(_some(names))}" for kind, names in kinds.items() if names]
 
 
 def _read_header(path: epath.Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
@@ -338,10 +336,6 @@ def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
         return json.loads(json.dumps(dict(meta), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"meta must be plain JSON (numbers other than NaN, texts, lists): {error}") from None
-
-
-def _some(items: list[str]) -> list[str]:
-    return items[:MOST_SHOWN] + ([f"... and {len(items) - MOST_SHOWN} more"] if len(items) > MOST_SHOWN else [])
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ such a file holds is ever executed.
 """
 
 import io
+import itertools
 import json
 import os
 import re
@@ -32,6 +33,10 @@ class WeightsError(ValueError):
     """A checkpoint that cannot be read or does not fit; the message names every problem and what to do."""
 
 
+Reader = Callable[[str, slice], np.ndarray]
+"""(tensor name, which rows) -> those rows."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How tensors lie in files: enough to write them in the same way again."""
@@ -53,12 +58,16 @@ class TensorFiles:
 
     layout: Layout
     infos: Mapping[str, TensorInfo]
-    readers: Mapping[str, Callable[[str], np.ndarray]]
-    """Tensor name -> what reads it."""
+    readers: Mapping[str, Reader]
+    """Tensor name -> what reads rows of it."""
 
     def read(self, name: str) -> np.ndarray:
         """Return a tensor in the dtype that it has in the file."""
-        return self.readers[name](name)
+        return self.readers[name](name, slice(None))
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return rows of a tensor; of a safetensors file no more than these are read into memory."""
+        return self.readers[name](name, slice(start, stop))
 
 
 def find(folder: Path) -> Path:
@@ -113,19 +122,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_tensors(
-    folder: Path, layout: Layout, infos: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray]
+    folder: Path, layout: Layout, infos: Mapping[str, TensorInfo], blocks: Callable[[str], Iterable[np.ndarray]]
 ) -> None:
-    """Write tensors as `layout` says; `read` gives each in the dtype of `infos`. Safetensors are written one by one.
+    """Write tensors as `layout` says; `blocks` gives each in the dtype of `infos`, in rows one after the other.
 
-    Raises OSError if a file cannot be written.
+    Safetensors are written block by block; a .bin or .pth file is in memory whole before it is written. Raises OSError
+    if a file cannot be written.
     """
     for file, names in layout.files.items():
         if file.endswith(".safetensors"):
             _write_safetensors(
-                folder / file, layout.metadata.get(file, {}), {name: infos[name] for name in names}, read
+                folder / file, layout.metadata.get(file, {}), {name: infos[name] for name in names}, blocks
             )
         else:
-            write_file(folder / file, [_torch_bytes({name: read(name) for name in names})])
+            write_file(folder / file, [_torch_bytes({name: np.concatenate(list(blocks(name))) for name in names})])
     if layout.index:
         weight_map = {name: file for file, names in layout.files.items() for name in names}
         index = {"metadata": layout.index_metadata or {}, "weight_map": dict(sorted(weight_map.items()))}
@@ -146,7 +156,7 @@ def _open_all(folder: Path, files: list[str], index: str | None, index_metadata:
     names: dict[str, tuple[str, ...]] = {}
     metadata: dict[str, Mapping[str, str]] = {}
     infos: dict[str, TensorInfo] = {}
-    readers: dict[str, Callable[[str], np.ndarray]] = {}
+    readers: dict[str, Reader] = {}
     for file in files:
         opening = _open_safetensors if file.endswith(".safetensors") else _open_torch
         found, metadata[file], read = opening(folder / file)
@@ -157,7 +167,7 @@ def _open_all(folder: Path, files: list[str], index: str | None, index_metadata:
     return TensorFiles(Layout(names, dtypes, metadata, index, index_metadata), infos, readers)
 
 
-Opened = tuple[dict[str, TensorInfo], dict[str, str], Callable[[str], np.ndarray]]
+Opened = tuple[dict[str, TensorInfo], dict[str, str], Reader]
 
 
 def _open_safetensors(path: Path) -> Opened:
@@ -165,12 +175,25 @@ def _open_safetensors(path: Path) -> Opened:
         file = safetensors.safe_open(path, framework="numpy")
     except (OSError, safetensors.SafetensorError) as error:
         raise _damaged(path, error) from None
-    infos = {}
+    infos: dict[str, TensorInfo] = {}
     for name in file.offset_keys():
         part = file.get_slice(name)
         dtype = _NUMPY_NAMES.get(part.get_dtype(), part.get_dtype())
         infos[name] = TensorInfo(tuple(part.get_shape()), dtype)
-    return infos, dict(file.metadata() or {}), file.get_tensor
+    with path.open("rb") as start:  # its header has been checked above
+        length = struct.unpack("<Q", start.read(8))[0]
+        header = json.loads(start.read(length))
+
+    def read(name: str, rows: slice) -> np.ndarray:
+        # Not through the library, which maps the whole file into memory.
+        shape, dtype = infos[name].shape, np.dtype(infos[name].dtype)
+        begin, end, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
+        width = int(np.prod(shape[1:]))
+        at = 8 + length + header[name]["data_offsets"][0] + begin * width * dtype.itemsize
+        found = np.fromfile(path, np.uint8, (end - begin) * width * dtype.itemsize, offset=at).view(dtype)
+        return found.reshape(end - begin, *shape[1:]) if shape else found.reshape(())
+
+    return infos, dict(file.metadata() or {}), read
 
 
 def _open_torch(path: Path) -> Opened:
@@ -191,8 +214,9 @@ def _open_torch(path: Path) -> Opened:
         for name, tensor in tensors.items()
     }
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, rows: slice) -> np.ndarray:
         tensor = tensors[name].detach()
+        tensor = tensor[rows] if tensor.ndim else tensor
         if tensor.dtype == torch.bfloat16:
             return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
@@ -215,7 +239,10 @@ def _torch_bytes(arrays: Mapping[str, np.ndarray]) -> memoryview:
 
 
 def _write_safetensors(
-    path: Path, metadata: Mapping[str, str], infos: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray]
+    path: Path,
+    metadata: Mapping[str, str],
+    infos: Mapping[str, TensorInfo],
+    blocks: Callable[[str], Iterable[np.ndarray]],
 ) -> None:
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -225,13 +252,8 @@ def _write_safetensors(
         header[name] = {"dtype": short, "shape": list(info.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    tensors = (np.ascontiguousarray(read(name)).tobytes() for name in infos)
-    write_file(path, _chain(struct.pack("<Q", len(text)) + text, tensors))
-
-
-def _chain(first: bytes, rest: Iterable[bytes]) -> Iterable[bytes]:
-    yield first
-    yield from rest
+    data = (np.ascontiguousarray(block).reshape(-1).view(np.uint8).data for name in infos for block in blocks(name))
+    write_file(path, itertools.chain([struct.pack("<Q", len(text)) + text], data))
 
 
 def _import_torch(path: Path | None) -> Any:

@@ -1,12 +1,11 @@
 """How PyTorch's state-dict names map onto parameter trees: one table a model, used in both directions."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from udm_grpo.batches import Params
@@ -101,28 +100,10 @@ def problems(wanted: Mapping[str, Source], found: Mapping[str, TensorInfo]) -> l
     return lines
 
 
-def to_tree(wanted: Mapping[str, Source], tree: Params, read: Callable[[str], np.ndarray], dtype: jnp.dtype) -> Params:
-    """Return the parameters in the form of the abstract `tree`, read tensor by tensor."""
-    names = dict[str, list[str]]()
-    for name, source in wanted.items():
-        names.setdefault(source.path, []).append(name)
-
-    def leaf(path: tuple[Any, ...], abstract: jax.ShapeDtypeStruct) -> jax.Array:
-        members = names[jax.tree_util.keystr(path, simple=True, separator="/")]
-        made = np.empty(abstract.shape, dtype)
-        for name in members:
-            source = wanted[name]
-            target = made if source.layer is None else made[source.layer]
-            target[...] = _forward(read(name), source.transform)
-        return jnp.asarray(made)
-
-    return jax.tree_util.tree_map_with_path(leaf, tree)
-
-
 def from_tree(source: Source, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return one tensor of a file, in the tree's dtype, out of the tree's leaves by path."""
     leaf = leaves[source.path]
-    return _backward(leaf if source.layer is None else leaf[source.layer], source.transform)
+    return backward(leaf if source.layer is None else leaf[source.layer], source.transform)
 
 
 def _row_for(table: Table, path: str) -> tuple[str, str]:
@@ -135,13 +116,15 @@ def _row_for(table: Table, path: str) -> tuple[str, str]:
     raise KeyError(f"no row of the weight table fits {path}; add one")
 
 
-def _forward(tensor: np.ndarray, transform: str) -> np.ndarray:
+def forward(tensor: np.ndarray, transform: str) -> np.ndarray:
+    """Return a file's tensor, or rows of it, with the tree's axes."""
     if transform == KEEP:
         return tensor
     return tensor.transpose(*range(2, tensor.ndim), 1, 0)
 
 
-def _backward(array: np.ndarray, transform: str) -> np.ndarray:
+def backward(array: np.ndarray, transform: str) -> np.ndarray:
+    """Return a tree's array with the file's axes."""
     if transform == KEEP:
         return array
     space = range(array.ndim - 2)

@@ -4,13 +4,14 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from udm_grpo.batches import Params
 from udm_grpo.host.atomic import replacing_folder
@@ -27,6 +28,7 @@ from udm_grpo.host.released import (
     read_files,
     tokenizer_problems,
 )
+from udm_grpo.host.streaming import Fetch, fetch_here, read_tree, row_blocks
 from udm_grpo.host.tokenizer import load_tokenizer
 from udm_grpo.host.torch_files import (
     Layout,
@@ -44,11 +46,9 @@ from udm_grpo.host.weight_table import (
     Source,
     Table,
     TensorInfo,
-    from_tree,
     leaves_by_path,
     problems,
     sources,
-    to_tree,
 )
 from udm_grpo.model import transformer, vq
 from udm_grpo.model.transformer import TransformerConfig
@@ -67,12 +67,15 @@ __all__ = [
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load_folder(folder: PathLike, dtype: str = "float32", prompt_length: int | None = None) -> Checkpoint:
+def load_folder(
+    folder: PathLike, dtype: str = "float32", prompt_length: int | None = None, read_transformer: bool = True
+) -> Checkpoint:
     """Read a checkpoint folder of any size in the released format.
 
     dtype: of the parameters in memory; 16-bit weights widen to float32 without loss and are saved in 16 bits again,
     while weights that `dtype` cannot hold exactly are rounded and will be saved as `dtype`. prompt_length: L; by
-    default the tokenizer's model_max_length, at most 320. Raises WeightsError that lists every problem at once.
+    default the tokenizer's model_max_length, at most 320. read_transformer: with False it is checked but comes as
+    shapes alone, for `load_transformer` to read to its devices. Raises WeightsError that lists every problem at once.
     """
     _check_dtype(dtype)
     folder = Path(folder)
@@ -106,9 +109,10 @@ def load_folder(folder: PathLike, dtype: str = "float32", prompt_length: int | N
     assert weights is not None
     assert codec is not None
     assert codebook is not None
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), transformer.abstract(config))
     return Checkpoint(
         transformer_config=config,
-        transformer=_read_tree(weights, TRANSFORMER_TABLE, transformer.abstract(config), dtype),
+        transformer=_read_tree(weights, TRANSFORMER_TABLE, shapes, dtype) if read_transformer else shapes,
         vq_config=vq_config,
         vq=_read_tree(codec, VQ_TABLE, vq.abstract(vq_config), dtype),
         path_codebook=jnp.asarray(codebook.read(CODEBOOK_NAME).astype(np.float32)),
@@ -123,19 +127,35 @@ def load_folder(folder: PathLike, dtype: str = "float32", prompt_length: int | N
     )
 
 
-def load_transformer(path: PathLike, config: TransformerConfig, dtype: str = "float32") -> Params:
-    """Read a transformer's parameters from its folder or from one tensor file; raises WeightsError listing problems."""
+def load_transformer(
+    path: PathLike, config: TransformerConfig, dtype: str = "float32", shardings: Any = None
+) -> Params:
+    """Read a transformer's parameters from its folder or from one tensor file; raises WeightsError listing problems.
+
+    shardings: of each leaf, in a tree of their form; by default all is on the first device. Tensors go block by block
+    into the shards of this process, whose memory holds those and one block. With several processes each reads its own
+    shards, so each needs the file.
+    """
     _check_dtype(dtype)
     path, found = Path(path), Problems()
     wanted = sources(TRANSFORMER_TABLE, transformer.abstract(config))
     weights = found.part(path, wanted)
     found.raise_any(path)
     assert weights
-    return _read_tree(weights, TRANSFORMER_TABLE, transformer.abstract(config), dtype)
+    return _read_tree(weights, TRANSFORMER_TABLE, transformer.abstract(config), dtype, shardings)
 
 
-def save_folder(checkpoint: Checkpoint, folder: PathLike, dtype: str | None = None) -> None:
+def save_folder(
+    checkpoint: Checkpoint,
+    folder: PathLike,
+    dtype: str | None = None,
+    fetch: Fetch = fetch_here,
+    write: bool = True,
+) -> None:
     """Write a checkpoint in the released format; `folder` changes at once, when everything is written, or not at all.
+
+    fetch: how a block of a parameter is brought to this host. Where that takes all processes, all of them call this
+    function, and all but one with write=False.
 
     Names, shapes, dtypes and the division into files are those of the folder that was loaded, so unchanged weights
     come back bit for bit; `dtype`, if given, is that of the transformer's tensors instead. Raises WeightsError for
@@ -156,14 +176,19 @@ def save_folder(checkpoint: Checkpoint, folder: PathLike, dtype: str | None = No
         found.lines += _tree_problems(part, abstract, tree)
     found.raise_any("the checkpoint to save")
     codebook = {CODEBOOK_NAME: Source(CODEBOOK_NAME, None, KEEP, checkpoint.path_codebook.shape)}
+    parts = {
+        part: _Part(layouts[part], sources(table, abstract), leaves_by_path(tree), fetch)
+        for part, (table, abstract, tree) in trees.items()
+    }
+    parts["scheduler"] = _Part(layouts["scheduler"], codebook, {CODEBOOK_NAME: checkpoint.path_codebook}, fetch_here)
+    if not write:
+        return _take_part(parts)
     try:
         with replacing_folder(Path(folder), CONFIG_FILES[0]) as fresh:
             for name, content in checkpoint.files.items():
                 write_file(fresh / name, [content])
-            for part, (table, abstract, tree) in trees.items():
-                _write_part(fresh / part, layouts[part], sources(table, abstract), leaves_by_path(tree))
-            leaves = {CODEBOOK_NAME: checkpoint.path_codebook}
-            _write_part(fresh / "scheduler", layouts["scheduler"], codebook, leaves)
+            for name, one in parts.items():
+                write_tensors(fresh / name, one.layout, one.infos, functools.partial(one.blocks, name))
     except FileExistsError:
         raise
     except OSError as error:
@@ -205,8 +230,8 @@ def _codebook_problems(codebook: TensorFiles, config: TransformerConfig) -> list
     return [f"scheduler/{SCHEDULER_FILE}: {line}" for line in problems(wanted, codebook.infos)]
 
 
-def _read_tree(files: TensorFiles, table: Table, abstract: Params, dtype: str) -> Params:
-    return to_tree(sources(table, abstract), abstract, files.read, jnp.dtype(dtype))
+def _read_tree(files: TensorFiles, table: Table, abstract: Params, dtype: str, shardings: Any = None) -> Params:
+    return read_tree(sources(table, abstract), abstract, files.read_rows, jnp.dtype(dtype), shardings)
 
 
 def _saved_layout(layout: Layout, dtype: str) -> Layout:
@@ -237,17 +262,36 @@ def _tree_problems(part: str, abstract: Params, tree: Params) -> list[str]:
     return [f"{part}: {line}" for line in lines]
 
 
-def _write_part(folder: Path, layout: Layout, wanted: Mapping[str, Source], leaves: Mapping[str, Array]) -> None:
-    host: dict[str, np.ndarray] = {path: np.asarray(leaf) for path, leaf in leaves.items()}
-    infos = {name: TensorInfo(source.shape, layout.dtypes[name]) for name, source in wanted.items()}
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A part of a checkpoint on its way into files."""
 
-    def read(name: str) -> np.ndarray:
-        tensor = from_tree(wanted[name], host)
-        with np.errstate(over="ignore"):  # found below, and said with the tensor's name
-            cast = tensor.astype(infos[name].dtype)
-        if np.isfinite(tensor).all() and not np.isfinite(cast).all():
-            advice = 'save with dtype="float32"'
-            raise WeightsError(f"{folder.name}: {name} has values too large for {infos[name].dtype}; {advice}")
-        return cast
+    layout: Layout
+    wanted: Mapping[str, Source]
+    leaves: Mapping[str, Any]
+    fetch: Fetch
 
-    write_tensors(folder, layout, infos, read)
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        return {name: TensorInfo(source.shape, self.layout.dtypes[name]) for name, source in self.wanted.items()}
+
+    def blocks(self, part: str, name: str) -> Iterator[np.ndarray]:
+        """Yield a tensor in the dtype of its file; raises WeightsError if that is too small for it."""
+        source, dtype = self.wanted[name], self.layout.dtypes[name]
+        for block in row_blocks(source, self.leaves[source.path], self.fetch):
+            with np.errstate(over="ignore"):  # found below, and said with the tensor's name
+                cast = block.astype(dtype)
+            if np.isfinite(block).all() and not np.isfinite(cast).all():
+                advice = 'save with dtype="float32"'
+                raise WeightsError(f"{part}: {name} has values too large for {dtype}; {advice}")
+            yield cast
+
+
+def _take_part(parts: Mapping[str, _Part]) -> None:
+    """Fetch all blocks in the order in which the process that writes does."""
+    for part in parts.values():
+        for names in part.layout.files.values():
+            for name in names:
+                source = part.wanted[name]
+                for _ in row_blocks(source, part.leaves[source.path], part.fetch):
+                    pass

@@ -16,13 +16,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from udm_grpo.batches import Params
+from udm_grpo.model import splash
 from udm_grpo.model.rope import HEAD_DIM, positions, rotary_table, rotate
 
 RMS_NORM_EPS = 1e-6
 """Fixed by the checkpoint format."""
-ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
-"""What `Execution.attention` may name: plain XLA anywhere, cuDNN's flash attention on NVIDIA GPUs (bfloat16)."""
+ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+"""What `Execution.attention` may name: plain XLA anywhere, cuDNN's flash attention on NVIDIA GPUs (bfloat16), JAX's
+splash kernel on TPUs."""
 REMAT_POLICIES = ("none", "dots", "full")
+ADAPTER = ("lora_a", "lora_b")
+"""The leaves beside the kernel of a linear map that has a low-rank adapter."""
 
 RotaryTable = tuple[Any, Any]
 
@@ -70,6 +74,22 @@ class Execution:
     """One of ATTENTION_IMPLEMENTATIONS."""
     remat: str = "none"
     """What the backward pass recomputes: nothing, all but matrix products ("dots"), or whole blocks ("full")."""
+    batch: Any = None
+    """Sharding of arrays whose first axis is the batch; None leaves it to the compiler."""
+    head: Any = None
+    """Sharding of the head's kernel while logits are computed; None leaves it as it lies."""
+    shards: int = 1
+    """Devices that a batch is spread over."""
+
+    def spread(self, x: Array) -> Array:
+        """Keep a batch spread over its devices: left alone, the compiler may spread the width like the weights'."""
+        return x if self.batch is None else jax.lax.with_sharding_constraint(x, self.batch)
+
+    def with_head(self, params: Params) -> Params:
+        """The parameters with the head's kernel brought together: once, instead of again for every chunk of rows."""
+        if self.head is None:
+            return params
+        return {**params, "lm_head": jax.lax.with_sharding_constraint(params["lm_head"], self.head)}
 
 
 class RMSNorm(nnx.Module):
@@ -102,17 +122,36 @@ class Linear(nnx.Module):
         return (x.reshape(-1, kernel.shape[0]) @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
 
 
+class AdaptedLinear(Linear):
+    """A linear map and a low-rank one beside it: x W + (x A) B; any factor is in B."""
+
+    def __init__(self, d_in: int, d_out: int, rank: int, rngs: nnx.Rngs):
+        super().__init__(d_in, d_out, rngs)
+        self.lora_a = nnx.Param(jnp.zeros((d_in, rank)))
+        self.lora_b = nnx.Param(jnp.zeros((rank, d_out)))
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        """Map every row."""
+        a, b = self.lora_a[...], self.lora_b[...]
+        low = (x.reshape(-1, a.shape[0]) @ a) @ b
+        return super().__call__(x) + low.reshape(*x.shape[:-1], b.shape[1])
+
+
 def attend(
-    q: Float[Array, "b s heads c"], k: Float[Array, "b s kv c"], v: Float[Array, "b s kv c"], implementation: str
+    q: Float[Array, "b s heads c"], k: Float[Array, "b s kv c"], v: Float[Array, "b s kv c"], execution: Execution
 ) -> Float[Array, "b s heads c"]:
     """softmax(q k / sqrt(c)) v without a mask; query head i reads key/value head i // (heads / kv).
 
     "xla" is written out here, with float32 softmax: it runs anywhere, also backward in bfloat16.
     """
-    if implementation == "cudnn":
+    if execution.attention == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    if implementation != "xla":
-        raise ValueError(f"attention is {implementation!r}; it must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}.")
+    if execution.attention == "splash":
+        return splash.attend(q, k, v, execution.batch)
+    if execution.attention != "xla":
+        raise ValueError(
+            f"attention is {execution.attention!r}; it must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}."
+        )
     B, S, heads, c = q.shape
     kv = k.shape[2]
     grouped = q.reshape(B, S, kv, heads // kv, c)
@@ -133,13 +172,13 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(HEAD_DIM)
         self.k_norm = RMSNorm(HEAD_DIM)
 
-    def __call__(self, x: Float[Array, "b s d"], rope: RotaryTable, implementation: str) -> Float[Array, "b s d"]:
+    def __call__(self, x: Float[Array, "b s d"], rope: RotaryTable, execution: Execution) -> Float[Array, "b s d"]:
         """Attend over the whole sequence."""
         B, S, _ = x.shape
         q = rotate(self.q_norm(self.q(x).reshape(B, S, -1, HEAD_DIM)), rope)
         k = rotate(self.k_norm(self.k(x).reshape(B, S, -1, HEAD_DIM)), rope)
         v = self.v(x).reshape(B, S, -1, HEAD_DIM)
-        mixed = attend(q, k, v, implementation)
+        mixed = attend(q, k, v, execution)
         return self.o(mixed.reshape(B, S, -1))
 
 
@@ -165,15 +204,29 @@ class Block(nnx.Module):
         self.post_norm = RMSNorm(config.hidden_size)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: Float[Array, "b s d"], rope: RotaryTable, implementation: str) -> Float[Array, "b s d"]:
+    def __call__(self, x: Float[Array, "b s d"], rope: RotaryTable, execution: Execution) -> Float[Array, "b s d"]:
         """Residual attention, then residual MLP."""
-        x = x + self.attn(self.input_norm(x), rope, implementation)
+        x = x + self.attn(self.input_norm(x), rope, execution)
         return x + self.mlp(self.post_norm(x))
 
 
-@functools.lru_cache(maxsize=8)
-def _block_graph(config: TransformerConfig) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))[0]
+@functools.lru_cache(maxsize=16)
+def _block_graph(config: TransformerConfig, adapted: tuple[tuple[str, str], ...] = ()) -> nnx.GraphDef:
+    """The graph of a block in which the linear maps (part, name) carry an adapter; of no shapes."""
+
+    def make() -> Block:
+        block = Block(config, nnx.Rngs(0))
+        for part, name in adapted:
+            setattr(getattr(block, part), name, AdaptedLinear(1, 1, 1, nnx.Rngs(0)))
+        return block
+
+    return nnx.split(nnx.eval_shape(make))[0]
+
+
+def _adapted(layers: Params) -> tuple[tuple[str, str], ...]:
+    """(part, name) of the linear maps that carry an adapter."""
+    parts = ((part, name, leaves) for part in ("attn", "mlp") for name, leaves in layers[part].items())
+    return tuple((part, name) for part, name, leaves in parts if ADAPTER[0] in leaves)
 
 
 def init(config: TransformerConfig, key: Array) -> Params:
@@ -223,21 +276,22 @@ def hidden_states(
     """The trunk's output at all S = L + 1 + N rows, after the last norm, in the dtype of `params`.
 
     `grid` is (h, w) with h*w = N. The logits of image token n are read one position to the left, at row L + n.
+    `params` may hold an adapter (`lora.attach`).
 
     Source: URSA, arXiv 2510.24717; Qwen3.
     """
     if grid[0] * grid[1] != image_ids.shape[1]:
         raise ValueError(f"image_ids has {image_ids.shape[1]} tokens an image, but the grid is {grid[0]} x {grid[1]}.")
-    rope = rotary_table(positions(prompt_ids.shape[1], *grid), config.rope_theta)
-    graph = _block_graph(config)
+    rope = rotary_table(positions(prompt_ids.shape[1], *grid), float(config.rope_theta))
+    graph = _block_graph(config, _adapted(params["layers"]))
 
     def body(x: Array, layer: Params) -> tuple[Array, None]:
-        return nnx.merge(graph, layer)(x, rope, execution.attention), None
+        return execution.spread(nnx.merge(graph, layer)(x, rope, execution)), None
 
-    x = params["embed"]["embedding"][input_ids(config, prompt_ids, image_ids)]
+    x = execution.spread(jnp.asarray(params["embed"]["embedding"])[input_ids(config, prompt_ids, image_ids)])
     x, _ = jax.lax.scan(_rematerialised(body, execution.remat), x, params["layers"])
     norm_graph = nnx.split(nnx.eval_shape(lambda: RMSNorm(config.hidden_size)))[0]
-    return nnx.merge(norm_graph, params["norm"])(x)
+    return execution.spread(nnx.merge(norm_graph, params["norm"])(x))
 
 
 def image_rows(hidden: Float[Array, "b s d"], tokens: int) -> Float[Array, "b n d"]:

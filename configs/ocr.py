@@ -1,0 +1,42 @@
+"""UDM-GRPO on text in pictures, read by PaddleOCR. Published: OCR accuracy 0.08 -> 0.57.
+
+    hf download BAAI/URSA-1.7B-IBQ512 --local-dir models/URSA-1.7B-IBQ512
+    python -m rewards_bridge.scorers.ocr_models --output models/ocr
+
+    python -m udm_grpo.train --config configs/ocr.py --compile_only --topology v5p:2x2x4
+    python -m udm_grpo.train --config configs/ocr.py
+    python -m udm_grpo.train --config configs/ocr.py --config.checkpoint.resume=latest
+
+Weights, in models/: the checkpoint, and the folders of a detection and a recognition model, which the second command
+makes. Prompts, in data/ocr/: train.txt (about 20,000) and test.txt (about 1,000), one a line, the wanted text in double
+quotes. With --config.model.path=..., --config.prompts.train=..., --config.prompts.heldout=... and
+--config.rewards.scorers.ocr.options.detection=... (recognition likewise) they may lie anywhere.
+
+Hardware: TPU slices (configs/compile_table.md) or GPUs. Images: 16 prompts x 16 = 256 an iteration, 768 training
+states; both micro-batches are 32 over all devices, so 2 images a device on 16, 4 on 8. The programs are those of
+configs/geneval.py with more turns of their loops, so its memory and largest micro-batches hold here, within the few MB
+that twice the token ids take. On NVIDIA GPUs add --config.model.attention=cudnn.
+
+Scorer: on CPU, 2 processes that share the images; more with --config.rewards.scorers.ocr.replicas=4.
+
+Evaluation: 25 steps, no guidance, 1,000 prompts x 1 image at the start and the end.
+Measured here: what configs/compile_table.md says (with 128 images), by the compiler alone. Not tried: the released
+weights, a GPU, a TPU, this run. The release reads with an older PaddleOCR (2.9), so scores may differ a little.
+Source: UDM-GRPO, arXiv 2604.18518, and its public configs/ocr_grpo/ursa_1.7b_ibq512.yaml.
+"""
+
+from configs.common import published
+from udm_grpo.config import RunConfig, ScorerConfig
+
+
+def get_config() -> RunConfig:
+    """The configuration."""
+    config = published("ocr", group_size=16)
+    config.prompts.train = "data/ocr/train.txt"
+    config.prompts.heldout = "data/ocr/test.txt"
+    folders = {"detection": "PP-OCRv5_mobile_det", "recognition": "PP-OCRv5_mobile_rec"}
+    options = {name: f"models/ocr/{folder}" for name, folder in folders.items()}
+    config.rewards.scorers = {"ocr": ScorerConfig(options=options, replicas=2)}
+    config.evaluation.final_prompts = 1000
+    config.evaluation.images_per_prompt = 1
+    return config

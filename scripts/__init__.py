@@ -1,1 +1,0 @@
-"""Commands for people: one file each, and what only they use."""

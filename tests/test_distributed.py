@@ -1,0 +1,303 @@
+"""How processes find each other, and how the end of one ends the others, with an error that names it.
+
+Run as a program (`python tests/test_distributed.py WHAT port process count`) this file is one process of its own tests.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoint_helpers import ROOT
+
+from udm_grpo.config import ConfigError, DistributedConfig
+from udm_grpo.distributed import Place, find_place, interruption, joined
+from udm_grpo.host.peers import Member, Peers, PeersError, meet
+
+SLURM = {
+    "SLURM_JOB_ID": "4096",
+    "SLURM_STEP_NODELIST": "node[007-009],other",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
+}
+OPEN_MPI_4 = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}
+EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "node-0:8476", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+
+
+def free_port() -> int:
+    """A port that is free, and so is the next one."""
+    while True:
+        with socket.create_server(("", 0)) as first:
+            port = first.getsockname()[1]
+            try:
+                with socket.create_server(("", port + 1)):
+                    return port
+            except OSError:
+                continue
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "place"),
+    [
+        (DistributedConfig(), {}, None),
+        (DistributedConfig(processes=1), {}, None),
+        (DistributedConfig("a:1", 3, 2), {}, Place("a:1", 3, 2)),
+        (DistributedConfig(), EXPLICIT, Place("node-0:8476", 2, 1)),
+        (DistributedConfig(process_id=0), EXPLICIT, Place("node-0:8476", 2, 0)),
+        (DistributedConfig(), SLURM, Place("node007:61440", 4, 2)),
+        (DistributedConfig("b:5"), SLURM | {"JAX_COORDINATOR_PORT": "7"}, Place("b:5", 4, 2)),
+        (DistributedConfig(), SLURM | {"JAX_COORDINATOR_PORT": "7"}, Place("node007:7", 4, 2)),
+        (DistributedConfig(), SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        (DistributedConfig(), OPEN_MPI_4, Place("10.96.0.1:62624", 8, 3)),
+        (DistributedConfig("c:9"), {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, Place("c:9", 2, 1)),
+    ],
+)
+def test_the_place_of_a_process_comes_from_the_config_or_the_scheduler(monkeypatch, given, environment, place):
+    for name in {*SLURM, *OPEN_MPI_4, *EXPLICIT, "JAX_COORDINATOR_PORT"}:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert find_place(given, os.environ) == place
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "message"),
+    [
+        (
+            DistributedConfig(processes=4),
+            {},
+            "only processes 4 is known; distributed.coordinator and distributed",
+        ),
+        (DistributedConfig("a:1", 2), {}, "distributed.process_id is missing: set them or their environment"),
+        (DistributedConfig("a", 2, 0), {}, "distributed.coordinator is 'a'; give host:port of process 0"),
+        (DistributedConfig("a:1", 2, 2), {}, "process_id is 2 of 2 processes; the ids go from 0 to 1"),
+        (DistributedConfig(), EXPLICIT | {"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID is 'one'; give a whole number"),
+    ],
+)
+def test_half_a_place_is_refused(given, environment, message):
+    with pytest.raises(ConfigError, match=message):
+        find_place(given, environment)
+
+
+def test_the_watch_has_the_next_port():
+    assert Place("node:65535", 2, 0).watch() == ("node", 65534)
+    assert Place("[::1]:8476", 2, 0).watch() == ("::1", 8477)
+
+
+def member(process: int) -> Member:
+    return Member(process, f"host-{process}", 100 + process)
+
+
+class Meeting:
+    """Processes, here threads, that try to meet."""
+
+    def __init__(self, calls: list[tuple[Member, int]], timeout_s: float = 5.0, silence_s: float = 0.4):
+        self.address, self.ended = ("127.0.0.1", free_port()), list[tuple[int, str]]()
+        self.found: list[Peers | PeersError] = [PeersError("not yet")] * len(calls)
+        threads = [
+            threading.Thread(target=self._meet, args=(at, *call, timeout_s, silence_s)) for at, call in enumerate(calls)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _meet(self, at: int, me: Member, count: int, timeout_s: float, silence_s: float) -> None:
+        def ended(reason: str) -> None:
+            self.ended.append((me.process, reason))
+
+        try:
+            self.found[at] = meet(me, count, self.address, timeout_s, silence_s, ended)
+        except PeersError as error:
+            self.found[at] = error
+
+    def close(self) -> None:
+        closing = [threading.Thread(target=peers.close) for peers in self.found if isinstance(peers, Peers)]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join()
+
+    def wait(self, ends: int) -> dict[int, str]:
+        """What each process was told at its end."""
+        deadline = time.monotonic() + 10
+        while len(self.ended) < ends and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(self.ended) == ends
+        return dict(self.ended)
+
+
+def test_all_processes_meet_and_leave_in_peace():
+    meeting = Meeting([(member(i), 4) for i in (2, 0, 3, 1)], silence_s=2.0)
+    time.sleep(2.5)  # longer than the silence that counts as death
+    assert all(isinstance(peers, Peers) for peers in meeting.found)
+    meeting.close()
+    assert meeting.wait(0) == {}
+
+
+def test_a_failure_reaches_every_process_with_its_reason():
+    meeting = Meeting([(member(i), 3) for i in range(3)])
+    meeting.found[2].fail("ValueError: no such prompt")
+    expected = "process 2 (host host-2, pid 102) failed: ValueError: no such prompt"
+    assert meeting.wait(2) == {0: expected, 1: expected}
+    meeting.close()
+
+
+def test_a_process_that_stands_still_is_named_to_the_others():
+    meeting = Meeting([(member(i), 3) for i in range(3)])
+    meeting.found[1]._closed.set()  # its beat stops, its connection stays
+    told = meeting.wait(2)
+    meeting.close()
+    for process in (0, 2):
+        assert (
+            told[process] == "process 1 (host host-1, pid 101) gave no sign of life for 0.4 s (distributed.silence_s)"
+        )
+
+
+def refusals(calls: list[tuple[Member, int]], timeout_s: float = 5.0) -> list[str]:
+    found = Meeting(calls, timeout_s).found
+    assert all(isinstance(error, PeersError) for error in found), found
+    return [str(error) for error in found]
+
+
+def test_two_processes_with_the_same_id_are_refused_and_both_named():
+    twin = Member(1, "host-9", 109)
+    for text in refusals([(member(0), 3), (member(1), 3), (twin, 3)]):
+        assert "two processes have the id 1: process 1 (host host-" in text
+        assert "pid 101" in text
+        assert "pid 109" in text
+        assert "give every process its own id" in text
+
+
+def test_two_processes_0_on_one_host_are_refused():
+    assert any("cannot listen on port" in text for text in refusals([(member(0), 2), (member(0), 2)], timeout_s=0.5))
+
+
+def test_processes_that_disagree_on_their_number_are_refused():
+    for text in refusals([(member(0), 2), (member(1), 4)]):
+        assert text.startswith("process 1 (host host-1, pid 101) was started as one of 4 processes, process 0")
+
+
+def test_a_process_that_does_not_come_is_named_after_the_timeout():
+    for text in refusals([(member(0), 4), (member(2), 4)], timeout_s=0.5):
+        assert (
+            "after 0.5 s process(es) 1, 3 of 4 have not come (here: process 0 (host host-0, pid 100); process 2" in text
+        )
+
+
+def test_a_missing_coordinator_is_an_error_with_the_address_that_was_tried():
+    began = time.monotonic()
+    (text,) = refusals([(member(1), 2)], timeout_s=0.5)
+    assert time.monotonic() - began < 5
+    assert "could not reach the coordinator, process 0, at 127.0.0.1:" in text
+    assert "for 0.5 s ([Errno 111] Connection refused); start process 0 on that host" in text
+
+
+def test_a_stranger_who_calls_is_ignored():
+    address, met = ("127.0.0.1", free_port()), list[Peers]()
+    server = threading.Thread(target=lambda: met.append(meet(member(0), 2, address, 5.0, 5.0, print)))
+    server.start()
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            stranger = socket.create_connection(address)
+            break
+        except OSError:
+            assert time.monotonic() < deadline
+    stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    met.append(meet(member(1), 2, address, 5.0, 5.0, print))
+    server.join()
+    stranger.close()
+    for peers in met:
+        peers.close()
+
+
+def test_one_process_joins_nothing(monkeypatch):
+    for name in EXPLICIT:
+        monkeypatch.delenv(name, raising=False)
+    with joined(DistributedConfig()):
+        pass
+    with pytest.raises(KeyError), joined(DistributedConfig()):
+        raise KeyError("passes through")
+
+
+def test_sigterm_is_a_wish_inside_the_block_only():
+    before = signal.getsignal(signal.SIGTERM)
+    with interruption() as asked:
+        assert not asked.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.requested
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def start(what: str, count: int, tmp: Path) -> list[subprocess.Popen]:
+    """Start `count` processes of this file that work together until one of them does WHAT."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "JAX_PLATFORMS": "cpu"}
+    port = free_port()
+    processes = []
+    for process in range(count):
+        words = [sys.executable, __file__, what, str(port), str(process), str(count)]
+        with (tmp / f"{process}.log").open("w") as log:
+            processes.append(subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    return processes
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("1 dies", r"error: this run has ended, because process 1 \(host .*, pid {pid}\) ended without a word"),
+        ("0 dies", r"error: this run has ended, because process 0 \(host .*, pid {pid}\) ended without a word"),
+        ("1 raises", r"error: this run has ended, because process 1 \(host .*, pid {pid}\) failed: KeyError: 'mine'"),
+    ],
+)
+def test_the_end_of_a_process_ends_the_others_with_an_error_that_names_it(tmp_path, what, message):
+    """Within 10 s, though the silence that counts as death is 60 s; real processes, in a collective when it happens."""
+    processes = start(what, 2, tmp_path)
+    lost = int(what[0])
+    processes[lost].wait(120)
+    died = time.monotonic()
+    assert processes[1 - lost].wait(120) == 1
+    assert time.monotonic() - died < 10
+    text = (tmp_path / f"{1 - lost}.log").read_text()
+    assert re.search(message.format(pid=processes[lost].pid), text), text
+    if what == "1 raises":
+        assert processes[1].returncode == 1
+        assert "\nerror: process 1 (host " in (tmp_path / "1.log").read_text()
+
+
+def work(what: str, port: str, process: str, count: str) -> None:
+    """Gather numbers with the others until it is time."""
+    config = DistributedConfig(f"127.0.0.1:{port}", int(count), int(process), 60.0, 60.0)
+    act: dict[str, Callable[[], None]] = {
+        f"{process} dies": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        f"{process} raises": fail,
+    }
+    with joined(config, (KeyError,)):
+        from udm_grpo import hosts
+
+        for turn in range(1000):
+            assert hosts.gather([turn, int(process)]) == [[turn, i] for i in range(int(count))]
+            if turn == 2 and what in act:
+                act[what]()
+
+
+def fail() -> None:
+    raise KeyError("mine")
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:])

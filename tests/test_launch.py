@@ -1,0 +1,268 @@
+"""The launch scripts: what their dry runs print, and what they call, with stand-ins for cluster tools on PATH."""
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from running import ROOT
+
+from udm_grpo.command_line import parse
+
+CONFIG = ("--config", "configs/shapes.py", "--config.output_dir=outputs/a run")
+RESUME = "--config.checkpoint.resume=latest"
+RECORD = """#!/usr/bin/env bash
+printf '%s\\0' "$(basename "$0")" "$@" >> "$RECORD"
+printf '\\n' >> "$RECORD"
+"""
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Path:
+    """A folder of commands that only write down how they were called, each in a line of words that NUL ends."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    for name in ("gcloud", "srun", "scontrol", "scancel", "kubectl", "nvidia-smi", "python-of-mine"):
+        (folder / name).write_text(RECORD)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def launch(tools: Path, script: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    environment |= {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "RECORD": str(tools / "record"), **variables}
+    return subprocess.run(
+        ["bash", f"scripts/{script}", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def calls(tools: Path) -> list[list[str]]:
+    record = tools / "record"
+    return [line.split("\0")[:-1] for line in record.read_text().split("\n")[:-1]] if record.exists() else []
+
+
+def printed(done: subprocess.CompletedProcess[str]) -> list[list[str]]:
+    """The commands that a dry run printed, in words."""
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def trainer(words: list[str]) -> list[str]:
+    """The trainer's arguments in a command line; they have to be ones that it takes."""
+    arguments = words[words.index("udm_grpo.train") + 1 :]
+    parse(arguments)
+    return arguments
+
+
+# ---------------------------------------------------------------- one node of GPUs
+
+
+def test_a_node_gives_its_last_gpus_to_the_scorers(tools: Path) -> None:
+    words = ("--scorers", "shapes", "--scorer-gpus", "1", "--dry-run", "--", *CONFIG)
+    (command,) = printed(launch(tools, "launch_gpu_node.sh", *words, CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7"))
+    assert command[:2] == ["env", "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6"]
+    assert trainer(command) == [
+        RESUME,
+        "--config.rewards.scorers.shapes.environment.CUDA_VISIBLE_DEVICES=7",
+        "--config.rewards.scorers.shapes.options.device=cuda:0",
+        *CONFIG,
+    ]
+    assert calls(tools) == []
+
+
+def test_several_scorers_take_the_gpus_in_turn(tools: Path) -> None:
+    words = ("--scorers", "a,b,c", "--scorer-gpus", "2", "--dry-run", "--", *CONFIG)
+    (command,) = printed(launch(tools, "launch_gpu_node.sh", *words, CUDA_VISIBLE_DEVICES="4,5,6,7"))
+    assert "CUDA_VISIBLE_DEVICES=4,5" in command
+    given = [word.rpartition("=")[2] for word in command if "environment.CUDA_VISIBLE_DEVICES" in word]
+    assert given == ["6", "7", "6"]
+
+
+def test_a_shared_node_bounds_the_memory_of_the_trainer(tools: Path) -> None:
+    words = ("--scorers", "shapes", "--share", "0.8", "--dry-run", "--", *CONFIG)
+    (command,) = printed(launch(tools, "launch_gpu_node.sh", *words, CUDA_VISIBLE_DEVICES="0,1"))
+    assert command[:3] == ["env", "XLA_PYTHON_CLIENT_MEM_FRACTION=0.8", "CUDA_VISIBLE_DEVICES=0,1"]
+    assert "--config.rewards.scorers.shapes.environment.CUDA_VISIBLE_DEVICES=1" in command
+
+
+def test_a_node_runs_what_the_dry_run_prints(tools: Path) -> None:
+    words = ("--scorers", "shapes", "--", *CONFIG)
+    variables = {"CUDA_VISIBLE_DEVICES": "0,1", "PYTHON": "python-of-mine"}
+    (dry,) = printed(launch(tools, "launch_gpu_node.sh", "--dry-run", *words, **variables))
+    assert launch(tools, "launch_gpu_node.sh", *words, **variables).returncode == 0
+    assert calls(tools) == [dry[dry.index("python-of-mine") :]]
+
+
+def test_gpus_are_counted_by_nvidia_smi(tools: Path) -> None:
+    (tools / "nvidia-smi").write_text("#!/usr/bin/env bash\nprintf '0\\n1\\n2\\n'\n")
+    (command,) = printed(launch(tools, "launch_gpu_node.sh", "--dry-run", "--", *CONFIG))
+    assert "CUDA_VISIBLE_DEVICES=0,1,2" in command
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--scorer-gpus", "2", "--", *CONFIG), "leave at least one to the trainer"),
+        (("--scorer-gpus", "two", "--", *CONFIG), "--scorer-gpus is two; give a whole number"),
+        (("--share", "8", "--", *CONFIG), "--share is 8; give a fraction below 1"),
+        (("--scorers", "shapes"), "wants --config FILE"),
+        (("--gpus", "2", "--", *CONFIG), "--gpus is not known"),
+    ],
+)
+def test_a_node_that_cannot_be_parted_is_refused(tools: Path, words: tuple[str, ...], said: str) -> None:
+    done = launch(tools, "launch_gpu_node.sh", *words, CUDA_VISIBLE_DEVICES="0,1")
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+# ---------------------------------------------------------------- SLURM
+
+
+def test_slurm_runs_the_node_script_on_every_node(tools: Path) -> None:
+    words = ("--scorers", "shapes", "--", *CONFIG)
+    (dry,) = printed(launch(tools, "launch_slurm.sbatch", "--dry-run", *words))
+    assert dry[:3] == ["srun", "--kill-on-bad-exit=1", "--export=ALL"]
+    assert dry[3:] == ["bash", "scripts/launch_gpu_node.sh", *words]
+    done = launch(tools, "launch_slurm.sbatch", *words, SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="7")
+    assert done.returncode == 0, done.stderr
+    assert calls(tools) == [dry]
+
+
+def test_slurm_starts_one_process_a_node_and_warns_before_the_time_limit() -> None:
+    text = (ROOT / "scripts" / "launch_slurm.sbatch").read_text()
+    options = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")}
+    assert {"--ntasks-per-node=1", "--signal=B:TERM@300", "--requeue"} <= options
+
+
+def test_a_slurm_job_at_its_time_limit_is_stopped_and_queued_again(tools: Path) -> None:
+    """SIGTERM at the job's shell goes on to the step; once that has ended well, the job is queued again."""
+    (tools / "srun").write_text(
+        f"{RECORD}trap 'exit 0' TERM\necho $$ > \"$RECORD.srun\"\nwhile :; do sleep 0.05; done\n"
+    )
+    (tools / "scancel").write_text(f'{RECORD}kill -TERM "$(cat "$RECORD.srun")"\n')
+    environment = os.environ | {
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        "RECORD": str(tools / "record"),
+        "SLURM_JOB_ID": "7",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+    }
+    with subprocess.Popen(["bash", "scripts/launch_slurm.sbatch", "--", *CONFIG], cwd=ROOT, env=environment) as job:
+        deadline = time.monotonic() + 20
+        while not (tools / "record.srun").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(20) == 0
+    assert calls(tools)[1:] == [["scancel", "--signal=TERM", "7"], ["scontrol", "requeue", "7"]]
+
+
+def test_slurm_without_a_config_is_refused(tools: Path) -> None:
+    done = launch(tools, "launch_slurm.sbatch", "configs/shapes.py")
+    assert done.returncode == 2
+    assert "wanted -- --config FILE" in done.stderr
+
+
+# ---------------------------------------------------------------- a TPU pod
+
+
+def test_a_pod_is_set_up_trained_and_stopped_on_all_workers(tools: Path) -> None:
+    variables = {"TPU_NAME": "udm", "ZONE": "us-east5-a", "PROJECT": "mine"}
+    ends = ["--zone", "us-east5-a", "--worker=all", "--project", "mine"]
+    pack, copy, install = printed(launch(tools, "launch_tpu_pod.sh", "setup", "--dry-run", **variables))
+    assert pack[:2] == ["git", "archive"]
+    assert copy[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "scp"]
+    assert copy[6:] == ["udm:udm-grpo.tar.gz", *ends]
+    assert install[:-2] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "udm", *ends]
+    assert "pip install 'jax[tpu]==" in install[-1]
+    (train,) = printed(launch(tools, "launch_tpu_pod.sh", "train", "--dry-run", *CONFIG, **variables))
+    assert trainer(shlex.split(train[-1])) == [RESUME, *CONFIG]
+    (stop,) = printed(launch(tools, "launch_tpu_pod.sh", "stop", "--dry-run", **variables))
+    assert stop[-1] == "pkill -TERM -f '[u]dm_grpo.train'"
+    assert calls(tools) == []
+    assert launch(tools, "launch_tpu_pod.sh", "train", *CONFIG, **variables).returncode == 0
+    assert calls(tools) == [train]
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "said"),
+    [
+        (("train", *CONFIG), {"TPU_NAME": "udm"}, "ZONE is not set"),
+        (("train",), {"TPU_NAME": "udm", "ZONE": "z"}, "train wants --config FILE"),
+        (("begin",), {"TPU_NAME": "udm", "ZONE": "z"}, "'begin' is not known; wanted setup, train or stop"),
+    ],
+)
+def test_a_pod_that_is_not_named_is_refused(
+    tools: Path, words: tuple[str, ...], variables: dict[str, str], said: str
+) -> None:
+    done = launch(tools, "launch_tpu_pod.sh", *words, **variables)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+# ---------------------------------------------------------------- Kubernetes
+
+TPU = ("tpu", "--name", "udm", "--hosts", "4", "--chips", "4", "--accelerator", "tpu-v5p-slice", "--topology", "2x2x4")
+GPU = ("gpu", "--name", "udm", "--hosts", "2", "--chips", "8")
+
+
+@pytest.mark.parametrize("kind", [TPU, GPU])
+def test_the_manifest_of_a_jobset(tools: Path, kind: tuple[str, ...]) -> None:
+    words = (*kind, "--claim", "disk", "--dry-run", "--", *CONFIG, '--config.model.path=/mnt/"a": b')
+    done = launch(tools, "launch_jobset.sh", *words, IMAGE="registry/udm-grpo:1")
+    assert done.returncode == 0, done.stderr
+    made = yaml.safe_load(done.stdout)
+    (group,) = made["spec"]["replicatedJobs"]
+    job = group["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    hosts, chips = int(kind[4]), int(kind[6])
+    assert job["parallelism"] == job["completions"] == hosts
+    environment = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert environment["JAX_COORDINATOR_ADDRESS"] == "udm-trainer-0-0.udm:8476"
+    assert environment["JAX_NUM_PROCESSES"] == str(hosts)
+    assert "JAX_PROCESS_ID" in environment
+    resource = "google.com/tpu" if kind is TPU else "nvidia.com/gpu"
+    assert container["resources"]["limits"] == {resource: chips}
+    assert ("nodeSelector" in pod) == (kind is TPU)
+    assert trainer(container["command"])[2:] == [*CONFIG, '--config.model.path=/mnt/"a": b']
+    assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "disk"}
+    assert calls(tools) == []
+
+
+def test_a_jobset_is_applied(tools: Path) -> None:
+    (tools / "kubectl").write_text(f'{RECORD}cat > "$RECORD.manifest"\n')
+    words = (*GPU, "--claim", "disk", "--", *CONFIG)
+    assert launch(tools, "launch_jobset.sh", *words, IMAGE="registry/udm-grpo:1").returncode == 0
+    assert calls(tools) == [["kubectl", "apply", "-f", "-"]]
+    assert yaml.safe_load((tools / "record.manifest").read_text())["kind"] == "JobSet"
+
+
+@pytest.mark.parametrize(
+    ("words", "image", "said"),
+    [
+        (("--name", "udm"), "x", "wanted tpu or gpu"),
+        (("gpu", "--name", "udm", "--hosts", "2", "--chips", "8", "--", *CONFIG), "x", "--claim is missing"),
+        ((*GPU, "--claim", "disk", "--", *CONFIG), "", "IMAGE is not set"),
+        ((*TPU[:-4], "--claim", "disk", "--", *CONFIG), "x", "tpu wants --accelerator and --topology"),
+        ((*GPU, "--claim", "disk"), "x", "wants --config FILE"),
+    ],
+)
+def test_a_jobset_that_lacks_something_is_refused(tools: Path, words: tuple[str, ...], image: str, said: str) -> None:
+    done = launch(tools, "launch_jobset.sh", *words, IMAGE=image)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script", ["launch_gpu_node.sh", "launch_slurm.sbatch", "launch_tpu_pod.sh", "launch_jobset.sh"]
+)
+def test_help_is_the_head_of_the_script(tools: Path, script: str) -> None:
+    done = launch(tools, script, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"scripts/{script}" in done.stdout
+    assert "--dry-run" in done.stdout
+    assert "set -euo" not in done.stdout

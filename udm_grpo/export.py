@@ -1,0 +1,65 @@
+"""What a run leaves for others: folders in the released format, and an adapter in PEFT's."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from udm_grpo import hosts
+from udm_grpo.batches import Params, TrainState
+from udm_grpo.host.peft_files import merge_on_host, write_adapter
+from udm_grpo.host.weights import WeightsError, load_transformer, save_folder
+from udm_grpo.model import lora
+from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.run import Run, exported
+
+
+def export(run: Run, state: TrainState, judged: Params, reference: Params) -> None:
+    """Write `export` (the weights that the run judges) and, if it keeps an average, `export_raw` (the last ones).
+
+    Both are whole models in the released format. A run that trains an adapter merges it into the start model for them,
+    in the memory of process 0, and writes the adapter itself in PEFT's format beside each: `export_lora` and
+    `export_lora_raw`. All processes take part, process 0 writes. Raises as `save_folder` does.
+    """
+    kinds = {"": judged} if state.ema is None else {"": judged, "_raw": state.params}
+    if not run.config.lora.rank:
+        for ending, params in kinds.items():
+            whole = exported(run.checkpoint, params)
+            save_folder(whole, run.output / f"export{ending}", fetch=hosts.block, write=hosts.is_primary())
+        return
+    frozen = jax.tree.map(hosts.whole, reference)
+    adapters = {ending: jax.tree.map(hosts.whole, params) for ending, params in kinds.items()}
+    if hosts.is_primary():
+        _export_adapters(run, adapters, frozen)
+
+
+def _export_adapters(run: Run, adapters: Mapping[str, Params], frozen: Params) -> None:
+    given = run.config.lora
+    base = start_weights(Path(run.config.model.path), run.checkpoint.transformer_config, frozen)
+    for ending, adapter in adapters.items():
+        write_adapter(run.output / f"export_lora{ending}", adapter, given.alpha)
+        merged = merge_on_host(base, adapter, lora.factor(given))
+        save_folder(exported(run.checkpoint, merged), run.output / f"export{ending}")
+
+
+def start_weights(folder: Path, config: TransformerConfig, frozen: Params) -> Params:
+    """The base of an adapter in float32 on the host, as exact as it is known.
+
+    `frozen` (on the host) is what training saw, perhaps rounded to bfloat16. Where the folder still holds what it was
+    rounded from, those values are taken.
+    """
+    if all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(frozen)):
+        return frozen
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    try:
+        whole = load_transformer(folder / "transformer", config, shardings=jax.tree.map(lambda leaf: here, frozen))
+    except WeightsError:  # it may have gone or changed since the run began
+        return frozen
+    return jax.tree.map(unrounded, whole, frozen)
+
+
+def unrounded(whole: np.ndarray, frozen: np.ndarray) -> np.ndarray:
+    """`whole` if `frozen` is what it rounds to, else `frozen` in float32."""
+    same = np.array_equal(np.asarray(whole).astype(frozen.dtype), frozen)
+    return np.asarray(whole if same else frozen, np.float32)

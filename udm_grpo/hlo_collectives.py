@@ -1,0 +1,173 @@
+"""What devices say to each other in a compiled program, read off its text: collectives by kind, with their bytes."""
+
+import math
+import re
+from dataclasses import dataclass, field
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_ARRAY = re.compile(r"\b([a-z]+[0-9]+[a-z0-9]*|pred)\[([0-9,]*)\]")
+_TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+
+
+@dataclass
+class Collective:
+    """All collectives of one kind in one execution of a program."""
+
+    count: int = 0
+    """How often one runs; one in a loop counts once for each turn."""
+    bytes: int = 0
+    """Bytes on one device: of the results, and of the operands of a reduce-scatter."""
+
+
+@dataclass(frozen=True)
+class _Operation:
+    kind: str
+    bytes: int
+    channel: str
+    """Pieces of one collective that is spread over other work have the same channel; empty if there is none."""
+
+
+@dataclass
+class _Computation:
+    types: dict[str, str] = field(default_factory=dict)
+    """Instruction -> its type."""
+    own: list[_Operation] = field(default_factory=list)
+    """The collectives in it."""
+    calls: list[tuple[str, int]] = field(default_factory=list)
+    """(computation, times) that it calls."""
+    constants: dict[str, int] = field(default_factory=dict)
+    """Instruction -> its value, for whole numbers."""
+    elements: dict[str, int] = field(default_factory=dict)
+    """Instruction -> which element of a tuple it takes."""
+    sums: dict[str, list[str]] = field(default_factory=dict)
+    """Instruction -> what it adds."""
+    less: list[str] = field(default_factory=list)
+    """[i, N] of the comparison i < N in it."""
+    last: list[str] = field(default_factory=list)
+    """Operands of its last instruction: a loop body's next state."""
+
+
+def collectives(text: str) -> dict[str, Collective]:
+    """Kind -> Collective of one execution, from `compiled.as_text()`; kinds that do not occur are left out.
+
+    A loop's body counts as often as the loop turns, which is read off the compiler's note or off its counter (i < N,
+    and what the body adds to i); where it says neither, once. A collective whose pieces the compiler spread over other
+    work counts once, not once a piece.
+    """
+    entry, computations = _read(text)
+    pieces: dict[str, tuple[int, _Operation]] = {}
+
+    def visit(name: str, times: int) -> None:
+        for number, operation in enumerate(computations[name].own):
+            key = operation.channel or f"{name} {number} {len(pieces)}"
+            known = pieces.get(key)
+            pieces[key] = (times if known is None else min(times, known[0]), operation)
+        for callee, turns in computations[name].calls:
+            if callee in computations:
+                visit(callee, times * turns)
+
+    if entry:
+        visit(entry, 1)
+    found: dict[str, Collective] = {}
+    for times, operation in pieces.values():
+        total = found.setdefault(operation.kind, Collective())
+        total.count += times
+        total.bytes += times * operation.bytes
+    return found
+
+
+def type_bytes(text: str) -> int:
+    """Bytes of an array type such as bf16[32,1345]{1,0}, or of all arrays in a tuple type."""
+    return sum(
+        math.ceil(_bits(kind) * math.prod(int(size) for size in shape.split(",") if size) / 8)
+        for kind, shape in _ARRAY.findall(text)
+    )
+
+
+def _bits(kind: str) -> int:
+    if kind == "pred":
+        return 8
+    found = re.search(r"\d+", kind)
+    return int(found.group()) if found else 0
+
+
+def _read(text: str) -> tuple[str, dict[str, _Computation]]:
+    entry = ""
+    computations: dict[str, _Computation] = {}
+    waiting: list[tuple[_Computation, str]] = []
+    current = _Computation()
+    for line in text.splitlines():
+        head = _COMPUTATION.match(line)
+        if head:
+            current = computations.setdefault(head.group(2), _Computation())
+            entry = head.group(2) if head.group(1) else entry
+            continue
+        instruction = _INSTRUCTION.match(line)
+        if instruction:
+            name, kind, operation, rest = instruction.groups()
+            current.types[name] = kind
+            _note(current, name, kind, operation, rest)
+            if operation == "while":
+                waiting.append((current, rest))
+    for computation, rest in waiting:  # a loop's parts may stand below it
+        computation.calls.append((_called(rest, "body")[0], _turns(rest, computations)))
+    return entry, computations
+
+
+def _note(computation: _Computation, name: str, kind: str, operation: str, rest: str) -> None:
+    plain = operation.removesuffix("-start")
+    computation.last = _operands(rest)
+    if plain in KINDS:
+        channel = re.search(r"channel_id=(\d+)", rest)
+        size = _collective_bytes(computation, kind, operation, rest)
+        computation.own.append(_Operation(plain, size, channel.group(1) if channel else ""))
+    elif operation == "get-tuple-element":
+        computation.elements[name] = int(rest.split("index=")[1].split(",")[0])
+    elif operation == "add":
+        computation.sums[name] = _operands(rest)
+    elif operation == "constant" and rest.split(")")[0].isdigit():
+        computation.constants[name] = int(rest.split(")")[0])
+    elif operation == "compare" and "direction=LT" in rest:
+        computation.less = _operands(rest)
+    elif operation in ("fusion", "call", "async-start", "conditional"):
+        for attribute in ("calls", "to_apply", "branch_computations", "true_computation", "false_computation"):
+            computation.calls += [(callee, 1) for callee in _called(rest, attribute)]
+
+
+def _collective_bytes(computation: _Computation, kind: str, operation: str, rest: str) -> int:
+    given = sum(type_bytes(computation.types.get(name, "")) for name in _operands(rest))
+    if operation.startswith("reduce-scatter"):
+        return given
+    if operation in ("all-gather-start", "collective-permute-start"):  # a tuple of operands and results
+        return type_bytes(kind) - given
+    return type_bytes(kind)
+
+
+def _operands(rest: str) -> list[str]:
+    """Names of the operands, from the text behind an operation's opening bracket; types in front of them or not."""
+    depth, end = 1, 0
+    while end < len(rest) and depth:
+        depth += {"(": 1, ")": -1}.get(rest[end], 0)
+        end += 1
+    return re.findall(r"%([\w.\-]+)", rest[: end - 1])
+
+
+def _called(rest: str, attribute: str) -> list[str]:
+    found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", rest)
+    return re.findall(r"%?([\w.\-]+)", found.group(1)) if found else []
+
+
+def _turns(rest: str, computations: dict[str, _Computation]) -> int:
+    known = _TRIPS.search(rest)
+    if known:
+        return int(known.group(1))
+    condition, body = (computations.get(_called(rest, part)[0]) for part in ("condition", "body"))
+    if not condition or not body or len(condition.less) != 2:
+        return 1
+    counter, limit = condition.less
+    place = condition.elements.get(counter, len(body.last))
+    added = body.sums.get(body.last[place], []) if place < len(body.last) else []
+    steps = [body.constants[name] for name in added if body.constants.get(name)]
+    return -(-condition.constants.get(limit, 1) // (steps[0] if steps else 1))

@@ -1,0 +1,69 @@
+"""The leaves of a state by name: which can be saved, what they are to be restored as, and how two states differ."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+MOST_SHOWN = 5  # differences of a kind that an error spells out; further ones are counted
+State = Any  # a pytree of arrays
+
+
+def savable_leaves(state: State) -> dict[str, Any]:
+    """Return the leaves to save by name; raise TypeError listing those that are not arrays."""
+    leaves = by_name(state)
+    wrong = []
+    for name, leaf in leaves.items():
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            wrong.append(f"{name} is {type(leaf).__name__}: store it as np.int32(...) or np.float32(...), or in meta")
+        elif jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            wrong.append(f"{name} is a random key: store jax.random.key_data of it, or make it from the seed")
+        elif leaf.size == 0:
+            wrong.append(f"{name} has no elements, shape {leaf.shape}: leave it out")
+    if wrong:
+        raise TypeError("\n  ".join(["only arrays can be saved:", *_some(wrong)]))
+    return {name: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf for name, leaf in leaves.items()}
+
+
+def abstract_leaves(state: State) -> dict[str, Any]:
+    """Return what Orbax is to make of each leaf, by name."""
+    leaves = by_name(state)
+    for name, leaf in leaves.items():
+        if isinstance(leaf, np.ndarray | np.generic):
+            leaves[name] = np.empty(leaf.shape, leaf.dtype)
+        elif isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+            sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            leaves[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        else:
+            advice = "give a jax.ShapeDtypeStruct or an array"
+            raise TypeError(f"{name} of the abstract state is {type(leaf).__name__}: {advice}")
+    return leaves
+
+
+def by_name(tree: Any, separator: str = "/", is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """Return the tree's leaves in their order, named like "opt_state/0/mu/head"."""
+    named = dict[str, Any]()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=separator)
+        if name in named:
+            raise ValueError(f"two leaves are both named {name}: rename one of the keys on the way to them")
+        named[name] = leaf
+    return named
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], partial: bool) -> list[str]:
+    """Return a line for each way in which the leaves differ, by names, shapes and dtypes."""
+    here, there = ({name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in side.items()} for side in (wanted, saved))
+    kinds = {
+        "wanted but not in it": [name for name in here if name not in there],
+        "in it but not wanted": [name for name in there if name not in here and not partial],
+        "of another form": [
+            f"{name} is {there[name]}, wanted {form}" for name, form in here.items() if there.get(name, form) != form
+        ],
+    }
+    return [f"{len(names)} {kind}: {'; '.join(_some(names))}" for kind, names in kinds.items() if names]
+
+
+def _some(items: list[str]) -> list[str]:
+    return items[:MOST_SHOWN] + ([f"... and {len(items) - MOST_SHOWN} more"] if len(items) > MOST_SHOWN else [])

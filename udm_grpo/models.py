@@ -1,0 +1,85 @@
+"""The model that a command draws with: a released folder, with an adapter or without, or a training run."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from udm_grpo.host.checkpoint import Checkpoints
+from udm_grpo.host.peft_files import with_adapter
+from udm_grpo.host.weights import Checkpoint, load_folder
+from udm_grpo.trained import read_training
+
+
+class SampleError(ValueError):
+    """What was asked for cannot be drawn; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What draws: a checkpoint in float32, where it comes from (for the record); height, width, dtype by default."""
+
+    checkpoint: Checkpoint
+    source: dict[str, Any]
+    defaults: dict[str, Any]
+
+
+def open_folder(folder: str, adapter: str | None = None) -> Model:
+    """A checkpoint folder in the released format, a PEFT folder's adapter merged into it; raises WeightsError."""
+    checkpoint = load_folder(folder)
+    size = 32 * checkpoint.vq_config.stride
+    source = {"checkpoint": folder}
+    if adapter is not None:
+        merged = with_adapter(checkpoint.transformer, adapter, checkpoint.transformer_config)
+        checkpoint, source = replace(checkpoint, transformer=merged), {**source, "adapter": adapter}
+    return Model(checkpoint, source, {"height": size, "width": size, "dtype": "float32"})
+
+
+def open_run(folder: str, step: str | None = None, weights: str | None = None) -> Model:
+    """A training run's checkpoint: its start model's folder with the weights of a step (a number, best; None: latest).
+
+    weights: params, ema or None: what the run itself judges and exports, its moving average if it keeps one.
+    Raises SampleError, CheckpointError, WeightsError.
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise SampleError(f"{folder} is no training run: there is no {file}. Give the output_dir of one as --run.")
+    config = read_json(file)
+    given, judged = config["model"], "ema" if config["optimizer"]["ema_decay"] > 0 else "params"
+    wanted = weights or judged
+    if wanted != judged and (step == "best" or judged == "params"):
+        raise SampleError(f"--weights is {wanted}, but {folder} has only {judged} there; give --weights {judged}.")
+    path, number = _checkpoint_of(Path(folder) / "checkpoints", step or "latest")
+    checkpoint = load_folder(given["path"], prompt_length=given["text_length"] or None)
+    best = step == "best"
+    # The best one holds what the run judges under the name params.
+    params = read_training(path).read_for(checkpoint, "params" if best else wanted, given["path"])
+    source = {"run": folder, "step": number, "best": best, "weights": wanted}
+    defaults = {name: given[name] for name in ("height", "width", "dtype")}
+    return Model(replace(checkpoint, transformer=params), source, defaults)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises SampleError if it is damaged."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise SampleError(f"{file} is damaged ({error}); give another folder.") from error
+
+
+def _checkpoint_of(folder: Path, step: str) -> tuple[Any, int]:
+    """(folder, step) of a run's checkpoint."""
+    saved = Checkpoints(folder, keep=1)
+    steps = saved.steps()
+    there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
+    if step == "best":
+        best = saved.best()
+        if best is None:
+            raise SampleError(f"{folder} has no best checkpoint (checkpoint.keep_best); by step {there}.")
+        return best, int(best.name.rpartition("-")[2])
+    if step != "latest" and not step.isdecimal():
+        raise SampleError(f"--step is {step!r}; give latest, best or a number.")
+    number = int(step) if step != "latest" else max(steps, default=-1)
+    if number not in steps:
+        raise SampleError(f"{folder} has no complete checkpoint for --step {step}; {there}.")
+    return saved.path(number), number
