@@ -161,7 +161,7 @@ def browser() -> Iterator[Browser]:
 
 
 def wait(browser: Browser, script: str, *values: object) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not browser.run(f"return {script}", *values):
         assert time.monotonic() < deadline, (
             f"{script}\n{browser.console()}\n{browser.run('return document.body.innerText')}"
@@ -176,8 +176,11 @@ def fill(browser: Browser, selector: str, text: str) -> None:
 
 
 def open_page(browser: Browser, address: str, *size: tuple[int, int]) -> None:
+    """Open the page, and wait until all of it is there: Gradio loads its parts one by one."""
     browser.open(address, *size)
-    wait(browser, "!!document.querySelector('#draw')")
+    parts = ("#prompt textarea, #prompt input", "#examples button", "#steps input[type=number]", "#seed input")
+    for part in (*parts, "#new-seed", "#draw", "#answer .demo-sides"):
+        wait(browser, "!!document.querySelector(arguments[0])", part)
 
 
 def press_draw(browser: Browser) -> dict[str, np.ndarray]:
