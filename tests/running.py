@@ -17,18 +17,24 @@ TOGETHER = (
     "python -m udm_grpo.train --config configs/shapes.py"
 )
 """The README's way to start one of several processes."""
+COMPILED_QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+"""For programs over several devices: to optimize them takes longer than to run them."""
 
 
 def environment(devices: int = 1) -> dict[str, str]:
     """The environment of a run with this many virtual devices; all tests share what is compiled."""
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": os.environ["UDM_GRPO_COMPILED"],
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "PYTHONWARNINGS": "error::UserWarning:udm_grpo",
-    }
+    return (
+        os.environ
+        | (COMPILED_QUICKLY if devices > 1 else {})
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COMPILATION_CACHE_DIR": os.environ["UDM_GRPO_COMPILED"],
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "PYTHONWARNINGS": "error::UserWarning:udm_grpo",
+        }
+    )
 
 
 def command(output: Path, *overrides: str, config: str = SMOKE) -> list[str]:
@@ -50,14 +56,11 @@ def train(output: Path, *overrides: str, devices: int = 1, config: str = SMOKE) 
 
 
 def together(words: list[str], output: Path, count: int, devices: int) -> list[subprocess.Popen]:
-    """Start `count` processes of one command with so many virtual devices each; logs are output-0.log and so on.
-
-    Compiled without most optimizations, for every process compiles anew.
-    """
+    """Start `count` processes of one command with so many virtual devices each; logs are output-0.log and so on."""
     with socket.create_server(("", 0)) as first:
         port = first.getsockname()[1]
     address, number, identity = (word.partition("=")[0] for word in TOGETHER.split()[:3])
-    shared = environment(devices) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    shared = environment(devices) | COMPILED_QUICKLY
     processes = []
     for process in range(count):
         with output.with_name(f"{output.name}-{process}.log").open("w") as log:

@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +41,8 @@ def test_loss_and_gradients(case: GoldenCase) -> None:
         model.config, Execution(), plan, model.params, samples.prompt_ids, samples.noisy, samples.action
     )
     assert_close(logp, case.arrays["grpo_logps_mean"])
-    (loss, metrics), gradient = jax.value_and_grad(
-        lambda p: grpo_loss(model.config, Execution(), plan, p, samples), has_aux=True
-    )(model.params)
+    both = jax.value_and_grad(lambda p: grpo_loss(model.config, Execution(), plan, p, samples), has_aux=True)
+    (loss, metrics), gradient = jax.jit(both)(model.params)
     assert_close(loss, case.arrays["grpo_loss"])
     assert_close(metrics["policy_loss"], case.arrays["grpo_policy_loss"])
     assert_close(metrics["kl"], case.arrays["grpo_kl_loss"], KL_TOLERANCE)
@@ -149,9 +149,10 @@ def _random_samples(count: int = 8, old: bool = False) -> Samples:
 @pytest.mark.parametrize("old", [False, True])
 def test_one_by_eight_equals_eight_by_one(old: bool) -> None:
     params, samples = init(CONFIG, jax.random.key(0)), _random_samples(old=old)
-    whole, metrics = accumulated_gradients(CONFIG, Execution(), LOSS, params, samples, 8)
+    gradients = jax.jit(accumulated_gradients, static_argnums=(0, 1, 2, 5))
+    whole, metrics = gradients(CONFIG, Execution(), LOSS, params, samples, 8)
     for micro_batch in (1, 4):
-        parts, part_metrics = accumulated_gradients(CONFIG, Execution(), LOSS, params, samples, micro_batch)
+        parts, part_metrics = gradients(CONFIG, Execution(), LOSS, params, samples, micro_batch)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), parts, whole)
         np.testing.assert_allclose(part_metrics["loss"], metrics["loss"], rtol=1e-5)
 
@@ -194,9 +195,10 @@ def test_bfloat16_compute_keeps_float32_masters() -> None:
     params = init(CONFIG, jax.random.key(0))
     optimizer = adamw(optax.constant_schedule(1e-4), 0.9, 0.95, 0.01, 1.0)
     state = TrainState(params, optimizer.init(params), None, jnp.int32(0))
-    after, metrics = update(CONFIG, Execution(), LOSS, optimizer, 0.0, jnp.bfloat16, 4, state, _random_samples())
+    step = jax.jit(partial(update, CONFIG, Execution(), LOSS, optimizer, 0.0), static_argnums=(0, 1))
+    after, metrics = step(jnp.bfloat16, 4, state, _random_samples())
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(after.params))
-    _, exact_metrics = update(CONFIG, Execution(), LOSS, optimizer, 0.0, jnp.float32, 4, state, _random_samples())
+    _, exact_metrics = step(jnp.float32, 4, state, _random_samples())
     np.testing.assert_allclose(metrics["loss"], exact_metrics["loss"], rtol=0.05)
     np.testing.assert_allclose(metrics["grad_norm"], exact_metrics["grad_norm"], rtol=0.1)
 

@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from checkpoint_helpers import assert_same, finish, run_file
 from golden_data import first_case
 from test_distributed import free_port
 
-from udm_grpo import hosts
+from udm_grpo import hosts, run
 from udm_grpo import mesh as meshes
-from udm_grpo.config import DistributedConfig
+from udm_grpo.config import ConfigError, DistributedConfig, RunConfig
 from udm_grpo.distributed import joined
 from udm_grpo.host import streaming
 from udm_grpo.host.checkpoint import Checkpoints, restore
@@ -87,10 +88,20 @@ def stream(mesh: Any, folder: Path) -> None:
     save_folder(export, folder / "export", fetch=hosts.block, write=hosts.is_primary())
 
 
+def open_folder_of_its_own(folder: Path) -> None:
+    """A run's folder that each process has for itself is refused by all of them."""
+    run.SEEN_WITHIN_S = 0.5
+    own = RunConfig(output_dir=str(folder / f"own-{jax.process_index()}"))
+    with pytest.raises(ConfigError, match=r"own-\d is not the same folder for all: process\(es\) 1 do not see there"):
+        run._open_output(own)
+    assert run._open_output(RunConfig(output_dir=str(folder / "shared"))) == folder / "shared"
+
+
 def together(folder: str, port: str, process: str) -> None:
     with joined(DistributedConfig(f"127.0.0.1:{port}", 2, int(process), 60.0, 60.0)):
         mesh = meshes.make_mesh({"data": 1, "fsdp": 2, "tensor": 2})
         exchange(mesh)
+        open_folder_of_its_own(Path(folder))
         move(mesh, Path(folder))
         streaming.BLOCK_BYTES = 1 << 12  # several blocks a tensor
         stream(mesh, Path(folder))

@@ -171,8 +171,17 @@ def test_two_processes_equal_one_stop_when_asked_and_go_on_as_one(alone: Path) -
     assert_same_steps(alone, output)
 
 
-def logs(output: Path) -> list[str]:
-    return [output.with_name(f"{output.name}-{process}.log").read_text() for process in range(2)]
+def test_four_processes_equal_one(alone: Path) -> None:
+    """Groups of four pictures, a group to every process; mesh (4, 1, 2), so each has a whole copy of its own."""
+    output = alone.parent / "four"
+    processes = train_together(output, 4, 2, "mesh.data=4", "mesh.tensor=2", *SHORT)
+    assert [process.wait(300) for process in processes] == [0] * 4, logs(output, 4)
+    assert json.loads((output / "summary.json").read_text())["iterations"] == 2
+    assert_same_steps(alone, output)
+
+
+def logs(output: Path, count: int = 2) -> list[str]:
+    return [output.with_name(f"{output.name}-{process}.log").read_text() for process in range(count)]
 
 
 def test_every_option_at_once(finished: Path) -> None:
