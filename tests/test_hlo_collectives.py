@@ -52,6 +52,11 @@ HloModule page
   ROOT %yes = pred[] constant(true)
 }
 
+%offloaded (r: f32[2,8]) -> f32[16,8] {
+  %r = f32[2,8] parameter(0)
+  ROOT %far = f32[16,8] all-to-all(%r), dimensions={0}
+}
+
 %deep (s.1: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
   %s.1 = (s32[], f32[8,128]) parameter(0)
   %four = f32[4] constant({0, 0, 0, 0})
@@ -61,6 +66,7 @@ HloModule page
 
 ENTRY %main (a: f32[8,128]) -> f32[8,128] {
   %a = f32[8,128]{1,0} parameter(0)
+  %off = ((f32[2,8], token[]), f32[16,8]) call-start(%a), async_execution_thread="sparsecore", to_apply=%offloaded
   %all = f32[8,128]{1,0} all-reduce(%a), to_apply=%add
   %loop = (s32[], /*index=1*/f32[8,128]{1,0}) while(%all), condition=%condition, body=%body
   ROOT %out = f32[8,128]{1,0} get-tuple-element(%loop), index=1
@@ -75,7 +81,8 @@ def test_a_page_that_can_be_counted_by_hand():
     assert found["all-gather"] == Collective(14, 14 * 64 * 128 * 4)
     assert found["reduce-scatter"] == Collective(14, 14 * 16 * 128 * 2)
     assert found["collective-permute"] == Collective(14 * 3, 14 * 3 * 4 * 4)
-    assert len(found) == 4
+    assert found["all-to-all"] == Collective(1, 16 * 8 * 4)  # handed to the SparseCores
+    assert len(found) == 5
 
 
 def test_bytes_of_types():

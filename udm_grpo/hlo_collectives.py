@@ -131,7 +131,7 @@ def _note(computation: _Computation, name: str, kind: str, operation: str, rest:
         computation.constants[name] = int(rest.split(")")[0])
     elif operation == "compare" and "direction=LT" in rest:
         computation.less = _operands(rest)
-    elif operation in ("fusion", "call", "async-start", "conditional"):
+    elif operation in ("fusion", "call", "call-start", "async-start", "conditional"):
         for attribute in ("calls", "to_apply", "branch_computations", "true_computation", "false_computation"):
             computation.calls += [(callee, 1) for callee in _called(rest, attribute)]
 
