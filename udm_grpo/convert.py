@@ -27,6 +27,7 @@ from etils import epath
 
 from udm_grpo.host.checkpoint import CheckpointError, Checkpoints
 from udm_grpo.host.peft_files import write_adapter
+from udm_grpo.host.progress import progress_bar
 from udm_grpo.host.released import CONFIG_FILES, SCHEDULER_FILE, Scheduler
 from udm_grpo.host.tokenizer import load_tokenizer
 from udm_grpo.host.torch_files import Layout, TensorFiles, find, open_tensors, read_json
@@ -174,11 +175,13 @@ def compare(part: str, one: Tensors, other: Tensors, tolerance: float) -> list[s
     lines = [f"missing in B: {name} {here[name].shape}" for name in here if name not in both]
     lines += [f"only in B: {name} {there[name].shape}" for name in there if name not in both]
     gaps: dict[str, tuple[float, float]] = {}
-    for name in (name for name in here if name in both):
-        if here[name].shape != there[name].shape:
-            lines.append(f"wrong shape: {name} is {here[name].shape} in A, {there[name].shape} in B")
-        elif gap := difference(read(name), read_other(name)):
-            gaps[name] = gap
+    with progress_bar(len(both), f"comparing {part}", "tensor") as bar:
+        for name in (name for name in here if name in both):
+            if here[name].shape != there[name].shape:
+                lines.append(f"wrong shape: {name} is {here[name].shape} in A, {there[name].shape} in B")
+            elif gap := difference(read(name), read_other(name)):
+                gaps[name] = gap
+            bar.update()
     over = {name: gap for name, gap in gaps.items() if not tolerance or gap[0] > tolerance}
     lines += [f"differs: {name} by {gap[0]:.3g}, relative {gap[1]:.3g}" for name, gap in over.items()]
     absolute, relative = (max((gap[i] for gap in gaps.values()), default=0.0) for i in (0, 1))

@@ -30,7 +30,6 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
-from tqdm import tqdm
 
 from udm_grpo import distributed, hosts, steps
 from udm_grpo import mesh as meshes
@@ -39,6 +38,7 @@ from udm_grpo.diffusion.rollout import RolloutPlan
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.metrics import replace_file, write_json
 from udm_grpo.host.pictures import image_grid
+from udm_grpo.host.progress import progress_bar
 from udm_grpo.host.prompts import UNTAGGED, PromptSet, read_prompts
 from udm_grpo.host.weights import Checkpoint
 from udm_grpo.model.transformer import Execution
@@ -170,7 +170,7 @@ def sample(model: Model, settings: Settings, prompts: PromptSet, output: Path, b
     # The devices draw a part while the one before is written.
     started = itertools.chain(map(draw, parts), [None])
     drawing = next(started)
-    with tqdm(total=len(every), initial=len(every) - len(todo), unit="image", disable=None) as bar:
+    with progress_bar(len(every), "drawing", "image", len(every) - len(todo)) as bar:
         for part in parts:
             drawn, drawing = drawing, next(started)
             for pair, pixels in zip(part, np.asarray(drawn)[: len(part)], strict=True):

@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from udm_grpo.host.atomic import replacing_folder
+from udm_grpo.host.progress import progress_bar
 from udm_grpo.host.prompt_files import DATASET, Row
 
 VERSION = "1.0.0"
@@ -47,8 +48,10 @@ class UdmGrpoPrompts(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(rows) for split, rows in self._rows.items()}
 
     def _generate_examples(self, rows: Sequence[Row]) -> Iterator[tuple[int, dict[str, str]]]:
-        for index, row in enumerate(rows):
-            yield index, {"prompt": row["prompt"], "tag": row["tag"], "metadata": json.dumps(row)}
+        with progress_bar(len(rows), "writing", "prompt") as bar:
+            for index, row in enumerate(rows):
+                yield index, {"prompt": row["prompt"], "tag": row["tag"], "metadata": json.dumps(row)}
+                bar.update()
 
 
 def write_dataset(folder: str | Path, splits: Mapping[str, Sequence[Row]]) -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from udm_grpo.host.progress import progress_bar
+
 Row = dict[str, Any]
 
 DATASET = "udm_grpo_prompts"
@@ -55,7 +57,11 @@ class Parsed:
 
     def checked(self, problem: Callable[[Row], str]) -> "Parsed":
         """Return this with the rows that `problem` has a text for among the bad ones."""
-        found = [problem(row) for row in self.rows]
+        with progress_bar(len(self.rows), f"checking {self.path.name}", "prompt") as bar:
+            found = []
+            for row in self.rows:
+                found.append(problem(row))
+                bar.update()
         good = [i for i, text in enumerate(found) if not text]
         bad = [(place, text) for place, text in zip(self.places, found, strict=True) if text]
         order = {place: i for i, place in enumerate(sorted({p for p, _ in (*self.bad, *bad)}, key=_natural))}

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
-from tqdm import tqdm
 
+from udm_grpo.host.progress import progress_bar
 from udm_grpo.host.prompts import UNTAGGED
 
 MOST_SHOWN = 50
@@ -220,8 +220,12 @@ def _inspect(root: Path, found: _Found) -> tuple[list[Picture], list[str], list[
 
     keys = sorted(found.files)
     # Pillow decodes without the interpreter's lock.
-    with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
-        for seen in tqdm(pool.map(look, keys), total=len(keys), desc="reading", unit="image", disable=None):
+    with (
+        ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool,
+        progress_bar(len(keys), "reading", "image") as bar,
+    ):
+        for seen in pool.map(look, keys):
+            bar.update()
             if isinstance(seen, str):
                 unreadable.append(seen)
             else:

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from tqdm import tqdm
 
 from rewards_bridge.composition import Composition
 from rewards_bridge.scorers.base import Scores
 from udm_grpo.config import RewardsConfig, ScorerConfig
 from udm_grpo.host.metrics import replace_file, write_json
+from udm_grpo.host.progress import progress_bar
 from udm_grpo.host.rewards import connect
 from udm_grpo.host.sample_folder import MOST_SHOWN, Picture, SampleFolder, load_picture
 
@@ -83,7 +83,7 @@ def score_folder(
             _check_prompts(clients, folder.prompts)
             file = stack.enter_context((output / "scores.jsonl").open("a", encoding="utf-8"))
             total = len(folder.pictures) * len(scorers)
-            bar = stack.enter_context(tqdm(total=total, initial=len(marks), desc="scoring", unit="score", disable=None))
+            bar = stack.enter_context(progress_bar(total, "scoring", "score", len(marks)))
             waiting = 2 * max(max(given.replicas, len(given.addresses)) for given in scorers.values()) + 1
             for made in _score_parts(folder, clients, todo, waiting):
                 _write(file, made)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from udm_grpo.batches import Params
+from udm_grpo.host.progress import progress_bar
 from udm_grpo.host.weight_table import KEEP, Source, backward, forward, leaves_by_path
 
 BLOCK_BYTES = 32 << 20
@@ -35,6 +36,7 @@ def read_tree(
     names = dict[str, list[str]]()
     for name, source in wanted.items():
         names.setdefault(source.path, []).append(name)
+    shown = progress_bar(len(names), "reading", "tensor")
     places = dict[str, Any]() if shardings is None else leaves_by_path(shardings)
 
     def leaf(path: tuple[Any, ...], abstract: jax.ShapeDtypeStruct) -> jax.Array:
@@ -45,12 +47,14 @@ def read_tree(
         held = {None: whole} if sharding is None else _held(sharding, abstract.shape)
         buffers = {spans: _aligned(tuple(stop - start for start, stop in spans), dtype) for spans in held.values()}
         _fill(buffers, members, read_rows)
+        shown.update()
         if sharding is None:
             return jnp.asarray(buffers[whole])
         shards = [jax.device_put(buffers[spans], device) for device, spans in held.items()]
         return jax.make_array_from_single_device_arrays(abstract.shape, sharding, shards)
 
-    return jax.tree_util.tree_map_with_path(leaf, tree)
+    with shown:
+        return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
 def row_blocks(source: Source, leaf: Any, fetch: Fetch) -> Iterator[np.ndarray]:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from udm_grpo.host.progress import progress_bar
 from udm_grpo.host.weight_table import TensorInfo
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -252,8 +253,14 @@ def _write_safetensors(
         header[name] = {"dtype": short, "shape": list(info.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    data = (np.ascontiguousarray(block).reshape(-1).view(np.uint8).data for name in infos for block in blocks(name))
-    write_file(path, itertools.chain([struct.pack("<Q", len(text)) + text], data))
+
+    def data() -> Iterator[memoryview]:
+        with progress_bar(end, f"writing {path.name}", "B") as bar:
+            for block in itertools.chain.from_iterable(map(blocks, infos)):
+                yield np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
+                bar.update(block.nbytes)
+
+    write_file(path, itertools.chain([struct.pack("<Q", len(text)) + text], data()))
 
 
 def _import_torch(path: Path | None) -> Any:
