@@ -16,7 +16,9 @@ evaluation_metadata.jsonl (the benchmark's 553). With --config.model.path=..., -
 
 Hardware: TPU slices (configs/compile_table.md) or GPUs. Images: 16 prompts x 8 = 128 an iteration, 384 training
 states; rollout.micro_batch and optimizer.micro_batch are 32 over all devices, so 2 images a device on 16, 4 on 8.
-Memory a device, by the TPU compiler: configs/compile_table.md; what else fits is there too. On NVIDIA GPUs add
+Memory a device, of the update, which needs most: 8.3 of 15.75 GiB on v5e:4x4, 8.8 of 31.25 on v6e:4x4, 8.9 of 95.74
+on v5p:2x2x4, 14.3 of 95.74 on v5p:2x2x2, 12.4 of 94.75 on tpu7x:2x2x1; by the TPU compiler. What the other
+programs need, and the largest micro-batches: configs/compile_table.md. On NVIDIA GPUs add
 --config.model.attention=cudnn; without --topology, --compile_only compiles for the GPUs at hand.
 
 Scorer: in a process of its own, by the trainer, on the first GPU it sees, or on CPU where there is none, as beside a

@@ -13,9 +13,11 @@ quotes. With --config.model.path=..., --config.prompts.train=..., --config.promp
 --config.rewards.scorers.ocr.options.detection=... (recognition likewise) they may lie anywhere.
 
 Hardware: TPU slices (configs/compile_table.md) or GPUs. Images: 16 prompts x 16 = 256 an iteration, 768 training
-states; both micro-batches are 32 over all devices, so 2 images a device on 16, 4 on 8. The programs are those of
-configs/geneval.py with more turns of their loops, so its memory and largest micro-batches hold here, within the few MB
-that twice the token ids take. On NVIDIA GPUs add --config.model.attention=cudnn.
+states; both micro-batches are 32 over all devices, so 2 images a device on 16, 4 on 8. Memory a device, of the update,
+which needs most: 8.3 of 15.75 GiB on v5e:4x4, 8.8 of 31.25 on v6e:4x4, 8.9 of 95.74 on v5p:2x2x4, 14.3 of 95.74 on
+v5p:2x2x2, 12.4 of 94.75 on tpu7x:2x2x1; by the TPU compiler. The programs are those of configs/geneval.py with more
+turns of their loops, so its figures hold here, within the few MB that twice the token ids take. On NVIDIA GPUs add
+--config.model.attention=cudnn.
 
 Scorer: on CPU, 2 processes that share the images; more with --config.rewards.scorers.ocr.replicas=4.
 

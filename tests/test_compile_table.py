@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from running import ROOT
 
 from scripts import compile_table
 from udm_grpo.compile_only import PROGRAMS
@@ -64,3 +65,16 @@ def test_help(capsys):
         compile_table.main(["--help"])
     assert done.value.code == 0
     assert "python -m scripts.compile_table --output configs/compile_table.md" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", ["geneval", "pickscore", "ocr"])
+def test_the_recipes_say_what_the_table_says(recipe):
+    """Of the update, which needs most."""
+    page = " ".join((ROOT / "configs" / f"{recipe}.py").read_text().split("Source:")[0].split())
+    found = json.loads((ROOT / "configs" / "compile_table.json").read_text())
+    assert found.keys() == set(TESTED)
+    for name, programs in found.items():
+        most = programs["update"]
+        assert most["together"] == max(one["together"] for one in programs.values())
+        needed = f"{most['together'] / GIB:.1f} of {most['limit'] / GIB:.2f} on {name}"
+        assert needed in page.replace(" GiB", ""), needed

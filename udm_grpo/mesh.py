@@ -22,9 +22,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"layers/(attn/o|mlp/down)/lora_a$", (None, "tensor", None)),
     (r"layers/(attn/o|mlp/down)/lora_b$", (None, None, "fsdp")),
 )
-"""(pattern of a leaf's path, axis of each of its dimensions); what no pattern matches is replicated: norms, and the image
-tokenizer, of which every device decodes its own images. Moments, averages and the reference's copy of a parameter end
-in its path, so they follow the same rules."""
+"""(pattern of a leaf's path, axis of each of its dimensions); what no pattern matches is replicated: norms, and the
+image tokenizer, of which every device decodes its own images. Moments, averages and the reference's copy of a
+parameter end in its path, so they follow the same rules."""
 
 
 class MeshError(ValueError):

@@ -6,11 +6,11 @@ that stands still, sends no sign of life. Either way process 0 tells the others 
 lines of JSON; nothing that comes in is executed.
 
 Computing, collectives and shutting down are `jax.distributed`'s; this line is there for what that does not say. In jax
-0.10.2 a coordinator that is not there, a process that does not come and two with the same id all end in an abort of the
-process that cannot be caught (DEADLINE_EXCEEDED or ALREADY_EXISTS, without an address or an advice; a Python callback in
-its place ends in std::bad_cast), a death is noticed after the heartbeat's time-out, and the reason of a process that
-fails is not passed on. Like jax's coordinator, whose port is the next one, process 0 listens to whoever reaches it, and
-until all have come only: keep both ports inside the cluster.
+0.10.2 a coordinator that is not there, a process that does not come and two with the same id all end in an abort of
+the process that cannot be caught (DEADLINE_EXCEEDED or ALREADY_EXISTS, without an address or an advice; a Python
+callback in its place ends in std::bad_cast), a death is noticed after the heartbeat's time-out, and the reason of a
+process that fails is not passed on. Like jax's coordinator, whose port is the next one, process 0 listens to whoever
+reaches it, and until all have come only: keep both ports inside the cluster.
 """
 
 import contextlib
