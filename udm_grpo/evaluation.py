@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from udm_grpo import hosts, scoring
+from udm_grpo import hosts, shared_rewards
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params
 from udm_grpo.host.extremes import Extremes
@@ -50,17 +50,17 @@ def evaluate(run: Run, policy: Params, count: int, steps: int, extremes: Path | 
     texts, metadata, indices = run.heldout.fixed(min(count, len(run.heldout)), run.config.seed)
     copies = run.config.evaluation.images_per_prompt
     total = len(texts) * copies
-    tickets: list[scoring.Ticket] = []
+    tickets: list[shared_rewards.Ticket] = []
     kept = Extremes(run.config.evaluation.extremes if extremes and hosts.is_primary() else 0, total)
     for drawn in draw(run, policy, texts, copies, steps):
         asked, about = [texts[row] for row in drawn.rows], [metadata[row] for row in drawn.rows]
-        for ticket in scoring.submit(run.client, drawn.images, drawn.first, asked, about):
+        for ticket in shared_rewards.submit(run.client, drawn.images, drawn.first, asked, about):
             mine = ticket.rows[ticket.rows < total] - drawn.first
             kept.watch(hosts.take(drawn.images, mine), [asked[row] for row in mine], ticket.scores)
             tickets.append(ticket)
     if extremes and hosts.is_primary():
         kept.write(extremes)
-    rewards = scoring.collect(tickets, total)
+    rewards = shared_rewards.collect(tickets, total)
     parts = {"score": rewards.score, **rewards.raw}
     tags = np.repeat([run.heldout.tags[index] for index in indices], copies)
     result: dict[str, Any] = {name: float(np.mean(values)) for name, values in parts.items()}

@@ -10,12 +10,10 @@ scores, advantages, update.
 """
 
 import contextlib
-import io
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -23,41 +21,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from rewards_bridge.errors import BridgeError, UsageError
-from udm_grpo import compile_only, distributed, hosts, scoring
+from udm_grpo import compile_only, distributed, hosts, run_reports, shared_rewards
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params, Rollout, TrainState
 from udm_grpo.command_line import field_values, parse
-from udm_grpo.config import ConfigError, RunConfig, as_dict
+from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.config_checks import validate
 from udm_grpo.evaluation import evaluate, evaluate_all, extremes_file, pictures
 from udm_grpo.export import export
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.checkpoint import restore as restore_checkpoint
-from udm_grpo.host.environment import begin
-from udm_grpo.host.metrics import JsonLines, MetricsWriter, Progress, StageTimer, write_json
+from udm_grpo.host.metrics import StageTimer, write_json
 from udm_grpo.host.pictures import before_after, image_grid
 from udm_grpo.host.rewards import Rewards
-from udm_grpo.host.run_folder import RunFolderError
 from udm_grpo.host.weights import WeightsError
 from udm_grpo.mesh import MeshError
-from udm_grpo.report import NAME, write_report
 from udm_grpo.run import Position, Run, Stage, fingerprint, open_run, save, start
-
-
-@dataclass(frozen=True)
-class Reports:
-    """Where a run tells how it goes."""
-
-    writer: MetricsWriter
-    evaluations: JsonLines | None
-    """Of process 0; the others write nothing."""
-    progress: Progress
-    timer: StageTimer
+from udm_grpo.run_reports import Reports
 
 
 def roll_out(
     run: Run, policy: Params, texts: Sequence[str], metadata: Sequence[dict[str, Any]], step: int
-) -> tuple[jax.Array, Rollout, list[scoring.Ticket]]:
+) -> tuple[jax.Array, Rollout, list[shared_rewards.Ticket]]:
     """Draw the B images of an iteration in micro-batches, each on its way to the scorer while the next is computed.
 
     Returns prompt ids i32[B, L], the rollout of all B, and the tickets of this host's images.
@@ -75,7 +60,7 @@ def roll_out(
     tickets = [
         ticket
         for part, images in zip(slices, decoded, strict=True)
-        for ticket in scoring.submit(run.client, images, part.start, asked[part], about[part])
+        for ticket in shared_rewards.submit(run.client, images, part.start, asked[part], about[part])
     ]
     return run.prompt_ids(asked), _joined(parts), tickets
 
@@ -103,33 +88,13 @@ def iterate(
         samples = run.steps.prepare(policy, reference, prompt_ids, rolled, run.key(Stage.STATES, step))
         jax.block_until_ready(samples)
     with timer("reward"):
-        rewards = scoring.collect(tickets, given.prompts * given.group_size)
+        rewards = shared_rewards.collect(tickets, given.prompts * given.group_size)
     score = hosts.put(rewards.score.reshape(given.prompts, given.group_size), meshes.replicated(run.mesh))
     with timer("update"):
         for _ in range(run.config.grpo.updates_per_rollout):
             state, metrics = run.steps.update(state, samples, score, reference)
         jax.block_until_ready(metrics)
     return state, rewards, metrics
-
-
-def report(reports: Reports, config: RunConfig, step: int, rewards: Rewards, metrics: dict[str, jax.Array]) -> None:
-    """Write one iteration's numbers; `step` counts iterations done."""
-    seconds = reports.timer.take()
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    raw = {name: float(np.mean(part)) for name, part in rewards.raw.items()}
-    groups = rewards.score.reshape(-1, config.rollout.group_size)
-    reward = float(np.mean(rewards.score))
-    line = {
-        "reward": reward,
-        "reward_std": float(np.std(rewards.score)),
-        "dead_groups": float(np.mean(np.ptp(groups, axis=1) == 0)),
-        "raw": raw,
-        **values,
-        "seconds": seconds,
-    }
-    reports.writer.write(step, line)
-    shown = {"reward": reward, **raw, "kl": values["kl"], "entropy": values["entropy"]}
-    reports.progress.update(shown, seconds)
 
 
 def draw_samples(run: Run, reports: Reports, state: TrainState, reference: Params, step: int) -> None:
@@ -217,15 +182,6 @@ def finish(run: Run, reports: Reports, state: TrainState, reference: Params, pos
     return summary
 
 
-def write_page(reports: Reports, output: Path) -> None:
-    """Write report.html; a run that has ended well does not fail for its report."""
-    try:
-        write_report([output], output / NAME)
-        reports.progress.message(f"report: {output / NAME}")
-    except (RunFolderError, OSError) as error:
-        reports.progress.message(f"no report: {error}")
-
-
 def stop(run: Run, reports: Reports, position: Position) -> dict[str, Any]:
     """The end of a run that was asked to stop, once its checkpoint is good; returns how far it came."""
     run.checkpoints.finish()
@@ -234,27 +190,6 @@ def stop(run: Run, reports: Reports, position: Position) -> dict[str, Any]:
         "--config.checkpoint.resume=latest"
     )
     return {"iterations": position.step, "seconds": position.seconds, "stopped": True}
-
-
-def open_reports(config: RunConfig, position: Position | None, stack: contextlib.ExitStack) -> Reports:
-    """Open the run's files and its progress bar; lines past `position` (None: a fresh run) are dropped."""
-    resume_after = None if position is None else position.step
-    output, logging, primary = Path(config.output_dir), config.logging, hosts.is_primary()
-    if primary:
-        begin(output, resume_after)
-    writer = MetricsWriter(
-        output, logging.tensorboard, logging.wandb, resume_after=resume_after, config=as_dict(config), primary=primary
-    )
-    stack.enter_context(writer)
-    evaluations = None
-    if primary:
-        # What has not been looked at will be: a line on it is of an attempt that was killed.
-        evaluated = resume_after if position is None else position.step - (not position.looked)
-        evaluations = stack.enter_context(contextlib.closing(JsonLines(output / "evaluations.jsonl", evaluated)))
-    unseen = None if primary else io.StringIO()
-    progress = Progress(config.iterations, resume_after or 0, plain_every=10, stream=unseen)
-    stack.enter_context(contextlib.closing(progress))
-    return Reports(writer, evaluations, progress, StageTimer())
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -270,7 +205,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         run, abstract = open_run(config, stack)
         state, reference, position = start(run, abstract)
         done = 0 if position is None else position.step
-        reports = open_reports(config, position, stack)
+        reports = run_reports.open_reports(config, position, stack)
         if position is None:
             reports.progress.message("evaluating the start model")
             position = Position(step=0, seconds=0.0, base=evaluate_all(run, reference, 0), best=None)
@@ -283,7 +218,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             position = look(run, reports, state, reference, position)
         for step in range(done, config.iterations):
             state, rewards, metrics = iterate(run, state, reference, step, reports.timer)
-            report(reports, config, step + 1, rewards, metrics)
+            run_reports.write_iteration(reports, config, step + 1, rewards, metrics)
             position = replace(position, step=step + 1, seconds=spent + time.monotonic() - began, looked=False)
             if step + 1 < config.iterations and hosts.any_process(asked.requested):
                 save(run, state, reference, position)
@@ -294,7 +229,7 @@ def train(config: RunConfig) -> dict[str, Any]:
                 save(run, state, reference, position)
         summary = finish(run, reports, state, reference, position)
         if hosts.is_primary():
-            write_page(reports, run.output)
+            run_reports.write_page(reports, run.output)
         return summary
 
 

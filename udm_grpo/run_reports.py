@@ -1,0 +1,81 @@
+"""Where a run tells how it goes: metrics, evaluations, a progress bar, and the page at its end."""
+
+import contextlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from udm_grpo import hosts
+from udm_grpo.config import RunConfig, as_dict
+from udm_grpo.host.environment import begin
+from udm_grpo.host.metrics import JsonLines, MetricsWriter, Progress, StageTimer
+from udm_grpo.host.rewards import Rewards
+from udm_grpo.host.run_folder import RunFolderError
+from udm_grpo.report import NAME, write_report
+from udm_grpo.run import Position
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Where a run tells how it goes."""
+
+    writer: MetricsWriter
+    evaluations: JsonLines | None
+    """Of process 0; the others write nothing."""
+    progress: Progress
+    timer: StageTimer
+
+
+def open_reports(config: RunConfig, position: Position | None, stack: contextlib.ExitStack) -> Reports:
+    """Open the run's files and its progress bar; lines past `position` (None: a fresh run) are dropped."""
+    resume_after = None if position is None else position.step
+    output, logging, primary = Path(config.output_dir), config.logging, hosts.is_primary()
+    if primary:
+        begin(output, resume_after)
+    writer = MetricsWriter(
+        output, logging.tensorboard, logging.wandb, resume_after=resume_after, config=as_dict(config), primary=primary
+    )
+    stack.enter_context(writer)
+    evaluations = None
+    if primary:
+        # What has not been looked at will be: a line on it is of an attempt that was killed.
+        evaluated = resume_after if position is None else position.step - (not position.looked)
+        evaluations = stack.enter_context(contextlib.closing(JsonLines(output / "evaluations.jsonl", evaluated)))
+    unseen = None if primary else io.StringIO()
+    progress = Progress(config.iterations, resume_after or 0, plain_every=10, stream=unseen)
+    stack.enter_context(contextlib.closing(progress))
+    return Reports(writer, evaluations, progress, StageTimer())
+
+
+def write_iteration(
+    reports: Reports, config: RunConfig, step: int, rewards: Rewards, metrics: dict[str, jax.Array]
+) -> None:
+    """Write one iteration's numbers; `step` counts iterations done."""
+    seconds = reports.timer.take()
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    raw = {name: float(np.mean(part)) for name, part in rewards.raw.items()}
+    groups = rewards.score.reshape(-1, config.rollout.group_size)
+    reward = float(np.mean(rewards.score))
+    line = {
+        "reward": reward,
+        "reward_std": float(np.std(rewards.score)),
+        "dead_groups": float(np.mean(np.ptp(groups, axis=1) == 0)),
+        "raw": raw,
+        **values,
+        "seconds": seconds,
+    }
+    reports.writer.write(step, line)
+    shown = {"reward": reward, **raw, "kl": values["kl"], "entropy": values["entropy"]}
+    reports.progress.update(shown, seconds)
+
+
+def write_page(reports: Reports, output: Path) -> None:
+    """Write report.html; a run that has ended well does not fail for its report."""
+    try:
+        write_report([output], output / NAME)
+        reports.progress.message(f"report: {output / NAME}")
+    except (RunFolderError, OSError) as error:
+        reports.progress.message(f"no report: {error}")
