@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "UDM_GRPO_COMPILED" not in os.environ:
@@ -13,6 +14,7 @@ if "UDM_GRPO_COMPILED" not in os.environ:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -20,3 +22,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
 # Shapes in the signatures of the pure middle are checked in tests and free in production.
 install_import_hook(["udm_grpo.model", "udm_grpo.diffusion", "udm_grpo.grpo"], "beartype.beartype")
+
+
+@pytest.fixture(scope="module")
+def compiled_quickly() -> Iterator[None]:
+    """From here to the end of the module, compile without most optimizations: they take longer than what they save."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

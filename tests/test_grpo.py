@@ -19,6 +19,8 @@ from udm_grpo.grpo.trajectory import TrajectoryPlan, trajectory, window
 from udm_grpo.grpo.update import accumulated_gradients, update
 from udm_grpo.model.transformer import Execution, TransformerConfig, init
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 # The KL of two near models is a small difference of large numbers: float32 log-probabilities of size 5 carry 5e-7 each.
 KL_TOLERANCE = 1e-4
 

@@ -33,6 +33,8 @@ from udm_grpo.model import lora
 from udm_grpo.model.transformer import Execution, TransformerConfig, hidden_states, init
 from udm_grpo.trained import open_training
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 SHAPES = ROOT / "udm_grpo" / "assets" / "ursa-shapes"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 RUN = (

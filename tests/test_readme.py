@@ -249,6 +249,7 @@ def script() -> object:
     return module
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_the_base_is_made_in_small_and_goes_on(script, tmp_path: Path) -> None:
     """scripts/pretrain_shapes.py with every stage cut down; a second call finds everything done."""
     from udm_grpo.pipeline import load_pipeline

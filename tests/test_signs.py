@@ -203,6 +203,7 @@ def test_digits_and_quotes_are_words(tmp_path: Path) -> None:
     assert [words[index] for index in ids[1]] == ["[PAD]", "[PAD]", *TOKENS_OF_A_PROMPT[:5], "7", '"']
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_the_base_is_made_in_small_and_goes_on(tmp_path: Path) -> None:
     """scripts/pretrain_signs.py with every stage cut down; its tokenizer, asked for again, is found done."""
     from udm_grpo.pipeline import load_pipeline
