@@ -172,9 +172,9 @@ def test_two_processes_equal_one_stop_when_asked_and_go_on_as_one(alone: Path) -
 
 
 def test_four_processes_equal_one(alone: Path) -> None:
-    """Groups of four pictures, a group to every process; mesh (4, 1, 2), so each has a whole copy of its own."""
+    """Mesh (2, 2, 1), a device each: every process holds half of the weights."""
     output = alone.parent / "four"
-    processes = train_together(output, 4, 2, "mesh.data=4", "mesh.tensor=2", *SHORT)
+    processes = train_together(output, 4, 1, "mesh.data=2", "mesh.fsdp=2", *SHORT)
     assert [process.wait(300) for process in processes] == [0] * 4, logs(output, 4)
     assert json.loads((output / "summary.json").read_text())["iterations"] == 2
     assert_same_steps(alone, output)
