@@ -157,7 +157,7 @@ def test_a_full_disk_does_not_hide_the_error(tmp_path, monkeypatch):
         ("Echo", {"environment": {}}, "(?s)No module named 'bridge_scorers'.*PYTHONPATH"),
         ("Echo", {"interpreter": "/no/such/python"}, "cannot start .* interpreter '/no/such/python'"),
         ("Echo", {"interpreter": "/bin/false"}, "could not be started.*exit code 1; it wrote nothing"),
-        ("Slow", {"start_timeout_s": 1.0}, "(?s)not serving after 1 s.*is still running.*reading many weights"),
+        ("Slow", {"start_timeout_s": 5.0}, "(?s)not serving after 5 s.*is still running.*reading many weights"),
     ],
 )
 def test_a_process_that_cannot_start_says_why(scorer, fields, match):
