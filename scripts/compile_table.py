@@ -33,8 +33,8 @@ chip is two devices. Micro-batch: images or states at a time over all devices, a
 (of those that divide the batch). TFLOP: matrix products and convolutions of one execution on all devices together;
 "done" is how often the devices together do that work (below 1 where the compiler made a loop of a product, whose body
 it counts once). Collectives: GiB of their results on one device in one execution
-(of the operands, for a reduce-scatter), loops counted in full. For tpu7x the compiler gathers the head anew for every
-part of a micro-batch, on the SparseCores; for the others once a micro-batch.
+(of the operands, for a reduce-scatter), loops counted in full. For tpu7x the compiler hands some to the
+SparseCores; its reference gathers the head for every part of a micro-batch, which the others do once.
 
 | slice | program | micro-batch | largest | arguments | temporaries | output | beside | sum | of | fits | TFLOP | done |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|

@@ -18,7 +18,7 @@ TOGETHER = (
 )
 """The README's way to start one of several processes."""
 COMPILED_QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-"""For programs over several devices: to optimize them takes longer than to run them."""
+"""For programs over several devices or processes: to optimize them takes longer than to run them."""
 
 
 def environment(devices: int = 1) -> dict[str, str]:

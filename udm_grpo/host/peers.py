@@ -10,7 +10,7 @@ Computing, collectives and shutting down are `jax.distributed`'s; this line is t
 the process that cannot be caught (DEADLINE_EXCEEDED or ALREADY_EXISTS, without an address or an advice; a Python
 callback in its place ends in std::bad_cast), a death is noticed after the heartbeat's time-out, and the reason of a
 process that fails is not passed on. Like jax's coordinator, whose port is the next one, process 0 listens to whoever
-reaches it, and until all have come only: keep both ports inside the cluster.
+reaches it, but only until all have come: keep both ports inside the cluster.
 """
 
 import contextlib
