@@ -30,7 +30,7 @@ from pathlib import Path
 
 from rewards_bridge.scorers.text_match import target_text
 from udm_grpo.host import geneval_prompts
-from udm_grpo.host.metrics import replace_file
+from udm_grpo.host.atomic import replace_file
 from udm_grpo.host.prompt_dataset import write_dataset
 from udm_grpo.host.prompt_files import Parsed, Row, parse_file
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from udm_grpo.host.metrics import JsonLines, MetricsWriter, Progress, StageTimer, replace_file, to_json, write_json
+from udm_grpo.host.atomic import remove_unfinished, replace_file
+from udm_grpo.host.metrics import JsonLines, MetricsWriter, Progress, StageTimer, to_json, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -276,3 +277,20 @@ def test_json_files_are_written_whole_or_not_at_all(tmp_path):
         replace_file(path, fail)
     assert path.read_text() == before
     assert os.listdir(path.parent) == ["summary.json"]
+
+
+def test_a_kill_leaves_nothing_that_looks_like_the_file_and_the_next_run_clears_it(tmp_path):
+    program = (
+        "import os; from pathlib import Path; from udm_grpo.host.atomic import replace_file\n"
+        "def write(path): path.write_text('half'); os.kill(os.getpid(), 9)\n"
+        "replace_file(Path('pictures/000001.png'), write)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    folder = tmp_path / "pictures"
+    assert len(os.listdir(folder)) == 1
+    assert list(folder.glob("*.png")) == []
+    (folder / ".mine").touch()
+    remove_unfinished(tmp_path)
+    assert os.listdir(folder) == [".mine"]

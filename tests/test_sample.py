@@ -16,6 +16,7 @@ from PIL import Image
 from running import ROOT, environment, together, train
 
 from udm_grpo import sample
+from udm_grpo.host.atomic import UNFINISHED
 from udm_grpo.host.checkpoint import Checkpoints
 from udm_grpo.pipeline import load_pipeline
 
@@ -181,11 +182,15 @@ def test_eight_devices_after_a_kill_draw_what_one_does_at_once(whole: Path, prom
     partial = pictures(output)
     assert 2 <= len(partial) < 12
     assert_same(partial, {name: picture for name, picture in pictures(whole).items() if name in partial})
+    left = output / "00002" / "samples" / f".0003.png.1{UNFINISHED}"
+    left.parent.mkdir(exist_ok=True)
+    left.touch()
     done = subprocess.run(
         command(output, prompts, "--batch=8"), cwd=ROOT, env=environment(8), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert f"{12 - len(partial)} are new" in done.stderr
+    assert not left.exists()
     assert_same(pictures(output), pictures(whole))
 
 

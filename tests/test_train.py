@@ -10,6 +10,7 @@ from orbax.checkpoint import v1 as ocp
 from running import metrics, train, train_and_kill, train_together
 from safetensors.numpy import load_file
 
+from udm_grpo.host.atomic import UNFINISHED
 from udm_grpo.host.checkpoint import restore
 from udm_grpo.host.weights import load_folder
 
@@ -73,9 +74,12 @@ def test_the_export_is_the_trained_model_in_the_released_format(finished: Path) 
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(finished: Path) -> None:
     output = finished.parent / "killed"
     train_and_kill(output, 3)
+    left = output / "pictures" / f".000002.png.1{UNFINISHED}"
+    left.touch()
     done = train(output, "checkpoint.resume=latest")
     assert done.returncode == 0, done.stderr
     assert metrics(output) == metrics(finished)
+    assert not left.exists()
     for pattern in ("evaluations.jsonl", "pictures/*", "extremes/*", "before_after.png"):
         files = [{path.name: path.read_bytes() for path in folder.glob(pattern)} for folder in (finished, output)]
         assert files[0] == files[1], pattern

@@ -25,8 +25,9 @@ from typing import Any
 from rewards_bridge.errors import BridgeError
 from udm_grpo.command_line import parse
 from udm_grpo.config import ScorerConfig
+from udm_grpo.host.atomic import replace_file
 from udm_grpo.host.comparison import common_scorers, compare, draw_changed
-from udm_grpo.host.metrics import replace_file, write_json
+from udm_grpo.host.metrics import write_json
 from udm_grpo.host.sample_folder import SampleFolder, read_samples
 from udm_grpo.host.score_summary import summarize, write_official
 from udm_grpo.host.score_tables import comparison_text, summary_text

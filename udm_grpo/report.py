@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from udm_grpo.host.metrics import replace_file
+from udm_grpo.host.atomic import replace_file
 from udm_grpo.host.report_data import report_data
 from udm_grpo.host.report_page import page
 from udm_grpo.host.run_folder import RunFolder, RunFolderError, read_run

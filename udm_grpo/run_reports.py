@@ -10,6 +10,7 @@ import numpy as np
 
 from udm_grpo import hosts
 from udm_grpo.config import RunConfig, as_dict
+from udm_grpo.host.atomic import remove_unfinished
 from udm_grpo.host.environment import begin
 from udm_grpo.host.metrics import JsonLines, MetricsWriter, Progress, StageTimer
 from udm_grpo.host.rewards import Rewards
@@ -34,6 +35,7 @@ def open_reports(config: RunConfig, position: Position | None, stack: contextlib
     resume_after = None if position is None else position.step
     output, logging, primary = Path(config.output_dir), config.logging, hosts.is_primary()
     if primary:
+        remove_unfinished(output)
         begin(output, resume_after)
     writer = MetricsWriter(
         output, logging.tensorboard, logging.wandb, resume_after=resume_after, config=as_dict(config), primary=primary

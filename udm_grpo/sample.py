@@ -35,8 +35,9 @@ from udm_grpo import distributed, hosts, steps
 from udm_grpo import mesh as meshes
 from udm_grpo.config import DistributedConfig, MeshConfig
 from udm_grpo.diffusion.rollout import RolloutPlan
+from udm_grpo.host.atomic import remove_unfinished, replace_file
 from udm_grpo.host.checkpoint import CheckpointError
-from udm_grpo.host.metrics import replace_file, write_json
+from udm_grpo.host.metrics import write_json
 from udm_grpo.host.pictures import image_grid
 from udm_grpo.host.progress import progress_bar
 from udm_grpo.host.prompts import UNTAGGED, PromptSet, read_prompts
@@ -277,6 +278,7 @@ def draw_all(given: argparse.Namespace) -> None:
     settings, output = _settings(given, model, prompts), Path(given.output)
     drawn = sum(hosts.gather(sample(model, settings, prompts, output, given.batch, devices[: given.devices])))
     if hosts.is_primary():
+        remove_unfinished(output)
         contact_sheet(settings, prompts, output, given.sheet_prompts)
         print(f"{settings.images_per_prompt} pictures of each prompt are in {output}; {drawn} are new", file=sys.stderr)
 

@@ -20,6 +20,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from udm_grpo.host.atomic import replace_file
+
 
 class JsonLines:
     """A file of JSON lines with strictly rising "step", safe against kills: each line is handed to the system at once.
@@ -249,19 +251,6 @@ def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
         clean["nonfinite"] = nonfinite
     text = json.dumps(clean, indent=2, allow_nan=False) + "\n"
     replace_file(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a temporary file and put it at `path` once complete: no half-written file is ever there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def to_json(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

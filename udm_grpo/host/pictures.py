@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from udm_grpo.host.atomic import replace_file
 from udm_grpo.host.grid_file import record
-from udm_grpo.host.metrics import replace_file
 
 SMALLEST_CELL = 96
 """Pixels. Pictures narrower or lower than this are enlarged by a whole factor, each pixel to a square."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from udm_grpo.host.metrics import replace_file
+from udm_grpo.host.atomic import replace_file
 from udm_grpo.host.scoring import Scored
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")

@@ -25,7 +25,8 @@ import numpy as np
 from rewards_bridge.composition import Composition
 from rewards_bridge.scorers.base import Scores
 from udm_grpo.config import RewardsConfig, ScorerConfig
-from udm_grpo.host.metrics import replace_file, write_json
+from udm_grpo.host.atomic import remove_unfinished, replace_file
+from udm_grpo.host.metrics import write_json
 from udm_grpo.host.progress import progress_bar
 from udm_grpo.host.rewards import connect
 from udm_grpo.host.sample_folder import MOST_SHOWN, Picture, SampleFolder, load_picture
@@ -151,6 +152,7 @@ def _open_output(
         raise ScoringError(f"{output} holds something, but no settings.json; give an empty or new folder as --output.")
     else:
         write_json(output / "settings.json", {"samples": str(folder.root), "scorers": scorers})
+    remove_unfinished(output)
     (output / "summary.json").unlink(missing_ok=True)  # it stands for scores that are complete
     return marks, warnings
 
