@@ -30,11 +30,11 @@ states an iteration; libtpu 0.0.42.1, no TPU. Made by
 GiB of one device: arguments, temporaries, output that takes no argument's place, what lies beside (optimizer state,
 policy, reference and image tokenizer, where they are no argument), and their sum, of what programs may use. A tpu7x
 chip is two devices. Micro-batch: images or states at a time over all devices, as configured, and the largest that fits
-(of those that divide the batch). TFLOP: matrix products and convolutions of one execution on all devices together;
-"done" is how often the devices together do that work (below 1 where the compiler made a loop of a product, whose body
-it counts once). Collectives: GiB of their results on one device in one execution
-(of the operands, for a reduce-scatter), loops counted in full. For tpu7x the compiler hands some to the
-SparseCores; its reference gathers the head for every part of a micro-batch, which the others do once.
+(of those that divide the batch; under the table stands what is in the way of more). TFLOP: matrix products and
+convolutions of one execution on all devices together; "done" is how often the devices together do that work (below 1
+where the compiler made a loop of a product, whose body it counts once). Collectives: GiB of their results on one device
+in one execution (of the operands, for a reduce-scatter), loops counted in full. For tpu7x the compiler hands some to
+the SparseCores; its reference gathers the head for every part of a micro-batch, which the others do once.
 
 | slice | program | micro-batch | largest | arguments | temporaries | output | beside | sum | of | fits | TFLOP | done |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|
@@ -77,7 +77,7 @@ def compiled(topology: str, program: str, no_search: bool) -> dict[str, Any]:
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """The Markdown page."""
-    lines, moved = [], []
+    lines, moved, ends = [], [], []
     for topology in sorted(found, key=[*TESTED, *found].index):
         for name in sorted(found[topology], key=PROGRAMS.index):
             one = found[topology][name]
@@ -87,11 +87,14 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             cells = [topology, name, one["micro_batch"], most, *(f"{size:.2f}" for size in sizes)]
             cells += ["yes" if one["fits"] else "no", f"{one['flops'] / 1e12:.4g}", done]
             lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+            if one.get("beyond"):
+                ends.append(f"- {topology}, {name}: {one['beyond']}")
             kinds = one["collectives"].items()
             by_kind = ", ".join(f"{kind} {part['bytes'] / GIB:.2f} ({part['count']} x)" for kind, part in kinds)
             moved.append(f"| {topology} | {name} | {by_kind or 'none'} |")
     tail = "\n## Collectives\n\n| slice | program | GiB by kind (how often) |\n|---|---|---|\n"
-    return HEAD + "\n".join(lines) + "\n" + tail + "\n".join(moved) + "\n"
+    why = "\n".join(["", "Larger micro-batches that do not fit:", "", *ends, ""]) if ends else ""
+    return HEAD + "\n".join(lines) + "\n" + why + tail + "\n".join(moved) + "\n"
 
 
 if __name__ == "__main__":

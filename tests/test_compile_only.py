@@ -13,7 +13,7 @@ from golden_data import DEFAULT_ROOT
 from running import ROOT
 
 from udm_grpo import compile_only, topology, train
-from udm_grpo.compile_only import Report, candidates, largest
+from udm_grpo.compile_only import Report, Search, candidates, largest
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.programs import device_bytes, mesh_of, programs, read_sizes
 
@@ -119,17 +119,26 @@ def report(size: int, per_size: int = 10, fixed: int = 100, limit: int | None = 
 
 
 @pytest.mark.parametrize(
-    ("per_size", "wanted", "most_compilations"), [(10, 64, 2), (1, 384, 2), (200, None, 1), (40, 16, 1)]
+    ("per_size", "wanted", "beyond", "most_compilations"),
+    [
+        (10, 64, "96 would need about 1.04 GiB a device", 2),
+        (1, 384, "", 2),
+        (200, None, "16 need 3.22 GiB a device", 1),
+        (40, 16, "32 need 1.35 GiB a device", 1),
+    ],
 )
-def test_the_largest_micro_batch_is_found_by_few_compilations(per_size, wanted, most_compilations):
+def test_the_largest_micro_batch_is_found_by_few_compilations(per_size, wanted, beyond, most_compilations):
     sizes, tried = candidates(384, 16), []
     assert sizes == [16, 32, 48, 64, 96, 128, 192, 384]
 
     def measure(size):
         tried.append(size)
-        return report(size, per_size)
+        return mebibytes(report(size, per_size))
 
-    assert largest(measure, report(32, per_size), sizes) == wanted
+    def mebibytes(one: Report) -> Report:
+        return dataclasses.replace(one, arguments=2**20, temporaries=one.temporaries * 2**20, limit=1000 * 2**20)
+
+    assert largest(measure, mebibytes(report(32, per_size)), sizes) == Search(wanted, beyond)
     assert len(tried) <= most_compilations
     assert len(set(tried)) == len(tried)
 
@@ -141,8 +150,20 @@ def test_what_the_compiler_refuses_counts_as_too_large():
         problem = "too large for the compiler" if size > 64 else ""
         return dataclasses.replace(report(size, 1), problem=problem, arguments=0 if problem else 1)
 
-    assert largest(measure, measure(32), candidates(384, 16)) == 64
-    assert largest(measure, dataclasses.replace(report(32), limit=None), [16, 32]) is None
+    assert largest(measure, measure(32), candidates(384, 16)) == Search(64, "96: too large for the compiler")
+    assert largest(measure, dataclasses.replace(report(32), limit=None), [16, 32]) == Search(None)
+
+
+def test_a_search_says_what_is_beyond_its_end(config_file, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(
+        compile_only, "compile_program", lambda program, devices: report(program.micro_batch, limit=199)
+    )
+    path = tmp_path / "report.json"
+    assert run(config_file, "--programs=rollout", f"--report={path}") == 0
+    said = capsys.readouterr().out
+    assert "largest micro-batch that fits: 8 (16 need 0.00 GiB a device)" in said
+    rollout = json.loads(path.read_text())["programs"][0]
+    assert (rollout["largest"], rollout["beyond"]) == (8, "16 need 0.00 GiB a device")
 
 
 @pytest.mark.parametrize(
@@ -150,13 +171,14 @@ def test_what_the_compiler_refuses_counts_as_too_large():
     [
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm.", 20.5 * 2**30),
         ("RESOURCE_EXHAUSTED: the memory required for HLO temporaries (2.34T) exceeds available", 2.34 * 2**40),
+        ("RESOURCE_EXHAUSTED: E1001: ScopedVmemOom:\nUsed 20.5M of 16.0M vmem.", 0),
         ("UNIMPLEMENTED: no such operation on this device", 0),
     ],
 )
 def test_the_compilers_error_says_how_much_was_wanted(message, needed):
     found = compile_only._too_large(message)
     assert found.get("temporaries", 0) == int(needed)
-    assert message in found["problem"]
+    assert message.replace("\n", " ") in found["problem"]
 
 
 def test_the_status_says_whether_everything_fits(config_file, monkeypatch, capsys):

@@ -21,6 +21,7 @@ def compiled(topology: str, program: str, no_search: bool) -> dict:
         "limit": 16 * GIB,
         "fits": topology != "v6e:4x4",
         "largest": None if no_search else 64,
+        "beyond": "" if no_search else "96 need 17.00 GiB a device",
         "searched": not no_search,
         "flops": 3 * 10**12,
         "repeated": 1.25,
@@ -54,6 +55,7 @@ def test_the_table_goes_on_where_it_stopped(asked, tmp_path: Path):
     assert asked[1:] == [("v5p:2x2x4", "update", False)]
     assert row.replace("|  |", "| 64 |") in output.read_text()
     assert "| v5p:2x2x4 | update | all-gather 1.00 (9 x) |" in output.read_text()
+    assert "- v5p:2x2x4, update: 96 need 17.00 GiB a device" in output.read_text()
     # All the rest; one of them does not fit.
     assert compile_table.main(["--output", str(output)]) == 1
     assert len(asked) == 1 + len(TESTED) * len(PROGRAMS)

@@ -107,8 +107,11 @@ def compile_program(program: Program, devices: list[Any]) -> Report:
 
 def _too_large(message: str) -> dict[str, Any]:
     """What the compiler's error says: the memory that would be needed, or another reason."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of", message) or re.search(r"\(([\d.]+)([KMGT])\) exceeds", message)
-    first = message.splitlines()[0]
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message) or re.search(
+        r"\(([\d.]+)([KMGT])\) exceeds", message
+    )
+    lines = message.splitlines()
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     if not found:
         return {"problem": first}
     needed = int(float(found.group(1)) * _UNITS[found.group(2)])
@@ -120,35 +123,53 @@ def candidates(total: int, shards: int) -> list[int]:
     return [size for size in range(shards, total + 1, shards) if total % size == 0]
 
 
-def largest(measure: Callable[[int], Report], first: Report, sizes: Sequence[int]) -> int | None:
-    """The largest of `sizes` (rising) at which a program fits, by few compilations; None: not even the smallest.
+@dataclass(frozen=True)
+class Search:
+    """The largest micro-batch that fits, and what is in the way of a larger one."""
+
+    size: int | None
+    """None: not even the smallest, or nobody says what a device has."""
+    beyond: str = ""
+    """Why the next larger one does not fit; empty where there is none."""
+
+
+def largest(measure: Callable[[int], Report], first: Report, sizes: Sequence[int]) -> Search:
+    """The largest of `sizes` (rising) at which a program fits, by few compilations.
 
     Memory grows about linearly: two sizes say where the limit will be, and what they say is compiled as well.
     """
     if first.limit is None:
-        return None
+        return Search(None)
     found = {first.micro_batch: first}
     while True:
         fitting = [size for size in sizes if size in found and found[size].fits]
         failing = [size for size in sizes if size in found and not found[size].fits]
         low, high = max(fitting, default=0), min(failing, default=sizes[-1] + 1)
         between = [size for size in sizes if low < size < high]
-        if not between:
-            return low or None
         known = [report for report in found.values() if report.arguments]
-        guess = _predicted(known, between) if len(known) > 1 else ([between[0]] if low else [between[-1]])
+        expected = {size: _expected(known, size) for size in between} if len(known) > 1 else {}
+        guess = [size for size in expected if expected[size] <= first.limit]
+        if len(known) < 2:
+            guess = between[:1] if low else between[-1:]
         if not guess:
-            return low or None
+            beyond = next((size for size in sizes if size > low), None)
+            return Search(low or None, "" if beyond is None else _beyond(beyond, found.get(beyond), expected))
         size = guess[len(guess) // 2] if failing and low else guess[-1]  # halve once the line has been wrong
         found[size] = measure(size)
 
 
-def _predicted(known: list[Report], sizes: list[int]) -> list[int]:
-    """Those of `sizes` that fit by the straight line through the last two of `known`."""
+def _expected(known: list[Report], size: int) -> int:
+    """Bytes of a device by the straight line through the last two of `known`."""
     one, other = sorted(known, key=lambda report: report.micro_batch)[-2:]
     slope = (other.together - one.together) / (other.micro_batch - one.micro_batch)
-    assert one.limit is not None
-    return [size for size in sizes if other.together + slope * (size - other.micro_batch) <= one.limit]
+    return int(other.together + slope * (size - other.micro_batch))
+
+
+def _beyond(size: int, report: Report | None, expected: dict[int, int]) -> str:
+    """Why a size does not fit: what the compiler said, or what it would need."""
+    if report is None:
+        return f"{size} would need about {expected[size] / GIB:.2f} GiB a device"
+    return f"{size}: {report.problem}" if report.problem else f"{size} need {report.together / GIB:.2f} GiB a device"
 
 
 def with_micro_batch(config: RunConfig, program: str, size: int) -> RunConfig:
@@ -160,8 +181,8 @@ def with_micro_batch(config: RunConfig, program: str, size: int) -> RunConfig:
 
 def report_all(
     config: RunConfig, sizes: Sizes, devices: list[Any], wanted: Sequence[str], search: bool
-) -> list[tuple[Report, int | None]]:
-    """(report, largest micro-batch that fits) of the wanted programs, printed as they come."""
+) -> list[tuple[Report, Search | None]]:
+    """(report, search for the largest micro-batch) of the wanted programs, printed as they come."""
     mesh = mesh_of(config, sizes, devices)
     images = config.rollout.prompts * config.rollout.group_size
     found = []
@@ -175,12 +196,12 @@ def report_all(
             return compile_program(programs(with_micro_batch(config, name, size), sizes, mesh)[name], devices)
 
         most = largest(measure, report, candidates(total, meshes.batch_shards(mesh))) if search else None
-        print("\n".join(describe(report, most, search)), flush=True)
+        print("\n".join(describe(report, most)), flush=True)
         found.append((report, most))
     return found
 
 
-def describe(report: Report, most: int | None, search: bool) -> list[str]:
+def describe(report: Report, most: Search | None) -> list[str]:
     """A program's lines for people."""
     gib = {name: getattr(report, name) / GIB for name in ("arguments", "temporaries", "output", "beside", "together")}
     limit = "no limit known" if report.limit is None else f"of {report.limit / GIB:.2f} GiB"
@@ -191,8 +212,9 @@ def describe(report: Report, most: int | None, search: bool) -> list[str]:
     ]
     if report.problem:
         return [*lines, f"  {report.problem}"]
-    if search and report.limit is not None:
-        lines.append(f"  largest micro-batch that fits: {'none' if most is None else most}")
+    if most and report.limit is not None:
+        more = f" ({most.beyond})" if most.beyond else ""
+        lines.append(f"  largest micro-batch that fits: {most.size or 'none'}{more}")
     work = "" if report.repeated is None else f", work done {report.repeated:.2f} times"
     lines.append(f"  {report.flops / 1e12:.4g} TFLOP on all devices{work}; compiled in {report.seconds:.0f} s")
     moved = (f"{kind} {one['count']} x, {one['bytes'] / GIB:.3f} GiB" for kind, one in report.collectives.items())
@@ -253,7 +275,9 @@ def main(argv: Sequence[str]) -> int:
         return 1
     if given.report:
         made = [
-            asdict(report) | {"together": report.together, "fits": report.fits, "largest": most}
+            asdict(report)
+            | {"together": report.together, "fits": report.fits}
+            | {"largest": most and most.size, "beyond": most.beyond if most else ""}
             for report, most in found
         ]
         record = {"topology": given.topology, "devices": len(devices), "kind": kind, "programs": made}
