@@ -181,6 +181,16 @@ def test_the_compilers_error_says_how_much_was_wanted(message, needed):
     assert message.replace("\n", " ") in found["problem"]
 
 
+def test_an_operation_too_large_for_the_chip_is_told_apart_from_a_program_too_large_for_the_device():
+    message = (
+        "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory in memory space vmem while allocating "
+        "on stack for %online-softmax. Scoped allocation with size 32.11M and limit 32.00M exceeded scoped vmem limit "
+        "by 116.0K."
+    )
+    problem = "one operation wants 32.11M of on-chip memory (VMEM), and the compiler has 32.00M"
+    assert compile_only._too_large(message) == {"problem": problem}
+
+
 def test_the_status_says_whether_everything_fits(config_file, monkeypatch, capsys):
     monkeypatch.setattr(compile_only, "compile_program", lambda program, devices: report(8, limit=1000))
     assert run(config_file, "--no_search") == 0

@@ -76,6 +76,8 @@ def test_the_recipes_say_what_the_table_says(recipe):
     found = json.loads((ROOT / "configs" / "compile_table.json").read_text())
     assert found.keys() == set(TESTED)
     for name, programs in found.items():
+        assert programs.keys() == set(PROGRAMS)
+        assert all(one["searched"] and one["fits"] for one in programs.values())
         most = programs["update"]
         assert most["together"] == max(one["together"] for one in programs.values())
         needed = f"{most['together'] / GIB:.1f} of {most['limit'] / GIB:.2f} on {name}"

@@ -110,6 +110,9 @@ def _too_large(message: str) -> dict[str, Any]:
     found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message) or re.search(
         r"\(([\d.]+)([KMGT])\) exceeds", message
     )
+    chip = re.search(r"Scoped allocation with size ([\d.]+[KMG]) and limit ([\d.]+[KMG]) exceeded scoped vmem", message)
+    if chip:
+        return {"problem": f"one operation wants {chip[1]} of on-chip memory (VMEM), and the compiler has {chip[2]}"}
     lines = message.splitlines()
     first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     if not found:
