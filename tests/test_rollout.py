@@ -9,6 +9,8 @@ from udm_grpo.diffusion.path import Path, make_path
 from udm_grpo.diffusion.rollout import RolloutPlan, denoise, image_keys, rollout, start_tokens, step_times
 from udm_grpo.model.transformer import Execution, TransformerConfig, init
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 CONFIG = TransformerConfig(32, 48, 2, 1, 2, 1e6, 10 + 40, 10, 40, 2)
 B, L = 4, 3
 PLAN = RolloutPlan(grid=(2, 3), steps=6, rows=2)

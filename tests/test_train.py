@@ -14,7 +14,11 @@ from udm_grpo.host.atomic import UNFINISHED
 from udm_grpo.host.checkpoint import restore
 from udm_grpo.host.weights import load_folder
 
-SHORT = ("iterations=2", "optimizer.schedule=constant", "checkpoint.every=1")
+SHORT = (
+    *("iterations=2", "optimizer.schedule=constant", "checkpoint.every=1"),
+    *("evaluation.every=0", "evaluation.picture_every=0", "evaluation.batch=8"),
+    *("evaluation.final_prompts=4", "evaluation.images_per_prompt=2", "evaluation.picture_prompts=8"),
+)
 GRADIENT_TOLERANCE = 1e-4
 """Of each tensor's largest gradient: sums over the batch are added in another order on other meshes."""
 WEIGHTS = "export/transformer/diffusion_pytorch_model.safetensors"
@@ -180,7 +184,9 @@ def test_four_processes_equal_one(alone: Path) -> None:
     output = alone.parent / "four"
     processes = train_together(output, 4, 1, "mesh.data=2", "mesh.fsdp=2", *SHORT)
     assert [process.wait(300) for process in processes] == [0] * 4, logs(output, 4)
-    assert json.loads((output / "summary.json").read_text())["iterations"] == 2
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (alone, output)]
+    assert [summary["iterations"] for summary in summaries] == [2, 2]
+    assert summaries[0]["base"] == summaries[1]["base"]
     assert_same_steps(alone, output)
 
 
