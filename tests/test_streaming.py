@@ -3,6 +3,8 @@
 Run as a program (`python tests/test_streaming.py WHAT folder ...`) this file is one process of its own tests.
 """
 
+import ctypes
+import gc
 import json
 import struct
 import sys
@@ -96,12 +98,19 @@ def synthetic(folder: Path, megabytes: int) -> TransformerConfig:
 
 
 def high_water() -> int:
-    """Bytes: the most memory that this process has had so far.
+    """Bytes: the most memory that this process has had since `forget_high_water`.
 
     Not by getrusage, whose number a new process takes over from the one that started it.
     """
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
+
+
+def forget_high_water() -> None:
+    """Let what imports needed for a moment, such as compiling modules, not hide what comes after."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else a load begins in memory that was freed, and does not grow
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def measured(folder: str, megabytes: int = 160) -> dict[str, float]:
@@ -110,6 +119,7 @@ def measured(folder: str, megabytes: int = 160) -> dict[str, float]:
     mesh = meshes.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
     abstract = transformer.abstract(config)
     jax.block_until_ready(jnp.zeros(8) + 1)  # the device and its threads are there
+    forget_high_water()
     before = high_water()
     params = load_transformer(Path(folder) / "source", config, shardings=meshes.shardings(mesh, abstract))
     loaded = high_water()
@@ -141,8 +151,7 @@ def test_loading_and_exporting_need_the_local_shards_and_little_more(tmp_path):
     found = json.loads(finish(run_file(__file__, "MEASURE", str(tmp_path), "160")).splitlines()[-1])
     assert found["largest"] > 0.5 * found["file"]
     allowed = found["local"] + BOUND * found["largest"] + ELSE / 2**20
-    # The shards show, but for what imports had freed before: a load fills that first, and it does not count as growth.
-    assert 0.9 * found["local"] < found["load"] <= found["export"] < allowed, found
+    assert found["local"] < found["load"] <= found["export"] < allowed, found
 
 
 if __name__ == "__main__":
