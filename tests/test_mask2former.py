@@ -28,13 +28,8 @@ from rewards_bridge.scorers.mask2former import (
     read_instances,
     resize,
 )
-from rewards_bridge.scorers.mask2former_weights import (
-    UNUSED,
-    convert,
-    load_mmdetection,
-    read_checkpoint,
-    swin_small_coco,
-)
+from rewards_bridge.scorers.mask2former_sizes import read_sizes, swin_small_coco
+from rewards_bridge.scorers.mask2former_weights import UNUSED, convert, load_mmdetection, read_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden" / "mask2former"
 CHECKPOINT = str(GOLDEN / "tiny_mmdet.safetensors")
@@ -479,6 +474,24 @@ def test_another_size_of_model_is_refused() -> None:
     text = str(caught.value)
     assert "wrong shape: class_predictor.weight" in text
     assert "missing: model.pixel_level_module.encoder.swin.encoder.layers.2.blocks.17.layernorm_before.bias" in text
+    assert len(load_detector(CHECKPOINT, "cpu", any_size=True).model.state_dict()) > 300
+
+
+@pytest.mark.parametrize("version", ["2.x", "3.x"])
+def test_sizes_are_those_of_the_shapes(version) -> None:
+    """Of the benchmark's own checkpoint by its names and shapes, and of the tiny one."""
+    with torch.device("meta"):
+        full = {name: torch.empty(shape) for name, shape in NAMES[version].items()}
+    assert read_sizes(full).to_dict() == swin_small_coco().to_dict()
+    assert read_sizes(load_file(CHECKPOINT)).to_dict() == tiny_config().to_dict()
+
+
+def test_what_has_no_sizes_lacks_the_benchmarks_tensors(tmp_path) -> None:
+    tensors = load_file(CHECKPOINT)
+    del tensors["panoptic_head.query_embed.weight"]
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match=r"missing: model.transformer_module.queries_embedder.weight \[100, 256\]"):
+        load_detector(str(tmp_path / "a.safetensors"), "cpu", any_size=True)
 
 
 def test_a_folder_that_lacks_weights_is_refused(tmp_path, model) -> None:

@@ -49,6 +49,7 @@ class GenevalScorer:
     .safetensors file); a Hugging Face folder or Hub name of a Mask2Former for COCO instances works too, and other
     weights give other scores. clip: a folder or Hub name of CLIP ViT-L/14. device: auto, cpu, cuda or cuda:N. dtype:
     float32, bfloat16 or float16, of the detector; colours are told in float32. batch_size: images detected at once.
+    any_size: take an mmdetection file whose sizes are not those of the benchmark's detector, too.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class GenevalScorer:
         device: str = "auto",
         dtype: str = "float32",
         batch_size: int = 8,
+        any_size: bool = False,
     ) -> None:
-        self.detector: Detector = load_detector(detector, device, dtype, batch_size)
+        self.detector: Detector = load_detector(detector, device, dtype, batch_size, any_size)
         self.colors: ColorTeller = load_colors(clip, choose_device(device))
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:

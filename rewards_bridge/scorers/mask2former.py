@@ -25,7 +25,8 @@ from torch.nn import functional
 from transformers import Mask2FormerForUniversalSegmentation
 
 from rewards_bridge.errors import UsageError
-from rewards_bridge.scorers.mask2former_weights import SUFFIXES, from_hub, load_mmdetection, swin_small_coco
+from rewards_bridge.scorers.mask2former_sizes import swin_small_coco
+from rewards_bridge.scorers.mask2former_weights import SUFFIXES, from_hub, load_mmdetection
 from rewards_bridge.scorers.rubric import SCORE_THRESHOLD
 
 # GenEval's names of COCO's 80 classes, in COCO's order. COCO's own "mouse", "remote" and "keyboard" are ambiguous.
@@ -253,18 +254,21 @@ def boxes_of(masks: Tensor) -> Tensor:
 # ---------------------------------------------------------------- loading
 
 
-def load_detector(checkpoint: str, device: str = "auto", dtype: str = "float32", batch_size: int = 8) -> Mask2Former:
+def load_detector(
+    checkpoint: str, device: str = "auto", dtype: str = "float32", batch_size: int = 8, any_size: bool = False
+) -> Mask2Former:
     """Return the detector of an mmdetection file (.pth, .pt, .safetensors) or of a Hugging Face folder or Hub name.
 
-    device: "auto" is the first GPU if there is one; dtype: a name of DTYPES. Raises UsageError if something of it
-    cannot be had or the model does not tell COCO's classes.
+    device: "auto" is the first GPU if there is one; dtype: a name of DTYPES; any_size: take an mmdetection file of any
+    size, not only the benchmark's Swin-S. Raises UsageError if something of it cannot be had or the model does not tell
+    COCO's classes.
     """
     place = choose_device(device)
     if dtype not in DTYPES:
         raise UsageError(f"dtype is {dtype!r}; wanted one of {', '.join(DTYPES)}")
     model: Any
     if checkpoint.endswith(SUFFIXES) and not Path(checkpoint).is_dir():
-        model, classes = load_mmdetection(checkpoint, swin_small_coco()), CLASSES
+        model, classes = load_mmdetection(checkpoint, None if any_size else swin_small_coco()), CLASSES
     else:
         model = from_hub(Mask2FormerForUniversalSegmentation, checkpoint, "GenEval's detector")
         classes = class_names(checkpoint, model.config.id2label)

@@ -22,9 +22,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, PreTrainedModel, SwinConfig
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, PreTrainedModel
 
 from rewards_bridge.errors import UsageError
+from rewards_bridge.scorers.mask2former_sizes import read_sizes
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 UNUSED = (
@@ -200,40 +201,14 @@ def _apply(name: str, tensor: Tensor) -> dict[str, Tensor] | None:
     return None
 
 
-_SWIN_SMALL: dict[str, Any] = {
-    "image_size": 224,
-    "embed_dim": 96,
-    "depths": [2, 2, 18, 2],
-    "num_heads": [3, 6, 12, 24],
-    "window_size": 7,
-    "out_features": ["stage1", "stage2", "stage3", "stage4"],
-}
-_COCO_INSTANCE: dict[str, Any] = {
-    "num_labels": 80,
-    "num_queries": 100,
-    "feature_size": 256,
-    "mask_feature_size": 256,
-    "hidden_dim": 256,
-    "encoder_layers": 6,
-    "encoder_feedforward_dim": 1024,
-    "decoder_layers": 10,  # one more than mmdetection counts: the first prediction is made before any layer
-    "dim_feedforward": 2048,
-    "num_attention_heads": 8,
-}
-
-
-def swin_small_coco() -> Mask2FormerConfig:
-    """Return the configuration of GenEval's detector: Swin-S, 100 queries, the 80 classes of COCO, "no object" last."""
-    return Mask2FormerConfig(backbone_config=SwinConfig(**_SWIN_SMALL), **_COCO_INSTANCE)
-
-
-def load_mmdetection(path: str, config: Mask2FormerConfig) -> Mask2FormerForUniversalSegmentation:
+def load_mmdetection(path: str, config: Mask2FormerConfig | None = None) -> Mask2FormerForUniversalSegmentation:
     """Return the model of this configuration with the weights of an mmdetection checkpoint, float32, on the CPU.
 
-    Raises UsageError if the file cannot be read as tensors alone or its tensors are not those of the model.
+    Without a configuration, the checkpoint's own sizes. Raises UsageError if the file cannot be read as tensors alone
+    or its tensors are not those of the model.
     """
     tensors = read_checkpoint(path)
-    model = Mask2FormerForUniversalSegmentation(config)
+    model = Mask2FormerForUniversalSegmentation(config or read_sizes(tensors))
     try:
         weights = convert(tensors, {name: tensor.shape for name, tensor in model.state_dict().items()})
     except UsageError as error:
