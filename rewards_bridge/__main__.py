@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     scoring.add_argument("--address", help="of a running server of this scorer; empty: score in this process")
     scoring.add_argument("--tls-ca", metavar="PEM", help="what a server on another machine is checked against")
     scoring.add_argument("--token-file", metavar="FILE", help="the token that such a server wants")
+    scoring.add_argument(
+        "--no-check-example", action="store_true", help="only warn if that server gets its own test images wrong"
+    )
     scoring.add_argument("--metadata", default="{}", metavar="JSON")
     scoring.add_argument("images", nargs="+", metavar="IMAGE")
     return parser
@@ -129,8 +132,11 @@ def _judge(parsed: argparse.Namespace) -> Iterator[Callable[[np.ndarray, list[st
         max_restarts=0,
         tls_ca=parsed.tls_ca,
         token_file=parsed.token_file,
+        check_example=not parsed.no_check_example,
     )
     with RewardsClient(config) as client:
+        for text in client.warnings():
+            print(f"rewards_bridge score: warning: {text}", file=sys.stderr)
         yield lambda images, prompts, metadata: client.submit(images, prompts, metadata).result()
 
 

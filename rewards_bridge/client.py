@@ -100,6 +100,10 @@ class RewardsClient:
             problems.update({start + index: text for index, text in found.items()})
         return dict(sorted(problems.items()))
 
+    def warnings(self) -> tuple[str, ...]:
+        """Return how the server differs from the configuration, and what was let pass; empty if there is nothing."""
+        return self._peer.warnings
+
     def stats(self) -> BridgeStats:
         """Counts and seconds so far."""
         with self._lock:

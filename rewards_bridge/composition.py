@@ -67,6 +67,10 @@ class Composition:
                 problems[index] = f"{problems[index]}; {name}: {text}" if index in problems else f"{name}: {text}"
         return dict(sorted(problems.items()))
 
+    def warnings(self) -> tuple[str, ...]:
+        """Return the warnings of all parts, as `RewardsClient.warnings`."""
+        return tuple(f"{name}: {text}" for name, part in self._parts.items() for text in part.warnings())
+
     def stats(self) -> dict[str, list[BridgeStats]]:
         """Counts and seconds of every part's replicas so far."""
         return {name: part.stats() for name, part in self._parts.items()}

@@ -71,11 +71,11 @@ class Connection:
             time.sleep(_HEALTH_PAUSE_S)
         raise BridgeError(f"the scorer server at {self.address} was not serving after {timeout_s:g} s: {found}")
 
-    def check_identity(self, scorer: str) -> None:
-        """Raise BridgeError unless the server speaks our version and holds this scorer."""
+    def describe(self, scorer: str) -> bridge_pb2.DescribeReply:
+        """Return what the server says of itself; BridgeError unless it speaks our version and holds this scorer."""
         request = bridge_pb2.DescribeRequest(protocol_version=messages.PROTOCOL_VERSION)
         try:
-            reply = self._describe(request, timeout=10.0, metadata=self._metadata)
+            reply: bridge_pb2.DescribeReply = self._describe(request, timeout=10.0, metadata=self._metadata)
             messages.check_version(reply.protocol_version, f"the scorer server at {self.address}", "this client")
         except grpc.RpcError as error:
             raise BridgeError(f"{self.address} is no usable scorer server: {status_text(error)}") from error
@@ -85,6 +85,7 @@ class Connection:
             raise BridgeError(
                 f"the server at {self.address} holds scorer {reply.scorer!r}, the config wants {scorer!r}; change one"
             )
+        return reply
 
     def check(self, request: bridge_pb2.CheckRequest, deadline_s: float) -> dict[int, str]:
         """Problem by index of the prompts that the scorer cannot score; grpc.RpcError if the call fails."""

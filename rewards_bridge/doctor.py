@@ -13,7 +13,7 @@ from rewards_bridge.errors import UsageError
 from rewards_bridge.scorers import KNOWN, Scorer, load_scorer
 
 _REQUIREMENTS = Path(__file__).parent / "requirements.txt"
-_TORCH = ("torch", "transformers", "safetensors")
+_TORCH = ("torch", "transformers", "safetensors", "skimage")  # the last for the photographs of examples.py
 
 PACKAGES: Mapping[str, tuple[str, ...]] = {
     "aesthetic": _TORCH,
@@ -58,26 +58,29 @@ def examine(name: str, options: Mapping[str, str]) -> tuple[bool, list[str]]:
         return False, [*lines, f"weights: {said}", *hint]
     lines += ["weights: loaded", *_room(options.get("device", "cpu"))]
     try:
-        right, said = first_picture(name, scorer)
+        right, said = check_example(name, scorer)
     except Exception as error:
-        return False, [*lines, f"picture: {type(error).__name__}: {error}"]
-    advice = [] if right else ["  mend it: these are other weights, or another version of a package, than it is for"]
-    return right, [*lines, f"picture: {said}", *advice]
+        return False, [*lines, f"test images: {type(error).__name__}: {error}"]
+    advice = [] if right else ["  fix: these are other weights, or another version of a package, than it is made for"]
+    return right, [*lines, f"test images: {said}", *advice]
 
 
-def first_picture(name: str, scorer: Scorer) -> tuple[bool, str]:
-    """(whether the scorer says of its built-in picture what it has to, in words); raises whatever the scorer raises."""
+def check_example(name: str, scorer: Scorer) -> tuple[bool, str]:
+    """Return (whether the scorer judges its test images as it has to, in words); raises whatever the scorer raises."""
     from rewards_bridge.examples import example  # draws with Pillow, which not every scorer needs
 
-    known = example(name)
+    try:
+        known = example(name)
+    except ImportError as error:
+        return False, f"not there ({error}); fix: {sys.executable} -m pip install {pin('skimage')}"
     if known is None:
-        return True, "no built-in one for a scorer of your own"
+        return True, "none for a scorer of your own"
     scores = known.score(scorer)
     marks = ", ".join(f"{mark:.4g}" for mark in scores.score.tolist())
     if known.is_right(scores):
-        return True, f"as expected ({known.wanted}); score {marks}"
+        return True, f"as expected ({known.expected}); scores {marks}"
     raw = {key: [round(float(value), 4) for value in values] for key, values in scores.raw.items()}
-    return False, f"wanted {known.wanted}; found score {marks}, raw {raw}"
+    return False, f"expected that {known.expected}; the scores are {marks}, raw {raw}"
 
 
 def missing_packages(name: str) -> list[str]:

@@ -1,8 +1,12 @@
-"""A picture for every scorer that can be drawn without one, and what the scorer has to say of it."""
+"""Test images for every scorer that ships here, and what the scorer has to say of them.
+
+Judges of content get photographs that come with scikit-image, so that something is there to be found; the others get
+pictures that are drawn.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,67 +16,124 @@ from PIL import Image, ImageDraw, ImageFont
 from rewards_bridge.scorers.base import Scorer, Scores
 
 SIDE = 224
+PHOTOGRAPH_SIDE = 256
 GROUND, RED = (228, 228, 228), (214, 40, 44)
+MIDDLE_GREY = (128, 128, 128)
+
+PHOTOGRAPHS = {
+    "chelsea": ("cat", "a photo of a cat"),
+    "astronaut": ("person", "a photo of an astronaut in an orange space suit"),
+    "coffee": ("cup", "a photo of a cup of coffee"),
+}
+"""Photograph of skimage.data -> (the COCO class that is in it, a prompt that fits it and neither of the others)."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture with its prompt; `wanted` says what `is_right` looks for."""
+    """Test images with their prompts; `expected` says what `is_right` looks for."""
 
-    image: np.ndarray
-    """u8[H,W,3]."""
-    prompt: str
-    wanted: str
+    images: np.ndarray
+    """u8[B,H,W,3]."""
+    prompts: Sequence[str]
+    expected: str
     is_right: Callable[[Scores], bool]
-    metadata: dict[str, Any] = field(default_factory=dict)
-    other_prompt: str = ""
-    """Scored second, where a scorer is judged by its order of two prompts."""
+    metadata: Sequence[dict[str, Any]] = field(default_factory=tuple)
+    """One object an image; left out: empty ones."""
 
     def score(self, scorer: Scorer) -> Scores:
-        """The scorer's own verdict on the picture for the prompt, and for the other one if there is one."""
-        prompts = [self.prompt, self.other_prompt] if self.other_prompt else [self.prompt]
-        return scorer.score(np.stack([self.image] * len(prompts)), prompts, [self.metadata] * len(prompts))
+        """Return the scorer's own verdict on the images."""
+        return scorer.score(self.images, list(self.prompts), list(self.metadata) or [{}] * len(self.prompts))
 
 
 def red_circle() -> np.ndarray:
-    """A red circle on light grey: u8[224,224,3]."""
+    """Return a red circle on light grey: u8[224,224,3]."""
     y, x = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2
     return np.where((x * x + y * y <= 60**2)[:, :, None], RED, GROUND).astype(np.uint8)
 
 
 def word(text: str) -> np.ndarray:
-    """A word in black on white: u8[224,224,3]."""
+    """Return a word in black on white: u8[224,224,3]."""
     image = Image.new("RGB", (SIDE, SIDE), "white")
     ImageDraw.Draw(image).text((SIDE / 2, SIDE / 2), text, "black", ImageFont.load_default(size=48), anchor="mm")
     return np.asarray(image)
+
+
+def photographs() -> np.ndarray:
+    """Return the photographs of PHOTOGRAPHS, whole, on grey squares: u8[3,256,256,3]. ImportError without skimage."""
+    from skimage import data  # only these scorers' interpreters need it
+
+    squares = []
+    for name in PHOTOGRAPHS:
+        picture = Image.fromarray(getattr(data, name)())
+        picture.thumbnail((PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE), Image.Resampling.BICUBIC)
+        square = Image.new("RGB", (PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE), MIDDLE_GREY)
+        square.paste(picture, ((PHOTOGRAPH_SIDE - picture.width) // 2, (PHOTOGRAPH_SIDE - picture.height) // 2))
+        squares.append(np.asarray(square))
+    return np.stack(squares)
 
 
 def _near(name: str, value: float, tolerance: float) -> Callable[[Scores], bool]:
     return lambda scores: abs(float(scores.raw[name][0]) - value) <= tolerance
 
 
-def _between(name: str, low: float, high: float) -> Callable[[Scores], bool]:
-    return lambda scores: low <= float(scores.raw[name][0]) <= high
+def _all_between(name: str, low: float, high: float) -> Callable[[Scores], bool]:
+    return lambda scores: bool(np.all((low <= scores.raw[name]) & (scores.raw[name] <= high)))
 
 
-def _prefers_the_first(scores: Scores) -> bool:
-    return float(scores.score[0]) > float(scores.score[1])
+def _drawn(
+    image: np.ndarray, prompt: str, expected: str, is_right: Callable[[Scores], bool], **metadata: Any
+) -> Example:
+    return Example(image[None], (prompt,), expected, is_right, (metadata,))
+
+
+def _each_prefers_its_own_prompt() -> Example:
+    """Each photograph with each of the prompts."""
+    prompts = [prompt for _, prompt in PHOTOGRAPHS.values()]
+    count = len(prompts)
+
+    def in_order(scores: Scores) -> bool:
+        table = scores.score.reshape(count, count)
+        return bool(np.isfinite(table).all() and (table.argmax(axis=1) == np.arange(count)).all())
+
+    expected = "of three photographs (a cat, an astronaut, a cup of coffee) each scores highest with its own prompt"
+    return Example(np.repeat(photographs(), count, axis=0), prompts * count, expected, in_order)
+
+
+def _finds_what_is_there() -> Example:
+    """The photographs, each asked for what is in it; and the first of them for what is not."""
+    images = photographs()
+    asked = [name for name, _ in PHOTOGRAPHS.values()] + ["bench"]
+
+    def seen(scores: Scores) -> bool:
+        return scores.raw["official"].tolist() == [1.0] * (len(asked) - 1) + [0.0]
+
+    return Example(
+        np.concatenate([images, images[:1]]),
+        [f"a photo of a {name}" for name in asked],
+        "official is 1, 1, 1, 0: a cat, a person and a cup are found in their photographs, and no bench in the cat's",
+        seen,
+        [{"tag": "single_object", "include": [{"class": name, "count": 1}]} for name in asked],
+    )
 
 
 def example(scorer: str) -> Example | None:
-    """The example for a known scorer, None for another."""
-    circle, prompt = red_circle(), "a photo of a red circle"
-    circle_metadata = {"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}]}
-    bench_metadata = {"tag": "single_object", "include": [{"class": "bench", "count": 1}]}
+    """Return the example of a known scorer, None for another; ImportError where its photographs are not installed."""
     if scorer in ("pickscore", "clipscore", "hpsv2", "imagereward"):
-        wanted = "a red circle scores above a photo of a dog"
-        return Example(circle, prompt, wanted, _prefers_the_first, other_prompt="a photo of a dog")
-    examples = {
-        "aesthetic": Example(circle, prompt, "a mark from 0 to 10", _between("aesthetic", 0, 10)),
-        "geneval": Example(circle, "a photo of a bench", "no bench found", _near("strict", 0, 0), bench_metadata),
-        "jpeg": Example(circle, prompt, "5.1 kilobytes", _near("jpeg_kilobytes", 5.13, 0.2)),
-        "ocr": Example(word("HELLO"), 'a sign that says "HELLO"', "HELLO is read", _near("ocr", 1, 0)),
-        "shapes": Example(circle, prompt, "a red circle is seen", _near("strict", 1, 0), circle_metadata),
-        "vlm": Example(circle, prompt, "an answer with a number in it", lambda scores: True),
-    }
-    return examples.get(scorer)
+        return _each_prefers_its_own_prompt()
+    if scorer == "geneval":
+        return _finds_what_is_there()
+    if scorer == "aesthetic":
+        prompts = [prompt for _, prompt in PHOTOGRAPHS.values()]
+        right = _all_between("aesthetic", 3, 8)  # ordinary photographs get about 5
+        return Example(photographs(), prompts, "three good photographs get marks from 3 to 8", right)
+    if scorer == "ocr":
+        return _drawn(word("HELLO"), 'a sign that says "HELLO"', "HELLO is read", _near("ocr", 1, 0))
+    circle, prompt = red_circle(), "a photo of a red circle"
+    if scorer == "shapes":
+        include = [{"class": "circle", "count": 1, "color": "red"}]
+        return _drawn(circle, prompt, "a red circle is seen", _near("strict", 1, 0), tag="colors", include=include)
+    if scorer == "jpeg":
+        return _drawn(circle, prompt, "5.1 kilobytes", _near("jpeg_kilobytes", 5.13, 0.2))
+    if scorer == "vlm":
+        return _drawn(circle, prompt, "an answer with a number in it", lambda scores: True)
+    return None

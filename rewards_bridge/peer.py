@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rewards_bridge import transport
 from rewards_bridge.connection import Connection
+from rewards_bridge.differences import differences
 from rewards_bridge.errors import BridgeError, UsageError
 from rewards_bridge.process import ScorerProcess
 from rewards_bridge.protocol import messages
@@ -23,7 +24,11 @@ _MAX_SOCKET_PATH = 100  # the kernel allows 107 bytes
 
 @dataclass(frozen=True)
 class BridgeConfig:
-    """Which scorer, where, and how long to wait for it."""
+    """Which scorer, where, and how long to wait for it.
+
+    With an address, what only matters for starting a process is not used: interpreter and environment. The options are
+    compared with those of the server, which count.
+    """
 
     scorer: str = "shapes"  # a known name, or "module:Class"
     options: dict[str, str] = field(default_factory=dict)  # of the scorer
@@ -36,6 +41,7 @@ class BridgeConfig:
     kept_images: str | None = None  # folder for the images of bad scores
     tls_ca: str | None = None  # PEM
     token_file: str | None = None
+    check_example: bool = True  # a wrong verdict on the scorer's test images is an error; False: a warning
 
     def __post_init__(self) -> None:
         if not 0 < self.deadline_s <= messages.MAX_DEADLINE_S or self.start_timeout_s <= 0 or self.max_restarts < 0:
@@ -48,18 +54,17 @@ class BridgeConfig:
                 raise UsageError("tls_ca and token_file are for a running server; give its address, or neither")
         elif not transport.is_local(self.address) and not (self.tls_ca and self.token_file):
             raise UsageError(f"{self.address} is another machine: give tls_ca and token_file")
-        elif self.options or self.interpreter or self.environment:
-            raise UsageError(
-                f"options, interpreter and environment are for a process to start, and {self.address} already runs; "
-                "give them to its own command line"
-            )
 
 
 class Peer:
-    """A serving scorer. link is the present connection; recover replaces it."""
+    """A serving scorer. link is the present connection; recover replaces it.
+
+    warnings: a text for everything about the server that the configuration does not say, or that was let pass.
+    """
 
     def __init__(self, config: BridgeConfig) -> None:
         self.restarts = 0
+        self.warnings: tuple[str, ...] = ()
         self._config = config
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -146,8 +151,31 @@ class Peer:
             if self._process and self._process.exit_code() is None:
                 raise BridgeError(f"{error}; {self._process.describe()}") from error
             raise
-        link.check_identity(config.scorer)
+        self._heed(link)
         return link
+
+    def _heed(self, link: Connection) -> None:
+        """Raise BridgeError if the scorer is the wrong one or judges wrongly; note what is only to be warned of.
+
+        Whoever opened the client tells the first warnings; those of a server that has changed meanwhile are logged.
+        """
+        config, reply = self._config, link.describe(self._config.scorer)
+        where = "" if self.is_own else f" at {link.address}"
+        found = []
+        if reply.example_problem:
+            problem = f"scorer {config.scorer!r}{where} gets its built-in test images wrong: {reply.example_problem}"
+            if config.check_example:
+                raise BridgeError(
+                    f"{problem}. It has other weights, or another version of a package, than it is made for: fix that, "
+                    "or set its check_example to False to go on with a warning."
+                )
+            found.append(problem)
+        if not self.is_own and reply.HasField("setup"):
+            found += [f"{config.scorer}{where}: {text}" for text in differences(config.options, reply.setup)]
+        for text in found if self.restarts else ():
+            if text not in self.warnings:
+                _LOG.warning("%s", text)
+        self.warnings = tuple(found)
 
     def _check_alive(self) -> None:
         if self._closed.is_set():

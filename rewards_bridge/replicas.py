@@ -54,6 +54,10 @@ class Replicas:
         """Why the scorer cannot score some of these prompts, as `RewardsClient.check` says it."""
         return self._clients[0].check(prompts, metadata)
 
+    def warnings(self) -> tuple[str, ...]:
+        """Return the warnings of all replicas, as `RewardsClient.warnings`, each once."""
+        return tuple(dict.fromkeys(text for client in self._clients for text in client.warnings()))
+
     def stats(self) -> list[BridgeStats]:
         """Counts and seconds of every replica so far."""
         return [client.stats() for client in self._clients]

@@ -23,7 +23,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from rewards_bridge import doctor, lifeline, transport
 from rewards_bridge.errors import UsageError
 from rewards_bridge.protocol import bridge_pb2, messages
-from rewards_bridge.scorers import Scorer, Scores, load_scorer
+from rewards_bridge.redaction import shown
+from rewards_bridge.scorers import Scorer, Scores, default_options, load_scorer
 
 MAX_CALLS = 64  # at once; more are refused
 MAX_HELD_BATCHES = 8  # in memory at once; the senders of more wait
@@ -55,9 +56,9 @@ class ServeConfig:
 class _Bridge:
     """The calls of bridge.proto."""
 
-    def __init__(self, name: str, scorer: Scorer) -> None:
-        self._name = name
+    def __init__(self, scorer: Scorer, description: bridge_pb2.DescribeReply) -> None:
         self._scorer = scorer
+        self._description = description
         self._worker = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="scorer")
         self._held = threading.BoundedSemaphore(MAX_HELD_BATCHES)
 
@@ -78,12 +79,12 @@ class _Bridge:
         )
 
     def describe(self, message: bytes, context: grpc.ServicerContext) -> bridge_pb2.DescribeReply:
-        """Our version and scorer, whatever the caller's version: it is the caller's to object."""
+        """Return our version, scorer and setup, whatever the caller's version: it is the caller's to object."""
         try:
             bridge_pb2.DescribeRequest.FromString(message)
         except DecodeError as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no DescribeRequest: {error}")
-        return bridge_pb2.DescribeReply(protocol_version=messages.PROTOCOL_VERSION, scorer=self._name)
+        return self._description
 
     def check(self, message: bytes, context: grpc.ServicerContext) -> bridge_pb2.CheckReply:
         """What the scorer has against each prompt; nothing if it takes any."""
@@ -231,7 +232,8 @@ def serve(config: ServeConfig) -> int:
     )
     address = _bind(server, config)
     try:
-        bridge = _Bridge(config.scorer, _ready_scorer(config))
+        scorer, problem = _ready_scorer(config)
+        bridge = _Bridge(scorer, _description(config, problem))
         server.add_generic_rpc_handlers((bridge.handlers(),))
         status = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(status, server)
@@ -253,13 +255,32 @@ def serve(config: ServeConfig) -> int:
     return 0
 
 
-def _ready_scorer(config: ServeConfig) -> Scorer:
-    """The scorer, loaded, with one picture scored: what it lacks shows now and not in the middle of a training."""
+def _ready_scorer(config: ServeConfig) -> tuple[Scorer, str]:
+    """Return the scorer, loaded, and what is wrong with its verdict on its test images, "" if nothing is.
+
+    Scoring them shows before training what the scorer lacks. Whether a wrong verdict stops a run is the client's to
+    say, for somebody's own weights may well judge otherwise.
+    """
     scorer = load_scorer(config.scorer, config.options)
-    right, said = doctor.first_picture(config.scorer, scorer)
-    if not right:  # weights of a user's own may well judge otherwise
-        print(f"rewards_bridge: {config.scorer} judges its built-in picture oddly: {said}", file=sys.stderr, flush=True)
-    return scorer
+    right, said = doctor.check_example(config.scorer, scorer)
+    if right:
+        return scorer, ""
+    print(f"rewards_bridge: {config.scorer} gets its test images wrong: {said}", file=sys.stderr, flush=True)
+    return scorer, said
+
+
+def _description(config: ServeConfig, example_problem: str) -> bridge_pb2.DescribeReply:
+    defaults = {name: value for name, value in default_options(config.scorer).items() if name not in config.options}
+    setup = bridge_pb2.Setup(
+        options={name: shown(name, value) for name, value in config.options.items()},
+        defaults={name: shown(name, value) for name, value in defaults.items()},
+    )
+    return bridge_pb2.DescribeReply(
+        protocol_version=messages.PROTOCOL_VERSION,
+        scorer=config.scorer,
+        setup=setup,
+        example_problem=transport.shorten(example_problem),
+    )
 
 
 def _bind(server: grpc.Server, config: ServeConfig) -> str:

@@ -141,6 +141,13 @@ class Wrong:
         return scores
 
 
+class WithSecrets(Echo):
+    """Takes options of which some are nobody's business."""
+
+    def __init__(self, api_key: str, url: str, retries: int = 3) -> None:
+        super().__init__()
+
+
 class FailsToLoad:
     """Cannot find its weights."""
 

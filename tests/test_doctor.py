@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rewards_bridge import doctor
+from rewards_bridge import doctor, examples
 from rewards_bridge.__main__ import main
 from rewards_bridge.examples import example
 from rewards_bridge.scorers import KNOWN
 from rewards_bridge.scorers.base import Scores
+from rewards_bridge.scorers.geneval import check_metadata
 from rewards_bridge.server import ServeConfig, _ready_scorer
 
 
@@ -21,9 +22,55 @@ def test_every_known_scorer_has_its_packages_and_its_picture():
     for name in KNOWN:
         found = example(name)
         assert found is not None
-        assert found.image.dtype == np.uint8
-        assert found.image.shape[2] == 3
+        assert found.images.dtype == np.uint8
+        assert found.images.shape[0] == len(found.prompts)
+        assert found.images.shape[3] == 3
+        assert len(found.metadata) in (0, len(found.prompts))
     assert example("mine:Own") is None
+
+
+def marked(**raw: list[float]) -> Scores:
+    """Scores of these raw values, the first of which is the score."""
+    columns = {name: np.array(values, np.float32) for name, values in raw.items()}
+    score = next(iter(columns.values()))
+    return Scores(score, columns, [""] * len(score))
+
+
+@pytest.mark.parametrize("name", ["pickscore", "clipscore", "hpsv2", "imagereward"])
+def test_judges_of_image_and_prompt_have_to_put_photographs_in_order(name):
+    found = example(name)
+    assert len({image.tobytes() for image in found.images}) == 3
+    assert len(set(found.prompts)) == 3
+    table = np.array([[0.3, 0.1, 0.2], [0.2, 0.3, 0.1], [-3.0, -2.0, -1.0]])
+    assert found.is_right(marked(raw=table.ravel().tolist()))
+    assert not found.is_right(marked(raw=table[:, ::-1].ravel().tolist()))
+    assert not found.is_right(marked(raw=[0.0] * 9))
+    assert not found.is_right(marked(raw=[float("nan")] * 9))
+
+
+def test_genevals_judge_has_to_find_what_is_there_and_nothing_else():
+    found = example("geneval")
+    assert [entry["include"][0]["class"] for entry in found.metadata] == ["cat", "person", "cup", "bench"]
+    assert check_metadata(found.prompts, found.metadata) == []
+    assert found.is_right(marked(official=[1, 1, 1, 0]))
+    assert not found.is_right(marked(official=[0, 0, 0, 0])), "a blind detector"
+    assert not found.is_right(marked(official=[1, 1, 1, 1])), "one that sees everything"
+    assert (found.images[0] == found.images[3]).all()
+
+
+def test_photographs_are_whole_and_those_of_their_names():
+    cat, person, cup = examples.photographs()
+    assert all(image.std() > 30 for image in (cat, person, cup))
+    assert (cat[:40] == 128).all(), "not cut, but on grey"
+    red, green, blue = person[170, 120]
+    assert red > green > blue, "the suit is orange: the colours are in order"
+
+
+def test_photographs_that_are_not_installed_are_named_with_the_fix(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    right, said = doctor.check_example("clipscore", object())
+    assert not right
+    assert "-m pip install scikit-image==" in said
 
 
 @pytest.mark.parametrize("name", ["shapes", "jpeg"])
@@ -31,7 +78,7 @@ def test_a_scorer_that_needs_no_weights_is_ready(name, capsys):
     assert main(["doctor", "--scorer", name]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"{name}: ready\n")
-    assert "picture: as expected" in said
+    assert "test images: as expected" in said
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch, capsys):
@@ -67,7 +114,7 @@ def test_an_unexpected_verdict_shows_what_was_found(monkeypatch, capsys):
     monkeypatch.setattr("rewards_bridge.scorers.shapes.ShapesScorer.score", blind)
     assert main(["doctor", "--scorer", "shapes", "--scorer", "jpeg"]) == 1
     said = capsys.readouterr().out
-    assert "wanted a red circle is seen; found score 0, raw {'strict': [0.0]}" in said
+    assert "expected that a red circle is seen; the scores are 0, raw {'strict': [0.0]}" in said
     assert "jpeg: ready" in said
 
 
@@ -78,7 +125,7 @@ def test_a_scorer_that_raises_is_not_ready(capsys):
 
 def test_a_scorer_of_your_own_is_loaded(capsys):
     assert main(["doctor", "--scorer", "bridge_scorers:Echo"]) == 0
-    assert "no built-in one for a scorer of your own" in capsys.readouterr().out
+    assert "none for a scorer of your own" in capsys.readouterr().out
 
 
 def test_options_are_for_one_scorer(capsys):
@@ -86,16 +133,17 @@ def test_options_are_for_one_scorer(capsys):
     assert "name it with --scorer" in capsys.readouterr().err
 
 
-def test_a_server_scores_its_picture_before_it_serves(monkeypatch, capsys):
+def test_a_server_scores_its_test_images_before_it_serves(monkeypatch, capsys):
     def blind(self: object, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
         return Scores(np.zeros(1, np.float32), {"strict": np.zeros(1, np.float32)}, [""])
 
     config = ServeConfig(scorer="shapes", listen="unix:/nowhere")
-    _ready_scorer(config)
+    assert _ready_scorer(config)[1] == ""
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("rewards_bridge.scorers.shapes.ShapesScorer.score", blind)
-    _ready_scorer(config)  # oddly, but it serves: the weights may be a user's own
-    assert "oddly: wanted a red circle is seen" in capsys.readouterr().err
+    _, problem = _ready_scorer(config)  # it serves, and tells its clients
+    assert problem.startswith("expected that a red circle is seen; the scores are 0")
+    assert "shapes gets its test images wrong: expected that a red circle" in capsys.readouterr().err
 
     def broken(self: object, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
         raise OSError("no such file")

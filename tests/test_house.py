@@ -33,6 +33,7 @@ BRIDGE_FACE = (
     "rewards_bridge.client",
     "rewards_bridge.composition",
     "rewards_bridge.errors",
+    "rewards_bridge.redaction",
     "rewards_bridge.scorers.base",
 )
 TORCH_FILES = ("udm_grpo/host/torch_files.py", "scripts/torch_reference.py")

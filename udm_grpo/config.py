@@ -139,7 +139,8 @@ class ScorerConfig:
     replicas: int = 1
     """Processes that are started and share the images."""
     addresses: tuple[str, ...] = ()
-    """Of running servers that share the images (unix:/path or host:port); empty: the trainer starts its own."""
+    """Of running servers that share the images (unix:/path or host:port); empty: the trainer starts its own. With them,
+    replicas, interpreter and environment are not used, and options that differ from the server's are a warning."""
     interpreter: str = ""
     """Python that runs the scorer; empty: this one."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -154,6 +155,8 @@ class ScorerConfig:
     """Certificate (PEM) that servers on other machines are checked against."""
     token_file: str = ""
     """File with the token that such servers want."""
+    check_example: bool = True
+    """A scorer that gets its built-in test images wrong stops the run; False: it is a warning."""
 
 
 @dataclass

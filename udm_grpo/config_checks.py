@@ -81,11 +81,6 @@ def _scorers(config: RunConfig, problems: list[str]) -> None:
         _at_least(problems, 1, **{f"{at}replicas": given.replicas})
         if not math.isfinite(given.weight):
             problems.append(f"rewards.scorers.{name}.weight is {given.weight}; set it to a finite number.")
-        if given.addresses and given.replicas > 1:
-            problems.append(
-                f"rewards.scorers.{name} has addresses and {given.replicas} replicas; replicas are processes that the "
-                "trainer starts itself: give one or the other."
-            )
 
 
 def _combinations(config: RunConfig, problems: list[str]) -> None:

@@ -33,6 +33,13 @@ from udm_grpo.host.score_summary import summarize, write_official
 from udm_grpo.host.score_tables import comparison_text, summary_text
 from udm_grpo.host.scoring import Scored, ScoringError, is_scored, load_scored, made_by, score_folder
 
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
 _OF_A_SCORER: dict[str, tuple[Callable[[str], Any], str]] = {
     "replicas": (int, "processes that are started and share the pictures"),
     "address": (str, "of a running server; may be repeated, and they share the pictures"),
@@ -42,6 +49,7 @@ _OF_A_SCORER: dict[str, tuple[Callable[[str], Any], str]] = {
     "max_restarts": (int, "times that a dead process is started again, or a lost server is called again"),
     "tls_ca": (str, "certificate that servers on other machines are checked against"),
     "token_file": (str, "file with the token that such servers want"),
+    "check_example": (_truth, "true or false: whether a scorer that gets its test images wrong is an error"),
 }
 """Flag -> type of its value and what it is, each given as NAME=VALUE."""
 
@@ -184,7 +192,7 @@ def _set(scorer: ScorerConfig, flag: str, text: str) -> None:
     try:
         value = read(text)
     except ValueError:
-        raise ScoringError(f"--{flag}: {text!r} is no number; give the {meaning}.") from None
+        raise ScoringError(f"--{flag}: {text!r} cannot be read; give the {meaning}.") from None
     if flag == "address":
         scorer.addresses = (*scorer.addresses, text)
     else:
@@ -197,8 +205,6 @@ def _check_scorers(scorers: dict[str, ScorerConfig]) -> None:
     for name, given in scorers.items():
         if given.replicas < 1:
             wrong.append(f"{name} has {given.replicas} replicas; give at least 1.")
-        if given.addresses and given.replicas > 1:
-            wrong.append(f"{name} has addresses and {given.replicas} replicas, started here; give one or the other.")
     if wrong:
         raise ScoringError("\n  ".join(wrong))
 

@@ -223,6 +223,7 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     replicated = meshes.replicated(mesh)
     path = jax.tree.map(lambda leaf: hosts.put(leaf, replicated), path_of(checkpoint))
     client = stack.enter_context(rewards.connect(config.rewards, output / "kept_images"))
+    rewards.warn_of([client])
     _check_prompts(client, "prompts.train", train)
     _check_prompts(client, "prompts.heldout", heldout)
     checkpoints = Checkpoints(output / "checkpoints", config.checkpoint.keep)

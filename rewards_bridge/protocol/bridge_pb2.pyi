@@ -13,12 +13,38 @@ class DescribeRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ...) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("protocol_version", "scorer")
+    __slots__ = ("protocol_version", "scorer", "setup", "example_problem")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SCORER_FIELD_NUMBER: _ClassVar[int]
+    SETUP_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLE_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     scorer: str
-    def __init__(self, protocol_version: _Optional[int] = ..., scorer: _Optional[str] = ...) -> None: ...
+    setup: Setup
+    example_problem: str
+    def __init__(self, protocol_version: _Optional[int] = ..., scorer: _Optional[str] = ..., setup: _Optional[_Union[Setup, _Mapping]] = ..., example_problem: _Optional[str] = ...) -> None: ...
+
+class Setup(_message.Message):
+    __slots__ = ("options", "defaults")
+    class OptionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class DefaultsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULTS_FIELD_NUMBER: _ClassVar[int]
+    options: _containers.ScalarMap[str, str]
+    defaults: _containers.ScalarMap[str, str]
+    def __init__(self, options: _Optional[_Mapping[str, str]] = ..., defaults: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class CheckRequest(_message.Message):
     __slots__ = ("prompts", "metadata_json")

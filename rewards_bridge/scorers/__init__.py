@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from rewards_bridge.errors import UsageError
 from rewards_bridge.scorers.base import Scorer, Scores
 
-__all__ = ["KNOWN", "Scorer", "Scores", "load_scorer"]
+__all__ = ["KNOWN", "Scorer", "Scores", "default_options", "load_scorer"]
 
 KNOWN = {
     "aesthetic": "rewards_bridge.scorers.aesthetic:AestheticScorer",
@@ -32,20 +32,29 @@ def load_scorer(name: str, options: Mapping[str, str]) -> Scorer:
     Option values come as text (from a config or a command line) and are converted where the class annotates an argument
     as int, float or bool.
     """
-    if name in KNOWN:
-        target = KNOWN[name]
-    elif ":" in name:
-        target = name
-    else:
-        raise UsageError(f'unknown scorer {name!r}; known: {", ".join(sorted(KNOWN))}, or your own as "module:Class"')
-    scorer = _find_class(name, target)
+    scorer = _find_class(name)
     made = scorer(**_convert(name, scorer, options))
     if not callable(getattr(made, "score", None)):
-        raise UsageError(f"scorer {name!r}: {target} has no method score(images, prompts, metadata)")
+        raise UsageError(f"scorer {name!r}: {_target(name)} has no method score(images, prompts, metadata)")
     return made
 
 
-def _find_class(name: str, target: str) -> Callable[..., Scorer]:
+def default_options(name: str) -> dict[str, str]:
+    """Return the options of this scorer that have a default, as text; UsageError if there is no such scorer."""
+    parameters = inspect.signature(_find_class(name)).parameters.values()
+    return {each.name: str(each.default) for each in parameters if each.default is not inspect.Parameter.empty}
+
+
+def _target(name: str) -> str:
+    if name in KNOWN:
+        return KNOWN[name]
+    if ":" in name:
+        return name
+    raise UsageError(f'unknown scorer {name!r}; known: {", ".join(sorted(KNOWN))}, or your own as "module:Class"')
+
+
+def _find_class(name: str) -> Callable[..., Scorer]:
+    target = _target(name)
     module_name, _, class_name = target.partition(":")
     try:
         module = importlib.import_module(module_name)

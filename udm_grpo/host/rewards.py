@@ -1,6 +1,7 @@
 """From pictures to rewards: the trainer's side of the bridge."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,21 @@ class Rewards:
 
 
 def connect(config: RewardsConfig, kept_images: Path) -> Composition:
-    """Start every scorer's processes, or reach its servers; images of a batch that fails go to `kept_images`/part."""
+    """Start every scorer's processes, or reach its servers; images of a batch that fails go to `kept_images`/part.
+
+    Raises BridgeError for a scorer that gets its test images wrong, unless its check_example is off.
+    """
     return Composition(
         {name: Part(given.weight, _replicas(name, given, kept_images / name)) for name, given in config.scorers.items()}
     )
+
+
+def warn_of(clients: Iterable[Composition]) -> None:
+    """Give one warning of everything in which the scorers are not what the configuration says."""
+    found = [text for client in clients for text in client.warnings()]
+    if found:
+        heading = "scorers are not quite what this configuration says; what the server was started with counts:"
+        warnings.warn("\n  ".join([heading, *found]), stacklevel=2)
 
 
 def _replicas(name: str, given: ScorerConfig, kept_images: Path) -> tuple[BridgeConfig, ...]:
@@ -46,6 +58,7 @@ def _replicas(name: str, given: ScorerConfig, kept_images: Path) -> tuple[Bridge
             kept_images=str(kept_images / str(index) if len(places) > 1 else kept_images),
             tls_ca=given.tls_ca or None,
             token_file=given.token_file or None,
+            check_example=given.check_example,
         )
         for index, address in enumerate(places)
     )

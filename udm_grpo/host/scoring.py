@@ -28,7 +28,7 @@ from udm_grpo.config import RewardsConfig, ScorerConfig
 from udm_grpo.host.atomic import remove_unfinished, replace_file
 from udm_grpo.host.metrics import write_json
 from udm_grpo.host.progress import progress_bar
-from udm_grpo.host.rewards import connect
+from udm_grpo.host.rewards import connect, warn_of
 from udm_grpo.host.sample_folder import MOST_SHOWN, Picture, SampleFolder, load_picture
 
 LARGEST_BATCH = 2**28
@@ -243,6 +243,7 @@ def _open_scorers(
     }
     if failed:
         raise failed[0]
+    warn_of(clients.values())
     return clients
 
 

@@ -1,0 +1,47 @@
+"""How a running server was started, compared with what a configuration says of the same scorer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+
+from rewards_bridge import transport
+from rewards_bridge.protocol import bridge_pb2
+from rewards_bridge.redaction import HIDDEN, shown
+
+PLACE = "device"
+"""The option that says where a scorer is computed: a server has its own unless the configuration names one."""
+MAX_CHARACTERS = 200  # of a value in a message
+_TRUTH = {"true": "1", "yes": "1", "1": "1", "false": "0", "no": "0", "0": "0"}
+
+
+def differences(options: Mapping[str, str], setup: bridge_pb2.Setup) -> list[str]:
+    """Return a text for every option whose value at the server is another than in the configuration.
+
+    An option that only one side has is compared with the scorer's default, which the server knows. Secrets are
+    compared as far as they are set or not, and never shown.
+    """
+    found = []
+    for name in sorted({*options, *setup.options} - ({PLACE} - options.keys())):
+        default = setup.defaults.get(name)
+        here = shown(name, options[name]) if name in options else default
+        there = setup.options.get(name, default)
+        if not _alike(here, there):
+            found.append(f"{name} is {_text(there)} at the server and {_text(here)} in this configuration")
+    return found
+
+
+def _alike(one: str | None, other: str | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    if one == other or _TRUTH.get(one.lower(), one) == _TRUTH.get(other.lower(), other):
+        return True
+    with contextlib.suppress(ValueError):
+        return float(one) == float(other)
+    return False
+
+
+def _text(value: str | None) -> str:
+    if value is None:
+        return "not set"
+    return "set (a secret)" if value == HIDDEN else repr(transport.shorten(value, MAX_CHARACTERS))
