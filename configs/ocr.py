@@ -2,15 +2,21 @@
 
     hf download BAAI/URSA-1.7B-IBQ512 --local-dir models/URSA-1.7B-IBQ512
     python -m rewards_bridge.scorers.ocr_models --output models/ocr
+    curl -fL --create-dirs -o ocr/train.txt \\
+        https://raw.githubusercontent.com/yifan123/flow_grpo/main/dataset/ocr/train.txt
+    curl -fL --create-dirs -o ocr/test.txt \\
+        https://raw.githubusercontent.com/yifan123/flow_grpo/main/dataset/ocr/test.txt
+    python -m scripts.prepare_prompts ocr --train ocr/train.txt --test ocr/test.txt --output data/ocr
 
     python -m udm_grpo.train --config configs/ocr.py --compile_only --topology v5p:2x2x4
     python -m udm_grpo.train --config configs/ocr.py
     python -m udm_grpo.train --config configs/ocr.py --config.checkpoint.resume=latest
 
 Weights, in models/: the checkpoint, and the folders of a detection and a recognition model, which the second command
-makes. Prompts, in data/ocr/: train.txt (about 20,000) and test.txt (about 1,000), one a line, the wanted text in double
-quotes. With --config.model.path=..., --config.prompts.train=..., --config.prompts.heldout=... and
---config.rewards.scorers.ocr.options.detection=... (recognition likewise) they may lie anywhere.
+makes. Prompts, in data/ocr: about 20,000 to train on and about 1,000 to test on, each with the wanted text in double
+quotes; the command above checks every line. With --config.model.path=..., --config.prompts.train=...,
+--config.prompts.heldout=... and --config.rewards.scorers.ocr.options.detection=... (recognition likewise) they may lie
+anywhere.
 
 Hardware: TPU slices (configs/compile_table.md) or GPUs. Images: 16 prompts x 16 = 256 an iteration, 768 training
 states; both micro-batches are 32 over all devices, so 2 images a device on 16, 4 on 8. Memory a device, of the update,
@@ -34,8 +40,8 @@ from udm_grpo.config import RunConfig, ScorerConfig
 def get_config() -> RunConfig:
     """The configuration."""
     config = published("ocr", group_size=16)
-    config.prompts.train = "data/ocr/train.txt"
-    config.prompts.heldout = "data/ocr/test.txt"
+    config.prompts.train = "data/ocr:train"
+    config.prompts.heldout = "data/ocr:test"
     folders = {"detection": "PP-OCRv5_mobile_det", "recognition": "PP-OCRv5_mobile_rec"}
     options = {name: f"models/ocr/{folder}" for name, folder in folders.items()}
     config.rewards.scorers = {"ocr": ScorerConfig(options=options, replicas=2)}

@@ -2,14 +2,19 @@
 
     hf download BAAI/URSA-1.7B-IBQ512 --local-dir models/URSA-1.7B-IBQ512
     hf download yuvalkirstain/PickScore_v1 --local-dir models/PickScore_v1
+    curl -fL --create-dirs -o pick/train.txt \\
+        https://raw.githubusercontent.com/yifan123/flow_grpo/main/dataset/pickscore/train.txt
+    curl -fL --create-dirs -o pick/test.txt \\
+        https://raw.githubusercontent.com/yifan123/flow_grpo/main/dataset/pickscore/test.txt
+    python -m scripts.prepare_prompts prompts --train pick/train.txt --test pick/test.txt --output data/pickscore
 
     python -m udm_grpo.train --config configs/pickscore.py --compile_only --topology v5p:2x2x4
     python -m udm_grpo.train --config configs/pickscore.py
     python -m udm_grpo.train --config configs/pickscore.py --config.checkpoint.resume=latest
 
-Weights, in models/: the checkpoint, and the scorer's CLIP ViT-H/14. Prompts, in data/pickscore/: train.txt (25,432) and
-test.txt (2,048), one a line. With --config.model.path=..., --config.prompts.train=..., --config.prompts.heldout=... and
---config.rewards.scorers.pickscore.options.model=... they may lie anywhere.
+Weights, in models/: the checkpoint, and the scorer's CLIP ViT-H/14. Prompts, in data/pickscore: 25,432
+to train on and 2,048 to test on. With --config.model.path=..., --config.prompts.train=..., --config.prompts.heldout=...
+and --config.rewards.scorers.pickscore.options.model=... they may lie anywhere.
 
 Hardware: TPU slices (configs/compile_table.md) or GPUs. Images: 16 prompts x 16 = 256 an iteration, 768 training
 states; both micro-batches are 32 over all devices, so 2 images a device on 16, 4 on 8. Memory a device, of the update,
@@ -34,8 +39,8 @@ from udm_grpo.config import RunConfig, ScorerConfig
 def get_config() -> RunConfig:
     """The configuration."""
     config = published("pickscore", group_size=16)
-    config.prompts.train = "data/pickscore/train.txt"
-    config.prompts.heldout = "data/pickscore/test.txt"
+    config.prompts.train = "data/pickscore:train"
+    config.prompts.heldout = "data/pickscore:test"
     config.rewards.scorers = {"pickscore": ScorerConfig(options={"model": "models/PickScore_v1"})}
     config.evaluation.final_prompts = 2048
     config.evaluation.images_per_prompt = 1

@@ -9,7 +9,8 @@
     python -m scripts.prepare_prompts prompts --test dpg_bench/prompts --output data/dpg
 
 Training takes such a folder and one of its splits: prompts.train is data/geneval:train, prompts.heldout is
-data/geneval:test; so does udm_grpo.sample --prompts.
+data/geneval:test; so does udm_grpo.sample --prompts. The published recipes (configs/geneval.py, ocr.py, pickscore.py)
+read data/geneval, data/ocr and data/pickscore; their pages say where the raw files come from.
 
 geneval           GenEval's metadata, each line checked as GenEval's judge will
 ocr               prompts with the wanted text in straight double quotes, each checked as the OCR judge will
@@ -143,6 +144,8 @@ def generate(given: argparse.Namespace) -> None:
     if {tag: share.given for tag, share in drawn.shares.items()} != {tag: s.wanted for tag, s in drawn.shares.items()}:
         settings = (f"--config.prompts.tag_weights.{tag}={weight}" for tag, weight in ratio.items())
         print("The set itself is not in the ratio; training draws in it with", *settings)
+        if ratio == geneval_prompts.RATIO:
+            print("which configs/geneval.py has already set.")
 
 
 def tag_share(text: str) -> tuple[str, float]:

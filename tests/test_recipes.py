@@ -2,22 +2,30 @@
 
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from configs import geneval, ocr, pickscore
 from rewards_bridge.scorers import KNOWN
+from scripts import prepare_prompts
 from udm_grpo import compile_only, train
 from udm_grpo.command_line import parse
 from udm_grpo.config_checks import validate
+from udm_grpo.host.prompts import read_prompts
 
 RECIPES = {"geneval": geneval, "pickscore": pickscore, "ocr": ocr}
 GROUPS = {"geneval": (8, 553, 4), "pickscore": (16, 2048, 1), "ocr": (16, 1000, 1)}
 
 
+def page(name: str) -> str:
+    """The page of a recipe, each command on one line."""
+    return (RECIPES[name].__doc__ or "").replace("\\\n", " ")
+
+
 def commands(name: str) -> list[str]:
-    lines = (line.strip() for line in (RECIPES[name].__doc__ or "").splitlines())
+    lines = (line.strip() for line in page(name).splitlines())
     return [line for line in lines if line.startswith(("python -m ", "hf download "))]
 
 
@@ -53,6 +61,44 @@ def test_every_command_of_a_page_can_be_given(name):
     named = re.findall(r"--config\.([\w.]+)=", RECIPES[name].__doc__ or "")
     for field in named:
         parse(["--config", f"configs/{name}.py", f"--config.{field}={'1' if field.endswith('replicas') else 'x'}"])
+
+
+RAW = {
+    "evaluation_metadata.jsonl": '{"tag": "counting", "include": [{"class": "cat", "count": 2}], "exclude": '
+    '[{"class": "cat", "count": 3}], "prompt": "a photo of two cats"}\n',
+    "train_metadata.jsonl": "".join(
+        f'{{"tag": "{tag}", "include": [{{"class": "dog", "count": 1}}], "prompt": "a photo of a {tag} dog"}}\n'
+        for tag in ("position", "counting", "color_attr", "colors", "two_object", "single_object")
+    ),
+    "ocr/train.txt": 'A sign that says "Stop"\nA shirt with "Hi"\n',
+    "ocr/test.txt": 'A cake with "Happy 40"\n',
+    "pick/train.txt": "a dog\na cat\n",
+    "pick/test.txt": "a bird\n",
+}
+"""A few lines of each file that a page has the user download."""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_prompts_that_a_page_prepares_lie_where_the_recipe_reads(name, tmp_path, monkeypatch):
+    downloaded = re.findall(r"curl -fL(?: --create-dirs -o +(\S+) +\S+|O \S+/(\S+))", page(name))
+    for file in map("".join, downloaded):
+        assert file in RAW
+    for file, text in RAW.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    config = RECIPES[name].get_config()
+    with pytest.raises(FileNotFoundError, match=rf"no folder data/{name}, .*prepare_prompts makes such"):
+        read_prompts(config.prompts.train)
+    preparing = re.findall(r"python -m scripts\.prepare_prompts (.*)", page(name))
+    assert preparing
+    for command in preparing:
+        assert prepare_prompts.main(shlex.split(command) + ["--count=90"] * command.startswith("generate")) == 0
+        train = read_prompts(config.prompts.train, config.prompts.tag_weights or None)
+        assert len(read_prompts(config.prompts.heldout)) == 1
+        drawn = Counter(train.tags[i] for i in train.batch(0, 17, 0)[2])
+        if name == "geneval":
+            assert drawn == {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
 
 
 def test_the_readme_names_the_command_of_the_page():

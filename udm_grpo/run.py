@@ -120,7 +120,7 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
 def _prompts(field: str, file: str, weights: dict[str, float]) -> PromptSet:
     try:
         return read_prompts(file, weights or None)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"{field}: {error}") from error
 
 

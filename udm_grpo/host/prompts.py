@@ -145,6 +145,11 @@ def _prepared(path: str) -> tuple[Path | None, str]:
             return Path(folder), named
     if colon and Path(whole).is_dir():
         raise ValueError(f"{path}: {whole} was not made by scripts.prepare_prompts; only such folders have splits")
+    if whole and split.isidentifier() and not Path(path).exists():
+        raise FileNotFoundError(
+            f"{path}: there is no folder {whole}, so no split {split} of it; python -m scripts.prepare_prompts makes "
+            "such folders (--help has the command of each prompt set)"
+        )
     return None, ""
 
 
