@@ -90,6 +90,7 @@ def test_a_choice_names_what_may_be_chosen(name):
         ("optimizer.micro_batch", 1),
         ("optimizer.learning_rate", 0),
         ("optimizer.warmup_updates", 0),
+        ("optimizer.ema_every", 1),
         ("optimizer.weight_decay", 0),
         ("evaluation.prompts", 1),
         ("evaluation.final_prompts", 1),
@@ -155,6 +156,14 @@ def test_milestones_and_multistep_go_together():
     assert line.startswith("optimizer.schedule is multistep without optimizer.milestones")
     (line,) = problems(optimizer__milestones=(3,))
     assert line.startswith("optimizer.milestones acts only with optimizer.schedule=multistep")
+
+
+def test_an_average_that_would_never_move_is_refused():
+    assert problems(optimizer__ema_decay=0.99, optimizer__ema_every=100, iterations=100) == []
+    (line,) = problems(optimizer__ema_every=100)
+    assert line.startswith("optimizer.ema_every acts only with optimizer.ema_decay above 0")
+    (line,) = problems(optimizer__ema_decay=0.99, optimizer__ema_every=100, iterations=99)
+    assert line.startswith("optimizer.ema_every is 100, but the run has 99 optimizer steps")
 
 
 @pytest.mark.parametrize(

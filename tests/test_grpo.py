@@ -16,7 +16,7 @@ from udm_grpo.grpo.advantages import advantages
 from udm_grpo.grpo.loss import LossPlan, grpo_loss, head_logps, k3, policy_loss, token_mean_logps
 from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.grpo.trajectory import TrajectoryPlan, trajectory, window
-from udm_grpo.grpo.update import accumulated_gradients, update
+from udm_grpo.grpo.update import EmaPlan, accumulated_gradients, update
 from udm_grpo.model.transformer import Execution, TransformerConfig, init
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -178,7 +178,7 @@ def test_update_raises_good_and_lowers_bad() -> None:
     samples = dataclasses.replace(_random_samples(2), advantage=jnp.array([1.0, -1.0]))
     optimizer = adamw(optax.constant_schedule(1e-2), 0.9, 0.95, 0.01, 1.0)
     state = TrainState(params, optimizer.init(params), params, jnp.int32(0))
-    step = jax.jit(lambda s, x: update(CONFIG, Execution(), LOSS, optimizer, 0.9, jnp.float32, 2, s, x))
+    step = jax.jit(lambda s, x: update(CONFIG, Execution(), LOSS, optimizer, EmaPlan(0.9), jnp.float32, 2, s, x))
     before, _ = token_mean_logps(CONFIG, Execution(), LOSS, params, samples.prompt_ids, samples.noisy, samples.action)
     samples = dataclasses.replace(samples, ref_logp=before)
     after, metrics = step(state, samples)
@@ -193,11 +193,26 @@ def test_update_raises_good_and_lowers_bad() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), after.ema, ema)
 
 
+def test_the_average_follows_every_third_step_only() -> None:
+    params, samples = init(CONFIG, jax.random.key(0)), _random_samples()
+    optimizer = adamw(optax.constant_schedule(1e-2), 0.9, 0.95, 0.01, 1.0)
+    state = TrainState(params, optimizer.init(params), params, jnp.int32(0))
+    plan = EmaPlan(decay=0.5, every=3)
+    step = jax.jit(lambda s: update(CONFIG, Execution(), LOSS, optimizer, plan, jnp.float32, 8, s, samples)[0])
+    expected = params
+    for count in range(1, 8):
+        state = step(state)
+        if count % 3 == 0:
+            expected = jax.tree.map(lambda slow, fast: 0.5 * slow + 0.5 * fast, expected, state.params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), state.ema, expected)
+    assert not np.array_equal(state.ema["lm_head"]["kernel"], params["lm_head"]["kernel"])
+
+
 def test_bfloat16_compute_keeps_float32_masters() -> None:
     params = init(CONFIG, jax.random.key(0))
     optimizer = adamw(optax.constant_schedule(1e-4), 0.9, 0.95, 0.01, 1.0)
     state = TrainState(params, optimizer.init(params), None, jnp.int32(0))
-    step = jax.jit(partial(update, CONFIG, Execution(), LOSS, optimizer, 0.0), static_argnums=(0, 1))
+    step = jax.jit(partial(update, CONFIG, Execution(), LOSS, optimizer, EmaPlan()), static_argnums=(0, 1))
     after, metrics = step(jnp.bfloat16, 4, state, _random_samples())
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(after.params))
     _, exact_metrics = step(jnp.float32, 4, state, _random_samples())

@@ -24,7 +24,7 @@ from udm_grpo.command_line import parse
 from udm_grpo.config import ConfigError, LoraConfig
 from udm_grpo.export import start_weights, unrounded
 from udm_grpo.grpo.loss import LossPlan
-from udm_grpo.grpo.update import accumulated_gradients, cast, update
+from udm_grpo.grpo.update import EmaPlan, accumulated_gradients, cast, update
 from udm_grpo.host.checkpoint import CheckpointError, Checkpoints
 from udm_grpo.host.peft_files import merge_on_host
 from udm_grpo.host.weight_table import leaves_by_path
@@ -91,7 +91,7 @@ def test_gradients_follow_the_chain_rule() -> None:
     optimizer = optax.sgd(1.0)
     state = TrainState(adapter, optimizer.init(adapter), adapter, jnp.int32(0))
     after, found_metrics = update(
-        CONFIG, Execution(remat="full"), LOSS, optimizer, 0.75, jnp.float32, 2, state, samples, base, c
+        CONFIG, Execution(remat="full"), LOSS, optimizer, EmaPlan(0.75), jnp.float32, 2, state, samples, base, c
     )
     for part, name in lora.MAPS.values():
         G, both = whole["layers"][part][name]["kernel"], adapter["layers"][part][name]
@@ -102,7 +102,7 @@ def test_gradients_follow_the_chain_rule() -> None:
     np.testing.assert_allclose(found_metrics["loss"], wanted_metrics["loss"], rtol=1e-4, atol=1e-6)
     # In bfloat16 the same, on a rounded base and exact adapters.
     narrow, _ = update(
-        *(CONFIG, Execution(remat="full"), LOSS, optimizer, 0.75, jnp.bfloat16, 2, state, samples),
+        *(CONFIG, Execution(remat="full"), LOSS, optimizer, EmaPlan(0.75), jnp.bfloat16, 2, state, samples),
         *(cast(base, jnp.bfloat16), c),
     )
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(narrow.params))
@@ -128,7 +128,7 @@ def test_an_update_makes_nothing_of_the_bases_size() -> None:
         state = TrainState(trained, optimizer.init(trained), trained, jnp.int32(0))
         plan = LossPlan(LOSS.grid, rows=1)
         step = jax.jit(
-            lambda s, x, w: update(config, Execution(), plan, optimizer, 0.9, jnp.float32, 2, s, x, w, 2.0),
+            lambda s, x, w: update(config, Execution(), plan, optimizer, EmaPlan(0.9), jnp.float32, 2, s, x, w, 2.0),
             donate_argnums=0,
         )
         found = step.lower(state, _random_samples(), frozen).compile().memory_analysis()

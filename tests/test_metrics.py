@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from udm_grpo.config import ConfigError, LoggingConfig
 from udm_grpo.host.atomic import remove_unfinished, replace_file
-from udm_grpo.host.metrics import JsonLines, MetricsWriter, Progress, StageTimer, to_json, write_json
+from udm_grpo.host.metrics import JsonLines, MetricsWriter, Progress, StageTimer, check_tools, to_json, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +49,7 @@ def test_a_line_is_there_as_soon_as_it_is_written(tmp_path):
 
 
 def test_numbers_that_are_not_finite_become_null_are_named_and_warn_once(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+    with MetricsWriter(tmp_path, LoggingConfig(tensorboard=True)) as writer:
         with pytest.warns(RuntimeWarning, match="step 1: kl is nan; written as null"):
             writer.write(1, {"kl": float("nan"), "reward": 1.0})
         writer.write(2, {"kl": np.float32("nan"), "reward": 1.0})
@@ -129,7 +130,7 @@ def test_resuming_without_a_file_begins_one(tmp_path):
 
 
 def test_only_the_primary_process_writes(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=True, primary=False) as writer:
+    with MetricsWriter(tmp_path, LoggingConfig(tensorboard=True), primary=False) as writer:
         writer.write(1, {"reward": 1.0})
         writer.picture(1, "samples", tmp_path / "none.png")
     assert list(tmp_path.iterdir()) == []
@@ -149,7 +150,7 @@ def test_tensorboard_gets_the_numbers_and_pictures(tmp_path):
     from PIL import Image
 
     Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
-    with MetricsWriter(tmp_path, tensorboard=True) as writer:
+    with MetricsWriter(tmp_path, LoggingConfig(tensorboard=True)) as writer:
         writer.write(1, {"reward": 0.5, "tags": {"colors": 1.0}, "note": "text", "ids": [1]})
         writer.picture(1, "samples", tmp_path / "a.png")
     events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
@@ -162,14 +163,16 @@ def test_tensorboard_gets_the_numbers_and_pictures(tmp_path):
 def test_a_tool_that_is_not_installed_is_named_with_the_command(tmp_path, monkeypatch, tool, package):
     monkeypatch.setitem(sys.modules, package, None)
     MetricsWriter(tmp_path).close()
-    with pytest.raises(ImportError, match=f"{package} is not installed: pip install {package}"):
-        MetricsWriter(tmp_path, **{tool: True}, resume_after=3)
+    check_tools(LoggingConfig())
+    logging = LoggingConfig(**{tool: True})
+    for attempt in (lambda: check_tools(logging), lambda: MetricsWriter(tmp_path, logging, resume_after=3)):
+        with pytest.raises(ConfigError, match=f"logging.{tool} is True, but {package} is not installed: pip install"):
+            attempt()
 
 
 class FakeRun:
-    def __init__(self, options: dict[str, Any]):
-        self.options, self.logged, self.finished = options, [], False
-        self.id = options["id"] or "fresh"
+    def __init__(self, options: dict[str, Any], identity: str):
+        self.options, self.logged, self.finished, self.id = options, [], False, identity
 
     def define_metric(self, name: str, step_metric: str) -> None:
         self.metric = (name, step_metric)
@@ -181,26 +184,88 @@ class FakeRun:
         self.finished = True
 
 
-def test_weights_and_biases_gets_the_numbers_and_resumes_its_run(tmp_path, monkeypatch):
-    runs: list[FakeRun] = []
-    fake = types.ModuleType("wandb")
-    fake.init = lambda **options: runs.append(FakeRun(options)) or runs[-1]
-    fake.Image = lambda path: ("picture", path)
+class FakeWandb(types.ModuleType):
+    """Stands in for the wandb package: remembers the runs, and gives each that names no id one of its own."""
+
+    def __init__(self, failure: Exception | None = None):
+        super().__init__("wandb")
+        self.runs: list[FakeRun] = []
+        self.failure = failure
+        self.errors = types.SimpleNamespace(Error=ArithmeticError)
+
+    def init(self, **options: Any) -> FakeRun:
+        if self.failure:
+            raise self.failure
+        self.runs.append(FakeRun(options, options["id"] or f"fresh-{len(self.runs)}"))
+        return self.runs[-1]
+
+    @staticmethod
+    def Image(path: str) -> tuple[str, str]:  # noqa: N802
+        return ("picture", path)
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> FakeWandb:
+    fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    with MetricsWriter(tmp_path, wandb=True, name="a", config={"lr": 1}) as writer:
+    return fake
+
+
+def test_weights_and_biases_gets_numbers_and_pictures(tmp_path, wandb):
+    with MetricsWriter(tmp_path, LoggingConfig(wandb=True), config={"lr": 1}) as writer:
         writer.write(1, {"reward": 0.5, "tags": {"colors": 1.0}, "note": "text"})
         writer.picture(1, "samples", "x.png")
-    with MetricsWriter(tmp_path, wandb=True, resume_after=1) as writer:
-        writer.write(2, {"reward": 0.5})
-    with MetricsWriter(tmp_path, wandb=True):
-        pass
-    assert runs[0].logged == [
+    (run,) = wandb.runs
+    assert run.logged == [
         {"step": 1, "reward": 0.5, "tags/colors": 1.0},
         {"step": 1, "samples": ("picture", "x.png")},
     ]
-    assert runs[0].options["config"] == {"lr": 1}
-    assert runs[0].finished
-    assert [run.options["id"] for run in runs] == [None, "fresh", None]
+    assert run.metric == ("*", "step")
+    assert run.options["config"] == {"lr": 1}
+    assert run.finished
+
+
+def test_a_resumed_run_continues_its_run_in_weights_and_biases(tmp_path, wandb):
+    plain, named = LoggingConfig(wandb=True), LoggingConfig(wandb=True, wandb_project="udm", wandb_name="a")
+    for logging, resume_after in ((plain, None), (plain, 3), (named, 3), (plain, None)):
+        MetricsWriter(tmp_path / "run", logging, resume_after=resume_after).close()
+    assert [run.id for run in wandb.runs] == ["fresh-0", "fresh-0", "fresh-0", "fresh-3"]
+    assert [run.options["project"] for run in wandb.runs] == ["udm-grpo", "udm-grpo", "udm", "udm-grpo"]
+    assert [run.options["name"] for run in wandb.runs] == ["run", None, "a", "run"]
+    assert {run.options["resume"] for run in wandb.runs} == {"allow"}
+
+
+def test_the_id_of_a_run_in_weights_and_biases_can_be_chosen(tmp_path, wandb):
+    chosen, plain = LoggingConfig(wandb=True, wandb_id="mine"), LoggingConfig(wandb=True)
+    for logging, resume_after in ((chosen, None), (plain, 3), (chosen, 4)):
+        MetricsWriter(tmp_path, logging, resume_after=resume_after).close()
+    assert [run.id for run in wandb.runs] == ["mine", "mine", "mine"]
+
+
+def test_only_the_primary_process_opens_a_run_in_weights_and_biases(tmp_path, wandb):
+    with MetricsWriter(tmp_path, LoggingConfig(wandb=True), primary=False) as writer:
+        writer.write(1, {"reward": 0.5})
+        writer.picture(1, "samples", "x.png")
+    assert wandb.runs == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_and_biases_gets_no_secrets_and_leaves_no_key(tmp_path, wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "sesame")
+    options = {"api_key": "sesame", "key_env": "JUDGE_KEY", "endpoint": "https://me:sesame@judge.example"}
+    config = {"rewards": {"scorers": {"vlm": {"options": options}}}, "milestones": (1, 2)}
+    MetricsWriter(tmp_path, LoggingConfig(wandb=True), config=config).close()
+    shown = wandb.runs[0].options["config"]
+    assert shown["rewards"]["scorers"]["vlm"]["options"]["key_env"] == "JUDGE_KEY"
+    assert shown["milestones"] == (1, 2)
+    assert "sesame" not in repr(wandb.runs[0].options)
+    assert all("sesame" not in path.read_text() for path in tmp_path.iterdir())
+
+
+def test_a_run_that_weights_and_biases_refuses_is_a_clear_error(tmp_path, wandb):
+    wandb.failure = ArithmeticError("api_key not configured (no-tty)")
+    with pytest.raises(ConfigError, match=r"'udm-grpo': api_key not configured.*\n.*`wandb login`"):
+        MetricsWriter(tmp_path, LoggingConfig(wandb=True))
 
 
 def test_progress_is_plain_lines_when_it_is_no_terminal():

@@ -21,14 +21,16 @@ SHORT = (
 )
 GRADIENT_TOLERANCE = 1e-4
 """Of each tensor's largest gradient: sums over the batch are added in another order on other meshes."""
-WEIGHTS = "export/transformer/diffusion_pytorch_model.safetensors"
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+AVERAGED = ("optimizer.ema_decay=0.9", "optimizer.ema_every=3")
+"""Due between the checkpoint after iteration 2 and that after 4."""
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whole smoke run."""
     output = tmp_path_factory.mktemp("train") / "whole"
-    done = train(output)
+    done = train(output, *AVERAGED)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -77,10 +79,10 @@ def test_the_export_is_the_trained_model_in_the_released_format(finished: Path) 
 
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(finished: Path) -> None:
     output = finished.parent / "killed"
-    train_and_kill(output, 3)
+    train_and_kill(output, 3, *AVERAGED)
     left = output / "pictures" / f".000002.png.1{UNFINISHED}"
     left.touch()
-    done = train(output, "checkpoint.resume=latest")
+    done = train(output, *AVERAGED, "checkpoint.resume=latest")
     assert done.returncode == 0, done.stderr
     assert metrics(output) == metrics(finished)
     assert not left.exists()
@@ -88,10 +90,11 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(finished: Path) -> No
         files = [{path.name: path.read_bytes() for path in folder.glob(pattern)} for folder in (finished, output)]
         assert files[0] == files[1], pattern
     assert len(json.loads((output / "environment.json").read_text())["starts"]) == 2
-    whole, resumed = load_file(finished / WEIGHTS), load_file(output / WEIGHTS)
-    assert whole.keys() == resumed.keys()
-    for name, tensor in whole.items():
-        np.testing.assert_array_equal(tensor, resumed[name], err_msg=name)
+    for folder in ("export", "export_raw"):
+        whole, resumed = load_file(finished / folder / WEIGHTS), load_file(output / folder / WEIGHTS)
+        assert whole.keys() == resumed.keys()
+        for name, tensor in whole.items():
+            np.testing.assert_array_equal(tensor, resumed[name], err_msg=name)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (finished, output)]
     for summary in summaries:
         summary.pop("seconds")

@@ -124,6 +124,8 @@ class OptimizerConfig:
     """Training states (of the K*B) whose gradients are taken together; the rest is accumulated."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights; 0: none is kept."""
+    ema_every: int = 1
+    """Optimizer steps between updates of that average (the public release: a decay of 0.99 every 100 steps)."""
 
 
 @dataclass
@@ -242,7 +244,13 @@ class LoggingConfig:
     tensorboard: bool = False
     """Write TensorBoard files (tensorboardX)."""
     wandb: bool = False
-    """Write to Weights & Biases (needs its own package)."""
+    """Write to Weights & Biases (pip install wandb; the API key comes from WANDB_API_KEY or `wandb login`)."""
+    wandb_project: str = "udm-grpo"
+    """Project there."""
+    wandb_name: str = ""
+    """Name of the run there; empty: the last part of output_dir."""
+    wandb_id: str = ""
+    """Identity of the run there; empty: a new one, which output_dir remembers, so that a resumed run continues it."""
 
 
 @dataclass

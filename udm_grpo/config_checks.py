@@ -58,6 +58,7 @@ def _ranges(config: RunConfig, problems: list[str]) -> None:
     _at_least(problems, 1, model__height=config.model.height, model__width=config.model.width)
     if not 0 <= optimizer.ema_decay < 1:
         problems.append(f"optimizer.ema_decay is {optimizer.ema_decay}; set it to 0 (off) or between 0 and 1.")
+    _at_least(problems, 1, optimizer__ema_every=optimizer.ema_every)
     for name, beta in (("beta1", optimizer.beta1), ("beta2", optimizer.beta2)):
         if not 0 <= beta < 1:
             problems.append(f"optimizer.{name} is {beta}; set it to 0 or more and below 1.")
@@ -104,6 +105,7 @@ def _combinations(config: RunConfig, problems: list[str]) -> None:
         )
     if config.optimizer.schedule == "multistep" and not config.optimizer.milestones:
         problems.append("optimizer.schedule is multistep without optimizer.milestones; name at least one.")
+    _average(config, problems)
     if config.optimizer.milestones and config.optimizer.schedule != "multistep":
         problems.append("optimizer.milestones acts only with optimizer.schedule=multistep; set that or drop them.")
     sizes = dataclasses.asdict(config.mesh)
@@ -116,6 +118,17 @@ def _combinations(config: RunConfig, problems: list[str]) -> None:
         problems.append("prompts.heldout is empty; name a file or prepared folder of evaluation prompts.")
     if config.checkpoint.keep_best and not config.evaluation.every:
         problems.append("checkpoint.keep_best needs evaluations on the way; set evaluation.every above 0.")
+
+
+def _average(config: RunConfig, problems: list[str]) -> None:
+    every, updates = config.optimizer.ema_every, config.iterations * config.grpo.updates_per_rollout
+    if every > 1 and not config.optimizer.ema_decay:
+        problems.append("optimizer.ema_every acts only with optimizer.ema_decay above 0; set that or drop it.")
+    elif every > 1 and every > updates >= 1:
+        problems.append(
+            f"optimizer.ema_every is {every}, but the run has {updates} optimizer steps, so the average would stay "
+            f"the start model; lower it to at most {updates}."
+        )
 
 
 def _lora(config: RunConfig, problems: list[str]) -> None:

@@ -114,6 +114,8 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         fields.pop("lora")
     fields["rollout"].pop("micro_batch")
     fields["optimizer"].pop("micro_batch")
+    if config.optimizer.ema_every == 1:
+        fields["optimizer"].pop("ema_every")  # checkpoints from before this field existed stay valid
     return fields
 
 

@@ -33,13 +33,11 @@ class Reports:
 def open_reports(config: RunConfig, position: Position | None, stack: contextlib.ExitStack) -> Reports:
     """Open the run's files and its progress bar; lines past `position` (None: a fresh run) are dropped."""
     resume_after = None if position is None else position.step
-    output, logging, primary = Path(config.output_dir), config.logging, hosts.is_primary()
+    output, primary = Path(config.output_dir), hosts.is_primary()
     if primary:
         remove_unfinished(output)
         begin(output, resume_after)
-    writer = MetricsWriter(
-        output, logging.tensorboard, logging.wandb, resume_after=resume_after, config=as_dict(config), primary=primary
-    )
+    writer = MetricsWriter(output, config.logging, resume_after=resume_after, config=as_dict(config), primary=primary)
     stack.enter_context(writer)
     evaluations = None
     if primary:

@@ -22,7 +22,7 @@ from udm_grpo.grpo.advantages import advantages
 from udm_grpo.grpo.loss import LossPlan, token_mean_logps
 from udm_grpo.grpo.optimizer import step as optimizer_step
 from udm_grpo.grpo.trajectory import TrajectoryPlan, trajectory
-from udm_grpo.grpo.update import cast, update
+from udm_grpo.grpo.update import EmaPlan, cast, update
 from udm_grpo.model import lora, vq
 from udm_grpo.model.transformer import Execution, TransformerConfig, head, hidden_states, image_rows
 from udm_grpo.model.vq_loss import tokenizer_loss, unit
@@ -198,7 +198,7 @@ def build(
             plans.execution,
             plans.loss,
             optimizer,
-            config.optimizer.ema_decay,
+            EmaPlan(config.optimizer.ema_decay, config.optimizer.ema_every),
             plans.compute_dtype,
             micro_batch,
             state,

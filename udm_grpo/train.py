@@ -31,7 +31,7 @@ from udm_grpo.evaluation import evaluate, evaluate_all, extremes_file, pictures
 from udm_grpo.export import export
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.checkpoint import restore as restore_checkpoint
-from udm_grpo.host.metrics import StageTimer, write_json
+from udm_grpo.host.metrics import StageTimer, check_tools, write_json
 from udm_grpo.host.pictures import before_after, image_grid
 from udm_grpo.host.rewards import Rewards
 from udm_grpo.host.weights import WeightsError
@@ -202,6 +202,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         asked = stack.enter_context(distributed.interruption())
+        if hosts.is_primary():
+            check_tools(config.logging)
         run, abstract = open_run(config, stack)
         state, reference, position = start(run, abstract)
         done = 0 if position is None else position.step

@@ -1,12 +1,13 @@
 """One optimizer step from accumulated gradients."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from udm_grpo.batches import Params, Samples, TrainState
 from udm_grpo.diffusion.chunks import chunk_size, split
@@ -53,15 +54,34 @@ def accumulated_gradients(
     return jax.tree.map(lambda g: g / count, gradients), jax.tree.map(jnp.mean, metrics)
 
 
+@dataclass(frozen=True)
+class EmaPlan:
+    """How the moving average of the weights follows them; static under jit."""
+
+    decay: float = 0.0
+    every: int = 1
+    """Optimizer steps from one update of the average to the next."""
+
+
+def moved_average(plan: EmaPlan, ema: Params, params: Params, step: Int32[Array, ""]) -> Params:
+    """Return the average after optimizer step `step` (counted from 1): decay * ema + (1 - decay) * params when due."""
+
+    def moved(slow: Params, fast: Params) -> Params:
+        return jax.tree.map(lambda s, f: plan.decay * s + (1 - plan.decay) * f, slow, fast)
+
+    if plan.every == 1:
+        return moved(ema, params)
+    return jax.lax.cond(step % plan.every == 0, moved, lambda slow, _: slow, ema, params)
+
+
 def apply_gradients(
-    optimizer: optax.GradientTransformation, ema_decay: float, state: TrainState, gradients: Params
+    optimizer: optax.GradientTransformation, average: EmaPlan, state: TrainState, gradients: Params
 ) -> TrainState:
-    """One optimizer step on the master weights, and one of their moving average if there is one."""
+    """One optimizer step on the master weights, and one of their moving average if there is one and it is due."""
     params, opt_state = optimizer_step(optimizer, gradients, state.opt_state, state.params)
-    ema = state.ema
-    if ema is not None:
-        ema = jax.tree.map(lambda slow, fast: ema_decay * slow + (1 - ema_decay) * fast, ema, params)
-    return TrainState(params=params, opt_state=opt_state, ema=ema, step=state.step + 1)
+    step = state.step + 1
+    ema = None if state.ema is None else moved_average(average, state.ema, params, step)
+    return TrainState(params=params, opt_state=opt_state, ema=ema, step=step)
 
 
 def update(
@@ -69,7 +89,7 @@ def update(
     execution: Execution,
     plan: LossPlan,
     optimizer: optax.GradientTransformation,
-    ema_decay: float,
+    average: EmaPlan,
     compute_dtype: Any,
     micro_batch: int,
     state: TrainState,
@@ -89,4 +109,4 @@ def update(
     gradients, metrics = accumulated_gradients(config, execution, plan, compute, samples, micro_batch, base)
     gradients = scale(gradients)
     metrics["grad_norm"] = optax.tree.norm(gradients)
-    return apply_gradients(optimizer, ema_decay, state, gradients), metrics
+    return apply_gradients(optimizer, average, state, gradients), metrics

@@ -10,7 +10,6 @@ import math
 import os
 import sys
 import time
-import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from udm_grpo.config import ConfigError, LoggingConfig
 from udm_grpo.host.atomic import replace_file
+from udm_grpo.host.wandb_run import import_wandb, open_wandb
 
 
 class JsonLines:
@@ -79,28 +80,25 @@ class MetricsWriter:
     """Writes the metrics of each step to OUTPUT_DIR/metrics.jsonl and, if asked, to TensorBoard and Weights & Biases.
 
     output_dir: made if missing; the files of TensorBoard and Weights & Biases are in folders of their names in it.
-    resume_after: see JsonLines. project, name, config: how the run appears in Weights & Biases.
+    resume_after: see JsonLines. config: shown in Weights & Biases, without secrets.
     primary: False in all processes but one; then nothing is written.
 
-    Raises ImportError saying what to install when a tool that was asked for is missing.
+    Raises ConfigError saying what to do when a tool that was asked for is missing or cannot be used.
     """
 
     def __init__(
         self,
         output_dir: str | Path,
-        tensorboard: bool = False,
-        wandb: bool = False,
+        logging: LoggingConfig | None = None,
         *,
         resume_after: int | None = None,
-        project: str = "udm-grpo",
-        name: str | None = None,
         config: Mapping[str, Any] | None = None,
         primary: bool = True,
     ):
-        output_dir = Path(output_dir)
+        output_dir, logging = Path(output_dir), logging or LoggingConfig()
         output_dir.mkdir(parents=True, exist_ok=True)
-        self._wandb = _open_wandb(output_dir, resume_after, project, name, config) if wandb and primary else None
-        self._tensorboard = _open_tensorboard(output_dir, resume_after) if tensorboard and primary else None
+        self._wandb = open_wandb(output_dir, resume_after, logging, config) if logging.wandb and primary else None
+        self._tensorboard = _open_tensorboard(output_dir, resume_after) if logging.tensorboard and primary else None
         self._lines = JsonLines(output_dir / "metrics.jsonl", resume_after) if primary else None
         self._warned: set[str] = set()
 
@@ -127,7 +125,7 @@ class MetricsWriter:
         if self._tensorboard is not None:
             self._tensorboard.add_image(name, np.asarray(Image.open(path)), step, dataformats="HWC")
         if self._wandb is not None:
-            self._wandb.log({"step": step, name: _import_wandb().Image(str(path))})
+            self._wandb.log({"step": step, name: import_wandb().Image(str(path))})
 
     def close(self) -> None:
         """Close all files."""
@@ -145,37 +143,28 @@ class MetricsWriter:
         self.close()
 
 
-def _open_tensorboard(output_dir: Path, resume_after: int | None) -> Any:
+def check_tools(logging: LoggingConfig) -> None:
+    """Raise ConfigError if a tool that was asked for is not installed."""
+    if logging.tensorboard:
+        _summary_writer()
+    if logging.wandb:
+        import_wandb()
+
+
+def _summary_writer() -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        advice = "pip install tensorboardX, or switch it off"
-        raise ImportError(f"TensorBoard was asked for but tensorboardX is not installed: {advice}") from None
+        raise ConfigError(
+            "logging.tensorboard is True, but tensorboardX is not installed: pip install tensorboardX, or set "
+            "logging.tensorboard=False."
+        ) from None
+    return SummaryWriter
+
+
+def _open_tensorboard(output_dir: Path, resume_after: int | None) -> Any:
     purge_step = None if resume_after is None else resume_after + 1
-    return SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step)
-
-
-def _import_wandb() -> types.ModuleType:
-    try:
-        import wandb
-    except ImportError:
-        advice = "pip install wandb, or switch it off"
-        raise ImportError(f"Weights & Biases was asked for but wandb is not installed: {advice}") from None
-    return wandb
-
-
-def _open_wandb(
-    output_dir: Path, resume_after: int | None, project: str, name: str | None, config: Mapping[str, Any] | None
-) -> Any:
-    """Open a run there; a resumed run goes on under the identity that OUTPUT_DIR/wandb_run_id.txt remembers."""
-    remembered = output_dir / "wandb_run_id.txt"
-    known = remembered.read_text().strip() if resume_after is not None and remembered.exists() else None
-    run = _import_wandb().init(
-        project=project, name=name, dir=str(output_dir), config=dict(config or {}), id=known, resume="allow"
-    )
-    run.define_metric("*", step_metric="step")
-    remembered.write_text(run.id)
-    return run
+    return _summary_writer()(str(output_dir / "tensorboard"), purge_step=purge_step)
 
 
 class Progress:
