@@ -67,6 +67,23 @@ def test_names_of_secrets(name):
     assert without_secrets([f"--config.{name}=sesame"]) == [f"--config.{name}=***"]
 
 
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (
+            ["--config.x.environment.HF_TOKEN", "sesame", "--config.seed=1"],
+            "--config.x.environment.HF_TOKEN *** --config.seed=1",
+        ),
+        (["--config.x.environment={'A': '1', \"HF_TOKEN\": 'sesame'}"], "--config.x.environment=***"),
+        (["--config.x.environment", "{'HF_TOKEN' : 'se=same'}"], "--config.x.environment ***"),
+        (["--option", "vlm.api_key=sesame"], "--option vlm.api_key=***"),
+        (["--config.x.environment={'A': 'token'}", "--flag"], "--config.x.environment={'A': 'token'} --flag"),
+    ],
+)
+def test_secrets_are_hidden_however_a_command_line_sets_them(words, shown):
+    assert " ".join(without_secrets(words)) == shown
+
+
 @pytest.mark.parametrize("name", ["token_file", "api_key_env", "model.text_length", "tokens", "monkey", "seed"])
 def test_names_of_no_secrets(name):
     assert not is_secret(name)

@@ -1,140 +1,144 @@
-"""--config configs/x.py[:variant] --config.field=value -> RunConfig."""
+"""Read --config configs/x.py[:variant] --config.field=value into a RunConfig.
 
-import difflib
+The library ml_collections parses the settings (config_flags, on absl's flags). config_overrides.py prepares them for
+it; the config file is loaded here, because the library's own loader keeps a module's names between two files.
+"""
+
 import importlib.util
+import re
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
-from functools import reduce
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, cast
+
+from absl import flags
+from ml_collections import config_dict, config_flags
 
 from udm_grpo.config import ConfigError, RunConfig
+from udm_grpo.config_fields import fill, help_text, settle
+from udm_grpo.config_overrides import Overrides
 
-_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-
-
-def field_names(config: Any, prefix: str = "") -> list[str]:
-    """Every field of a configuration, dotted; those of a dict of configurations under the names in it."""
-    names = []
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            names += field_names(value, f"{prefix}{field.name}.")
-        elif _part_type(type(config), field.name):
-            for key, part in value.items():
-                names += field_names(part, f"{prefix}{field.name}.{key}.")
-        else:
-            names.append(f"{prefix}{field.name}")
-    return names
-
-
-def _part_type(section: Any, name: str) -> Any:
-    """The class of what a field holds by names of the user's own; None for every other field."""
-    wanted = get_type_hints(section).get(name)
-    held = get_args(wanted)[1] if get_origin(wanted) is dict else None
-    return held if is_dataclass(held) else None
-
-
-def _inside(section: Any, name: str) -> Any:
-    return section[name] if isinstance(section, dict) else getattr(section, name)
-
-
-def field_values(config: Any) -> list[tuple[str, Any]]:
-    """Every field of a configuration, dotted, with its value."""
-    return [(name, reduce(_inside, name.split("."), config)) for name in field_names(config)]
+_OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<name>[^=]*)(?:=(?P<text>.*))?", re.DOTALL)
+INSTALLED = Path(__file__).resolve().parent.parent
+"""The folder that holds udm_grpo/ and configs/: a checkout, or site-packages."""
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
     """Read the command line (without the program's name); the last value of a field counts.
 
     Raises ConfigError for an unknown flag or field, a value of the wrong type, or a config file that gives no
-    RunConfig.
+    configuration.
     """
-    file, settings, rest = None, [], []
-    words = iter(argv)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag == "--config":
-            file = value if equals else next(words, None)
-        elif flag.startswith("--config."):
-            settings.append((flag.removeprefix("--config."), value if equals else None))
-        else:
-            rest.append(word)
-    if rest:
-        raise ConfigError(f"unexpected {' '.join(rest)}; every setting is --config.field=value.")
+    file, rest = _config_file(argv)
     if not file:
         raise ConfigError("--config must name a file, as in --config configs/shapes.py.")
-    config = _load(file)
-    for name, text in settings:
-        _set(config, name, text)
-    return config
+    config = load(file)
+    overrides = Overrides(config)
+    unexpected = _read(rest, overrides)
+    if unexpected:
+        raise ConfigError(f"unexpected {' '.join(unexpected)}; every setting is --config.field=value.")
+    return _parsed(config, overrides)
 
 
-def _load(file: str) -> RunConfig:
-    path, colon, variant = file.partition(":")
-    if not Path(path).is_file():
-        raise ConfigError(f"the config file cannot be read: there is no {path}. Name one, as in configs/shapes.py.")
+def usage(argv: Sequence[str]) -> str:
+    """Return every field with its documentation, with the values of the config file if one is named."""
+    file, _ = _config_file([word for word in argv if word not in ("-h", "--help")])
+    return help_text(load(file) if file else RunConfig())
+
+
+def _config_file(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The value of --config and the other words; absl reads --flagfile on the way."""
+    known = flags.FlagValues()
+    flags.DEFINE_string("config", None, "The config file.", flag_values=known)
+    known.set_gnu_getopt(True)
+    try:
+        _, *rest = known(["udm_grpo", *argv], known_only=True)
+    except flags.Error as error:
+        raise ConfigError(f"the command line cannot be read: {error}.") from None
+    return known["config"].value or "", rest
+
+
+def load(file: str) -> RunConfig:
+    """Return the configuration of FILE.py or FILE.py:variant; raises ConfigError if there is none.
+
+    configs/NAME.py is the installed one where the working folder has none.
+    """
+    name, colon, variant = file.partition(":")
+    path = Path(name)
+    if not path.exists() and path.parts[:1] == ("configs",):
+        path = INSTALLED / path
+    if not path.is_file():
+        raise ConfigError(f"the config file cannot be read: there is no {name}. Name one, as in configs/shapes.py.")
+    get_config = getattr(_module(path), "get_config", None)
+    if not callable(get_config):
+        raise ConfigError(f"{name} has no get_config(); add one that returns a RunConfig.")
+    try:
+        config = get_config(variant) if colon else get_config()
+    except (TypeError, ValueError, LookupError, AttributeError, NameError, ImportError) as error:
+        raise ConfigError(f"{file}: get_config failed: {' '.join(str(error).split())}") from error
+    try:
+        return _run_config(config)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def _module(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location("config_file", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"the config file cannot be read: {path} is no Python file; its name has to end in .py.")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, "get_config", None)):
-        raise ConfigError(f"{path} has no get_config(); add one that returns a RunConfig.")
     try:
-        config = module.get_config(variant) if colon else module.get_config()
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{file}: get_config failed: {error}") from error
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, NameError) as error:
+        raise ConfigError(f"the config file cannot be read: {path}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _run_config(config: Any) -> RunConfig:
+    """The configuration itself, or defaults with what a ConfigDict sets; checked."""
+    if isinstance(config, config_dict.ConfigDict):
+        try:
+            values = config.to_dict()
+        except config_dict.RequiredValueError as error:
+            raise ConfigError(f"a placeholder of the ConfigDict has no value: {error}") from None
+        config = fill(RunConfig(), values)
     if not isinstance(config, RunConfig):
-        raise ConfigError(f"--config must name a file whose get_config() returns a RunConfig; found {type(config)}.")
+        raise ConfigError(f"get_config() returns a RunConfig or an ml_collections ConfigDict; found {type(config)}.")
+    settle(config)
     return config
 
 
-def _set(config: RunConfig, name: str, text: str | None) -> None:
-    _add_part(config, name)
-    known = field_names(config)
-    # options, environment and tag_weights hold names of the user's own: the rest of the dotted name is one of them.
-    found = next((field for field in known if name == field or name.startswith(f"{field}.")), None)
-    *parents, last = (found or "").split(".")
-    section: Any = reduce(_inside, parents, config)
-    wanted = get_type_hints(type(section)).get(last)
-    key = name.removeprefix(f"{found}.") if found != name else None
-    if found is None or (key is not None and get_origin(wanted) is not dict):
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        advice = f"did you mean {' or '.join(near)}?" if near else f"the fields are {', '.join(known)}."
-        raise ConfigError(f"--config.{name}: there is no such field; {advice}")
-    if key is not None:
-        setattr(section, last, getattr(section, last) | {key: _read(name, text, get_args(wanted)[1])})
-    elif get_origin(wanted) is dict:
-        raise ConfigError(f"--config.{name} holds names of your own; write --config.{name}.NAME=value.")
-    else:
-        setattr(section, last, _read(name, text, wanted))
+def _read(words: Sequence[str], overrides: Overrides) -> list[str]:
+    """Hand every setting to `overrides`; returns the words that are none.
+
+    A flag without a value is true, or takes the following word, as absl has it.
+    """
+    unexpected, pending = [], list(words)
+    while pending:
+        word = pending.pop(0)
+        match = _OVERRIDE.fullmatch(word)
+        if not match:
+            unexpected.append(word)
+            continue
+        name, text = match["name"], match["text"]
+        if match["no"] or (text is None and overrides.is_bool(name)):
+            if text is not None or not overrides.is_bool(name):
+                raise ConfigError(f"{word}: only a bool can be set so, without a value; write --config.{name}=value.")
+            text = "false" if match["no"] else "true"
+        elif text is None and pending and not pending[0].startswith("-"):
+            text = pending.pop(0)
+        overrides.add(name, text)
+    return unexpected
 
 
-def _add_part(config: RunConfig, name: str) -> None:
-    """rewards.scorers.NAME.field=value adds a scorer that the config file does not have."""
-    section: Any = config
-    parts = name.split(".")
-    for at, part in enumerate(parts):
-        made = _part_type(type(section), part) if is_dataclass(section) else None
-        if made and len(parts) > at + 2 and parts[at + 2] in {field.name for field in fields(made)}:
-            getattr(section, part).setdefault(parts[at + 1], made())
-        if not (isinstance(section, dict) and part in section) and not hasattr(section, part):
-            return
-        section = _inside(section, part)
-
-
-def _read(name: str, text: str | None, wanted: Any) -> Any:
-    """The value that a text stands for; a bare flag is True."""
-    if text is None:
-        if wanted is bool:
-            return True
-        raise ConfigError(f"--config.{name} has no value; write --config.{name}=value.")
+def _parsed(config: RunConfig, overrides: Overrides) -> RunConfig:
+    """The configuration with all overrides, as the library parses them."""
+    words = ["udm_grpo", *overrides.words()]
+    values = flags.FlagValues()
     try:
-        if get_origin(wanted) is tuple:
-            parts = [part.strip(" '\"") for part in text.strip("()[] ").split(",")]
-            return tuple(get_args(wanted)[0](part) for part in parts if part)
-        return _TRUTH[text.lower()] if wanted is bool else wanted(text)
-    except (KeyError, ValueError):
-        kind = wanted.__name__ if isinstance(wanted, type) and not get_args(wanted) else str(wanted)
-        raise ConfigError(f"--config.{name}={text}: {text!r} is no {kind}; give one.") from None
+        config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=words)
+        values(words)
+    except (flags.Error, ValueError, LookupError) as error:
+        raise overrides.explained(error) from None
+    parsed: Any = values["config"].value
+    settle(parsed)
+    return cast(RunConfig, parsed)

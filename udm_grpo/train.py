@@ -24,7 +24,7 @@ from rewards_bridge.errors import BridgeError, UsageError
 from udm_grpo import compile_only, distributed, hosts, run_reports, shared_rewards
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params, Rollout, TrainState
-from udm_grpo.command_line import field_values, parse
+from udm_grpo.command_line import parse, usage
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.config_checks import validate
 from udm_grpo.evaluation import evaluate, evaluate_all, extremes_file, pictures
@@ -235,14 +235,23 @@ def train(config: RunConfig) -> dict[str, Any]:
         return summary
 
 
+def _help(words: Sequence[str]) -> int:
+    try:
+        fields = usage(words)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(__doc__)
+    print("The fields, each with its value: the default, or that of the file which --config names.\n")
+    print(fields)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status. What the user can mend is said in a line, without a traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):
-        print(__doc__)
-        print("fields and their defaults (udm_grpo/config.py says what each is):")
-        print("\n".join(f"  --config.{name}={value}" for name, value in field_values(RunConfig())))
-        return 0
+        return _help(words)
     if "--compile_only" in words:
         return compile_only.main(words)
     expected = (ConfigError, MeshError, WeightsError, CheckpointError, BridgeError, UsageError, OSError)
