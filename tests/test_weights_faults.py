@@ -4,7 +4,6 @@ import dataclasses
 import json
 import resource
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,8 +94,8 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "garbage pth": (CODEBOOK, lambda file: file.write_bytes(b"garbage" * 50), "truncated or damaged"),
     "empty pth": (CODEBOOK, lambda file: file.write_bytes(b""), "truncated or damaged, 0 bytes"),
     "no pth": (CODEBOOK, Path.unlink, "no such file"),
-    "no tensors in pth": (CODEBOOK, lambda file: torch.save({"path.emb": "text"}, file), "wanted a dict of tensors"),
-    "a list in pth": (CODEBOOK, lambda file: torch.save([1, 2], file), "wanted a dict of tensors"),
+    "no tensors in pth": (CODEBOOK, lambda file: torch.save({"path.emb": "text"}, file), "expected a dict of tensors"),
+    "a list in pth": (CODEBOOK, lambda file: torch.save([1, 2], file), "expected a dict of tensors"),
     "no path.emb": (CODEBOOK, lambda file: torch.save({}, file), "missing: path.emb"),
     "flat path.emb": (CODEBOOK, lambda file: torch.save({"path.emb": torch.zeros(6)}, file), r"path.emb is \(6,\)"),
     "whole numbers": (
@@ -111,9 +110,9 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "no tokenizer files": (
         "tokenizer/tokenizer.json",
         lambda file: [path.unlink() for path in file.parent.iterdir()],
-        "no tokenizer that transformers can read",
+        "no tokenizer.json",
     ),
-    "cut tokenizer": ("tokenizer/tokenizer.json", truncate, "no tokenizer that transformers can read"),
+    "cut tokenizer": ("tokenizer/tokenizer.json", truncate, "is not a tokenizer that can be read"),
     "wrong sum": ("transformer/config.json", lambda file: edit_json(file, vocab_size=99), "vocab_size is 99"),
     "no bov": ("transformer/config.json", lambda file: edit_json(file, bov_token_id=None), "lacks bov_token_id"),
     "text for a size": (
@@ -200,11 +199,6 @@ def test_nothing_in_a_pth_is_run(folder: Path, tmp_path: Path, monkeypatch: pyte
     torch.save({"path.emb": Payload()}, folder / CODEBOOK)
     assert "loading that could run code" in problems_of(folder)
     assert not (tmp_path / "ran.txt").exists()
-
-
-def test_without_torch_the_error_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert "pip install torch" in problems_of(folder)
 
 
 def test_weights_that_do_not_fit_are_not_saved(checkpoint: Checkpoint, tmp_path: Path):

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from udm_grpo import pretrain, steps
 from udm_grpo.batches import Params
@@ -198,13 +197,16 @@ def write_text_tokenizer(folder: Path, texts: Iterable[str], splitter: pre_token
     words = ["[PAD]", "[UNK]", "[BOV]", *sorted({word for text in split for word in text})]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = splitter
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        padding_side="left",
-        model_max_length=max(len(text) for text in split),
-    ).save_pretrained(folder)
+    backend.add_special_tokens(["[PAD]", "[UNK]"])
+    backend.save(str(folder / "tokenizer.json"))
+    config = {
+        "model_max_length": max(len(text) for text in split),
+        "pad_token": "[PAD]",
+        "padding_side": "left",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "[UNK]",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return words
 
 

@@ -18,8 +18,8 @@ from udm_grpo.host.released import (
     read_files,
     tokenizer_problems,
 )
-from udm_grpo.host.tokenizer import load_tokenizer
-from udm_grpo.host.torch_files import Layout
+from udm_grpo.host.tokenizer import load_tokenizer, tokenizer_class
+from udm_grpo.host.torch_files import Layout, read_json
 from udm_grpo.host.weight_table import TRANSFORMER_TABLE, VQ_TABLE, Table, sources
 from udm_grpo.model.transformer import TransformerConfig
 from udm_grpo.model.vq_config import GROUPS, VQConfig
@@ -41,7 +41,7 @@ def new_checkpoint(
 ) -> Checkpoint:
     """Return a checkpoint of a new model; `dtype` (float32, bfloat16, float16) is what its tensors are to be saved as.
 
-    tokenizer_folder: any that transformers' AutoTokenizer reads; its model_max_length is L, at most 320.
+    tokenizer_folder: a Hugging Face tokenizer with its tokenizer_config.json; its model_max_length is L, at most 320.
     Raises WeightsError listing what does not fit together.
     """
     found = Problems()
@@ -53,8 +53,12 @@ def new_checkpoint(
         found.lines.append(f"num_vq_embeddings, lm_head_size and the rows of path_codebook differ: {counts}")
     found.raise_any("the new checkpoint")
     assert tokenizer
+    tokenizer_name = tokenizer_class(Path(tokenizer_folder))
     files = {f"tokenizer/{name}": content for name, content in read_files(Path(tokenizer_folder)).items()}
-    configs = _configs(transformer_config, vq_config, scheduler, type(tokenizer.backend).__name__)
+    configs = _configs(transformer_config, vq_config, scheduler, tokenizer_name)
+    said = read_json(Path(tokenizer_folder) / "tokenizer_config.json")
+    said.pop("backend", None)  # transformers 5 writes it
+    configs["tokenizer/tokenizer_config.json"] = said | {"tokenizer_class": tokenizer_name}
     files |= {name: json.dumps(content, indent=2).encode() + b"\n" for name, content in configs.items()}
     layouts = {
         "transformer": _layout(TRANSFORMER_TABLE, transformer, dtype),
@@ -72,7 +76,7 @@ def _layout(table: Table, tree: Params, dtype: str) -> Layout:
 
 
 def _configs(
-    transformer: TransformerConfig, vq: VQConfig, scheduler: Scheduler, tokenizer_class: str
+    transformer: TransformerConfig, vq: VQConfig, scheduler: Scheduler, tokenizer_name: str
 ) -> dict[str, dict[str, Any]]:
     """Return the configuration files as the release writes them, by relative path."""
 
@@ -84,10 +88,10 @@ def _configs(
     return {
         "model_index.json": named("URSAPipeline")
         | {
-            "scheduler": ["diffusers", "KineticOptimalScheduler"],
-            "tokenizer": ["transformers", tokenizer_class],
-            "transformer": ["diffusers", "URSATransformer3DModel"],
-            "vae": ["diffusers", "AutoencoderVQ"],
+            "scheduler": ["diffnext.schedulers.scheduling_dfm", "KineticOptimalScheduler"],
+            "tokenizer": ["transformers", tokenizer_name],
+            "transformer": ["diffnext.models.transformers.transformer_ursa", "URSATransformer3DModel"],
+            "vae": ["diffnext.models.autoencoders.autoencoder_vq", "AutoencoderVQ"],
         },
         "transformer/config.json": named("URSATransformer3DModel")
         | {"attn_implementation": None, "max_window_layers": transformer.num_hidden_layers}

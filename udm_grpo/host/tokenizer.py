@@ -1,18 +1,30 @@
-"""Prompts as token ids, the way the released models were trained: left-padded to L, cut after L, nothing added."""
+"""Prompts as token ids, the way the released models were trained: left-padded to L, cut after L, nothing added.
+
+Tokenizer folders of Hugging Face are read with their tokenizers library alone: transformers would import torch.
+"""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from udm_grpo.host.torch_files import WeightsError
+from udm_grpo.host.torch_files import WeightsError, read_json
 
 MAX_LENGTH = 320
 """L of the released models, whatever longer length their tokenizers allow."""
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+QWEN = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+QWEN_END = "<|endoftext|>"
+"""What pads and ends texts where the configuration of such a tokenizer does not say."""
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How such a tokenizer splits texts, where only its vocabulary is there and no tokenizer.json."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +34,7 @@ class PromptTokenizer:
     length: L; pad_id: the id on the left of shorter prompts; vocabulary: ids in all, added tokens included.
     """
 
-    backend: Any
+    backend: Tokenizer
     length: int
     pad_id: int
     vocabulary: int
@@ -34,8 +46,7 @@ class PromptTokenizer:
         made = np.full((len(prompts), self.length), self.pad_id, np.int32)
         if not len(prompts):
             return made
-        # verbose=False: the length is counted here, and the backend's own message about it names another limit.
-        rows = self.backend(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
+        rows = [encoded.ids for encoded in self.backend.encode_batch(list(prompts), add_special_tokens=False)]
         cut = sum(len(ids) > self.length for ids in rows)
         for row, ids in zip(made, rows, strict=True):
             kept = ids[: self.length]
@@ -55,25 +66,87 @@ class PromptTokenizer:
 def load_tokenizer(folder: Path, length: int | None = None) -> PromptTokenizer:
     """Read a tokenizer folder; `length` is L, by default the tokenizer's model_max_length, at most 320.
 
-    Never touches the network and never runs code of the folder. Raises WeightsError if it cannot be read.
+    The ids are those of transformers' AutoTokenizer. Never touches the network and never runs code of the folder.
+    Raises WeightsError if it cannot be read.
     """
-    from transformers import AutoTokenizer
-
     if not folder.is_dir():
         raise WeightsError(
             f"{folder}: no such folder; the tokenizer is missing. Download the folder with all its files."
         )
+    config = {**_optional(folder / "special_tokens_map.json"), **_optional(folder / "tokenizer_config.json")}
+    qwen = config.get("tokenizer_class") in QWEN
+    special = {name: _content(config[name]) for name in SPECIAL if config.get(name)}
+    if qwen:
+        special = {"eos_token": QWEN_END, "pad_token": QWEN_END} | special
     try:
-        backend = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise any type, bare Exception included
+        backend = _backend(folder, qwen)
+        added = list(_added(folder, config, list(special.values())))
+        known = {token.content for token in backend.get_added_tokens_decoder().values()}
+        backend.add_tokens([token for token in added if token.content not in known])
+        backend.no_truncation()
+        backend.no_padding()
+    except WeightsError:
+        raise
+    except Exception as error:  # tokenizers raises any type, bare Exception included
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise WeightsError(
-            f"{folder}: is no tokenizer that transformers can read ({reason}). Download it again."
-        ) from error
-    if backend.pad_token_id is None:
+        raise WeightsError(f"{folder}: is not a tokenizer that can be read ({reason}). Download it again.") from error
+    pad_id = backend.token_to_id(special.get("pad_token", ""))
+    if pad_id is None:
         raise WeightsError(f"{folder}: the tokenizer has no pad token; name one in tokenizer_config.json.")
     if length is None:
-        length = min(int(backend.model_max_length), MAX_LENGTH)
+        length = int(min(config.get("model_max_length") or MAX_LENGTH, MAX_LENGTH))
     if length < 1:
         raise WeightsError(f"{folder}: prompts cannot be {length} tokens long; give a length of at least 1.")
-    return PromptTokenizer(backend, length, int(backend.pad_token_id), len(backend))
+    return PromptTokenizer(backend, length, pad_id, backend.get_vocab_size(with_added_tokens=True))
+
+
+def tokenizer_class(folder: Path) -> str:
+    """Return the class that transformers 4 reads a tokenizer folder with; that of transformers 5 is not known there."""
+    name = _optional(folder / "tokenizer_config.json").get("tokenizer_class")
+    return name if name and name != "TokenizersBackend" else "PreTrainedTokenizerFast"
+
+
+def _backend(folder: Path, qwen: bool) -> Tokenizer:
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    files = [folder / "vocab.json", folder / "merges.txt"]
+    if not qwen or not all(file.is_file() for file in files):
+        raise WeightsError(
+            f"{folder}: no tokenizer.json. Download the folder with all its files; a tokenizer that never had one can "
+            "be converted: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers writes it."
+        )
+    made = Tokenizer(models.BPE.from_file(str(files[0]), str(files[1])))
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return made
+
+
+def _added(folder: Path, config: Mapping[str, Any], special: Sequence[str]) -> Iterator[AddedToken]:
+    """Yield the tokens that configuration files add to those of tokenizer.json, in the order of their ids."""
+    described = config.get("added_tokens_decoder") or {}
+    for _, token in sorted(described.items(), key=lambda item: int(item[0])):
+        flags = {name: token[name] for name in ("lstrip", "rstrip", "normalized", "single_word") if name in token}
+        yield AddedToken(token["content"], special=bool(token.get("special")), **flags)
+    if not described:
+        for content, _ in sorted(_optional(folder / "added_tokens.json").items(), key=lambda item: item[1]):
+            yield AddedToken(content, special=content in special)
+    more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    more = more.values() if isinstance(more, dict) else more
+    there = {token["content"] for token in described.values()}
+    for content in dict.fromkeys([*special, *map(_content, more)]):
+        if content not in there:
+            yield AddedToken(content, special=True)
+
+
+def _content(token: Any) -> str:
+    """Return the text of a token, which files give as such or with its flags."""
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def _optional(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}

@@ -1,25 +1,23 @@
 """The tensor files of PyTorch checkpoints, read and written: safetensors and .bin/.pth, whole or in shards.
 
-The only file that imports torch, when a .bin or .pth asks for it, and then always with weights_only: nothing that
-such a file holds is ever executed.
+Torch is not needed for any of them (torch_archive.py), and nothing that such a file holds is ever executed.
 """
 
-import io
 import itertools
 import json
 import os
-import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import safetensors
 
 from udm_grpo.host.progress import progress_bar
+from udm_grpo.host.tensor_pickle import ForbiddenError
+from udm_grpo.host.torch_archive import ArchiveError, ContentError, open_archive, write_archive
 from udm_grpo.host.weight_table import TensorInfo
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -67,7 +65,7 @@ class TensorFiles:
         return self.readers[name](name, slice(None))
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Return rows of a tensor; of a safetensors file no more than these are read into memory."""
+        """Return rows of a tensor; no more than these are read into memory."""
         return self.readers[name](name, slice(start, stop))
 
 
@@ -125,18 +123,16 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_tensors(
     folder: Path, layout: Layout, infos: Mapping[str, TensorInfo], blocks: Callable[[str], Iterable[np.ndarray]]
 ) -> None:
-    """Write tensors as `layout` says; `blocks` gives each in the dtype of `infos`, in rows one after the other.
+    """Write tensors block by block as `layout` says; raises OSError if a file cannot be written.
 
-    Safetensors are written block by block; a .bin or .pth file is in memory whole before it is written. Raises OSError
-    if a file cannot be written.
+    blocks: tensor name -> its rows one after the other, in the dtype of `infos`.
     """
     for file, names in layout.files.items():
+        members = {name: infos[name] for name in names}
         if file.endswith(".safetensors"):
-            _write_safetensors(
-                folder / file, layout.metadata.get(file, {}), {name: infos[name] for name in names}, blocks
-            )
+            _write_safetensors(folder / file, layout.metadata.get(file, {}), members, blocks)
         else:
-            write_file(folder / file, [_torch_bytes({name: np.concatenate(list(blocks(name))) for name in names})])
+            write_archive(folder / file, members, blocks)
     if layout.index:
         weight_map = {name: file for file, names in layout.files.items() for name in names}
         index = {"metadata": layout.index_metadata or {}, "weight_map": dict(sorted(weight_map.items()))}
@@ -198,45 +194,16 @@ def _open_safetensors(path: Path) -> Opened:
 
 
 def _open_torch(path: Path) -> Opened:
-    torch = _import_torch(path)
     try:
-        with path.open("rb") as file:
-            zipped = file.read(2) == b"PK"
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # of many types, for a file may be damaged in many ways
-        if not re.search(r"Unsupported (global|class)", str(error)):
-            raise _damaged(path, error) from None
-        reason = "it holds more than tensors, and loading that could run code"
+        archive = open_archive(path)
+    except ForbiddenError as error:
+        reason = f"it holds more than tensors ({error}), and loading that could run code"
         raise WeightsError(f"{path}: {reason}. Save the plain state dict, best as .safetensors.") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise WeightsError(f"{path}: wanted a dict of tensors by name, as a state dict is. Save that instead.")
-    infos = {
-        name: TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        for name, tensor in tensors.items()
-    }
-
-    def read(name: str, rows: slice) -> np.ndarray:
-        tensor = tensors[name].detach()
-        tensor = tensor[rows] if tensor.ndim else tensor
-        if tensor.dtype == torch.bfloat16:
-            return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
-
-    return infos, {}, read
-
-
-def _torch_bytes(arrays: Mapping[str, np.ndarray]) -> memoryview:
-    torch = _import_torch(None)
-    tensors = {}
-    for name, array in arrays.items():
-        plain = np.ascontiguousarray(array)
-        if plain.dtype == ml_dtypes.bfloat16:
-            tensors[name] = torch.from_numpy(plain.view(np.int16).copy()).view(torch.bfloat16)
-        else:
-            tensors[name] = torch.from_numpy(plain.copy())
-    buffer = io.BytesIO()
-    torch.save(tensors, buffer)
-    return buffer.getbuffer()
+    except ContentError as error:
+        raise WeightsError(f"{path}: {error}.") from None
+    except (ArchiveError, OSError) as error:
+        raise _damaged(path, error) from None
+    return archive.infos, {}, archive.read_rows
 
 
 def _write_safetensors(
@@ -263,22 +230,11 @@ def _write_safetensors(
     write_file(path, itertools.chain([struct.pack("<Q", len(text)) + text], data()))
 
 
-def _import_torch(path: Path | None) -> Any:
-    try:
-        import torch
-    except ImportError:
-        what = f"{path} is a PyTorch file" if path else "this checkpoint is written as a PyTorch file"
-        raise WeightsError(f"{what}, and torch is not installed: pip install torch (the CPU build will do).") from None
-    return torch
-
-
 def _damaged(path: Path, error: Exception) -> WeightsError:
     with path.open("rb") as file:
         start = file.read(len(GIT_LFS_POINTER))
     if start == GIT_LFS_POINTER:
         return WeightsError(f"{path}: is a Git LFS pointer, not the file itself. Run `git lfs pull` in that folder.")
     size = path.stat().st_size
-    # torch's first lines advise to load the file without weights_only; what is wrong with it comes after.
-    text = str(error).split("WeightsUnpickler error: ")[-1].strip()
-    reason = (text.splitlines() or [type(error).__name__])[0][:200]
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return WeightsError(f"{path}: truncated or damaged, {size} bytes ({reason}). Download it again.")

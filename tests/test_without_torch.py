@@ -1,0 +1,46 @@
+"""Torch is for reward models only: a training and what follows it, where importing torch fails."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from running import ROOT, environment
+
+PROGRAM = """
+import sys, udm_grpo.train
+from udm_grpo.pipeline import load_pipeline
+load_pipeline("udm_grpo/assets/ursa-shapes")
+assert "torch" not in sys.modules
+
+from pathlib import Path
+from udm_grpo import convert, evaluate, sample
+output = sys.argv[1]
+words = ("output_dir=" + output + "/run", "iterations=1", "rollout.steps=4", "evaluation.steps=(4,)", "seed=3")
+short = ("evaluation.picture_every=0", "evaluation.every=0", "evaluation.final_prompts=4", "grpo.window_starts=1")
+arguments = ["--config", "configs/shapes.py:smoke"] + ["--config." + word for word in words + short]
+assert udm_grpo.train.main(arguments) == 0
+base = ["--base", "udm_grpo/assets/ursa-shapes"]
+file = output + "/new/transformer.bin"
+assert convert.main(["to-pytorch", "--checkpoint", output + "/run", *base, "--transformer-only", file]) == 0
+assert convert.main(["info", output + "/run/export"]) == 0
+arguments = ["--run", output + "/run", "--steps", "2", "--images_per_prompt", "1", "--output", output + "/pictures"]
+assert sample.main([*arguments, "--prompt", "a photo of a red circle", "--batch", "1"]) == 0
+assert evaluate.main(["--samples", output + "/pictures", "--output", output + "/scores", "--scorer", "jpeg"]) == 0
+loaded = {name.partition(".")[0] for name in sys.modules}
+assert not loaded & {"torch", "transformers"}, loaded & {"torch", "transformers"}
+"""
+
+
+def test_a_run_and_its_results_need_no_torch(tmp_path: Path):
+    """A package named torch that fails stands before the real one, and leaves a mark for whoever imports it."""
+    mark, poison = tmp_path / "torch was imported", tmp_path / "poison" / "torch"
+    poison.mkdir(parents=True)
+    lines = ("import pathlib, traceback", f"pathlib.Path({str(mark)!r}).write_text(''.join(traceback.format_stack()))")
+    (poison / "__init__.py").write_text("\n".join([*lines, "raise ImportError('there is no torch here')"]))
+    env = environment()
+    env["PYTHONPATH"] = os.pathsep.join([str(poison.parent), env["PYTHONPATH"]])
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert not mark.exists(), mark.read_text()
