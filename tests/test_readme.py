@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,6 @@ from rewards_bridge.client import BridgeConfig, RewardsClient
 from rewards_bridge.scorers import KNOWN
 from scripts import prepare_prompts
 from udm_grpo import config as config_module
-from udm_grpo import evaluate, sample, train
 from udm_grpo.config import RunConfig
 from udm_grpo.config_checks import validate
 from udm_grpo.host.shapes import all_prompts
@@ -73,8 +71,6 @@ def test_the_readme_has_no_command_that_no_test_runs() -> None:
     for command in commands():
         if command == TOGETHER:
             continue  # tests/test_train.py runs several of it
-        if command in recipe_commands():
-            continue
         assert command in known or command.startswith((SCORE, SAMPLE, PREPARE, EVALUATE, ADAPTED, *LAUNCH)), command
     for command in known:
         assert command in commands(), command
@@ -93,31 +89,6 @@ def test_the_first_command_in_small_and_going_on(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["iterations"] == 2
     assert set(summary["by_steps"]) == {"10", "25"}
-
-
-def recipe_commands() -> list[str]:
-    """Those of the published recipes, which need weights and prompts that are not here."""
-    section = README.split("## The published recipes")[1].split("\n## ")[0]
-    return [command for command in commands() if re.sub(r"\s+", " ", section.replace("\\\n", " ")).find(command) >= 0]
-
-
-def test_the_published_recipes_can_be_given(capsys) -> None:
-    """Each command takes its words, and says which of its files is not here; tests/test_recipes.py looks at configs."""
-    shown = [shlex.split(command) for command in dict.fromkeys(recipe_commands()) if command != COMPILE]
-    assert len(shown) == 12
-    for words in shown:
-        if words[0] in ("hf", "curl"):
-            continue
-        run_it, lost = {
-            "scripts.prepare_prompts": (prepare_prompts.main, "evaluation_metadata.jsonl"),
-            "udm_grpo.train": (train.main, "models/URSA-1.7B-IBQ512"),
-            "udm_grpo.sample": (sample.main, words[words.index("--prompts") + 1] if "--prompts" in words else ""),
-            "udm_grpo.evaluate": (evaluate.main, words[4]),
-        }[words[2]]
-        assert run_it(words[3:]) in (1, 2)
-        said = capsys.readouterr().err
-        assert said.startswith("error: ")
-        assert lost in said, said
 
 
 def test_an_ocr_reward_in_small(tmp_path: Path) -> None:

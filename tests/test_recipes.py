@@ -64,27 +64,27 @@ def test_every_command_of_a_page_can_be_given(name):
 
 
 RAW = {
-    "evaluation_metadata.jsonl": '{"tag": "counting", "include": [{"class": "cat", "count": 2}], "exclude": '
+    "downloads/evaluation_metadata.jsonl": '{"tag": "counting", "include": [{"class": "cat", "count": 2}], "exclude": '
     '[{"class": "cat", "count": 3}], "prompt": "a photo of two cats"}\n',
-    "train_metadata.jsonl": "".join(
+    "downloads/train_metadata.jsonl": "".join(
         f'{{"tag": "{tag}", "include": [{{"class": "dog", "count": 1}}], "prompt": "a photo of a {tag} dog"}}\n'
         for tag in ("position", "counting", "color_attr", "colors", "two_object", "single_object")
     ),
-    "ocr/train.txt": 'A sign that says "Stop"\nA shirt with "Hi"\n',
-    "ocr/test.txt": 'A cake with "Happy 40"\n',
-    "pick/train.txt": "a dog\na cat\n",
-    "pick/test.txt": "a bird\n",
+    "downloads/ocr/train.txt": 'A sign that says "Stop"\nA shirt with "Hi"\n',
+    "downloads/ocr/test.txt": 'A cake with "Happy 40"\n',
+    "downloads/pickscore/train.txt": "a dog\na cat\n",
+    "downloads/pickscore/test.txt": "a bird\n",
 }
 """A few lines of each file that a page has the user download."""
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_prompts_that_a_page_prepares_lie_where_the_recipe_reads(name, tmp_path, monkeypatch):
-    downloaded = re.findall(r"curl -fL(?: --create-dirs -o +(\S+) +\S+|O \S+/(\S+))", page(name))
-    for file in map("".join, downloaded):
-        assert file in RAW
+    downloaded = set(re.findall(r"curl -fL --create-dirs -o +(downloads/\S+)", page(name)))
+    assert downloaded
+    assert downloaded <= set(RAW)
     for file, text in RAW.items():
-        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(text)
     monkeypatch.chdir(tmp_path)
     config = RECIPES[name].get_config()
