@@ -22,6 +22,7 @@ from udm_grpo.batches import Params, TrainState
 from udm_grpo.config import ConfigError, RunConfig, as_dict
 from udm_grpo.diffusion.path import Path as NoisePath
 from udm_grpo.diffusion.path import make_path
+from udm_grpo.disk_check import check_space
 from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.host import rewards
 from udm_grpo.host.checkpoint import Checkpoints, check_same_run, read_meta, resolve_resume
@@ -211,7 +212,6 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     check_sizes(config, checkpoint.vq_config.stride, mesh)
     train = _prompts("prompts.train", config.prompts.train, config.prompts.tag_weights)
     heldout = _prompts("prompts.heldout", config.prompts.heldout, {})
-    output = _open_output(config)
     plans = make_plans(
         config,
         checkpoint.transformer_config,
@@ -222,6 +222,8 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     optimizer = optimizer_of(config)
     learned = trained(config, checkpoint.transformer, checkpoint.transformer_config)
     abstract = abstract_state(optimizer, learned, config.optimizer.ema_decay > 0, mesh)
+    check_space(config, abstract, checkpoint.transformer)
+    output = _open_output(config)
     replicated = meshes.replicated(mesh)
     path = jax.tree.map(lambda leaf: hosts.put(leaf, replicated), path_of(checkpoint))
     client = stack.enter_context(rewards.connect(config.rewards, output / "kept_images"))

@@ -30,6 +30,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from udm_grpo.host.checkpoint_leaves import State, abstract_leaves, by_name, differences, savable_leaves
+from udm_grpo.host.disk_space import save_problem
 
 FORMAT = 1  # of what is inside a checkpoint; goes up when old ones can no longer be read
 PathLike = str | os.PathLike[str]
@@ -94,8 +95,8 @@ class Checkpoints:
         Returns when the state has been copied: what becomes of its arrays then does not matter. Waits for a save that
         has begun before. Saving a step again that this object has saved does nothing: a step of a run has one state.
 
-        Raises CheckpointError when the disk is full or saving fails in another way (earlier checkpoints stay as they
-        are) and when an earlier run's checkpoint of this step exists; TypeError for leaves that are not arrays.
+        Raises CheckpointError when there is too little disk or saving fails in another way (earlier checkpoints stay as
+        they are) and when an earlier run's checkpoint of this step exists; TypeError for leaves that are not arrays.
         """
         self.finish()
         path = self.path(step)
@@ -166,6 +167,10 @@ class Checkpoints:
         header = {"format": FORMAT, "step": step, "meta": _as_json(meta)}
         size = sum(leaf.nbytes for leaf in leaves.values())
         _clear_leftovers(path.parent)
+        # Process 0 alone asks: the others might do so while it writes already.
+        problem = "" if jax.process_index() or "://" in str(path) else save_problem(Path(path), size)
+        if problem:
+            raise CheckpointError(problem)
         with self._failing(path, size):
             self.folder.mkdir(parents=True, exist_ok=True)
             with _orbax():
