@@ -21,11 +21,14 @@ COMPILED_QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 """For programs over several devices or processes: to optimize them takes longer than to run them."""
 
 
-def environment(devices: int = 1) -> dict[str, str]:
-    """The environment of a run with this many virtual devices; all tests share what is compiled."""
+def environment(devices: int = 1, quickly: bool | None = None) -> dict[str, str]:
+    """The environment of a run with this many virtual devices; all tests share what is compiled.
+
+    quickly: whether to compile without optimizations; None: where there are several devices.
+    """
     return (
         os.environ
-        | (COMPILED_QUICKLY if devices > 1 else {})
+        | (COMPILED_QUICKLY if (devices > 1 if quickly is None else quickly) else {})
         | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -43,12 +46,14 @@ def command(output: Path, *overrides: str, config: str = SMOKE) -> list[str]:
     return [sys.executable, "-m", "udm_grpo.train", "--config", config, *words]
 
 
-def train(output: Path, *overrides: str, devices: int = 1, config: str = SMOKE) -> subprocess.CompletedProcess[str]:
-    """Run to the end."""
+def train(
+    output: Path, *overrides: str, devices: int = 1, config: str = SMOKE, quickly: bool | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end; see `environment`."""
     return subprocess.run(
         command(output, *overrides, config=config),
         cwd=ROOT,
-        env=environment(devices),
+        env=environment(devices, quickly),
         capture_output=True,
         text=True,
         timeout=500,

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from udm_grpo.diffusion.chunks import chunk_size, join, map_chunks, split
+from udm_grpo.diffusion.chunks import chunk_size, join, map_chunks, pad_rows, split
 
 
 def test_join_undoes_split() -> None:
@@ -24,6 +24,14 @@ def test_chunk_size_divides(batch: int, wanted: int, size: int) -> None:
 def test_map_chunks_equals_the_whole(size: int) -> None:
     x = jnp.arange(12, dtype=jnp.float32)
     np.testing.assert_array_equal(map_chunks(lambda part: part * 2, x, size), x * 2)
+
+
+def test_padding_repeats_the_last_row() -> None:
+    tree = {"ids": jnp.arange(6).reshape(3, 2), "score": jnp.arange(3.0)}
+    found = pad_rows(tree, 5)
+    np.testing.assert_array_equal(found["ids"], [[0, 1], [2, 3], [4, 5], [4, 5], [4, 5]])
+    np.testing.assert_array_equal(found["score"], [0, 1, 2, 2, 2])
+    assert pad_rows(tree, 3)["ids"] is tree["ids"]
 
 
 def test_uneven_split_is_refused() -> None:

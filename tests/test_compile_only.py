@@ -90,9 +90,6 @@ def test_the_devices_at_hand(config_file, capsys):
         pytest.param(("--topology", "nonsense"), "name one as kind:chips, such as v5e:4x4", marks=needs_libtpu),
         (("--topology",), "--topology has no value; write --topology=value"),
         pytest.param(("--topology=v5e:2x2", "--config.mesh.fsdp=3"), "does not fit 4 device", marks=needs_libtpu),
-        pytest.param(
-            ("--topology=v5e:2x2", "--config.rollout.micro_batch=2"), "rollout.micro_batch is 2", marks=needs_libtpu
-        ),
         (("--programs=rollout,training",), "--programs: there is no training; name some of rollout,decode"),
         (("--config.model.path=models/URSA-9B",), "the package has no sizes for URSA-9B"),
         (("--config.model.height=18",), "choose multiples of 4"),
@@ -141,6 +138,11 @@ def test_the_largest_micro_batch_is_found_by_few_compilations(per_size, wanted, 
     assert largest(measure, mebibytes(report(32, per_size)), sizes) == Search(wanted, beyond)
     assert len(tried) <= most_compilations
     assert len(set(tried)) == len(tried)
+
+
+def test_devices_that_divide_no_batch_are_searched_by_what_they_work_through():
+    assert candidates(16, 7) == [7, 14, 21]
+    assert candidates(16, 3) == [3, 6, 9, 18]
 
 
 def test_what_the_compiler_refuses_counts_as_too_large():

@@ -143,11 +143,8 @@ def test_the_trained_window_has_to_fit_the_rollout():
     assert line.startswith("grpo.window_starts + grpo.trained_steps - 1 is 5, past the rollout's 4 steps")
 
 
-def test_micro_batches_have_to_divide_what_they_split():
-    (line,) = problems(rollout__micro_batch=48)
-    assert line.startswith("rollout.prompts x rollout.group_size is 128, which rollout.micro_batch 48 does not divide")
-    (line,) = problems(optimizer__micro_batch=256)
-    assert "= 384 states, which optimizer.micro_batch 256 does not divide" in line
+def test_micro_batches_need_not_divide_what_they_split():
+    assert problems(rollout__micro_batch=48, optimizer__micro_batch=256) == []
 
 
 def test_milestones_and_multistep_go_together():
@@ -193,7 +190,7 @@ def test_all_problems_are_listed_at_once():
     lines = problems(
         iterations=0,
         model__dtype="float16",
-        rollout__micro_batch=48,
+        rollout__micro_batch=0,
         optimizer__ema_decay=2.0,
         mesh__fsdp=0,
         prompts__heldout="",

@@ -159,6 +159,26 @@ def test_one_by_eight_equals_eight_by_one(old: bool) -> None:
         np.testing.assert_allclose(part_metrics["loss"], metrics["loss"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_states_of_weight_zero_count_for_nothing(old: bool) -> None:
+    """In loss, gradient and every metric, whatever they hold."""
+    params, samples = init(CONFIG, jax.random.key(0)), _random_samples(old=old)
+    gradients = jax.jit(accumulated_gradients, static_argnums=(0, 1, 2, 5))
+
+    def filled_up(other: Samples, number: float) -> Samples:
+        full = jax.tree.map(lambda own, more: jnp.concatenate([own, more[:4]]), samples, other)
+        lost = {name: getattr(full, name).at[8:].set(number) for name in ("advantage", "ref_logp")}
+        return dataclasses.replace(full, weight=jnp.float32([1] * 8 + [0] * 4), **lost)
+
+    wanted, wanted_metrics = gradients(CONFIG, Execution(), LOSS, params, samples, 4)
+    found, metrics = gradients(CONFIG, Execution(), LOSS, params, filled_up(samples, 3.0), 6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), found, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), metrics, wanted_metrics)
+    rolled = jax.tree.map(lambda leaf: jnp.roll(leaf, 3, axis=0), samples)
+    other, other_metrics = gradients(CONFIG, Execution(), LOSS, params, filled_up(rolled, jnp.nan), 6)
+    jax.tree.map(np.testing.assert_array_equal, (other, other_metrics), (found, metrics))
+
+
 def test_old_log_probs_move_the_ratio() -> None:
     params, samples = init(CONFIG, jax.random.key(0)), _random_samples()
     plan = dataclasses.replace(LOSS, kl_weight=0.0)

@@ -50,7 +50,10 @@ class Trajectory:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Samples:
-    """Training states with everything their loss needs, the K steps and B images merged into one axis S = K*B."""
+    """Training states with everything their loss needs, the K steps and B images merged into one axis S = K*B.
+
+    Where the devices do not divide S, states are added at the end whose weight is 0.
+    """
 
     prompt_ids: Int32[Array, "s l"]
     noisy: Int32[Array, "s n"]
@@ -60,6 +63,8 @@ class Samples:
     """Token-mean log-probability under the frozen start model."""
     old_logp: Float[Array, " s"] | None
     """Token-mean log-probability before the first update of this rollout; None when there is only one update."""
+    weight: Float[Array, " s"] | None = None
+    """1 for a state of the rollout, 0 for one that only fills up the devices; None: there are none of those."""
 
 
 @jax.tree_util.register_dataclass

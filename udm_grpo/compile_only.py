@@ -26,6 +26,7 @@ import jax
 from jax.errors import JaxRuntimeError
 
 from udm_grpo import mesh as meshes
+from udm_grpo.batch_sizes import micro_batch
 from udm_grpo.command_line import parse
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.config_checks import validate
@@ -122,8 +123,9 @@ def _too_large(message: str) -> dict[str, Any]:
 
 
 def candidates(total: int, shards: int) -> list[int]:
-    """Micro-batches that divide `total` and that `shards` devices divide."""
-    return [size for size in range(shards, total + 1, shards) if total % size == 0]
+    """Micro-batches to try: those that need no padding, or, where none does, all that `micro_batch` gives."""
+    even = [size for size in range(shards, total + 1, shards) if total % size == 0]
+    return even or sorted({micro_batch(total, size, shards) for size in range(1, total + 1)})
 
 
 @dataclass(frozen=True)

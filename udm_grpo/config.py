@@ -69,7 +69,8 @@ class RolloutConfig:
     shift: float = 0.0
     """s of the schedule; 0: the checkpoint's."""
     micro_batch: int = 32
-    """Images that are rolled out, decoded and sent to the scorer together."""
+    """Images that are rolled out, decoded and sent to the scorer together, over all devices; batch_sizes.py fits it to
+    their number."""
 
 
 @dataclass
@@ -121,7 +122,7 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     micro_batch: int = 32
-    """Training states (of the K*B) whose gradients are taken together; the rest is accumulated."""
+    """Training states (of the K*B) whose gradients are taken together, over all devices; the rest is accumulated."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights; 0: none is kept."""
     ema_every: int = 1
@@ -212,7 +213,7 @@ class EvaluationConfig:
     steps: tuple[int, ...] = (25,)
     """T of an evaluation; the first is the one that summary.json calls base and final."""
     batch: int = 32
-    """Images that are rolled out together."""
+    """Images that are rolled out together, over all devices; the next multiple of their number."""
     picture_every: int = 100
     """Iterations between sample pictures (the same prompts and noise each time); 0: none on the way."""
     picture_prompts: int = 16

@@ -86,22 +86,11 @@ def _scorers(config: RunConfig, problems: list[str]) -> None:
 
 def _combinations(config: RunConfig, problems: list[str]) -> None:
     rollout, grpo = config.rollout, config.grpo
-    images = rollout.prompts * rollout.group_size
     last = grpo.window_starts + grpo.trained_steps - 1
     if last > rollout.steps:
         problems.append(
             f"grpo.window_starts + grpo.trained_steps - 1 is {last}, past the rollout's {rollout.steps} steps; lower "
             "one of them or raise rollout.steps."
-        )
-    if rollout.micro_batch >= 1 and images % rollout.micro_batch:
-        problems.append(
-            f"rollout.prompts x rollout.group_size is {images}, which rollout.micro_batch {rollout.micro_batch} does "
-            "not divide; change one of them."
-        )
-    if config.optimizer.micro_batch >= 1 and (images * grpo.trained_steps) % config.optimizer.micro_batch:
-        problems.append(
-            f"an update has prompts x group_size x trained_steps = {images * grpo.trained_steps} states, which "
-            f"optimizer.micro_batch {config.optimizer.micro_batch} does not divide; change one of them."
         )
     if config.optimizer.schedule == "multistep" and not config.optimizer.milestones:
         problems.append("optimizer.schedule is multistep without optimizer.milestones; name at least one.")

@@ -17,20 +17,20 @@ from udm_grpo.run import Run, Stage
 
 @dataclass(frozen=True)
 class Drawn:
-    """A micro-batch of pictures and what they were asked to show; the last one's tail may be padding."""
+    """A micro-batch of pictures and what they were asked to show."""
 
     images: jax.Array
-    """u8[batch, H, W, 3]."""
+    """u8[batch, H, W, 3]; of the last micro-batch the tail may be padding."""
     first: int
     """The number of the first of them among all."""
     rows: np.ndarray
-    """Which of the prompts each picture is of."""
+    """Which of the prompts each picture is of, without padding."""
 
 
 def draw(run: Run, policy: Params, texts: Sequence[str], copies: int, steps: int) -> Iterator[Drawn]:
     """`copies` pictures of every prompt in `steps` steps, prompt-major; CFG-free and from the same noise each time."""
     rollout = run.steps.rollout_in(steps)
-    batch = run.config.evaluation.batch
+    batch = run.steps.sizes.evaluation
     wanted = np.repeat(np.arange(len(texts)), copies)
     padded = np.pad(wanted, (0, -len(wanted) % batch), mode="edge")
     for at in range(0, len(padded), batch):
@@ -38,7 +38,7 @@ def draw(run: Run, policy: Params, texts: Sequence[str], copies: int, steps: int
         index = hosts.put(np.arange(at, at + batch, dtype=np.int32), meshes.over_batch(run.mesh))
         prompt_ids = run.prompt_ids([texts[row] for row in rows])
         rolled = rollout(policy, prompt_ids, run.empty_ids(), index, run.key(Stage.EVALUATION, 0))
-        yield Drawn(run.steps.decode(run.vq_params, rolled.clean), at, rows)
+        yield Drawn(run.steps.decode(run.vq_params, rolled.clean), at, rows[: len(wanted) - at])
 
 
 def evaluate(run: Run, policy: Params, count: int, steps: int, extremes: Path | None = None) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def evaluate(run: Run, policy: Params, count: int, steps: int, extremes: Path | 
     for drawn in draw(run, policy, texts, copies, steps):
         asked, about = [texts[row] for row in drawn.rows], [metadata[row] for row in drawn.rows]
         for ticket in shared_rewards.submit(run.client, drawn.images, drawn.first, asked, about):
-            mine = ticket.rows[ticket.rows < total] - drawn.first
+            mine = ticket.rows - drawn.first
             kept.watch(hosts.take(drawn.images, mine), [asked[row] for row in mine], ticket.scores)
             tickets.append(ticket)
     if extremes and hosts.is_primary():

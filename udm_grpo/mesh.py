@@ -28,7 +28,7 @@ parameter end in its path, so they follow the same rules."""
 
 
 class MeshError(ValueError):
-    """A mesh that does not fit the devices or the batch."""
+    """A mesh that does not fit the devices."""
 
 
 def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
@@ -99,14 +99,3 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
         return NamedSharding(mesh, _spec(name, tuple(leaf.shape), mesh))
 
     return jax.tree_util.tree_map_with_path(one, tree)
-
-
-def check_batch(mesh: Mesh, sizes: dict[str, int]) -> None:
-    """Raise MeshError listing every batch size (by its config name) that the batch axes do not divide."""
-    shards = batch_shards(mesh)
-    wrong = [f"{name} is {size}" for name, size in sizes.items() if size % shards]
-    if wrong:
-        raise MeshError(
-            f"the batch is spread over data x fsdp = {shards} devices, which must divide it: {'; '.join(wrong)}. "
-            "Change those sizes or the mesh."
-        )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, Sharding
 
 from udm_grpo import mesh as meshes
+from udm_grpo.batch_sizes import BatchSizes
 from udm_grpo.batches import Rollout, Samples
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.diffusion.path import Path as NoisePath
@@ -77,17 +78,17 @@ class Program:
 
 
 def mesh_of(config: RunConfig, sizes: Sizes, devices: list[Any]) -> Mesh:
-    """The mesh of a run over `devices`; raises MeshError or ConfigError where sizes, batches and mesh do not fit."""
+    """The mesh of a run over `devices`; raises MeshError or ConfigError where image, sizes and mesh do not fit."""
     mesh = meshes.make_mesh(asdict(config.mesh), devices)
-    check_sizes(config, sizes.vq.stride, mesh)
+    check_sizes(config, sizes.vq.stride)
     return mesh
 
 
 def programs(config: RunConfig, sizes: Sizes, mesh: Mesh) -> dict[str, Program]:
     """The programs of one iteration by name: rollout, decode, reference and update."""
     held, steps = _held(config, sizes, mesh)
-    given = _given(config, sizes, mesh)
-    rollout, optimizer = config.rollout, config.optimizer
+    given = _given(config, sizes, mesh, steps.sizes)
+    rollout, update = steps.sizes.rollout, steps.sizes.update
 
     def program(name: str, step: Any, micro_batch: int, taken: tuple[str, ...], *rest: Any) -> Program:
         # A stage may carry its path: partial(jitted, path).
@@ -100,10 +101,10 @@ def programs(config: RunConfig, sizes: Sizes, mesh: Mesh) -> dict[str, Program]:
     judged = (given["prompts"], Rollout(given["clean"], given["trajectory"], given["trajectory"]), given["key"])
     learned = (given["samples"], given["score"], held["reference"])
     made = (
-        program("rollout", steps.rollout, rollout.micro_batch, ("policy",), *drawn),
-        program("decode", steps.decode, rollout.micro_batch, ("tokenizer",), given["rollout clean"]),
-        program("reference", steps.prepare, optimizer.micro_batch, ("policy", "reference"), *judged),
-        program("update", steps.update, optimizer.micro_batch, ("state",), *learned),
+        program("rollout", steps.rollout, rollout, ("policy",), *drawn),
+        program("decode", steps.decode, rollout, ("tokenizer",), given["rollout clean"]),
+        program("reference", steps.prepare, update, ("policy", "reference"), *judged),
+        program("update", steps.update, update, ("state",), *learned),
     )
     return {one.name: one for one in made}
 
@@ -141,12 +142,12 @@ def _held(config: RunConfig, sizes: Sizes, mesh: Mesh) -> tuple[dict[str, Any], 
     return held, build(config, plans, path, optimizer, mesh, state)
 
 
-def _given(config: RunConfig, sizes: Sizes, mesh: Mesh) -> dict[str, Any]:
+def _given(config: RunConfig, sizes: Sizes, mesh: Mesh, batches: BatchSizes) -> dict[str, Any]:
     """Shapes of the batches that the stages are given."""
     over_batch, whole = meshes.over_batch(mesh), meshes.replicated(mesh)
-    L, m = sizes.text_length, config.rollout.micro_batch
+    L, m = sizes.text_length, batches.rollout
     N = (config.model.height // sizes.vq.stride) * (config.model.width // sizes.vq.stride)
-    B, K, T = config.rollout.prompts * config.rollout.group_size, config.grpo.trained_steps, config.rollout.steps
+    B, S, T = batches.drawn, batches.trained, config.rollout.steps
     ablation = config.grpo.trajectory == "rollout" or config.grpo.action == "intermediate"
 
     def whole_numbers(*shape: int) -> Any:
@@ -155,7 +156,7 @@ def _given(config: RunConfig, sizes: Sizes, mesh: Mesh) -> dict[str, Any]:
     def numbers(*shape: int) -> Any:
         return _spread(shape, jnp.float32, over_batch)
 
-    old = numbers(K * B) if config.grpo.updates_per_rollout > 1 else None
+    old = numbers(S) if config.grpo.updates_per_rollout > 1 else None
     return {
         "rollout prompts": whole_numbers(m, L),
         "rollout clean": whole_numbers(m, N),
@@ -166,12 +167,13 @@ def _given(config: RunConfig, sizes: Sizes, mesh: Mesh) -> dict[str, Any]:
         "clean": whole_numbers(B, N),
         "trajectory": _spread((T, B, N), jnp.int32, meshes.over_second(mesh)) if ablation else None,
         "samples": Samples(
-            prompt_ids=whole_numbers(K * B, L),
-            noisy=whole_numbers(K * B, N),
-            action=whole_numbers(K * B, N),
-            advantage=numbers(K * B),
-            ref_logp=numbers(K * B),
+            prompt_ids=whole_numbers(S, L),
+            noisy=whole_numbers(S, N),
+            action=whole_numbers(S, N),
+            advantage=numbers(S),
+            ref_logp=numbers(S),
             old_logp=old,
+            weight=numbers(S) if batches.states < S else None,
         ),
         "score": _spread((config.rollout.prompts, config.rollout.group_size), jnp.float32, whole),
     }

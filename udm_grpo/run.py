@@ -138,22 +138,14 @@ def _check_prompts(client: Composition, field: str, given: PromptSet) -> None:
     raise ConfigError("\n  ".join([listed, *more, "Mend or remove them, or choose another scorer."]))
 
 
-def check_sizes(config: RunConfig, stride: int, mesh: Mesh) -> None:
-    """Raise ConfigError or MeshError where the image or a batch does not fit the checkpoint or the mesh."""
+def check_sizes(config: RunConfig, stride: int) -> None:
+    """Raise ConfigError where the image does not fit the checkpoint."""
     model = config.model
     if model.height % stride or model.width % stride:
         raise ConfigError(
             f"model.height x model.width is {model.height} x {model.width}, but a token of this checkpoint covers "
             f"{stride} x {stride} pixels; choose multiples of {stride}."
         )
-    meshes.check_batch(
-        mesh,
-        {
-            "rollout.micro_batch": config.rollout.micro_batch,
-            "optimizer.micro_batch": config.optimizer.micro_batch,
-            "evaluation.batch": config.evaluation.batch,
-        },
-    )
 
 
 def abstract_state(optimizer: Any, params: Params, ema: bool, mesh: Mesh) -> TrainState:
@@ -209,7 +201,7 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     mesh = meshes.make_mesh(asdict(config.mesh))
     prompt_length = config.model.text_length or None
     checkpoint = load_folder(config.model.path, prompt_length=prompt_length, read_transformer=False)
-    check_sizes(config, checkpoint.vq_config.stride, mesh)
+    check_sizes(config, checkpoint.vq_config.stride)
     train = _prompts("prompts.train", config.prompts.train, config.prompts.tag_weights)
     heldout = _prompts("prompts.heldout", config.prompts.heldout, {})
     plans = make_plans(

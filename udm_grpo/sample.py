@@ -33,6 +33,7 @@ from PIL import Image
 
 from udm_grpo import distributed, hosts, steps
 from udm_grpo import mesh as meshes
+from udm_grpo.batch_sizes import padded
 from udm_grpo.config import DistributedConfig, MeshConfig
 from udm_grpo.diffusion.rollout import RolloutPlan
 from udm_grpo.host.atomic import remove_unfinished, replace_file
@@ -120,14 +121,14 @@ def drawer(
 ) -> Callable[[Sequence[tuple[int, int]]], UInt8[jax.Array, "b hh ww 3"]]:
     """A function that starts to draw up to `batch` pictures, named by (prompt, image); the tail may be padding.
 
-    Raises SampleError for sizes that the tokens do not divide, MeshError for a batch that the devices do not.
+    Raises SampleError for sizes that the tokens do not divide.
     """
     stride = checkpoint.vq_config.stride
     if min(settings.height, settings.width) < 1 or settings.height % stride or settings.width % stride:
         sizes = f"--height {settings.height} and --width {settings.width}"
         raise SampleError(f"{sizes} must be multiples of {stride}, the pixels of a token.")
     mesh = meshes.make_mesh(asdict(MeshConfig()), devices)
-    meshes.check_batch(mesh, {"--batch": batch})
+    rows = padded(batch, meshes.batch_shards(mesh))
     plan = RolloutPlan(
         grid=(settings.height // stride, settings.width // stride),
         steps=settings.steps,
@@ -147,7 +148,7 @@ def drawer(
     key = jax.random.key(settings.seed)
 
     def draw(wanted: Sequence[tuple[int, int]]) -> UInt8[jax.Array, "b hh ww 3"]:
-        prompt, image = np.pad(np.array(wanted, np.int32), ((0, batch - len(wanted)), (0, 0)), mode="edge").T
+        prompt, image = np.pad(np.array(wanted, np.int32), ((0, rows - len(wanted)), (0, 0)), mode="edge").T
         ids, index = jax.device_put((prompt_ids[prompt], image * MOST_PROMPTS + prompt), meshes.over_batch(mesh))
         rolled = rollout(params, ids, empty_ids, index, key)
         return steps.to_pixels(decode(vq_params, rolled.clean.reshape(-1, *plan.grid)))

@@ -29,9 +29,10 @@ def submit(
 ) -> list[Ticket]:
     """Send this host's rows of the pictures u8[m, H, W, 3], numbers `first` and following; none if it has none.
 
-    texts, metadata: of all m pictures.
+    texts, metadata: of the pictures that are scored, the first of the m; the others are padding.
     """
     rows = hosts.owned_rows(images.sharding, len(images))
+    rows = rows[rows < len(texts)]
     if not len(rows):
         return []
     mine = hosts.take(images, rows)
@@ -39,12 +40,11 @@ def submit(
 
 
 def collect(tickets: Sequence[Ticket], count: int) -> Rewards:
-    """Wait for this host's scores and join those of all hosts; pictures from number `count` on were only padding."""
+    """Wait for this host's scores and join those of all hosts, which are of `count` pictures."""
     rows = np.concatenate([ticket.rows for ticket in tickets]) if tickets else np.zeros(0, np.int64)
     columns: dict[str, np.ndarray] = {}
     if tickets:
         mine = rewards.collect([ticket.scores for ticket in tickets])
         columns = {"score": mine.score} | {f"raw/{name}": values for name, values in mine.raw.items()}
-    wanted = rows < count
-    found = hosts.gather_rows({name: column[wanted] for name, column in columns.items()}, rows[wanted], count)
+    found = hosts.gather_rows(columns, rows, count)
     return Rewards(found.pop("score"), {name.removeprefix("raw/"): values for name, values in found.items()})

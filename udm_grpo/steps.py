@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, Key, UInt8
 
 from udm_grpo import mesh as meshes
+from udm_grpo.batch_sizes import BatchSizes, batch_sizes
 from udm_grpo.batches import Params, Rollout, Samples, TrainState
 from udm_grpo.config import RunConfig
-from udm_grpo.diffusion.chunks import map_chunks
+from udm_grpo.diffusion.chunks import map_chunks, pad_rows
 from udm_grpo.diffusion.path import Path
 from udm_grpo.diffusion.pretrain import pretrain_loss
 from udm_grpo.diffusion.rollout import RolloutPlan, rollout
@@ -49,6 +50,8 @@ class Steps:
     """The compiled stages of an iteration."""
 
     plans: Plans
+    sizes: BatchSizes
+    """The batches that the stages take: m images are `rollout` or `evaluation`, B are `drawn`, S are `trained`."""
     rollout: RolloutStep
     """(compute params, prompt_ids i32[m,L], empty_ids i32[L], image_index i32[m], key) -> Rollout, in T steps."""
     rollout_in: Callable[[int], RolloutStep]
@@ -125,7 +128,7 @@ def logps_in_chunks(
 def prepare_samples(
     plans: Plans,
     path: Path,
-    micro_batch: int,
+    sizes: BatchSizes,
     with_old: bool,
     policy: Params,
     reference: Params,
@@ -133,36 +136,43 @@ def prepare_samples(
     rolled: Rollout,
     key: Key[Array, ""],
 ) -> Samples:
-    """Training states of a rollout with their log-probabilities: all that an update needs but the scores."""
-    B = prompt_ids.shape[0]
-    states = trajectory(path, plans.trajectory, rolled, jnp.arange(B, dtype=jnp.int32), key)
+    """Training states of a rollout with their log-probabilities: all that an update needs but the scores.
+
+    Images past the B of an iteration have no states; states past their S are copies of the last one, of weight 0.
+    """
+    B, S = sizes.images, sizes.trained
+    image_index = jnp.arange(prompt_ids.shape[0], dtype=jnp.int32)
+    states = trajectory(path, plans.trajectory, rolled, image_index, key)
     K = states.noisy.shape[0]
-    noisy, action = (array.reshape(K * B, -1) for array in (states.noisy, states.action))
+    noisy, action = states.noisy, states.action
+    if prompt_ids.shape[0] > B:
+        prompt_ids, noisy, action = prompt_ids[:B], noisy[:, :B], action[:, :B]
+    noisy, action = (array.reshape(K * B, -1) for array in (noisy, action))
     prompts = jnp.tile(prompt_ids, (K, 1))
-    ref_logp = logps_in_chunks(plans, reference, prompts, noisy, action, micro_batch)
-    old_logp = logps_in_chunks(plans, policy, prompts, noisy, action, micro_batch) if with_old else None
+    weight = None
+    if sizes.states < S:
+        prompts, noisy, action = (plans.execution.spread(array) for array in pad_rows((prompts, noisy, action), S))
+        weight = (jnp.arange(S) < sizes.states).astype(jnp.float32)
+    ref_logp = logps_in_chunks(plans, reference, prompts, noisy, action, sizes.update)
+    old_logp = logps_in_chunks(plans, policy, prompts, noisy, action, sizes.update) if with_old else None
     return Samples(
         prompt_ids=prompts,
         noisy=noisy,
         action=action,
-        advantage=jnp.zeros(K * B),
+        advantage=jnp.zeros(S),
         ref_logp=ref_logp,
         old_logp=old_logp,
+        weight=weight,
     )
 
 
-def with_advantages(samples: Samples, score: Float[Array, "p g"], clip: float, global_std: bool) -> Samples:
+def with_advantages(
+    samples: Samples, score: Float[Array, "p g"], sizes: BatchSizes, clip: float, global_std: bool
+) -> Samples:
     """The training states with each image's advantage, repeated over the K steps."""
     advantage = advantages(score, clip, global_std).reshape(-1)
-    K = samples.noisy.shape[0] // advantage.shape[0]
-    return Samples(
-        prompt_ids=samples.prompt_ids,
-        noisy=samples.noisy,
-        action=samples.action,
-        advantage=jnp.tile(advantage, K),
-        ref_logp=samples.ref_logp,
-        old_logp=samples.old_logp,
-    )
+    repeated = jnp.tile(advantage, sizes.states // sizes.images)
+    return replace(samples, advantage=pad_rows(repeated, sizes.trained))
 
 
 def build(
@@ -173,7 +183,7 @@ def build(
     execution = replace(plans.execution, batch=over_batch, head=meshes.head(mesh), shards=meshes.batch_shards(mesh))
     plans = replace(plans, execution=execution)
     state_shardings = meshes.shardings(mesh, state)
-    grpo, micro_batch = config.grpo, config.optimizer.micro_batch
+    grpo, sizes = config.grpo, batch_sizes(config, mesh)
     factor = lora.factor(config.lora) if config.lora.rank else 1.0
 
     def rollout_step(plan: RolloutPlan) -> RolloutStep:
@@ -200,9 +210,9 @@ def build(
             optimizer,
             EmaPlan(config.optimizer.ema_decay, config.optimizer.ema_every),
             plans.compute_dtype,
-            micro_batch,
+            sizes.update,
             state,
-            with_advantages(samples, score, grpo.advantage_clip, grpo.global_std),
+            with_advantages(samples, score, sizes, grpo.advantage_clip, grpo.global_std),
             reference if config.lora.rank else None,
             factor,
         )
@@ -212,10 +222,11 @@ def build(
         return TrainState(params=params, opt_state=optimizer.init(params), ema=ema, step=jnp.int32(0))
 
     def prepare(path: Path, *given: Any) -> Samples:
-        return prepare_samples(plans, path, micro_batch, grpo.updates_per_rollout > 1, *given)
+        return prepare_samples(plans, path, sizes, grpo.updates_per_rollout > 1, *given)
 
     return Steps(
         plans=plans,
+        sizes=sizes,
         rollout=rollout_step(plans.rollout),
         rollout_in=evaluation_step,
         decode=jax.jit(decode, out_shardings=over_batch),

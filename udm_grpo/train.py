@@ -45,24 +45,26 @@ def roll_out(
 ) -> tuple[jax.Array, Rollout, list[shared_rewards.Ticket]]:
     """Draw the B images of an iteration in micro-batches, each on its way to the scorer while the next is computed.
 
-    Returns prompt ids i32[B, L], the rollout of all B, and the tickets of this host's images.
+    Returns the prompt ids and the rollout of the B images and of those that fill up the last micro-batch, and the
+    tickets of this host's images, of the B only.
     """
-    given = run.config.rollout
+    given, sizes = run.config.rollout, run.steps.sizes
     rows = np.repeat(np.arange(given.prompts), given.group_size)
-    asked, about = [texts[row] for row in rows], [metadata[row] for row in rows]
+    drawn = [texts[row] for row in np.pad(rows, (0, sizes.drawn - len(rows)), mode="edge")]
+    asked, about = drawn[: len(rows)], [metadata[row] for row in rows]
     empty_ids, key = run.empty_ids(), run.key(Stage.ROLLOUT, step)
-    slices = [slice(at, at + given.micro_batch) for at in range(0, len(rows), given.micro_batch)]
+    slices = [slice(at, at + sizes.rollout) for at in range(0, sizes.drawn, sizes.rollout)]
     parts, decoded = [], []
     for part in slices:
         index = hosts.put(np.arange(part.start, part.stop, dtype=np.int32), meshes.over_batch(run.mesh))
-        parts.append(run.steps.rollout(policy, run.prompt_ids(asked[part]), empty_ids, index, key))
+        parts.append(run.steps.rollout(policy, run.prompt_ids(drawn[part]), empty_ids, index, key))
         decoded.append(run.steps.decode(run.vq_params, parts[-1].clean))
     tickets = [
         ticket
         for part, images in zip(slices, decoded, strict=True)
         for ticket in shared_rewards.submit(run.client, images, part.start, asked[part], about[part])
     ]
-    return run.prompt_ids(asked), _joined(parts), tickets
+    return run.prompt_ids(drawn), _joined(parts), tickets
 
 
 def _joined(parts: Sequence[Rollout]) -> Rollout:

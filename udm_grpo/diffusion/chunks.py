@@ -27,6 +27,16 @@ def join(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:]), tree)
 
 
+def pad_rows(tree: Any, rows: int) -> Any:
+    """Leaves [B, ...] -> [rows, ...], the last row repeated; leaves of that length already are returned as they are."""
+
+    def one(leaf: jax.Array) -> jax.Array:
+        missing = rows - leaf.shape[0]
+        return leaf if not missing else jnp.concatenate([leaf, jnp.repeat(leaf[-1:], missing, axis=0)])
+
+    return jax.tree.map(one, tree)
+
+
 def chunk_size(batch: int, wanted: int) -> int:
     """The largest divisor of `batch` that is at most `wanted` (all of it for wanted <= 0)."""
     if wanted <= 0 or wanted >= batch:

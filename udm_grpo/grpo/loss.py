@@ -113,8 +113,20 @@ def token_mean_logps(
     return jnp.mean(logp, axis=1), jnp.mean(entropy, axis=1)
 
 
+def mean(x: Float[Array, " s"], weight: Float[Array, " s"] | None = None) -> Float[Array, ""]:
+    """The sum of the states whose weight is not 0, over the number of all states.
+
+    What a state of weight 0 holds has no part in it, not even if it is not finite, and gets no gradient.
+    """
+    return jnp.mean(x) if weight is None else jnp.sum(jnp.where(weight > 0, weight * x, 0.0)) / x.shape[0]
+
+
 def policy_loss(
-    logp: Float[Array, " s"], old_logp: Float[Array, " s"], advantage: Float[Array, " s"], clip_range: float
+    logp: Float[Array, " s"],
+    old_logp: Float[Array, " s"],
+    advantage: Float[Array, " s"],
+    clip_range: float,
+    weight: Float[Array, " s"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(the clipped surrogate -mean min(A r, A clip(r, 1 - eps, 1 + eps)), the fraction of ratios outside the clip).
 
@@ -124,23 +136,25 @@ def policy_loss(
     """
     ratio = jnp.exp(logp - old_logp)
     clipped = jnp.clip(ratio, 1 - clip_range, 1 + clip_range)
-    outside = jnp.mean((jnp.abs(ratio - 1) > clip_range).astype(jnp.float32))
-    return -jnp.mean(jnp.minimum(advantage * ratio, advantage * clipped)), outside
+    outside = mean((jnp.abs(ratio - 1) > clip_range).astype(jnp.float32), weight)
+    return -mean(jnp.minimum(advantage * ratio, advantage * clipped), weight), outside
 
 
-def k3(logp: Float[Array, " s"], ref_logp: Float[Array, " s"]) -> Float[Array, ""]:
+def k3(
+    logp: Float[Array, " s"], ref_logp: Float[Array, " s"], weight: Float[Array, " s"] | None = None
+) -> Float[Array, ""]:
     """The mean of exp(ref - logp) - (ref - logp) - 1: a KL estimate that is never negative.
 
     Source: Schulman, "Approximating KL divergence" (2020), estimator k3.
     """
     difference = ref_logp - logp
-    return jnp.mean(jnp.expm1(difference) - difference)
+    return mean(jnp.expm1(difference) - difference, weight)
 
 
 def grpo_loss(
     config: TransformerConfig, execution: Execution, plan: LossPlan, params: Params, samples: Samples
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """(policy loss + beta KL, metrics) over S training states, each a mean over them.
+    """(policy loss + beta KL, metrics) over S training states, each a mean over them; see `mean` for weights.
 
     With `samples.old_logp` None (one update a rollout) the old policy is this one: the ratio is 1 and only its
     gradient acts.
@@ -149,15 +163,16 @@ def grpo_loss(
     """
     logp, entropy = token_mean_logps(config, execution, plan, params, samples.prompt_ids, samples.noisy, samples.action)
     old_logp = jax.lax.stop_gradient(logp) if samples.old_logp is None else samples.old_logp
-    policy, clip_fraction = policy_loss(logp, old_logp, samples.advantage, plan.clip_range)
-    kl = k3(logp, samples.ref_logp)
+    weight = samples.weight
+    policy, clip_fraction = policy_loss(logp, old_logp, samples.advantage, plan.clip_range, weight)
+    kl = k3(logp, samples.ref_logp, weight)
     loss = policy + plan.kl_weight * kl
     metrics = {
         "loss": loss,
         "policy_loss": policy,
         "kl": kl,
-        "entropy": jnp.mean(entropy),
-        "logp": jnp.mean(logp),
+        "entropy": mean(entropy, weight),
+        "logp": mean(logp, weight),
         "clip_fraction": clip_fraction,
     }
     return loss, metrics

@@ -33,6 +33,8 @@ def accumulated_gradients(
 ) -> tuple[Params, dict[str, Float[Array, ""]]]:
     """(float32 gradients, metrics), averaged over S samples that are worked through `micro_batch` at a time.
 
+    With weights, the average is over the samples whose weight is 1.
+
     With `base`, which stays as it is, `params` is an adapter of it.
     """
 
@@ -50,8 +52,12 @@ def accumulated_gradients(
         return jax.tree.map(lambda a, g: a + g.astype(jnp.float32), carry, gradients), metrics
 
     gradients, metrics = jax.lax.scan(add, zeros, split(samples, size))
-    count = total // size
-    return jax.tree.map(lambda g: g / count, gradients), jax.tree.map(jnp.mean, metrics)
+    if samples.weight is None:
+        count = total // size
+        return jax.tree.map(lambda g: g / count, gradients), jax.tree.map(jnp.mean, metrics)
+    # Each chunk's mean counts its padding as zeros: in all, so many chunks are full.
+    full = jnp.sum(samples.weight) / size
+    return jax.tree.map(lambda g: g / full, gradients), jax.tree.map(lambda m: jnp.sum(m) / full, metrics)
 
 
 @dataclass(frozen=True)
