@@ -11,24 +11,26 @@ from pathlib import Path
 
 from rewards_bridge.errors import UsageError
 from rewards_bridge.scorers import KNOWN, Scorer, load_scorer
+from rewards_bridge.scorers.torchvision_ops import declare_operators
 
 _REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 _TORCH = ("torch", "transformers", "safetensors", "skimage")  # the last for the photographs of examples.py
+_CLIP = (*_TORCH, "torchvision", "timm", "open_clip")
 
 PACKAGES: Mapping[str, tuple[str, ...]] = {
-    "aesthetic": _TORCH,
-    "clipscore": _TORCH,
-    "geneval": _TORCH,
-    "hpsv2": _TORCH,
+    "aesthetic": _CLIP,
+    "clipscore": _CLIP,
+    "geneval": _CLIP,
+    "hpsv2": _CLIP,
     "imagereward": (),  # an environment of its own, which its own error spells out
     "jpeg": ("PIL",),
     "ocr": ("paddleocr", "onnxruntime", "rapidfuzz"),
-    "pickscore": _TORCH,
+    "pickscore": _CLIP,
     "shapes": ("skimage", "scipy"),
     "vlm": ("PIL",),
 }
 """Scorer -> the modules it imports beside numpy."""
-DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image"}
+DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open-clip-torch", "skimage": "scikit-image"}
 """Module -> what pip calls it, where that differs."""
 HINTS = {
     "geneval": "the benchmark's detector: wget https://download.openmmlab.com/mmdetection/v2.0/mask2former/"
@@ -90,6 +92,8 @@ def missing_packages(name: str) -> list[str]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                if module == "torchvision":
+                    declare_operators()
                 importlib.import_module(module)
         except Exception:  # a package that is there and broken is as good as missing
             missing.append(module)

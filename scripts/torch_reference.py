@@ -20,6 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+
+if __name__ == "__main__":
+    # No image is read here: keep transformers from importing torchvision, which fails beside a CPU build of torch.
+    sys.modules["torchvision"] = None  # type: ignore[assignment]
+
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 

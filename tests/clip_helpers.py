@@ -1,13 +1,14 @@
 """Tiny random CLIPs on disk, for the tests of the scorers that read one."""
 
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
@@ -52,6 +53,60 @@ def make_folder(folder: Path, config: CLIPConfig) -> Path:
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE).save_pretrained(folder)
+    return folder
+
+
+OUTSIDE = {
+    "logit_scale": "logit_scale",
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm": "ln_final",
+    "text_projection.weight": "text_projection",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.embeddings.patch_embedding": "visual.conv1",
+    "vision_model.pre_layrnorm": "visual.ln_pre",
+    "vision_model.post_layernorm": "visual.ln_post",
+    "visual_projection.weight": "visual.proj",
+    "vision_model.encoder.layers": "visual.transformer.resblocks",
+    "text_model.encoder.layers": "transformer.resblocks",
+}
+"""Beginning of a name in transformers -> in open_clip."""
+INSIDE = {"layer_norm": "ln_", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+
+
+def to_open_clip(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weights by open_clip's names: projections transposed, query, key and value one above the other."""
+    result: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        start = next(start for start in OUTSIDE if name.startswith(start))
+        target = OUTSIDE[start] + name.removeprefix(start)
+        for old, new in INSIDE.items():
+            target = target.replace(old, new)
+        if ".self_attn." in target:
+            block, _, rest = target.partition(".self_attn.")
+            parts = [tensors[name.replace(rest[0] + "_proj", letter + "_proj")] for letter in "qkv"]
+            target, tensor = f"{block}.attn.in_proj_{rest.partition('.')[2]}", torch.cat(parts)
+        result[target] = tensor.T.contiguous() if target in ("text_projection", "visual.proj") else tensor
+    return result
+
+
+def open_clip_config(act: str) -> dict[str, Any]:
+    """open_clip_config.json of the model of make_config."""
+    vision = {"image_size": SIDE, "layers": 2, "width": 48, "head_width": 12, "patch_size": 8}
+    text = {"context_length": 77, "vocab_size": len(make_tokenizer()), "width": 32, "heads": 4, "layers": 2}
+    mean, std = CLIPImageProcessorPil.image_mean, CLIPImageProcessorPil.image_std
+    model = {"embed_dim": 16, "quick_gelu": act == "quick_gelu", "vision_cfg": vision, "text_cfg": text}
+    return {"model_cfg": model, "preprocess_cfg": {"mean": mean, "std": std}}
+
+
+def make_open_clip_folder(folder: Path, source: Path, act: str, weights: str = "open_clip_pytorch_model.bin") -> Path:
+    """The CLIP of a folder of transformers as a folder of open_clip, with its tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(open_clip_config(act)))
+    tensors = to_open_clip(load_file(source / "model.safetensors"))
+    save_file(tensors, folder / weights) if weights.endswith(".safetensors") else torch.save(tensors, folder / weights)
+    make_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -2,9 +2,11 @@
 
 import atexit
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "UDM_GRPO_COMPILED" not in os.environ:
@@ -17,11 +19,22 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+from rewards_bridge.scorers.torchvision_ops import declare_operators
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
 # Shapes in the signatures of the pure middle are checked in tests and free in production.
 install_import_hook(["udm_grpo.model", "udm_grpo.diffusion", "udm_grpo.grpo"], "beartype.beartype")
+
+
+TORCH_MODELS = re.compile(r"^\s*(import|from) (torch|transformers|peft|open_clip|clip_helpers|standins)\b", re.M)
+
+
+def pytest_pycollect_makemodule(module_path: Path) -> None:
+    """Declare torchvision's operators before a test module imports models of libraries that import torchvision."""
+    if TORCH_MODELS.search(module_path.read_text(encoding="utf-8")):
+        declare_operators()
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,9 @@ def make_open_clip(folder: Path, weights: str = "pytorch_model.bin") -> Path:
 
 
 def make_hps(path: Path) -> Path:
-    """An HPS v2 checkpoint: a training checkpoint of open_clip."""
+    """An HPS v2 checkpoint: a training checkpoint of open_clip. Beside it, that it is not the published ViT-H-14."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    (path.parent / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL}, indent=2) + "\n")
     torch.save({"epoch": 1, "name": "hps", "state_dict": open_clip_tensors(seed=6)}, path)
     return path
 

@@ -40,6 +40,8 @@ TORCH_FILES = ("scripts/torch_reference.py",)
 """The independent model that ours is compared with, run as a process of its own."""
 TORCH = ("torch", "transformers", "diffusers", "peft", "timm", "open_clip", "torchvision")
 """Torch and what imports it. safetensors has a part for torch too."""
+TORCHVISION_FILES = ("rewards_bridge/scorers/torch_models.py", "rewards_bridge/scorers/clip_open.py")
+"""What declares torchvision's operators before it imports models; scripts/torch_reference.py keeps torchvision out."""
 UNSAFE_MODULES = ("pickle", "_pickle", "marshal", "dill", "cloudpickle", "joblib", "shelve")
 AXES = ("data", "fsdp", "tensor")
 AXIS_CALLS = (
@@ -186,6 +188,12 @@ def test_the_trainer_never_imports_torch():
                 if given.get("weights_only") != "True":
                     broken.append(f"{path}:{node.lineno}: torch.load without weights_only=True")
     check(broken, f"only rewards_bridge and {', '.join(TORCH_FILES)} import torch, and load with weights_only=True")
+
+
+def test_models_that_import_torchvision_come_from_where_its_operators_are_declared():
+    elsewhere = tuple(path for path in sources("rewards_bridge") if path not in TORCHVISION_FILES)
+    broken = forbidden_imports(elsewhere, "transformers", "open_clip", "timm", "torchvision")
+    check(broken, f"of rewards_bridge only {', '.join(TORCHVISION_FILES)} import what imports torchvision")
 
 
 def test_nothing_that_is_read_can_run_code():

@@ -1,8 +1,7 @@
 """GenEval's scorer: verdicts on hand-made detections, colours on crops, and the whole of it on tiny random models."""
 
 import json
-import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -299,7 +298,7 @@ def test_colors_are_those_of_a_direct_computation(clip_folder, colors) -> None:
         cosines = directions[name] @ image_direction(clip_folder, image, box, mask)
         pixels = to_pixels(cut_out(image, box, mask), 16)
         with torch.inference_mode():
-            feature = colors.model.get_image_features(pixel_values=pixels[None]).pooler_output[0]
+            feature = colors.towers.image_features(pixels[None])[0]
             mine = colors.classifier(name) @ (feature / feature.norm())
         torch.testing.assert_close(mine, cosines, rtol=0, atol=2e-6)
         answer = colors.tell(image, box, mask, name)
@@ -326,38 +325,25 @@ RGB = {
 class SeesColors:
     """A stand-in for CLIP whose image feature is the mean colour of what is not grey, and text feature the word's."""
 
-    config = types.SimpleNamespace(vision_config=types.SimpleNamespace(image_size=32))
-    device = torch.device("cpu")
+    side = 32
 
-    def eval(self) -> "SeesColors":
-        return self
+    def text_features(self, prompts: Sequence[str]) -> torch.Tensor:
+        words = [prompt.removeprefix("a photo of a ").replace("-", " ").split()[0] for prompt in prompts]
+        return torch.stack([self.feature(torch.tensor(RGB[word])) for word in words])
 
-    def get_text_features(self, words: list[str]) -> types.SimpleNamespace:
-        return types.SimpleNamespace(pooler_output=torch.stack([self.feature(torch.tensor(RGB[w])) for w in words]))
-
-    def get_image_features(self, pixel_values: torch.Tensor) -> types.SimpleNamespace:
-        levels = pixel_values[0].flatten(1).T * torch.tensor(clip_colors.STD) + torch.tensor(clip_colors.MEAN)
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        levels = pixels[0].flatten(1).T * torch.tensor(clip_colors.STD) + torch.tensor(clip_colors.MEAN)
         colored = (levels * 255 - 0x99).abs().max(1).values > 2
-        return types.SimpleNamespace(pooler_output=self.feature((levels[colored] * 255).mean(0))[None])
+        return self.feature((levels[colored] * 255).mean(0))[None]
 
     def feature(self, rgb: torch.Tensor) -> torch.Tensor:
         return torch.cat([rgb.float() / 255 - 0.5, torch.ones(1) * 0.3])
 
 
-class Words(dict):
-    def to(self, device: torch.device) -> "Words":
-        return self
-
-
 @pytest.mark.parametrize("name", ["dog", "orange"])
 def test_objects_of_known_colors(name) -> None:
     """A disc of each colour before another one: what is outside the mask and the box must not be seen."""
-    teller = ClipColors(
-        SeesColors(),  # type: ignore[arg-type]
-        lambda texts, **_: Words(
-            words=[text.removeprefix("a photo of a ").replace("-", " ").split()[0] for text in texts]
-        ),
-    )
+    teller = ClipColors(SeesColors())  # type: ignore[arg-type]
     ys, xs = np.mgrid[:64, :96]
     for index, color in enumerate(COLORS):
         image = np.full((64, 96, 3), RGB[COLORS[index - 3]], np.uint8)
@@ -436,5 +422,5 @@ def test_options_are_checked(clip_folder, tmp_path) -> None:
         load_scorer(SCORER, {})
     with pytest.raises(UsageError, match="no such file"):
         load_scorer(SCORER, {"detector": "gone.pth", "clip": str(clip_folder)})
-    with pytest.raises(UsageError, match=r"no CLIP.* \(GenEval's colours\) could be loaded"):
+    with pytest.raises(UsageError, match=r"'geneval': no config.json at clip=.* hf download openai/clip-vit-large"):
         load_colors(str(tmp_path), torch.device("cpu"))

@@ -1,12 +1,24 @@
 """The scores of the CLIP family, on tiny random models: against plain transformers and a plain open_clip."""
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from clip_helpers import PROMPTS, make, make_config, make_folder, make_head, make_images, make_tokenizer, run, save_head
+from clip_helpers import (
+    PROMPTS,
+    make,
+    make_config,
+    make_folder,
+    make_head,
+    make_images,
+    make_tokenizer,
+    open_clip_config,
+    run,
+    save_head,
+)
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
@@ -202,7 +214,9 @@ def open_clip_logits(t: dict[str, torch.Tensor], pixels: torch.Tensor, ids: torc
 @pytest.fixture(scope="module")
 def gelu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Configuration and tokenizer for open_clip's tensors; its own weights are others."""
-    return make_folder(tmp_path_factory.mktemp("gelu"), make_config("gelu"))
+    folder = make_folder(tmp_path_factory.mktemp("gelu"), make_config("gelu"))
+    (folder / "open_clip_config.json").write_text(json.dumps(open_clip_config("gelu")))
+    return folder
 
 
 def test_hpsv2_scores_are_those_of_open_clip(gelu: Path, tmp_path: Path) -> None:
@@ -239,10 +253,9 @@ def test_every_tensor_of_open_clip_has_to_find_its_place(gelu: Path, tmp_path: P
     with pytest.raises(UsageError) as caught:
         make("hpsv2", model=tmp_path, file="HPS_v2.1_compressed.pt", processor=gelu)
     assert str(caught.value).endswith(
-        "1 missing: vision_model.post_layernorm.bias; "
-        "2 not of this model: text_model.encoder.layers.2.layer_norm1.weight, "
-        "visual.transformer.resblocks.0.ls_1.gamma; "
-        "1 of another shape: text_projection.weight is [20, 32], wanted [16, 32]"
+        "1 missing: visual.ln_post.bias; "
+        "2 not of this model: transformer.resblocks.2.ln_1.weight, visual.transformer.resblocks.0.ls_1.gamma; "
+        "1 of another shape: text_projection is [32, 20], wanted [32, 16]"
     )
     with pytest.raises(UsageError, match=r"hf download xswu/HPSv2 HPS_v2_compressed.pt --local-dir .*model="):
         make("hpsv2", model=tmp_path, processor=gelu)

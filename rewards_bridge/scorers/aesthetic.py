@@ -9,7 +9,8 @@ import torch
 
 from rewards_bridge.errors import UsageError
 from rewards_bridge.scorers.base import Scores, check_batch
-from rewards_bridge.scorers.clip_model import Source, load_clip, load_tensors, refuse_differences
+from rewards_bridge.scorers.clip_files import Source, load_tensors, refuse_differences
+from rewards_bridge.scorers.clip_model import load_clip
 
 MODEL = "openai/clip-vit-large-patch14"
 HEAD = "sac+logos+ava1-l14-linearMSE.pth"
@@ -24,9 +25,9 @@ class AestheticScorer:
 
     Marks are those that people gave from 1 to 10; the prediction is not held to that range. The head sees the image's
     embedding of length 1. head: its file, .pth (read with weights_only) or .safetensors. model: hub name or folder of
-    the CLIP. device: cpu, cuda:0, ...; dtype: of the CLIP, float32, float16 or bfloat16 (the head is float32);
-    batch_size: images at a time. Raises UsageError for files that are missing or of another layout and for options
-    that cannot be.
+    the CLIP, in the format of transformers or of open_clip. device: cpu, cuda:0, ...; dtype: of the CLIP, float32,
+    float16 or bfloat16 (the head is float32); batch_size: images at a time. Raises UsageError for files that are
+    missing or of another layout and for options that cannot be.
 
     Source: github.com/christophschuhmann/improved-aesthetic-predictor, sac+logos+ava1-l14-linearMSE.
     """

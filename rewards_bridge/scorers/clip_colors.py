@@ -1,8 +1,8 @@
 """The colour of a detected object, as GenEval tells it: CLIP's best match among ten, on the object cut out.
 
-The reference is open_clip's ViT-L-14 with OpenAI's weights; openai/clip-vit-large-patch14 are the same weights (and the
-same quick GELU). Pictures are brought to CLIP's size here, with Pillow alone, because transformers' own processor cuts
-the middle out one pixel elsewhere for some sizes, and depends on whether torchvision is installed.
+The reference is open_clip's ViT-L-14 with OpenAI's weights: timm/vit_large_patch14_clip_224.openai, or the same weights
+(and the same quick GELU) as openai/clip-vit-large-patch14. Pictures are brought to CLIP's size here, as open_clip does
+it, because transformers' own processor cuts the middle out one pixel elsewhere for some sizes.
 
 Source: Ghosh et al. 2023, "GenEval"; Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
 Supervision".
@@ -11,16 +11,16 @@ Supervision".
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
 
-from rewards_bridge.scorers.mask2former_weights import from_hub
+from rewards_bridge.scorers.clip_files import Source
+from rewards_bridge.scorers.clip_model import Towers, load_towers
 
+MODEL = "openai/clip-vit-large-patch14"
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 GREY = 0x99  # what everything outside the mask is painted
@@ -31,9 +31,8 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 class ClipColors:
     """Tells the colours of objects; the text side is computed once for every class."""
 
-    def __init__(self, model: CLIPModel, tokenizer: Any) -> None:
-        self.model = model.eval()
-        self.tokenizer = tokenizer
+    def __init__(self, towers: Towers) -> None:
+        self.towers = towers
         self.classifiers: dict[str, Tensor] = {}
 
     @torch.inference_mode()
@@ -44,17 +43,15 @@ class ClipColors:
         """
         if name not in self.classifiers:
             self.classifiers[name] = self.classifier(name)
-        size = self.model.config.vision_config.image_size
-        pixels = to_pixels(cut_out(image, box, mask), size).to(self.model.device)
-        features = self.model.get_image_features(pixel_values=pixels[None]).pooler_output
+        pixels = to_pixels(cut_out(image, box, mask), self.towers.side)
+        features = self.towers.image_features(pixels[None])
         return COLORS[int((self.classifiers[name] @ _unit(features)[0]).argmax())]
 
     @torch.inference_mode()
     def classifier(self, name: str) -> Tensor:
         """Return the directions f32[10,D] of a class in each of COLORS: the mean over TEMPLATES of unit vectors."""
         texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
-        tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
-        features = self.model.get_text_features(**tokens).pooler_output
+        features = self.towers.text_features(texts)
         return _unit(_unit(features).unflatten(0, (len(COLORS), len(TEMPLATES))).mean(1))
 
 
@@ -80,11 +77,10 @@ def to_pixels(picture: Image.Image, size: int) -> Tensor:
 
 
 def load_colors(name: str, device: torch.device) -> ClipColors:
-    """Return what tells colours with a CLIP model, a folder or a name on the Hub, on a device.
+    """Return what tells colours with a CLIP on a device: a folder of transformers or open_clip, or a name on the Hub.
 
     Raises UsageError if the model or its tokenizer cannot be loaded.
     """
-    purpose = "GenEval's colours"
-    tokenizer = from_hub(CLIPTokenizer, name, purpose)
-    model = from_hub(CLIPModel, name, purpose)
-    return ClipColors(model.to(device), tokenizer)
+    towers = load_towers(Source("geneval", "clip", name, MODEL))
+    towers.to(device, torch.float32)
+    return ClipColors(towers)

@@ -1,7 +1,7 @@
 """CLIP as the scorers use it: a folder or hub name in, image and text embeddings of length 1 out.
 
-Images are read by the PIL processor of transformers whatever else is installed, because that of torchvision gives
-other pixels. Nothing that is loaded can run code: weights are safetensors, or PyTorch files read with weights_only.
+Weights are read in the format of transformers (clip_transformers.py) or of open_clip (clip_open.py), and give the same
+embeddings in either. Nothing that is loaded can run code (clip_files.py).
 
 Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
 """
@@ -9,28 +9,18 @@ Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural L
 from __future__ import annotations
 
 import logging
-import re
-import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-from transformers.utils import cached_file
 
 from rewards_bridge.errors import UsageError
+from rewards_bridge.scorers import clip_open
+from rewards_bridge.scorers.clip_files import Source
+from rewards_bridge.scorers.clip_transformers import TransformersTowers, load_model, load_pixels, load_tokenizer
 
-TEXT_TOKENS = 77
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PROCESSOR_FILES = ("--include", "*.json", "--include", "merges.txt")
-"""What of a hub repository is its processor, without weights, as arguments of `hf download`."""
-LEGACY_EOS = 2
-"""The eos_token_id in configurations older than transformers 4.31; it stands for "the highest token of the text"."""
 
 Pixels = Callable[[np.ndarray], torch.Tensor]
 """Images u8[b,H,W,3] -> normalised f32[b,3,S,S], S the side that the model wants."""
@@ -38,69 +28,34 @@ Pixels = Callable[[np.ndarray], torch.Tensor]
 _LOG = logging.getLogger("rewards_bridge")
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a scorer's files are to be found, and what an error about them says."""
+class Towers(Protocol):
+    """The two encoders of a CLIP with its tokenizer."""
 
-    scorer: str
-    option: str
-    """The scorer's option that named the place."""
-    place: str
-    """A local folder or file, or a hub name owner/name."""
-    published: str
-    """The hub name of what is published, to download if the place is a local one."""
-    download: tuple[str, ...] = ()
-    """Further arguments of `hf download`: file names or patterns."""
+    side: int
+    """Pixels along an edge of the square images that the model takes."""
+    logit_scale: float
+    """What cosines are multiplied by."""
 
     @property
-    def path(self) -> Path:
-        """The place as a local path, which need not exist."""
-        return Path(self.place).expanduser()
+    def device(self) -> torch.device:
+        """Where the model is."""
+        ...
 
-    @property
-    def is_local(self) -> bool:
-        """Whether the place is a local path and not a hub name; what exists is local."""
-        return self.path.exists() or self.place[:1] in ("", ".", "/", "~") or self.place.count("/") != 1
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the model to a device and a dtype."""
+        ...
 
-    @property
-    def where(self) -> str:
-        """The place as transformers takes it."""
-        return str(self.path) if self.is_local else self.place
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the projected features [b,E], of any length, of f32[b,3,S,S]."""
+        ...
 
-    def has(self, *names: str) -> bool:
-        """Whether the place is a local folder with all these files."""
-        return all((self.path / name).is_file() for name in names)
+    def text_features(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Return the projected features [b,E], of any length, of b prompts."""
+        ...
 
-    def missing(self, what: str, reason: object) -> UsageError:
-        """The error for something that is not there: says how to download it and which option to give."""
-        name, folder = (self.published, self.place) if self.is_local else (self.place, self.place.split("/")[-1])
-        folder = folder or self.published.split("/")[-1]
-        command = shlex.join(["hf", "download", name, *self.download, "--local-dir", folder])
-        return UsageError(
-            f"scorer {self.scorer!r}: no {what} at {self.option}={self.place!r} ({_first_line(reason)}). "
-            f"Download it with: {command}; and give the option {self.option}={folder}"
-        )
-
-    def wrong(self, problem: str) -> UsageError:
-        """The error for something that is there and cannot be used."""
-        return UsageError(f"scorer {self.scorer!r}: {self.option}={self.place!r}: {problem}")
-
-    @contextmanager
-    def reading(self, what: str) -> Iterator[None]:
-        """Turn what goes wrong inside into a UsageError: not there, unreadable, or more than tensors."""
-        try:
-            if self.is_local and not self.path.exists():
-                raise FileNotFoundError("no such file or folder")
-            yield
-        except UsageError:
-            raise
-        except OSError as error:
-            raise self.missing(what, error) from error
-        except Exception as error:  # of many types, for a file may be damaged in many ways
-            if re.search(r"Unsupported (global|class|operand)", str(error)):
-                reason = f"the {what} holds more than tensors, and loading that could run code; wanted .safetensors"
-                raise self.wrong(reason) from None
-            raise self.wrong(f"cannot read the {what} ({_first_line(error)}); download it again") from error
+    def tokenizer_fit(self) -> Mapping[str, tuple[object, object]]:
+        """Return what the tokenizer and the model have to agree about: (the tokenizer's, the model's)."""
+        ...
 
 
 class Clip:
@@ -113,8 +68,7 @@ class Clip:
     def __init__(
         self,
         scorer: str,
-        model: CLIPModel,
-        tokenizer: CLIPTokenizer,
+        towers: Towers,
         pixels: Pixels,
         device: str,
         dtype: str,
@@ -125,12 +79,11 @@ class Clip:
         if batch_size < 1:
             raise UsageError(f"scorer {scorer!r}: batch_size={batch_size}: wanted at least 1 image at a time")
         self._device = _open_device(scorer, device)
-        _check_fit(scorer, model, tokenizer, pixels)
-        self._scorer, self._tokenizer, self._pixels, self._batch_size = scorer, tokenizer, pixels, batch_size
-        # Read before the cast: in bfloat16 ln(100) is off by so much that every score would be 1 % too high or low.
-        self.logit_scale = float(model.logit_scale.detach().exp())
+        check_fit(scorer, towers, pixels)
+        self._scorer, self._towers, self._pixels, self._batch_size = scorer, towers, pixels, batch_size
+        self.logit_scale = towers.logit_scale
         try:
-            self._model = model.eval().requires_grad_(False).to(self._device, DTYPES[dtype])
+            towers.to(self._device, DTYPES[dtype])
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory("the model alone") from error
 
@@ -138,22 +91,14 @@ class Clip:
         """Embeddings f32[B,E] of images u8[B,H,W,3]; UsageError if memory runs out for a single one."""
 
         def features(part: np.ndarray) -> torch.Tensor:
-            pixels = self._pixels(part).to(self._device)
-            return self._model.get_image_features(pixel_values=pixels).pooler_output
+            return self._towers.image_features(self._pixels(part))
 
         return self._in_parts(features, images)
 
     def embed_texts(self, prompts: Sequence[str]) -> np.ndarray:
-        """Embeddings f32[B,E] of B prompts, each padded and cut to 77 tokens; equal prompts are embedded once."""
-
-        def features(part: Sequence[str]) -> torch.Tensor:
-            tokens = self._tokenizer(
-                list(part), padding="max_length", truncation=True, max_length=TEXT_TOKENS, return_tensors="pt"
-            ).to(self._device)
-            return self._model.get_text_features(**tokens).pooler_output
-
+        """Embeddings f32[B,E] of B prompts, each cut to 77 tokens; equal prompts are embedded once."""
         rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-        return self._in_parts(features, list(rows))[[rows[prompt] for prompt in prompts]]
+        return self._in_parts(self._towers.text_features, list(rows))[[rows[prompt] for prompt in prompts]]
 
     def logits(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """exp(logit_scale) * cos(image, its prompt), f32[B]: between -exp(logit_scale) and exp(logit_scale)."""
@@ -190,108 +135,27 @@ class Clip:
 
 
 def load_clip(model: Source, processor: Source, device: str, dtype: str, batch_size: int) -> Clip:
-    """A Clip of transformers files; UsageError says what is missing or does not fit, and what to do."""
-    loaded = load_model(model)
-    pixels = load_processor(processor)
-    return Clip(model.scorer, loaded, load_tokenizer(processor), pixels, device, dtype, batch_size)
+    """A Clip of files in either format; UsageError says what is missing or does not fit, and what to do.
 
-
-def load_config(source: Source) -> CLIPConfig:
-    """The configuration of a folder or hub repository; UsageError if it is not that of a CLIP."""
-    with source.reading("config.json"):
-        found = CLIPConfig.get_config_dict(source.where)[0]
-        if not found:  # transformers finds nothing in a folder without the file, and makes a default model of it
-            raise FileNotFoundError("no such file")
-        if found.get("model_type") != "clip":
-            raise source.wrong(f"model_type in config.json is {found.get('model_type')!r}, wanted 'clip'")
-        return CLIPConfig.from_pretrained(source.where)
-
-
-def load_model(source: Source) -> CLIPModel:
-    """The model of a folder or hub repository in float32; UsageError unless every weight is there and fits."""
-    config = load_config(source)
-    with source.reading("weights"):
-        return _load(source, source.where, config, None)
-
-
-def model_from_tensors(source: Source, config: CLIPConfig, tensors: Mapping[str, torch.Tensor]) -> CLIPModel:
-    """The model of these tensors, by transformers' names, in float32; UsageError unless they are all of its own."""
-    return _load(source, None, config, dict(tensors))
-
-
-def _load(source: Source, place: str | None, config: CLIPConfig, tensors: dict[str, torch.Tensor] | None) -> CLIPModel:
-    loaded: Any = CLIPModel.from_pretrained(  # typed as a model, but with the loading info it is a pair
-        place,
-        config=config,
-        state_dict=tensors,
-        dtype=torch.float32,
-        weights_only=True,
-        ignore_mismatched_sizes=True,  # collected and refused below, together with everything else
-        output_loading_info=True,
-    )
-    model, info = loaded
-    misshapen = {name: (tuple(found), tuple(wanted)) for name, found, wanted in info["mismatched_keys"]}
-    refuse_differences(source, info["missing_keys"], info["unexpected_keys"], misshapen)
-    return model
-
-
-def refuse_differences(
-    source: Source,
-    missing: Collection[str],
-    unexpected: Collection[str],
-    misshapen: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
-) -> None:
-    """Raise UsageError that names the tensors, unless there are none; misshapen is name -> (found, wanted) shape."""
-    shapes = [f"{name} is {list(found)}, wanted {list(wanted)}" for name, (found, wanted) in misshapen.items()]
-    kinds = {"missing": missing, "not of this model": unexpected, "of another shape": shapes}
-    problems = [f"{len(names)} {kind}: {_some(sorted(names))}" for kind, names in kinds.items() if names]
-    if problems:
-        raise source.wrong(f"the weights are not those of the architecture wanted; {'; '.join(problems)}")
-
-
-def load_processor(source: Source) -> Pixels:
-    """What a preprocessor_config.json says is done to images; UsageError if there is none."""
-    with source.reading("preprocessor_config.json"):
-        processor = CLIPImageProcessorPil.from_pretrained(source.where)
-
-    def pixels(images: np.ndarray) -> torch.Tensor:
-        return processor(list(images), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-
-    return pixels
-
-
-def has_tokenizer(source: Source) -> bool:
-    """Whether the place is a local folder with the files of a tokenizer."""
-    return source.has("tokenizer.json") or source.has("vocab.json", "merges.txt")
-
-
-def load_tokenizer(source: Source) -> CLIPTokenizer:
-    """The tokenizer of a folder or hub repository; UsageError if there is none."""
-    with source.reading("tokenizer"):
-        # Asked beforehand, because transformers makes an empty tokenizer of nothing.
-        if not source.is_local:
-            cached_file(source.place, "tokenizer_config.json")
-        elif not has_tokenizer(source):
-            raise FileNotFoundError("neither tokenizer.json nor vocab.json with merges.txt")
-        return CLIPTokenizer.from_pretrained(source.where)
-
-
-def load_tensors(source: Source, path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors or PyTorch file by name, on the CPU, those under "state_dict" if there is one.
-
-    A PyTorch file is read with weights_only. Raises UsageError if it is damaged or holds something else.
+    model: a folder or hub name of transformers, or a folder of open_clip. processor: where the tokenizer and, for the
+    format of transformers, preprocessor_config.json are; the same place as the model for the model's own.
     """
-    with source.reading(f"weights {path.name}"):
-        loaded = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-        if isinstance(loaded, dict) and "state_dict" in loaded:
-            loaded = loaded["state_dict"]
-        if not isinstance(loaded, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
-            raise source.wrong(f"{path.name} is no dict of tensors by name, as a state dict is")
-        return loaded
+    if clip_open.is_open_clip(model):
+        towers, reader = clip_open.load_folder(model, None if processor.place == model.place else processor)
+        return Clip(model.scorer, towers, reader, device, dtype, batch_size)
+    loaded = load_model(model)
+    pixels = load_pixels(processor)
+    return Clip(model.scorer, TransformersTowers(loaded, load_tokenizer(processor)), pixels, device, dtype, batch_size)
+
+
+def load_towers(source: Source) -> Towers:
+    """The encoders of a folder in either format or of a hub name, float32, on the CPU, for a caller's own pixels."""
+    if clip_open.is_open_clip(source):
+        towers: Towers = clip_open.load_folder(source)[0]
+    else:
+        towers = TransformersTowers(load_model(source), load_tokenizer(source))
+    check_fit(source.scorer, towers)
+    return towers
 
 
 def _open_device(scorer: str, device: str) -> torch.device:
@@ -307,33 +171,14 @@ def _open_device(scorer: str, device: str) -> torch.device:
     return found
 
 
-def image_side(model: CLIPModel) -> int:
-    """Pixels along an edge of the square images that the model takes."""
-    return cast(int, model.vision_model.config.image_size)
-
-
-def _check_fit(scorer: str, model: CLIPModel, tokenizer: CLIPTokenizer, pixels: Pixels) -> None:
+def check_fit(scorer: str, towers: Towers, pixels: Pixels | None = None) -> None:
     """Raise UsageError if tokenizer or pixels are another model's: it would answer all the same, with nonsense."""
-    text, wanted = model.text_model.config, (1, 3, image_side(model), image_side(model))
-    last = len(tokenizer) - 1 if text.eos_token_id == LEGACY_EOS else text.eos_token_id
-    problems = {
-        "tokens in the vocabulary": (len(tokenizer), text.vocab_size),
-        "the number of the last token of a text": (tokenizer.eos_token_id, last),
-        "tokens of the longest text": (TEXT_TOKENS, text.max_position_embeddings),
-        "the shape of an image": (tuple(pixels(np.zeros((1, 8, 8, 3), np.uint8)).shape), wanted),
-    }
+    problems = dict(towers.tokenizer_fit())
+    if pixels is not None:
+        shape = tuple(pixels(np.zeros((1, 8, 8, 3), np.uint8)).shape)
+        problems["the shape of an image"] = (shape, (1, 3, towers.side, towers.side))
     wrong = [f"{what}: {ours}, the model's {theirs}" for what, (ours, theirs) in problems.items() if ours != theirs]
     if wrong:
         raise UsageError(
             f"scorer {scorer!r}: the processor (tokenizer and image processor) is another model's; {'; '.join(wrong)}"
         )
-
-
-def _some(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _first_line(reason: object) -> str:
-    # torch's first lines advise to load the file without weights_only; what is wrong with it comes after.
-    lines = str(reason).split("WeightsUnpickler error: ")[-1].strip().splitlines()
-    return lines[0][:200] if lines else type(reason).__name__

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from rewards_bridge.scorers.base import Scores, check_batch
-from rewards_bridge.scorers.clip_model import Source, load_clip
+from rewards_bridge.scorers.clip_files import Source
+from rewards_bridge.scorers.clip_model import load_clip
 
 MODEL = "openai/clip-vit-large-patch14"
 SCALE = 100.0
@@ -18,7 +19,8 @@ class ClipScoreScorer:
 
     The published exp(logit_scale) is 100 to five digits, so raw is 100 * cos and score is cos. Unlike the CLIPScore of
     the paper below it is not cut off at 0, has no factor 2.5, and puts no "A photo depicts" before the prompt.
-    model: hub name or folder, with its tokenizer and preprocessor_config.json. device: cpu, cuda:0, ...; dtype:
+    model: hub name or folder of transformers, with its tokenizer and preprocessor_config.json, or a folder of open_clip
+    such as timm's vit_large_patch14_clip_224.openai. device: cpu, cuda:0, ...; dtype:
     float32, float16 or bfloat16; batch_size: images at a time. Raises UsageError for files that are missing or another
     model's and for options that cannot be.
 

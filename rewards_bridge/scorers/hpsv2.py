@@ -1,87 +1,45 @@
 """HPS v2: how well people would like an image for its prompt, by a CLIP ViT-H/14 trained on their rankings.
 
-The published files have open_clip's names; a table brings them to those of transformers.
+The published files are those of open_clip's ViT-H-14, and open_clip reads them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import CLIPModel
-from transformers.utils import cached_file
 
+from rewards_bridge.scorers import clip_open
 from rewards_bridge.scorers.base import Scores, check_batch
-from rewards_bridge.scorers.clip_model import (
-    PROCESSOR_FILES,
-    Clip,
-    Pixels,
-    Source,
-    has_tokenizer,
-    image_side,
-    load_config,
-    load_model,
-    load_tensors,
-    load_tokenizer,
-    model_from_tensors,
-)
+from rewards_bridge.scorers.clip_files import PROCESSOR_FILES, Source
+from rewards_bridge.scorers.clip_model import Clip, Pixels, Towers
+from rewards_bridge.scorers.clip_transformers import TransformersTowers, has_tokenizer, load_model, load_tokenizer
+from rewards_bridge.scorers.torch_models import cached_file
 
 MODEL = "xswu/HPSv2"
 FILE = "HPS_v2_compressed.pt"
+ARCHITECTURE = "ViT-H-14"
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 SCALE = 100.0
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-
-OUTSIDE = {
-    "logit_scale": "logit_scale",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-    "text_projection": "text_projection.weight",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-    "visual.proj": "visual_projection.weight",
-}
-"""open_clip's name -> transformers', of all that is not in a block."""
-TRANSPOSED = ("text_projection", "visual.proj")
-TOWERS = {
-    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
-    "transformer.resblocks.": "text_model.encoder.layers.",
-}
-MODULES = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-"""Within a block, each with a weight and a bias."""
-PACKED = {"attn.in_proj_weight": "weight", "attn.in_proj_bias": "bias"}
-"""Within a block: query, key and value one above the other."""
 
 
 class HpsV2Scorer:
     """Scores images by HPS v2: raw "hpsv2" = exp(logit_scale) * cos(image, prompt), score = raw / 100.
 
     The published exp(logit_scale) is about 100, so score is about the cosine, which is what the hpsv2 package returns.
-    Only that package also straightens curly quotes and resolves HTML entities in the prompt.
 
     model: hub name or folder with the file, the file itself (.pt or .safetensors, open_clip's names), or a folder in
-    the format of transformers. file: which one, HPS_v2_compressed.pt or HPS_v2.1_compressed.pt. processor: where the
-    tokenizer and, for open_clip's names, the config.json of the architecture are; empty: the model's own if it is a
-    folder of transformers with a tokenizer, otherwise laion/CLIP-ViT-H-14-laion2B-s32B-b79K. antialias: as torchvision
-    0.17 and newer do it under the hpsv2 package; older ones did not smooth, and give other scores. device: cpu, cuda:0,
-    ...; dtype: float32, float16 or bfloat16; batch_size: images at a time. Raises UsageError for files that are missing
-    or another model's and for options that cannot be.
+    the format of open_clip or transformers. file: which one, HPS_v2_compressed.pt or HPS_v2.1_compressed.pt. processor:
+    where another tokenizer is; empty: the model's own if its folder has one, otherwise open_clip's (for a folder of
+    transformers that of laion/CLIP-ViT-H-14-laion2B-s32B-b79K). The architecture of a file is open_clip's ViT-H-14
+    unless an open_clip_config.json lies beside it or in processor. antialias: as torchvision 0.17 and newer do it under
+    the hpsv2 package; older ones did not smooth, and give other scores. device: cpu, cuda:0, ...; dtype: float32,
+    float16 or bfloat16; batch_size: images at a time. Raises UsageError for files that are missing or another model's
+    and for options that cannot be.
 
     Source: Wu et al. 2023, "Human Preference Score v2" (arXiv 2306.09341), and its package hpsv2 1.2.0.
     """
@@ -97,13 +55,9 @@ class HpsV2Scorer:
         batch_size: int = 32,
     ) -> None:
         weights = Source("hpsv2", "model", model, MODEL, (file,))
-        path = _find(weights, file)
-        own = path is None and has_tokenizer(weights)
-        place = processor or (model if own else PROCESSOR)
-        side = Source("hpsv2", "processor", place, PROCESSOR, PROCESSOR_FILES)
-        loaded = load_model(weights) if path is None else _load_open_clip(weights, path, side)
-        pixels = letterbox(image_side(loaded), antialias)
-        self.clip = Clip("hpsv2", loaded, load_tokenizer(side), pixels, device, dtype, batch_size)
+        named = Source("hpsv2", "processor", processor, PROCESSOR, PROCESSOR_FILES) if processor else None
+        towers = _load(weights, file, named)
+        self.clip = Clip("hpsv2", towers, letterbox(towers.side, antialias), device, dtype, batch_size)
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
         """Judge images u8[B,H,W,3] of any size for their prompts; ValueError for a batch of another form."""
@@ -134,49 +88,26 @@ def letterbox(side: int, antialias: bool) -> Pixels:
     return pixels
 
 
-def convert(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A CLIP's tensors from open_clip's names and layouts to those of transformers.
-
-    What is in no table keeps its name, so that it is found to be too much when the model is filled.
-    """
-    converted: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        for target, value in _convert_one(name, tensor):
-            converted[target] = value
-    return converted
-
-
-def _convert_one(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    if name in OUTSIDE:
-        return [(OUTSIDE[name], tensor.T if name in TRANSPOSED else tensor)]
-    for prefix, target in TOWERS.items():
-        number, _, inner = name.removeprefix(prefix).partition(".")
-        if not name.startswith(prefix) or not number.isdecimal():
-            continue
-        block = f"{target}{number}."
-        if inner in PACKED and tensor.shape[0] % 3 == 0:
-            names = (f"{block}self_attn.{letter}_proj.{PACKED[inner]}" for letter in "qkv")
-            return list(zip(names, tensor.chunk(3), strict=True))
-        module, _, kind = inner.rpartition(".")
-        if module in MODULES and kind in ("weight", "bias"):
-            return [(f"{block}{MODULES[module]}.{kind}", tensor)]
-    return [(name, tensor)]
+def _load(weights: Source, file: str, processor: Source | None) -> Towers:
+    path = _find(weights, file)
+    if path is not None:
+        return clip_open.load_file(weights, path, ARCHITECTURE, processor)
+    if clip_open.is_open_clip(weights):
+        return clip_open.load_folder(weights, processor)[0]
+    published = Source("hpsv2", "processor", PROCESSOR, PROCESSOR, PROCESSOR_FILES)
+    own = weights if has_tokenizer(weights) else published
+    return TransformersTowers(load_model(weights), load_tokenizer(processor or own))
 
 
 def _find(source: Source, file: str) -> Path | None:
-    """The file of open_clip's names; None if the place is a folder of transformers."""
+    """The file of open_clip's names; None if the place is a folder with a configuration, of either library."""
     if source.path.is_file():
         return source.path
     if source.has(file):
         return source.path / file
-    if source.has("config.json"):
+    if source.has("config.json") or source.has(clip_open.CONFIG):
         return None
     with source.reading(file):
         if source.is_local:
-            raise FileNotFoundError(f"neither {file} nor a config.json of transformers")
+            raise FileNotFoundError(f"neither {file} nor a config.json")
         return Path(str(cached_file(source.place, file)))
-
-
-def _load_open_clip(weights: Source, path: Path, processor: Source) -> CLIPModel:
-    tensors = convert(load_tensors(weights, path))
-    return model_from_tensors(weights, load_config(processor), tensors)

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import Mask2FormerForUniversalSegmentation
 
 from rewards_bridge.errors import UsageError
 from rewards_bridge.scorers.mask2former_sizes import swin_small_coco
 from rewards_bridge.scorers.mask2former_weights import SUFFIXES, from_hub, load_mmdetection
 from rewards_bridge.scorers.rubric import SCORE_THRESHOLD
+from rewards_bridge.scorers.torch_models import Mask2FormerForUniversalSegmentation
 
 # GenEval's names of COCO's 80 classes, in COCO's order. COCO's own "mouse", "remote" and "keyboard" are ambiguous.
 CLASSES: tuple[str, ...] = (

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import Mask2FormerConfig, SwinConfig
+
+from rewards_bridge.scorers.torch_models import Mask2FormerConfig, SwinConfig
 
 _SWIN_SMALL: dict[str, Any] = {
     "image_size": 224,

@@ -22,10 +22,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, PreTrainedModel
 
 from rewards_bridge.errors import UsageError
 from rewards_bridge.scorers.mask2former_sizes import read_sizes
+from rewards_bridge.scorers.torch_models import (
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    PreTrainedModel,
+)
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 UNUSED = (

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from rewards_bridge.scorers.base import Scores, check_batch
-from rewards_bridge.scorers.clip_model import PROCESSOR_FILES, Source, has_tokenizer, load_clip
+from rewards_bridge.scorers.clip_files import PROCESSOR_FILES, Source
+from rewards_bridge.scorers.clip_model import load_clip
+from rewards_bridge.scorers.clip_open import is_open_clip
+from rewards_bridge.scorers.clip_transformers import has_tokenizer
 
 MODEL = "yuvalkirstain/PickScore_v1"
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -18,10 +21,11 @@ SCALE = 26.0
 class PickScoreScorer:
     """Scores images by PickScore: raw "pickscore" = exp(logit_scale) * cos(image, prompt), score = raw / 26.
 
-    model: hub name or folder. processor: where tokenizer and preprocessor_config.json are; empty: the model's own
-    folder if it has both, otherwise those of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, which the model was trained with.
-    device: cpu, cuda:0, ...; dtype: float32, float16 or bfloat16; batch_size: images at a time. Raises UsageError for
-    files that are missing or another model's and for options that cannot be.
+    model: hub name or folder of transformers, or a folder of open_clip. processor: where tokenizer and
+    preprocessor_config.json are; empty: the model's own folder if it has both or is one of open_clip, otherwise those
+    of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, which the model was trained with. device: cpu, cuda:0, ...; dtype:
+    float32, float16 or bfloat16; batch_size: images at a time. Raises UsageError for files that are missing or another
+    model's and for options that cannot be.
 
     Source: Kirstain et al. 2023, "Pick-a-Pic: An Open Dataset of User Preferences for Text-to-Image Generation".
     """
@@ -35,7 +39,7 @@ class PickScoreScorer:
         batch_size: int = 32,
     ) -> None:
         weights = Source("pickscore", "model", model, MODEL)
-        own = has_tokenizer(weights) and weights.has("preprocessor_config.json")
+        own = is_open_clip(weights) or (has_tokenizer(weights) and weights.has("preprocessor_config.json"))
         place = processor or (model if own else PROCESSOR)
         files = Source("pickscore", "processor", place, PROCESSOR, PROCESSOR_FILES)
         self.clip = load_clip(weights, files, device, dtype, batch_size)

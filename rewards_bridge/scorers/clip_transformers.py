@@ -1,0 +1,126 @@
+"""CLIP in the format of transformers: a folder or hub name in, the two encoders and the way of reading images out.
+
+Images are read by the PIL processor of transformers whatever else is installed, because that of torchvision gives
+other pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from rewards_bridge.scorers.clip_files import Source, refuse_differences
+from rewards_bridge.scorers.torch_models import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    cached_file,
+)
+
+TEXT_TOKENS = 77
+LEGACY_EOS = 2
+"""The eos_token_id in configurations older than transformers 4.31; it stands for "the highest token of the text"."""
+
+
+class TransformersTowers:
+    """The encoders of a CLIPModel with its tokenizer; see clip_model.Towers."""
+
+    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.side = cast(int, model.vision_model.config.image_size)
+        # Read before any cast: in bfloat16 ln(100) is off by so much that every score would be 1 % too high or low.
+        self.logit_scale = float(model.logit_scale.detach().exp())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return cast(torch.device, self.model.device)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the model to a device and a dtype."""
+        self.model.to(device, dtype)
+
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the projected features [b,E] of f32[b,3,S,S]."""
+        return cast(torch.Tensor, self.model.get_image_features(pixel_values=pixels.to(self.device)).pooler_output)
+
+    def text_features(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Return the projected features [b,E] of prompts, cut to 77 tokens; no token sees the padding after it."""
+        tokens = self.tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=TEXT_TOKENS, return_tensors="pt"
+        ).to(self.device)
+        return cast(torch.Tensor, self.model.get_text_features(**tokens).pooler_output)
+
+    def tokenizer_fit(self) -> Mapping[str, tuple[object, object]]:
+        """Return what the tokenizer and the model have to agree about: (the tokenizer's, the model's)."""
+        text = self.model.text_model.config
+        last = len(self.tokenizer) - 1 if text.eos_token_id == LEGACY_EOS else text.eos_token_id
+        return {
+            "tokens in the vocabulary": (len(self.tokenizer), text.vocab_size),
+            "the number of the last token of a text": (self.tokenizer.eos_token_id, last),
+            "tokens of the longest text": (TEXT_TOKENS, text.max_position_embeddings),
+        }
+
+
+def load_model(source: Source) -> CLIPModel:
+    """Return the model of a folder or hub repository in float32; UsageError unless every weight is there and fits."""
+    config = _load_config(source)
+    with source.reading("weights"):
+        loaded: Any = CLIPModel.from_pretrained(  # typed as a model, but with the loading info it is a pair
+            source.where,
+            config=config,
+            dtype=torch.float32,
+            weights_only=True,
+            ignore_mismatched_sizes=True,  # collected and refused below, together with everything else
+            output_loading_info=True,
+        )
+    model, info = loaded
+    misshapen = {name: (tuple(found), tuple(wanted)) for name, found, wanted in info["mismatched_keys"]}
+    refuse_differences(source, info["missing_keys"], info["unexpected_keys"], misshapen)
+    return cast(CLIPModel, model)
+
+
+def _load_config(source: Source) -> CLIPConfig:
+    """The configuration of a folder or hub repository; UsageError if it is not that of a CLIP."""
+    with source.reading("config.json"):
+        found = CLIPConfig.get_config_dict(source.where)[0]
+        if not found:  # transformers finds nothing in a folder without the file, and makes a default model of it
+            raise FileNotFoundError("no such file")
+        if found.get("model_type") != "clip":
+            advice = "; a repository of open_clip or timm has to be downloaded, and its folder given"
+            raise source.wrong(
+                f"model_type in config.json is {found.get('model_type')!r}, wanted 'clip'"
+                f"{'' if source.is_local else advice}"
+            )
+        return CLIPConfig.from_pretrained(source.where)
+
+
+def load_pixels(source: Source) -> Any:
+    """Return what a preprocessor_config.json says is done to images (clip_model.Pixels); UsageError without one."""
+    with source.reading("preprocessor_config.json"):
+        processor = CLIPImageProcessorPil.from_pretrained(source.where)
+
+    def pixels(images: np.ndarray) -> torch.Tensor:
+        return processor(list(images), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+
+    return pixels
+
+
+def has_tokenizer(source: Source) -> bool:
+    """Return whether the place is a local folder with the files of a tokenizer."""
+    return source.has("tokenizer.json") or source.has("vocab.json", "merges.txt")
+
+
+def load_tokenizer(source: Source) -> CLIPTokenizer:
+    """Return the tokenizer of a folder or hub repository; UsageError if there is none."""
+    with source.reading("tokenizer"):
+        # Asked beforehand, because transformers makes an empty tokenizer of nothing.
+        if not source.is_local:
+            cached_file(source.place, "tokenizer_config.json")
+        elif not has_tokenizer(source):
+            raise FileNotFoundError("neither tokenizer.json nor vocab.json with merges.txt")
+        return CLIPTokenizer.from_pretrained(source.where)
