@@ -50,10 +50,12 @@ devices, and are padded where the devices do not divide them. Memory a device, o
 on tpu7x:2x2x1; by the TPU compiler, with plain attention. The largest micro-batches that fit are in
 configs/compile_table.md. Without --topology, --compile_only compiles for the devices at hand.
 
-Scorer: in a process of its own, by the trainer, on the first GPU it sees, or on CPU where there is none, as beside a
-TPU. On GPUs that JAX fills, leave it room with XLA_PYTHON_CLIENT_MEM_FRACTION=0.85; or start
-`python -m rewards_bridge serve` on other machines and name them:
---config.rewards.scorers.geneval.addresses=host:port with tls_ca and token_file.
+Scorer: devices is auto: a process on the last GPU, which the trainer leaves alone (of 8 GPUs, 7 train), or on the CPU
+of a machine with one GPU or none, as beside a TPU; the start of a run says which. More GPUs, with a process on
+each: --config.rewards.scorers.geneval.devices=6,7. On a GPU that trains too:
+--config.rewards.scorers.geneval.devices=shared with --config.rewards.trainer_memory_fraction=0.85. On other
+machines, by `python -m rewards_bridge serve`: --config.rewards.scorers.geneval.addresses=host:port with tls_ca and
+token_file.
 
 Time: 15 PFLOP an iteration (128 images), by the formulas of udm_grpo/flops.py. At 40 % of the peak of 8 H100 that
 is 5 s an iteration and 13 hours for 10,000 of them, scoring and evaluations aside: an estimate, not a measurement.
@@ -80,7 +82,7 @@ def get_config() -> RunConfig:
     config.prompts.tag_weights = dict(geneval_prompts.RATIO)
     detector = "models/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth"
     options = {"detector": detector, "clip": "models/clip-vit-large-patch14"}
-    config.rewards.scorers = {"geneval": ScorerConfig(options=options)}
+    config.rewards.scorers = {"geneval": ScorerConfig(options=options, devices=("auto",))}
     config.evaluation.final_prompts = 553
     config.evaluation.images_per_prompt = 4
     return config

@@ -36,8 +36,12 @@ on tpu7x:2x2x1; by the TPU compiler, with plain attention, for configs/geneval.p
 of images only. The largest micro-batches that fit are in configs/compile_table.md. Without --topology, --compile_only
 compiles for the devices at hand.
 
-Scorer: in a process of its own, on CPU; options.device=cuda:0 puts it on a GPU, with
-environment.CUDA_VISIBLE_DEVICES=7 on one that the trainer leaves alone, and addresses=host:port on another machine.
+Scorer: devices is auto: a process on the last GPU, which the trainer leaves alone (of 8 GPUs, 7 train), or on the CPU
+of a machine with one GPU or none; the start of a run says which. A CPU is slow for 256 images an iteration: beside a
+TPU, start `python -m rewards_bridge serve` on a machine with a GPU and give
+--config.rewards.scorers.pickscore.addresses=host:port with tls_ca and token_file. More GPUs, with a process on each:
+--config.rewards.scorers.pickscore.devices=6,7. On a GPU that trains too:
+--config.rewards.scorers.pickscore.devices=shared with --config.rewards.trainer_memory_fraction=0.85.
 
 Time: 30 PFLOP an iteration (256 images), by the formulas of udm_grpo/flops.py. At 40 % of the peak of 8 H100 that
 is 10 s an iteration and 27 hours for 10,000 of them, scoring and evaluations aside: an estimate, not a measurement.
@@ -60,7 +64,7 @@ def get_config() -> RunConfig:
     config = published("pickscore", group_size=16)
     config.prompts.train = "data/pickscore:train"
     config.prompts.heldout = "data/pickscore:test"
-    config.rewards.scorers = {"pickscore": ScorerConfig(options={"model": "models/PickScore_v1"})}
+    config.rewards.scorers = {"pickscore": ScorerConfig(options={"model": "models/PickScore_v1"}, devices=("auto",))}
     config.evaluation.final_prompts = 2048
     config.evaluation.images_per_prompt = 1
     return config

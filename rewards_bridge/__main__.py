@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         if parsed.command == "serve":
             return serve(_serve_config(parsed))
         if parsed.command == "doctor":
-            return doctor.report(parsed.scorer, _options(parsed.option))
+            return doctor.report(parsed.scorer, _options(parsed.option), parsed.device)
         return _score(parsed)
     except (UsageError, BridgeError) as error:
         print(f"rewards_bridge {parsed.command}: {error}", file=sys.stderr)
@@ -46,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the scorer"
         )
+    for command in (serving, examining):
+        command.add_argument("--device", help="cuda:0, say, for scorers that take a device, if no option names one")
+    serving.add_argument("--memory-fraction", type=float, metavar="PART", help="of a GPU's memory, for PyTorch here")
     serving.add_argument("--listen", required=True, metavar="ADDRESS", help="unix:/path or HOST:PORT (port 0: any)")
     serving.add_argument("--tls-cert", metavar="PEM")
     serving.add_argument("--tls-key", metavar="PEM")
@@ -72,6 +75,8 @@ def _serve_config(parsed: argparse.Namespace) -> ServeConfig:
         tls_key=parsed.tls_key,
         token_file=parsed.token_file,
         exit_with_parent=parsed.exit_with_parent,
+        device=parsed.device,
+        memory_fraction=parsed.memory_fraction,
     )
 
 

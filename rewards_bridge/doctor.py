@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rewards_bridge.errors import UsageError
-from rewards_bridge.scorers import KNOWN, Scorer, load_scorer
+from rewards_bridge.scorers import KNOWN, Scorer, load_scorer, with_device
 from rewards_bridge.scorers.torchvision_ops import declare_operators
 
 _REQUIREMENTS = Path(__file__).parent / "requirements.txt"
@@ -43,7 +43,7 @@ HINTS = {
 """Scorer -> what mends a load that failed, where its own error cannot know."""
 
 
-def examine(name: str, options: Mapping[str, str]) -> tuple[bool, list[str]]:
+def examine(name: str, options: Mapping[str, str], device: str | None = None) -> tuple[bool, list[str]]:
     """(whether the scorer is ready, a line for every step up to the first that fails, each failure with its remedy)."""
     lines: list[str] = []
     missing = missing_packages(name)
@@ -53,6 +53,7 @@ def examine(name: str, options: Mapping[str, str]) -> tuple[bool, list[str]]:
         return False, [f"packages: {', '.join(missing)} cannot be imported", f"  mend it: {command}"]
     lines.append("packages: all there")
     try:
+        options = with_device(name, options, device)
         scorer = load_scorer(name, options)
     except Exception as error:  # of any library underneath
         said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
@@ -120,16 +121,17 @@ def _room(device: str) -> Iterator[str]:
     yield f"device: {device} has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free with the weights loaded"
 
 
-def report(names: list[str], options: Mapping[str, str]) -> int:
+def report(names: list[str], options: Mapping[str, str], device: str | None = None) -> int:
     """Examine these scorers (all known ones if none is named) and print what was found; 0 if all are ready, else 1.
 
-    Raises UsageError for options without exactly one scorer that they are for.
+    device: of those that take one, unless the options name it. Raises UsageError for options without exactly one
+    scorer that they are for.
     """
     if options and len(names) != 1:
         raise UsageError("options are for one scorer: name it with --scorer, or leave the options out")
     ready = True
     for name in names or sorted(KNOWN):
-        fine, lines = examine(name, options)
+        fine, lines = examine(name, options, device)
         ready = ready and fine
         print("\n".join([f"{name}: {'ready' if fine else 'not ready'}", *(f"  {line}" for line in lines)]), flush=True)
     return 0 if ready else 1

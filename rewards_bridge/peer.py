@@ -26,8 +26,8 @@ _MAX_SOCKET_PATH = 100  # the kernel allows 107 bytes
 class BridgeConfig:
     """Which scorer, where, and how long to wait for it.
 
-    With an address, what only matters for starting a process is not used: interpreter and environment. The options are
-    compared with those of the server, which count.
+    With an address, what only matters for starting a process is not used: interpreter, environment, device and
+    memory_fraction. The options are compared with those of the server, which count.
     """
 
     scorer: str = "shapes"  # a known name, or "module:Class"
@@ -35,6 +35,8 @@ class BridgeConfig:
     address: str | None = None  # unix:/path or HOST:PORT of a running server; None: start one
     interpreter: str | None = None  # of the started process; None: this one
     environment: dict[str, str] = field(default_factory=dict)  # added for the started process
+    device: str | None = None  # cuda:0 or cpu, say, for scorers that take a device, if the options name none
+    memory_fraction: float | None = None  # largest part of the GPU's memory for PyTorch in the started process
     deadline_s: float = 300.0  # from sending a batch to its scores, at most one other batch being scored in between
     start_timeout_s: float = 300.0  # for loading the scorer
     max_restarts: int = 3  # of the process, or reconnections to the address, in the client's life
@@ -136,9 +138,10 @@ class Peer:
             # Another socket each time: an older connection must never reach a newer process.
             address = f"unix:{self._folder}/{self.restarts}"
             try:
-                self._process = ScorerProcess(
-                    config.scorer, config.options, address, config.interpreter, config.environment
-                )
+                words = ["serve", "--exit-with-parent", "--listen", address, *scorer_arguments(config)]
+                if config.memory_fraction:
+                    words.append(f"--memory-fraction={config.memory_fraction:g}")
+                self._process = ScorerProcess(words, config.interpreter, config.environment)
             except OSError as error:
                 raise BridgeError(
                     f"cannot start the scorer with interpreter {config.interpreter!r}: {error}"
@@ -182,6 +185,14 @@ class Peer:
             raise BridgeError("the client was closed while its scorer started")
         if self.has_died():
             raise BridgeError(f"scorer {self._config.scorer!r} could not be started: {self.describe_process()}")
+
+
+def scorer_arguments(config: BridgeConfig) -> list[str]:
+    """Return what says on a command line of rewards_bridge which scorer, with which options and device."""
+    words = ["--scorer", config.scorer]
+    for key, value in config.options.items():
+        words += ["--option", f"{key}={value}"]
+    return [*words, *(["--device", config.device] if config.device else [])]
 
 
 def _private_folder() -> str:

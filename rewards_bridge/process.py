@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 TAIL_BYTES = 16 << 10
@@ -16,28 +16,20 @@ _REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 class ScorerProcess:
-    """`python -m rewards_bridge serve` under an interpreter and environment of its own, ending when we do."""
+    """`python -m rewards_bridge` under an interpreter and environment of its own, ending when we do.
 
-    def __init__(
-        self,
-        scorer: str,
-        options: Mapping[str, str],
-        address: str,
-        interpreter: str | None,
-        environment: Mapping[str, str],
-    ) -> None:
-        command = [interpreter or sys.executable, "-m", "rewards_bridge", "serve", "--exit-with-parent"]
-        command += ["--scorer", scorer, "--listen", address]
-        for key, value in options.items():
-            command += ["--option", f"{key}={value}"]
+    The words are its arguments, with which it has to serve until its standard input ends.
+    """
+
+    def __init__(self, words: Sequence[str], interpreter: str | None, environment: Mapping[str, str]) -> None:
         self._tail = b""
         # No preexec_fn: Python then runs no fork handlers, which the threads of JAX and gRPC would not survive.
         self._process = subprocess.Popen(
-            command,
+            [interpreter or sys.executable, "-m", "rewards_bridge", *words],
             stdin=subprocess.PIPE,  # its end tells the server that we are gone
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=_environment(environment),
+            env=scorer_environment(environment),
             start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read_output, name="scorer-output", daemon=True)
@@ -93,7 +85,8 @@ class ScorerProcess:
                 self._tail = (self._tail + chunk)[-TAIL_BYTES:]
 
 
-def _environment(extra: Mapping[str, str]) -> dict[str, str]:
+def scorer_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a scorer's process: ours, with this package to import, and `extra`."""
     # Idle threads leave the cores to XLA and busy ones take at most half of them, unless the environment says more.
     threads = str(max(1, (os.cpu_count() or 1) // 2))
     merged = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": threads, **os.environ, **extra}

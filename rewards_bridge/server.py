@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc
@@ -24,7 +24,7 @@ from rewards_bridge import doctor, lifeline, transport
 from rewards_bridge.errors import UsageError
 from rewards_bridge.protocol import bridge_pb2, messages
 from rewards_bridge.redaction import shown
-from rewards_bridge.scorers import Scorer, Scores, default_options, load_scorer
+from rewards_bridge.scorers import Scorer, Scores, default_options, load_scorer, with_device
 
 MAX_CALLS = 64  # at once; more are refused
 MAX_HELD_BATCHES = 8  # in memory at once; the senders of more wait
@@ -42,8 +42,12 @@ class ServeConfig:
     tls_key: str | None = None
     token_file: str | None = None
     exit_with_parent: bool = False
+    device: str | None = None
+    memory_fraction: float | None = None
 
     def __post_init__(self) -> None:
+        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
+            raise UsageError(f"--memory-fraction is {self.memory_fraction}; give a part of 1, such as 0.1")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise UsageError("--tls-cert and --tls-key belong together; one of them is missing")
         if not transport.is_local(self.listen) and not (self.tls_cert and self.token_file):
@@ -232,6 +236,7 @@ def serve(config: ServeConfig) -> int:
     )
     address = _bind(server, config)
     try:
+        config = replace(config, options=with_device(config.scorer, config.options, config.device))
         scorer, problem = _ready_scorer(config)
         bridge = _Bridge(scorer, _description(config, problem))
         server.add_generic_rpc_handlers((bridge.handlers(),))
@@ -261,12 +266,24 @@ def _ready_scorer(config: ServeConfig) -> tuple[Scorer, str]:
     Scoring them shows before training what the scorer lacks. Whether a wrong verdict stops a run is the client's to
     say, for somebody's own weights may well judge otherwise.
     """
+    if config.memory_fraction is not None:
+        _limit_memory(config.memory_fraction)
     scorer = load_scorer(config.scorer, config.options)
     right, said = doctor.check_example(config.scorer, scorer)
     if right:
         return scorer, ""
     print(f"rewards_bridge: {config.scorer} gets its test images wrong: {said}", file=sys.stderr, flush=True)
     return scorer, said
+
+
+def _limit_memory(fraction: float) -> None:
+    """Let PyTorch take no more than this part of the memory of any GPU that this process sees."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UsageError(f"--memory-fraction limits PyTorch, which is not there: {error}") from error
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.set_per_process_memory_fraction(fraction, index)
 
 
 def _description(config: ServeConfig, example_problem: str) -> bridge_pb2.DescribeReply:

@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from rewards_bridge import transport
-from rewards_bridge.client import BridgeConfig, BridgeError
+from rewards_bridge.client import BridgeError
 from rewards_bridge.scorers import KNOWN
 from scripts.demo_models import Demo, DemoError, Drawer, sharing_programs
+from udm_grpo.config import RewardsConfig, ScorerConfig
 from udm_grpo.host import shapes
 from udm_grpo.host.checkpoint import CheckpointError
+from udm_grpo.host.gpu_split import reserved
+from udm_grpo.host.rewards import bridge_configs
 from udm_grpo.pipeline import Pipeline, load_pipeline
 from udm_grpo.sample import open_run
 
@@ -51,6 +54,13 @@ def _parser() -> argparse.ArgumentParser:
     names = f'{", ".join(sorted(KNOWN))}, or your own "module:Class"'
     parser.add_argument("--scorer", default="shapes", help=f"{names} (default: %(default)s)")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the scorer")
+    parser.add_argument(
+        "--devices",
+        metavar="GPU",
+        default="",
+        help="of the scorer: a GPU that the models leave alone; auto (the last one, else the CPU), cpu or shared",
+    )
+    parser.add_argument("--no-check-example", action="store_true", help="only warn if the scorer gets its tests wrong")
     parser.add_argument(
         "--example", action="append", metavar="PROMPT", help="to click on (default: held-out ones of the shapes world)"
     )
@@ -115,6 +125,19 @@ def read_options(pairs: Sequence[str]) -> dict[str, str]:
     return {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
 
 
+def read_scorer(given: argparse.Namespace) -> ScorerConfig:
+    """The scorer of the command line; raises DemoError for options or devices that cannot be."""
+    devices = tuple(word.strip() for word in given.devices.split(",")) if given.devices else ()
+    if len(devices) - ("shared" in devices) > 1:
+        raise DemoError(f"--devices is {given.devices}; one process scores here, so give one GPU.")
+    return ScorerConfig(
+        scorer=given.scorer,
+        options=read_options(given.option),
+        devices=devices,
+        check_example=not given.no_check_example,
+    )
+
+
 def open_models(given: argparse.Namespace) -> tuple[list[Drawer], tuple[int, int]]:
     """The models of the page, base first, and the height and width of its pictures; raises as loading does."""
     base = load_pipeline(given.base)
@@ -169,9 +192,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(argv)
     try:
         users = check_access(given)
-        config = BridgeConfig(scorer=given.scorer, options=read_options(given.option))
-        with _listening(given.host, given.port) as listener:
+        scorer = {given.scorer: read_scorer(given)}
+        with reserved(RewardsConfig(scorer)) as (placed, lines), _listening(given.host, given.port) as listener:
+            print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr)
             drawers, size = open_models(given)
+            (config,) = bridge_configs(given.scorer, placed.scorers[given.scorer], None)
             with closing(Demo(drawers, size, config)) as demo:
                 serve(demo, given, users, listener)
     except KeyboardInterrupt:

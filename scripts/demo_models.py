@@ -129,6 +129,8 @@ class Demo:
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._client = RewardsClient(config)
+        for text in self._client.warnings():
+            warnings.warn(text, stacklevel=2)
 
     def close(self) -> None:
         """End the scorer's process."""

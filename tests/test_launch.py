@@ -61,32 +61,40 @@ def trainer(words: list[str]) -> list[str]:
 # ---------------------------------------------------------------- one node of GPUs
 
 
-def test_a_node_gives_its_last_gpus_to_the_scorers(tools: Path) -> None:
-    words = ("--scorers", "shapes", "--scorer-gpus", "1", "--dry-run", "--", *CONFIG)
-    (command,) = printed(launch(tools, "launch_gpu_node.sh", *words, CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7"))
-    assert command[:2] == ["env", "CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6"]
-    assert trainer(command) == [
-        RESUME,
-        "--config.rewards.scorers.shapes.environment.CUDA_VISIBLE_DEVICES=7",
-        "--config.rewards.scorers.shapes.options.device=cuda:0",
-        *CONFIG,
-    ]
+def test_a_node_leaves_the_split_to_the_config(tools: Path) -> None:
+    """It needs no GPU and no nvidia-smi then: the trainer says what there is."""
+    (command,) = printed(launch(tools, "launch_gpu_node.sh", "--dry-run", "--", *CONFIG))
+    assert command == ["python", "-m", "udm_grpo.train", RESUME, *CONFIG]
     assert calls(tools) == []
 
 
-def test_several_scorers_take_the_gpus_in_turn(tools: Path) -> None:
-    words = ("--scorers", "a,b,c", "--scorer-gpus", "2", "--dry-run", "--", *CONFIG)
-    (command,) = printed(launch(tools, "launch_gpu_node.sh", *words, CUDA_VISIBLE_DEVICES="4,5,6,7"))
-    assert "CUDA_VISIBLE_DEVICES=4,5" in command
-    given = [word.rpartition("=")[2] for word in command if "environment.CUDA_VISIBLE_DEVICES" in word]
-    assert given == ["6", "7", "6"]
+def test_a_node_gives_its_last_gpus_to_the_scorers(tools: Path) -> None:
+    words = ("--scorers", "shapes", "--scorer-gpus", "1", "--dry-run", "--", *CONFIG)
+    (command,) = printed(launch(tools, "launch_gpu_node.sh", *words, CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7"))
+    assert trainer(command) == [RESUME, "--config.rewards.scorers.shapes.devices=7", *CONFIG]
+    assert calls(tools) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--scorers", "a,b"), ["6", "7"]),
+        (("--scorers", "a", "--scorer-gpus", "3"), ["5,6,7"]),
+        (("--scorers", "a,b", "--scorer-gpus", "3"), ["5,7", "6"]),
+    ],
+)
+def test_several_scorers_take_the_gpus_in_turn(tools: Path, words: tuple[str, ...], expected: list[str]) -> None:
+    done = launch(tools, "launch_gpu_node.sh", *words, "--dry-run", "--", *CONFIG, CUDA_VISIBLE_DEVICES="4,5,6,7")
+    (command,) = printed(done)
+    assert [word.rpartition("=")[2] for word in command if ".devices=" in word] == expected
+    trainer(command)
 
 
 def test_a_shared_node_bounds_the_memory_of_the_trainer(tools: Path) -> None:
     words = ("--scorers", "shapes", "--share", "0.8", "--dry-run", "--", *CONFIG)
     (command,) = printed(launch(tools, "launch_gpu_node.sh", *words, CUDA_VISIBLE_DEVICES="0,1"))
-    assert command[:3] == ["env", "XLA_PYTHON_CLIENT_MEM_FRACTION=0.8", "CUDA_VISIBLE_DEVICES=0,1"]
-    assert "--config.rewards.scorers.shapes.environment.CUDA_VISIBLE_DEVICES=1" in command
+    settings = ["--config.rewards.trainer_memory_fraction=0.8", "--config.rewards.scorers.shapes.devices=shared"]
+    assert trainer(command) == [RESUME, *settings, *CONFIG]
 
 
 def test_a_node_runs_what_the_dry_run_prints(tools: Path) -> None:
@@ -99,16 +107,19 @@ def test_a_node_runs_what_the_dry_run_prints(tools: Path) -> None:
 
 def test_gpus_are_counted_by_nvidia_smi(tools: Path) -> None:
     (tools / "nvidia-smi").write_text("#!/usr/bin/env bash\nprintf '0\\n1\\n2\\n'\n")
-    (command,) = printed(launch(tools, "launch_gpu_node.sh", "--dry-run", "--", *CONFIG))
-    assert "CUDA_VISIBLE_DEVICES=0,1,2" in command
+    (command,) = printed(launch(tools, "launch_gpu_node.sh", "--scorers", "shapes", "--dry-run", "--", *CONFIG))
+    assert "--config.rewards.scorers.shapes.devices=2" in command
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--scorer-gpus", "2", "--", *CONFIG), "leave at least one to the trainer"),
-        (("--scorer-gpus", "two", "--", *CONFIG), "--scorer-gpus is two; give a whole number"),
-        (("--share", "8", "--", *CONFIG), "--share is 8; give a fraction below 1"),
+        (("--scorers", "a", "--scorer-gpus", "2", "--", *CONFIG), "leave at least one to the trainer"),
+        (("--scorers", "a,b", "--scorer-gpus", "1", "--", *CONFIG), "1 for 2 scorers; give each of them a GPU"),
+        (("--scorers", "a", "--scorer-gpus", "two", "--", *CONFIG), "--scorer-gpus is two; give a whole number"),
+        (("--scorers", "a", "--share", "8", "--", *CONFIG), "--share is 8; give a fraction below 1"),
+        (("--scorers", "a", "--share", "0.8", "--scorer-gpus", "1", "--", *CONFIG), "exclude each other"),
+        (("--scorer-gpus", "1", "--", *CONFIG), "name them: --scorers pickscore"),
         (("--scorers", "shapes"), "wants --config FILE"),
         (("--gpus", "2", "--", *CONFIG), "--gpus is not known"),
     ],

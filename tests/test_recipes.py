@@ -60,7 +60,13 @@ def test_every_command_of_a_page_can_be_given(name):
             assert given.topology == ("v5p:2x2x4" if "--compile_only" in words else "")
     named = re.findall(r"--config\.([\w.]+)=", RECIPES[name].__doc__ or "")
     for field in named:
-        parse(["--config", f"configs/{name}.py", f"--config.{field}={'1' if field.endswith('replicas') else 'x'}"])
+        parse(
+            [
+                "--config",
+                f"configs/{name}.py",
+                f"--config.{field}={'1' if field.endswith(('replicas', 'fraction')) else 'x'}",
+            ]
+        )
 
 
 RAW = {

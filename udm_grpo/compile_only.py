@@ -13,6 +13,7 @@ there, from those in udm_grpo/assets. Prints, for each program, the memory of on
 whether it fits, the largest micro-batch that does, and collectives; ends with status 0 only if everything fits.
 """
 
+import contextlib
 import json
 import re
 import sys
@@ -32,6 +33,7 @@ from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.config_checks import validate
 from udm_grpo.flops import matrix_flops
 from udm_grpo.hlo_collectives import collectives
+from udm_grpo.host.gpu_split import reserved
 from udm_grpo.host.torch_files import WeightsError
 from udm_grpo.mesh import MeshError
 from udm_grpo.programs import Program, Sizes, device_bytes, mesh_of, programs, read_sizes
@@ -269,7 +271,8 @@ def main(argv: Sequence[str]) -> int:
         validate(config)
         if given.topology:
             jax.config.update("jax_platforms", "cpu")  # a TPU that is here stays free for others
-        devices = devices_of(given.topology)
+        with contextlib.nullcontext() if given.topology else reserved(config.rewards):
+            devices = devices_of(given.topology)
         sizes = read_sizes(config.model.path, config.model.text_length)
         kind = devices[0].device_kind
         print(f"{given.topology or 'the devices at hand'}: {len(devices)} x {kind}, mesh {asdict(config.mesh)}")

@@ -142,12 +142,19 @@ class ScorerConfig:
     replicas: int = 1
     """Processes that are started and share the images."""
     addresses: tuple[str, ...] = ()
-    """Of running servers that share the images (unix:/path or host:port); empty: the trainer starts its own. With them,
-    replicas, interpreter and environment are not used, and options that differ from the server's are a warning."""
+    """Of running servers that share the images (unix:/path or host:port); empty: the trainer starts its own. With them
+    replicas, devices, interpreter and environment are not used; options that differ from a server's are a warning."""
     interpreter: str = ""
     """Python that runs the scorer; empty: this one."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Environment variables of the scorer's processes, e.g. CUDA_VISIBLE_DEVICES."""
+    """Environment variables of the scorer's processes."""
+    devices: tuple[str, ...] = ()
+    """GPUs of the scorer, as CUDA_VISIBLE_DEVICES names them (6,7): one process on each, which sees no other, and the
+    trainer sees none of them. auto: the last GPU, if the trainer keeps another, else the CPU. cpu: the CPU. shared (the
+    last GPU) or shared,6,7: GPUs that the trainer uses too. Empty: what the options and the environment say."""
+    memory_fraction: float = 0.0
+    """Part of a GPU's memory that one process of the scorer may take (in PyTorch); 0: with devices=shared an equal part
+    of what rewards.trainer_memory_fraction leaves, else all."""
     deadline_s: float = 300.0
     """Seconds a batch may take to score."""
     start_timeout_s: float = 300.0
@@ -168,6 +175,9 @@ class RewardsConfig:
 
     scorers: dict[str, ScorerConfig] = field(default_factory=lambda: {"shapes": ScorerConfig()})
     """The parts by name; all of them score every image, at the same time."""
+    trainer_memory_fraction: float = 0.0
+    """Part of each of its GPUs' memory that the trainer takes (XLA_PYTHON_CLIENT_MEM_FRACTION); 0: 0.85 if scorers have
+    devices=shared, else JAX's own."""
 
 
 @dataclass

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from udm_grpo.config import ConfigError, RunConfig
+from udm_grpo.host.gpu_split import device_problems
 from udm_grpo.model import lora
 
 
@@ -22,6 +23,11 @@ def _above_zero(problems: list[str], **values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             problems.append(f"{name.replace('__', '.')} is {value}; set it above 0.")
+
+
+def _fraction(problems: list[str], name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        problems.append(f"{name} is {value}; set it to 0 (not set) or between 0 and 1.")
 
 
 def _choices(config: RunConfig, problems: list[str]) -> None:
@@ -75,11 +81,14 @@ def _ranges(config: RunConfig, problems: list[str]) -> None:
 def _scorers(config: RunConfig, problems: list[str]) -> None:
     if not config.rewards.scorers:
         problems.append("rewards.scorers is empty; name at least one.")
+    _fraction(problems, "rewards.trainer_memory_fraction", config.rewards.trainer_memory_fraction)
+    problems += device_problems(config.rewards.scorers)
     for name, given in config.rewards.scorers.items():
         at = f"rewards__scorers__{name}__"
         _above_zero(problems, **{f"{at}deadline_s": given.deadline_s, f"{at}start_timeout_s": given.start_timeout_s})
         _at_least(problems, 0, **{f"{at}max_restarts": given.max_restarts})
         _at_least(problems, 1, **{f"{at}replicas": given.replicas})
+        _fraction(problems, f"rewards.scorers.{name}.memory_fraction", given.memory_fraction)
         if not math.isfinite(given.weight):
             problems.append(f"rewards.scorers.{name}.weight is {given.weight}; set it to a finite number.")
 

@@ -24,9 +24,10 @@ from typing import Any
 
 from rewards_bridge.errors import BridgeError
 from udm_grpo.command_line import parse
-from udm_grpo.config import ScorerConfig
+from udm_grpo.config import RewardsConfig, ScorerConfig
 from udm_grpo.host.atomic import replace_file
 from udm_grpo.host.comparison import common_scorers, compare, draw_changed
+from udm_grpo.host.gpu_split import reserved
 from udm_grpo.host.metrics import write_json
 from udm_grpo.host.sample_folder import SampleFolder, read_samples
 from udm_grpo.host.score_summary import summarize, write_official
@@ -40,10 +41,16 @@ def _truth(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(","))
+
+
 _OF_A_SCORER: dict[str, tuple[Callable[[str], Any], str]] = {
     "replicas": (int, "processes that are started and share the pictures"),
     "address": (str, "of a running server; may be repeated, and they share the pictures"),
     "interpreter": (str, "Python that runs the scorer"),
+    "devices": (_words, "GPUs as 6,7, a process on each; or auto (the last GPU, else the CPU) or cpu"),
+    "memory_fraction": (float, "largest part of a GPU's memory for one process of the scorer"),
     "deadline_s": (float, "seconds a batch may take to score"),
     "start_timeout_s": (float, "seconds the scorer may take to load"),
     "max_restarts": (int, "times that a dead process is started again, or a lost server is called again"),
@@ -217,6 +224,18 @@ def _check_numbers(given: argparse.Namespace) -> None:
         raise ScoringError("\n  ".join(wrong))
 
 
+def _run(scorers: dict[str, ScorerConfig], output: Path, given: argparse.Namespace) -> None:
+    # Both folders are looked at before anything is scored.
+    folder = _read(Path(given.samples), given.allow_missing)
+    other = open_other(Path(given.compare), scorers, given.allow_missing) if given.compare else None
+    scored, text = evaluate(folder, scorers, output, given)
+    print(text)
+    if isinstance(other, SampleFolder):
+        other = evaluate(other, scorers, output / "compared", given)[0]
+    if other is not None:
+        print(compare_with(other, scored, output, given))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for what the user can mend, said without a traceback."""
     parser = _parser()
@@ -227,16 +246,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = Path(given.output)
     try:
         _check_numbers(given)
-        scorers = read_scorers(given, overrides)
-        # Both folders are looked at before anything is scored.
-        folder = _read(Path(given.samples), given.allow_missing)
-        other = open_other(Path(given.compare), scorers, given.allow_missing) if given.compare else None
-        scored, text = evaluate(folder, scorers, output, given)
-        print(text)
-        if isinstance(other, SampleFolder):
-            other = evaluate(other, scorers, output / "compared", given)[0]
-        if other is not None:
-            print(compare_with(other, scored, output, given))
+        named = RewardsConfig(read_scorers(given, overrides))
+        with reserved(named, trainer=False) as (placed, lines):
+            for line in lines:
+                _say(line)
+            _run(placed.scorers, output, given)
     except BridgeError as error:
         _say(f"error: {error}\nWhat was scored is in {output}; the same command goes on from there.")
         return 2

@@ -31,6 +31,7 @@ from udm_grpo.evaluation import evaluate, evaluate_all, extremes_file, pictures
 from udm_grpo.export import export
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.checkpoint import restore as restore_checkpoint
+from udm_grpo.host.gpu_split import reserved
 from udm_grpo.host.metrics import StageTimer, check_tools, write_json
 from udm_grpo.host.pictures import before_after, image_grid
 from udm_grpo.host.rewards import Rewards
@@ -204,6 +205,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         asked = stack.enter_context(distributed.interruption())
+        placed, lines = stack.enter_context(reserved(config.rewards))
+        config = replace(config, rewards=placed)
+        print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr, flush=True)
         if hosts.is_primary():
             check_tools(config.logging)
         run, abstract = open_run(config, stack)

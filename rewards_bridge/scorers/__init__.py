@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from rewards_bridge.errors import UsageError
 from rewards_bridge.scorers.base import Scorer, Scores
 
-__all__ = ["KNOWN", "Scorer", "Scores", "default_options", "load_scorer"]
+__all__ = ["KNOWN", "Scorer", "Scores", "default_options", "load_scorer", "with_device"]
 
 KNOWN = {
     "aesthetic": "rewards_bridge.scorers.aesthetic:AestheticScorer",
@@ -43,6 +43,13 @@ def default_options(name: str) -> dict[str, str]:
     """Return the options of this scorer that have a default, as text; UsageError if there is no such scorer."""
     parameters = inspect.signature(_find_class(name)).parameters.values()
     return {each.name: str(each.default) for each in parameters if each.default is not inspect.Parameter.empty}
+
+
+def with_device(name: str, options: Mapping[str, str], device: str | None) -> dict[str, str]:
+    """Return the options, with `device` among them if the scorer takes one and they name none."""
+    if device and "device" not in options and "device" in inspect.signature(_find_class(name)).parameters:
+        return {**options, "device": device}
+    return dict(options)
 
 
 def _target(name: str) -> str:

@@ -13,6 +13,8 @@ from rewards_bridge.client import BridgeConfig
 from rewards_bridge.composition import Composition, Part
 from rewards_bridge.scorers.base import Scores
 from udm_grpo.config import RewardsConfig, ScorerConfig
+from udm_grpo.host.gpu_split import AUTO, CPU, SHARED
+from udm_grpo.host.gpus import VISIBLE
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,10 @@ def connect(config: RewardsConfig, kept_images: Path) -> Composition:
     Raises BridgeError for a scorer that gets its test images wrong, unless its check_example is off.
     """
     return Composition(
-        {name: Part(given.weight, _replicas(name, given, kept_images / name)) for name, given in config.scorers.items()}
+        {
+            name: Part(given.weight, bridge_configs(name, given, kept_images / name))
+            for name, given in config.scorers.items()
+        }
     )
 
 
@@ -43,25 +48,44 @@ def warn_of(clients: Iterable[Composition]) -> None:
         warnings.warn("\n  ".join([heading, *found]), stacklevel=2)
 
 
-def _replicas(name: str, given: ScorerConfig, kept_images: Path) -> tuple[BridgeConfig, ...]:
-    places: list[str | None] = list(given.addresses) or [None] * given.replicas
+def bridge_configs(name: str, given: ScorerConfig, kept_images: Path | None) -> tuple[BridgeConfig, ...]:
+    """Return what each process or server of a scorer is to the bridge; its devices are ids, or "cpu"."""
+    places: list[dict[str, Any]] = [{"environment": dict(given.environment)}] * given.replicas
+    if given.addresses:
+        places = [{"address": address} for address in given.addresses]
+    elif given.devices:
+        places = [_on_device(given, device) for device in given.devices]
     return tuple(
         BridgeConfig(
+            **place,
             scorer=given.scorer or name,
             options=dict(given.options),
-            address=address,
             interpreter=given.interpreter or None,
-            environment=dict(given.environment),
+            memory_fraction=given.memory_fraction or None,
             deadline_s=given.deadline_s,
             start_timeout_s=given.start_timeout_s,
             max_restarts=given.max_restarts,
-            kept_images=str(kept_images / str(index) if len(places) > 1 else kept_images),
+            kept_images=_folder_of(kept_images, index, len(places)),
             tls_ca=given.tls_ca or None,
             token_file=given.token_file or None,
             check_example=given.check_example,
         )
-        for index, address in enumerate(places)
+        for index, place in enumerate(places)
     )
+
+
+def _folder_of(kept_images: Path | None, index: int, count: int) -> str | None:
+    if kept_images is None:
+        return None
+    return str(kept_images / str(index) if count > 1 else kept_images)
+
+
+def _on_device(given: ScorerConfig, device: str) -> dict[str, Any]:
+    """Where one process runs: it sees one GPU, which is the first to it, or none."""
+    if device in (AUTO, SHARED):
+        raise ValueError(f"devices={device} is not decided yet; connect inside of gpu_split.reserved")
+    visible, own = ("", CPU) if device == CPU else (device, "cuda:0")
+    return {"environment": {**given.environment, VISIBLE: visible}, "device": own}
 
 
 def collect(tickets: Sequence["Future[Scores]"], images: int | None = None) -> Rewards:

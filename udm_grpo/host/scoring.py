@@ -85,7 +85,8 @@ def score_folder(
             file = stack.enter_context((output / "scores.jsonl").open("a", encoding="utf-8"))
             total = len(folder.pictures) * len(scorers)
             bar = stack.enter_context(progress_bar(total, "scoring", "score", len(marks)))
-            waiting = 2 * max(max(given.replicas, len(given.addresses)) for given in scorers.values()) + 1
+            places = (max(given.replicas, len(given.addresses), len(given.devices)) for given in scorers.values())
+            waiting = 2 * max(places) + 1
             for made in _score_parts(folder, clients, todo, waiting):
                 _write(file, made)
                 marks.update({(mark.image, mark.scorer): mark for mark in made})

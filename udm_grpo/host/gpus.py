@@ -1,0 +1,75 @@
+"""The GPUs of this machine, listed before CUDA or JAX has looked at any."""
+
+import csv
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """The GPUs that CUDA would show to this process, in its order."""
+
+    ids: tuple[str, ...]
+    """As CUDA_VISIBLE_DEVICES names them."""
+    source: str
+    """Where the list comes from, for messages that go on with the list."""
+    uuids: Mapping[str, str] = field(default_factory=dict)
+    """Index -> UUID of all GPUs of the machine; empty where nvidia-smi does not say."""
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """Index -> bytes, likewise."""
+
+    def index(self, name: str) -> str:
+        """Return the index of a GPU named by index or UUID (or its beginning), or the name where that is not known."""
+        if name.isdecimal():
+            return str(int(name))
+        return next((index for index, uuid in self.uuids.items() if name and uuid.startswith(name)), name)
+
+    def find(self, name: str) -> str | None:
+        """Return the id of a visible GPU by any of its names."""
+        return next((known for known in self.ids if self.index(known) == self.index(name)), None)
+
+    def __str__(self) -> str:
+        return f"{self.source} {listed(self.ids)}"
+
+
+def listed(ids: Sequence[str]) -> str:
+    """Return ids for people."""
+    return ",".join(ids) or "no GPU"
+
+
+def visible_gpus(environment: Mapping[str, str]) -> Gpus:
+    """List the GPUs that this process may use; none where there is no NVIDIA GPU, no driver, or none is visible."""
+    table = _nvidia_smi(environment)
+    uuids = {row[0]: row[1] for row in table}
+    memory = {row[0]: int(row[2]) << 20 for row in table if row[2].isdecimal()}
+    named = environment.get(VISIBLE)
+    if named is None:
+        source = "nvidia-smi lists" if table else f"{VISIBLE} is not set, and nvidia-smi lists"
+        return Gpus(tuple(uuids), source, uuids, memory)
+    ids: list[str] = []
+    known = Gpus((), f"by {VISIBLE} there is", uuids, memory)
+    for name in (word.strip() for word in named.split(",")):
+        # CUDA itself shows those that stand before the first one that it does not know.
+        if not name or name.startswith("-") or not (name.isdecimal() or name.startswith(("GPU-", "MIG-"))):
+            break
+        if table and not name.startswith("MIG-") and known.index(name) not in uuids:
+            break
+        ids.append(name)
+    return Gpus(tuple(ids), known.source, uuids, memory)
+
+
+def _nvidia_smi(environment: Mapping[str, str]) -> list[list[str]]:
+    """[index, UUID, MiB] of every GPU."""
+    program = shutil.which("nvidia-smi", path=environment.get("PATH"))
+    if program is None:
+        return []
+    command = [program, "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []  # it is installed, but there is no GPU or no driver
+    return [row for row in csv.reader(done.stdout.splitlines(), skipinitialspace=True) if len(row) == 3]
