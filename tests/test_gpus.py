@@ -230,10 +230,10 @@ def test_every_process_of_a_scorer_sees_its_own_gpu():
 
 
 def test_a_device_is_for_scorers_that_take_one_and_name_none():
-    assert with_device("pickscore", {"model": "m"}, "cuda:0") == {"model": "m", "device": "cuda:0"}
-    assert with_device("pickscore", {"device": "cpu"}, "cuda:0") == {"device": "cpu"}
+    assert with_device("imagereward", {"model": "m"}, "cuda:0") == {"model": "m", "device": "cuda:0"}
+    assert with_device("imagereward", {"device": "cpu"}, "cuda:0") == {"device": "cpu"}
     assert with_device("jpeg", {}, "cuda:0") == {}
-    assert with_device("pickscore", {}, None) == {}
+    assert with_device("imagereward", {}, None) == {}
     words = scorer_arguments(BridgeConfig(scorer="jpeg", options={"quality": "3"}, device="cuda:0"))
     assert words == ["--scorer", "jpeg", "--option", "quality=3", "--device", "cuda:0"]
 
