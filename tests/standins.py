@@ -27,15 +27,6 @@ URSA = "URSA-1.7B-IBQ512"
 CODES, CHANNELS, WIDTH, LAYERS, HEAD = 64, 8, 128, 2, 128
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>")
 WEIGHTS = "diffusion_pytorch_model"
-SOURCES = {  # the address that each is downloaded from -> its folder or file in models/
-    "BAAI/URSA-1.7B-IBQ512": URSA,
-    "openai/clip-vit-large-patch14": "clip-vit-large-patch14",
-    "timm/vit_large_patch14_clip_224.openai": "vit_large_patch14_clip_224.openai",
-    "yuvalkirstain/PickScore_v1": "PickScore_v1",
-    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "PickScore_v1",  # its processor is the same
-    "xswu/HPSv2": "HPSv2",
-    DOWNLOADED_DETECTOR: DOWNLOADED_DETECTOR,
-}
 
 
 def make(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Every command of the README runs: as it stands where that takes seconds, cut down where it would take minutes."""
+"""What the README says beside the commands that test_rehearsal_readme.py runs, and commands in other circumstances."""
 
 import importlib.util
 import json
@@ -9,51 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from report_runs import write_run
-from running import ROOT, TOGETHER, environment
+from pages import readme_commands
+from running import ROOT, environment
 
-from rewards_bridge.client import BridgeConfig, RewardsClient
 from rewards_bridge.scorers import KNOWN
 from scripts import prepare_prompts
 from udm_grpo import config as config_module
 from udm_grpo.config import RunConfig
 from udm_grpo.config_checks import validate
-from udm_grpo.host.shapes import all_prompts
-from udm_grpo.host.shapes_scenes import render, scene_for
 
 README = (ROOT / "README.md").read_text()
-INSTALL = "pip install -r requirements.txt"
-TRAIN = "python -m udm_grpo.train --config configs/shapes.py"
-SMOKE = f"{TRAIN}:smoke"
-RESUME = f"{TRAIN} --config.checkpoint.resume=latest"
-READER = "python -m rewards_bridge.scorers.ocr_models --output outputs/ocr-models"
-TRAIN_OCR = "python -m udm_grpo.train --config configs/shapes_ocr.py"
-PRETRAIN_SIGNS = "python -m scripts.pretrain_signs --output outputs/pretrain_signs"
 LAUNCH = ("scripts/launch_", "sbatch ", "IMAGE=", "TPU_NAME=")
-PYTEST = "python -m pytest"
 PRETRAIN = "python -m scripts.pretrain_shapes --output outputs/pretrain_shapes"
-SERVE = "python -m rewards_bridge serve --scorer shapes --listen unix:/tmp/shapes.sock"
 DOCTOR = "python -m rewards_bridge doctor"
-SAMPLE = "python -m udm_grpo.sample --checkpoint udm_grpo/assets/ursa-shapes --output outputs/pictures"
-EVALUATE = "python -m udm_grpo.evaluate --samples outputs/pictures --output outputs/scores"
-INFO = "python -m udm_grpo.convert info udm_grpo/assets/ursa-shapes"
-VERIFY = "python -m udm_grpo.convert verify udm_grpo/assets/ursa-shapes udm_grpo/assets/ursa-shapes --forward"
-REPORT = "python -m udm_grpo.report outputs/shapes"
-COMPARE = f"{REPORT} outputs/other --output comparison.html"
-LORA = f"{SMOKE} --config.output_dir=outputs/lora --config.lora.rank=8 --config.optimizer.learning_rate=2e-3"
-ADAPTED = "python -m udm_grpo.sample --checkpoint udm_grpo/assets/ursa-shapes --adapter outputs/lora/export_lora"
-SCORE = "python -m rewards_bridge score --scorer shapes"
 PREPARE = "python -m scripts.prepare_prompts"
-COMPILE = "python -m udm_grpo.train --config configs/geneval.py --compile_only --topology v5p:2x2x4"
-DEMO = "python -m scripts.demo --base udm_grpo/assets/ursa-shapes --run outputs/shapes"  # run by test_demo.py
-
-
-def commands() -> list[str]:
-    """The command lines of the README's bash blocks, continuation lines joined, comments dropped."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [re.sub(r"\s+", " ", line.split("  #")[0]).strip() for line in lines if line.strip()]
 
 
 def run(command: str) -> subprocess.CompletedProcess[str]:
@@ -64,49 +33,9 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_the_readme_has_no_command_that_no_test_runs() -> None:
-    """Those of an adapter are run in tests/test_lora.py."""
-    known = (f"{INSTALL} && {TRAIN}", f"{INSTALL} && {PYTEST}", SMOKE, RESUME, PRETRAIN, SERVE, DOCTOR, INFO, VERIFY)
-    known += (REPORT, COMPARE, READER, TRAIN_OCR, PRETRAIN_SIGNS, LORA, COMPILE, DEMO)
-    for command in commands():
-        if command == TOGETHER:
-            continue  # tests/test_train.py runs several of it
-        assert command in known or command.startswith((SCORE, SAMPLE, PREPARE, EVALUATE, ADAPTED, *LAUNCH)), command
-    for command in known:
-        assert command in commands(), command
-
-
-def test_the_first_command_in_small_and_going_on(tmp_path: Path) -> None:
-    """The default config itself, with fewer and smaller iterations; then the README's way to go on."""
-    small = (
-        f" --config.output_dir={tmp_path / 'run'} --config.iterations=ITERATIONS --config.optimizer.schedule=constant"
-        " --config.rollout.prompts=4 --config.rollout.micro_batch=32 --config.optimizer.micro_batch=32"
-        " --config.evaluation.final_prompts=6 --config.evaluation.images_per_prompt=1 --config.evaluation.batch=6"
-        " --config.evaluation.picture_prompts=4"
-    )
-    run(TRAIN + small.replace("ITERATIONS", "1"))
-    run(RESUME + small.replace("ITERATIONS", "2"))
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["iterations"] == 2
-    assert set(summary["by_steps"]) == {"10", "25"}
-
-
-def test_an_ocr_reward_in_small(tmp_path: Path) -> None:
-    """The reader's models by their command, then configs/shapes_ocr.py with fewer and smaller iterations."""
-    run(READER.replace("outputs/ocr-models", str(tmp_path / "models")))
-    models = "".join(
-        f" --config.rewards.scorers.ocr.options.{option}={tmp_path}/models/PP-OCRv5_mobile_{short}"
-        for option, short in (("detection", "det"), ("recognition", "rec"))
-    )
-    run(f"{TRAIN_OCR}:smoke --config.output_dir={tmp_path / 'run'}{models}")
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["base"]["ocr"] >= summary["base"]["exact"] > 0.1
-    assert set(summary["final"]["tags"]) == {"one", "two", "three"}
-
-
 def test_the_launches_of_the_readme_print_what_they_would_do() -> None:
     """Each with --dry-run put in; tests/test_launch.py looks at what they print."""
-    shown = [command for command in commands() if command.startswith(LAUNCH)]
+    shown = [command for command in readme_commands() if command.startswith(LAUNCH)]
     assert len(shown) >= 4
     for command in shown:
         if command.startswith("sbatch "):
@@ -115,69 +44,12 @@ def test_the_launches_of_the_readme_print_what_they_would_do() -> None:
         assert run(f"export CUDA_VISIBLE_DEVICES=0,1; {dry}").stdout.strip(), command
 
 
-def test_reports_of_one_run_and_of_two(tmp_path: Path) -> None:
-    folders = [str(write_run(tmp_path / name)) for name in ("shapes", "other")]
-    at = {"outputs/shapes": folders[0], "outputs/other": folders[1], "comparison.html": f"{tmp_path}/comparison.html"}
-    for command in (REPORT, COMPARE):
-        run(re.sub("|".join(at), lambda found: at[found.group()], command))
-    assert "<title>shapes</title>" in (tmp_path / "shapes" / "report.html").read_text()
-    assert "<title>2 runs: shapes, other</title>" in (tmp_path / "comparison.html").read_text()
-
-
-def test_pictures_of_prompts_and_their_scores(tmp_path: Path) -> None:
-    command = next(command for command in commands() if command.startswith(f"{SAMPLE} "))
-    run(command.replace("outputs/pictures", str(tmp_path / "pictures")))
-    assert len(list((tmp_path / "pictures").glob("*/samples/*.png"))) == 8
-    assert (tmp_path / "pictures" / "contact_sheet.png").exists()
-    scoring = next(command for command in commands() if command.startswith(EVALUATE))
-    run(scoring.replace("outputs/", f"{tmp_path}/"))
-    summary = json.loads((tmp_path / "scores" / "summary.json").read_text())
-    assert (summary["images"], summary["prompts"]) == (8, 2)
-    assert 0.5 < summary["scorers"]["jpeg"]["values"]["jpeg_kilobytes"]["mean"]["value"] < 3
-
-
 def test_the_prompt_sets_of_the_readme_are_examples_of_the_command() -> None:
     """tests/test_prepare_prompts.py runs all of those."""
-    shown = {command for command in commands() if command.startswith(PREPARE)}
+    shown = {command for command in readme_commands() if command.startswith(PREPARE)}
     assert len(shown) == 2
     for command in shown:
         assert f"    {command}\n" in (prepare_prompts.__doc__ or "")
-
-
-def test_a_checkpoint_is_described_and_compared(tmp_path: Path) -> None:
-    described = run(INFO).stdout
-    assert "alpha: 0.9\n" in described
-    assert "parameters: 857728\n" in described
-    assert run(VERIFY).stdout.endswith("\nequal\n")
-
-
-def test_the_scorer_by_itself(tmp_path: Path) -> None:
-    wanted = "a photo of a red circle"
-    metadata = next(prompt for prompt in all_prompts() if prompt["prompt"] == wanted)
-    picture = tmp_path / "picture.png"
-    Image.fromarray(render(scene_for(metadata, np.random.default_rng(0)))).save(picture)
-    command = next(command for command in commands() if command.startswith(SCORE))
-    assert wanted in command
-    done = run(command.replace("picture.png", str(picture)))
-    answer = json.loads(done.stdout)
-    assert answer["scorer"] == "shapes"
-    assert answer["raw"]["strict"] == 1.0
-
-
-def test_the_server_by_itself(tmp_path: Path) -> None:
-    address = f"unix:{tmp_path}/s.sock"
-    words = SERVE.replace("unix:/tmp/shapes.sock", address).split()
-    process = subprocess.Popen([sys.executable, *words[1:]], cwd=ROOT, env=environment())
-    metadata = all_prompts()[0]
-    picture = render(scene_for(metadata, np.random.default_rng(0)))
-    try:
-        with RewardsClient(BridgeConfig(address=address, start_timeout_s=60)) as client:
-            scores = client.submit(picture[None], [metadata["prompt"]], [metadata]).result()
-    finally:
-        process.terminate()
-        status = process.wait(30)
-    assert scores.raw["strict"][0] == 1.0
-    assert status == 0
 
 
 def test_the_doctor_says_what_every_scorer_lacks(tmp_path: Path) -> None:

@@ -1,0 +1,108 @@
+"""How each command of the pages is run: what is appended to it, and on how many devices and processes."""
+
+from rehearsal import Rule
+
+SMALL = (
+    "--config.model.height=64 --config.model.width=64 --config.rollout.prompts=2 --config.rollout.group_size=4"
+    " --config.rollout.micro_batch=8 --config.optimizer.micro_batch=8 --config.evaluation.final_prompts=2"
+    " --config.evaluation.images_per_prompt=1 --config.evaluation.batch=8 --config.evaluation.picture_prompts=2"
+)
+"""Sizes for a published recipe."""
+ONCE, TWICE = f"{SMALL} --config.iterations=1", f"{SMALL} --config.iterations=2"
+PICTURES, SIZE = "--steps 4", "--height 64 --width 64"
+UNCHECKED = "--config.rewards.scorers.{}.check_example=False"
+"""Random weights judge the built-in test images wrongly, which would stop the run."""
+DETECTOR = f"--config.rewards.scorers.geneval.options.any_size=true {UNCHECKED.format('geneval')}"
+PICK = UNCHECKED.format("pickscore")
+READER = "--config.rewards.scorers.ocr.replicas=1"
+LAUNCHES = Rule(r"(^|\s)(scripts/launch_|sbatch )", how="elsewhere", test="tests/test_launch.py")
+SHAPES = (
+    "--config.iterations={} --config.optimizer.schedule=constant --config.rollout.prompts=4"
+    " --config.rollout.micro_batch=32 --config.optimizer.micro_batch=32 --config.evaluation.final_prompts=6"
+    " --config.evaluation.images_per_prompt=1 --config.evaluation.batch=6 --config.evaluation.picture_prompts=4"
+)
+"""Sizes for the worlds of shapes and signs."""
+CIRCLE = """python -c "from PIL import Image, ImageDraw
+image = Image.new('RGB', (224, 224), (228, 228, 228))
+ImageDraw.Draw(image).ellipse((50, 50, 170, 170), (214, 40, 44))
+image.save('picture.png')"
+"""
+
+DOWNLOADS = (
+    Rule(r"^(pip|hf|curl|wget) [^&]*$"),
+    Rule(r"^python -m rewards_bridge\.scorers\.ocr_models "),
+    Rule(r"prepare_prompts generate-geneval", "--count 60"),
+    Rule(r"^python -m scripts\.prepare_prompts (geneval|ocr|prompts) "),
+)
+LOOKING = (Rule(r"^python -m rewards_bridge doctor", statuses=(0, 1)),)
+"""Status 1: random weights judge the built-in test images wrongly."""
+COMPILATION = "--config.model.height=64 --config.model.width=64 --no_search --programs "
+"""At the sizes of the stand-ins, one program: the one that needs most, or the one that takes the compiler least."""
+
+PRETRAINING = "test_the_base_is_made_in_small_and_goes_on"
+INLINE = {
+    r"^pytest tests/test_prepare_prompts": "tests/test_prepare_prompts.py",
+    r"^python -m udm_grpo\.convert to-pytorch$": "tests/test_convert.py",
+    r"^pip install libtpu==": "tests/test_compile_only.py::test_the_compiler_that_is_named_is_the_one_that_is_pinned",
+    r"^python -m scripts\.compile_table ": "tests/test_compile_table.py",
+    r"^apt-get install chromium": ".ci/run",
+}
+"""Commands in running text that are no part of a command of a page -> what runs them or holds them right."""
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "README": (
+        *DOWNLOADS,
+        LAUNCHES,
+        Rule(r"^python -m scripts\.pretrain_shapes ", how="elsewhere", test="tests/test_readme.py::" + PRETRAINING),
+        Rule(r"^python -m scripts\.pretrain_signs ", how="elsewhere", test="tests/test_signs.py::" + PRETRAINING),
+        Rule(r"python -m pytest$", "-n 0 -p no:cacheprovider tests/test_chunks.py"),
+        Rule(r"JAX_NUM_PROCESSES=2", f"{SHAPES.format(1)} --config.output_dir=outputs/together", processes=2),
+        Rule(r"shapes_ocr\.py", SHAPES.format(1)),
+        Rule(r"configs/shapes\.py --config\.checkpoint\.resume=latest", SHAPES.format(2)),
+        Rule(r"configs/shapes\.py:smoke", "--config.iterations=2"),
+        Rule(r"configs/shapes\.py", SHAPES.format(1)),
+        Rule(r"udm_grpo\.report outputs/shapes outputs/other", before="cp -r outputs/shapes-smoke outputs/other"),
+        Rule(r"^python -m udm_grpo\.report "),
+        Rule(r"^python -m udm_grpo\.(sample|evaluate|convert) "),
+        Rule(r"^python -m scripts\.demo ", "--port 0", how="serve"),
+        Rule(r"^python -m rewards_bridge serve ", how="serve"),
+        Rule(r"^python -m rewards_bridge score ", before=CIRCLE),
+        *LOOKING,
+    ),
+    "geneval": (
+        Rule(r"--leave-out evaluation_metadata", "--count 60", before="cp downloads/evaluation_metadata.jsonl ."),
+        *DOWNLOADS,
+        LAUNCHES,
+        *LOOKING,
+        Rule("--compile_only", f"{COMPILATION}update"),
+        Rule(r"checkpoint\.resume=latest", f"{TWICE} {DETECTOR}"),
+        Rule(r"options\.clip=", f"{ONCE} {DETECTOR} --config.output_dir=outputs/geneval-open-clip"),
+        Rule(r"^python -m udm_grpo\.train ", f"{ONCE} {DETECTOR}", devices=8),
+        Rule(r"^python -m udm_grpo\.sample --checkpoint", f"{PICTURES} --images_per_prompt 1 {SIZE}"),
+        Rule(r"^python -m udm_grpo\.sample ", f"{PICTURES} --images_per_prompt 1"),
+        Rule(r"^python -m udm_grpo\.evaluate ", DETECTOR),
+    ),
+    "pickscore": (
+        *DOWNLOADS,
+        LAUNCHES,
+        *LOOKING,
+        Rule("--compile_only", f"{COMPILATION}decode"),
+        Rule(r"checkpoint\.resume=latest", f"{TWICE} {PICK} {{remote}}", devices=7, optimised=True),
+        Rule(r"^python -m udm_grpo\.train ", f"{ONCE} {PICK} {{remote}}", devices=7, optimised=True),
+        Rule(r"^python -m udm_grpo\.sample --checkpoint", f"{PICTURES} {SIZE}"),
+        Rule(r"^python -m udm_grpo\.sample ", PICTURES),
+        Rule(r"^python -m udm_grpo\.evaluate ", PICK),
+    ),
+    "ocr": (
+        Rule(r"--train ocr/train\.txt", before="cp -r downloads/ocr ocr"),
+        *DOWNLOADS,
+        LAUNCHES,
+        *LOOKING,
+        Rule("--compile_only", f"{COMPILATION}decode"),
+        Rule(r"checkpoint\.resume=latest", f"{TWICE} {READER}"),
+        Rule(r"^python -m udm_grpo\.train ", f"{ONCE} {READER}", processes=2),
+        Rule(r"^python -m udm_grpo\.sample --checkpoint", f"{PICTURES} {SIZE}"),
+        Rule(r"^python -m udm_grpo\.sample ", PICTURES),
+        Rule(r"^python -m udm_grpo\.evaluate ", READER),
+    ),
+}
