@@ -2,6 +2,7 @@
 
     python -m scripts.demo --base udm_grpo/assets/ursa-shapes --run outputs/shapes
     python -m scripts.demo --base udm_grpo/assets/ursa-shapes --trained outputs/shapes/export --scorer jpeg --port 7861
+    python -m scripts.demo --base URSA-1.7B-IBQ512 --transformer checkpoint-100 --scorer jpeg
 
 Without a trained model the page shows the base alone. Scores need what the scorer needs: `shapes` prompts of its world,
 `jpeg`, `pickscore` and the like any prompt. Only this machine can reach the page; for others give --host, --auth-file,
@@ -49,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", metavar="FOLDER", required=True, help="a checkpoint in the released format")
     trained = parser.add_mutually_exclusive_group()
     trained.add_argument("--trained", metavar="FOLDER", help="another: the export/ of a training run")
+    trained.add_argument(
+        "--transformer",
+        metavar="FILE|FOLDER",
+        help="trained weights for --base: a .safetensors or .bin, its folder, or a checkpoint-N of the public release",
+    )
     trained.add_argument("--run", metavar="OUTPUT_DIR", help="a training run, at its latest checkpoint")
     parser.add_argument("--step", help="of --run: a number, latest (the default) or best")
     names = f'{", ".join(sorted(KNOWN))}, or your own "module:Class"'
@@ -146,6 +152,9 @@ def open_models(given: argparse.Namespace) -> tuple[list[Drawer], tuple[int, int
     drawers = [Drawer("Base", given.base, base)]
     if given.trained:
         drawers.append(Drawer("Trained", given.trained, sharing_programs(base, load_pipeline(given.trained))))
+    elif given.transformer:
+        trained = load_pipeline(given.base, transformer=given.transformer)
+        drawers.append(Drawer("Trained", given.transformer, sharing_programs(base, trained)))
     elif given.run:
         model = open_run(given.run, given.step)
         sizes |= {name: model.defaults[name] for name in sizes}

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from scripts.torch_reference import load_reference
 from udm_grpo.convert import difference, main
-from udm_grpo.host.checkpoint import Checkpoints, read_meta, restore
+from udm_grpo.host.checkpoint import Checkpoints, read_meta
 from udm_grpo.host.weights import load_folder, load_transformer
 
 SHAPES = Path(__file__).resolve().parent.parent / "udm_grpo" / "assets" / "ursa-shapes"
@@ -37,6 +37,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def golden(tmp_path: Path) -> Path:
     """A writable copy of a golden folder."""
     return copies.copy_checkpoint(tmp_path / "golden")
+
+
+def as_training(folder: Path, output: Path) -> Path:
+    """A checkpoint of training with the transformer of a released folder."""
+    params = jax.tree.map(np.asarray, load_folder(folder).transformer)
+    Checkpoints(output, keep=1).save(0, {"state": {"params": params}}, {})
+    return output
 
 
 def call(*words: object) -> int:
@@ -67,7 +74,7 @@ def say(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_there_and_back_is_the_same_folder(dtype: torch.dtype, golden: Path, tmp_path: Path):
     copies.cast(golden, dtype)
-    assert call("from-pytorch", "--checkpoint", golden, "--output", tmp_path / "orbax") == 0
+    as_training(golden, tmp_path / "orbax")
     base = shutil.copytree(golden, tmp_path / "base")
     change_weight(base, 9.0)
     back = tmp_path / "back"
@@ -82,15 +89,18 @@ def test_there_and_back_is_the_same_folder(dtype: torch.dtype, golden: Path, tmp
     assert not equal(back, base)
 
 
-def test_what_from_pytorch_writes_is_what_training_restores(golden: Path, tmp_path: Path):
-    assert call("from-pytorch", "--checkpoint", golden, "--output", tmp_path / "orbax") == 0
-    wanted = load_folder(golden)
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), wanted.transformer)
-    found, meta = restore(tmp_path / "orbax" / "00000000", {"state": {"params": abstract}})
-    jax.tree.map(np.testing.assert_array_equal, found["state"]["params"], wanted.transformer)
-    assert meta["origin"]["released_folder"] == "golden"
-    assert meta["origin"]["hidden_size"] == 64
-    assert str(tmp_path) not in json.dumps(meta)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_dtype_of_what_is_written(dtype: str, golden: Path, tmp_path: Path):
+    wanted = copies.read_state(golden / "transformer")
+    orbax, files = as_training(golden, tmp_path / "orbax"), ("--base", golden, "--dtype", dtype)
+    assert call("to-pytorch", "--checkpoint", orbax, *files, "--output", tmp_path / "trained") == 0
+    assert call("rewrite", *files, "--output", tmp_path / "rewritten") == 0
+    assert call("to-pytorch", "--checkpoint", orbax, *files, "--transformer-only", tmp_path / "one.bin") == 0
+    alone = torch.load(tmp_path / "one.bin", weights_only=True)
+    for found in (copies.read_state(tmp_path / "trained/transformer"), alone):
+        assert all(torch.equal(found[name], tensor.to(getattr(torch, dtype))) for name, tensor in wanted.items())
+    assert equal(tmp_path / "trained", tmp_path / "rewritten")
+    assert {tensor.dtype for tensor in copies.read_state(tmp_path / "rewritten" / "vae").values()} == {torch.float32}
 
 
 def test_a_trained_checkpoint_is_its_export(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -115,7 +125,7 @@ def test_a_trained_checkpoint_is_its_export(trained: Path, tmp_path: Path, capsy
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
 def test_the_transformer_alone(ending: str, golden: Path, tmp_path: Path):
     orbax, file = tmp_path / "orbax", tmp_path / "new" / f"transformer.{ending}"
-    assert call("from-pytorch", "--checkpoint", golden, "--output", orbax) == 0
+    as_training(golden, orbax)
     assert call("to-pytorch", "--checkpoint", orbax, "--base", golden, "--transformer-only", file) == 0
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     wanted = load_folder(golden)
@@ -218,13 +228,16 @@ def test_forward_finds_a_changed_weight(golden: Path, capsys: pytest.CaptureFixt
 
 def test_errors(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     orbax, taken, free = tmp_path / "orbax", tmp_path / "taken", tmp_path / "free"
-    assert call("from-pytorch", "--checkpoint", golden, "--output", orbax) == 0
+    as_training(golden, orbax)
     taken.mkdir()
     (taken / "transformer.bin").write_text("something")
     base = ("to-pytorch", "--checkpoint", orbax, "--base")
     wanted = {
         "taken exists and is not empty": (*base, golden, "--output", taken),
-        "taken exists": ("from-pytorch", "--checkpoint", golden, "--output", taken),
+        "taken exists": ("rewrite", "--base", golden, "--dtype", "float16", "--output", taken),
+        "rewrite without --transformer and --dtype": ("rewrite", "--base", golden, "--output", free),
+        "invalid choice: 'int8'": ("rewrite", "--base", golden, "--dtype", "int8", "--output", free),
+        "an adapter is written in float32": (*base, golden, "--adapter", free, "--dtype", "float16"),
         "transformer.bin exists": (*base, golden, "--transformer-only", taken / "transformer.bin"),
         "a.onnx, wanted a .safetensors or .bin": (*base, golden, "--transformer-only", free / "a.onnx"),
         "is of another model than": (*base, SHAPES, "--output", free),
@@ -233,7 +246,7 @@ def test_errors(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "nowhere does not exist; wanted a run's": ("info", tmp_path / "nowhere"),
         "taken holds no complete checkpoint": ("info", taken),
         "is a released folder; wanted": ("to-pytorch", "--checkpoint", SHAPES, "--base", SHAPES, "--output", free),
-        "orbax: 7 problem(s)": ("from-pytorch", "--checkpoint", orbax, "--output", free),
+        "problem(s)": ("rewrite", "--base", orbax, "--dtype", "float16", "--output", free),
         "use to-pytorch first": ("verify", golden, orbax, "--forward"),
         "one of the arguments --output --transformer-only --adapter is required": (*base, golden),
         "are required: COMMAND": (),
@@ -252,7 +265,7 @@ def test_a_failing_reference_is_told(golden: Path, capsys: pytest.CaptureFixture
     assert "no_such_script.py failed (" in say(capsys, "verify", golden, golden, "--forward")
 
 
-@pytest.mark.parametrize("command", ["to-pytorch", "from-pytorch", "info", "verify"])
+@pytest.mark.parametrize("command", ["to-pytorch", "rewrite", "info", "verify"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as left:
         call(command, "--help")

@@ -172,6 +172,18 @@ def test_scores_are_compared_without_scoring_again(judged: Path, tmp_path: Path,
     )
     assert (there["before"], there["after"]) == (back["after"], back["before"])
     assert there["difference"]["low"] == pytest.approx(-back["difference"]["high"])
+    settings = {"dtype": "float32", "steps": 25, "seed": 0}
+    for folder, other in (("before", {}), ("after", {"dtype": "bfloat16", "steps": 10})):
+        (judged / folder / "settings.json").write_text(json.dumps(settings | other))
+    try:
+        assert run(judged / "before", tmp_path / "scores", *words) == 0
+    finally:
+        for folder in ("before", "after"):
+            (judged / folder / "settings.json").unlink()
+    (warning,) = json.loads((tmp_path / "scores" / "comparison.json").read_text())["warnings"]
+    assert "drawn with other settings" in warning
+    assert "dtype bfloat16 before and float32 after, steps 10 before and 25 after." in warning
+    assert warning in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- going on

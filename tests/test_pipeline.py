@@ -84,13 +84,14 @@ def test_a_stage_is_compiled_once(pipeline: Pipeline):
     assert plans[0].func._cache_size() == 1  # partial(compiled, path)
 
 
-def test_bfloat16_is_near_float32(pipeline: Pipeline):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bits_are_near_float32(dtype: str, pipeline: Pipeline):
     case = first_case()
-    half = load_pipeline(case.checkpoint, dtype="bfloat16")
-    assert half.checkpoint.transformer["lm_head"]["kernel"].dtype == jnp.bfloat16
+    half = load_pipeline(case.checkpoint, dtype=dtype)
+    assert half.checkpoint.transformer["lm_head"]["kernel"].dtype == dtype
     assert half.checkpoint.path_codebook.dtype == jnp.float32
     prompt_ids, image_ids = case.arrays["prompt_ids"], case.arrays["image_ids"]
-    # jax.nn.dot_product_attention promotes bfloat16 to float32 implicitly.
+    # jax.nn.dot_product_attention promotes 16 bits to float32 implicitly.
     with jax.numpy_dtype_promotion("standard"):
         logits = half.logits(prompt_ids, image_ids)
     assert logits.dtype == jnp.float32

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +39,8 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "bfloat16 bin": copies.as_bfloat16_bin,
     "sharded bin": functools.partial(copies.shard, ending=".bin"),
 }
+
+ASSETS = Path(__file__).resolve().parent.parent / "udm_grpo" / "assets"
 
 
 @functools.cache
@@ -161,6 +164,40 @@ def test_a_folder_without_model_index_loads(tmp_path: Path):
     (folder / "model_index.json").unlink()
     save_folder(load_folder(folder), tmp_path / "export")
     assert_same_folder(tmp_path / "export", folder)
+
+
+PUBLIC_CLASSES = {
+    "_class_name": "URSAPipeline",
+    "_diffusers_version": "0.35.1",
+    "scheduler": ["diffnext.schedulers.scheduling_dfm", "KineticOptimalScheduler"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffnext.models.transformers.transformer_ursa", "URSATransformer3DModel"],
+    "vae": ["diffnext.models.autoencoders.autoencoder_vq", "AutoencoderVQ"],
+}
+"""Where the public PyTorch code (diffnext, diffusers 0.35, transformers 4.57) finds the parts."""
+
+
+def assert_names_public_classes(folder: Path) -> None:
+    assert json.loads((folder / "model_index.json").read_text()) == PUBLIC_CLASSES
+    config = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "backend" not in config
+
+
+@pytest.mark.parametrize("world", ["shapes", "signs"])
+def test_the_shipped_bases_open_in_the_public_code(world: str):
+    assert_names_public_classes(ASSETS / f"ursa-{world}")
+
+
+def test_a_new_base_names_classes_that_transformers_4_has(tmp_path: Path):
+    folder = shutil.copytree(first_case().checkpoint / "tokenizer", tmp_path / "tokenizer")
+    file = folder / "tokenizer_config.json"
+    written = json.loads(file.read_text()) | {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
+    file.write_text(json.dumps(written))  # as transformers 5 saves it
+    given = golden()
+    trees = (given.transformer_config, given.transformer, given.vq_config, given.vq)
+    save_folder(new_checkpoint(*trees, given.path_codebook, given.scheduler, folder), tmp_path / "new")
+    assert_names_public_classes(tmp_path / "new")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

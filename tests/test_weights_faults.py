@@ -132,6 +132,12 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         lambda file: edit_json(file, _quantizer_name="X"),
         "_quantizer_name is 'X'",
     ),
+    "a video model": (
+        "vae/config.json",
+        lambda file: edit_json(file, _class_name="AutoencoderVQCosmos3D", _quantizer_name="FSQuantizer", patch_size=4),
+        r"1 problem\(s\):\n  vae/config.json: AutoencoderVQCosmos3D is the tokenizer of a video model; only image",
+    ),
+    "frames in a token": ("vae/config.json", lambda file: edit_json(file, temporal_stride=4), "of a video model"),
     "negative alpha": ("scheduler/scheduler_config.json", lambda file: edit_json(file, alpha=-1), "alpha is -1"),
     "text for a shift": ("scheduler/scheduler_config.json", lambda file: edit_json(file, shift="1"), "shift is '1'"),
 }

@@ -11,6 +11,9 @@ class ModelConfig:
 
     path: str = ""
     """Folder in the released URSA format; the start model and the frozen reference."""
+    transformer: str = ""
+    """Trained transformer weights to start from instead of those in path: a file, its folder, or a checkpoint-N folder
+    of the public release (of checkpoints or ema_checkpoints); empty: those in path."""
     dtype: str = "float32"
     """Compute dtype: float32, or bfloat16 on float32 master weights."""
     text_length: int = 0

@@ -2,7 +2,7 @@
 
     python -m udm_grpo.convert to-pytorch --checkpoint outputs/shapes --base udm_grpo/assets/ursa-shapes --output out
     python -m udm_grpo.convert to-pytorch --checkpoint outputs/lora --base FOLDER --adapter out
-    python -m udm_grpo.convert from-pytorch --checkpoint udm_grpo/assets/ursa-shapes --output out
+    python -m udm_grpo.convert rewrite --base FOLDER --transformer checkpoint-100 --output out
     python -m udm_grpo.convert info udm_grpo/assets/ursa-shapes
     python -m udm_grpo.convert verify out udm_grpo/assets/ursa-shapes --tolerance 0.1
 
@@ -25,14 +25,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from udm_grpo.host.checkpoint import CheckpointError, Checkpoints
+from udm_grpo.host.checkpoint import CheckpointError
+from udm_grpo.host.part_files import open_part
 from udm_grpo.host.peft_files import write_adapter
 from udm_grpo.host.progress import progress_bar
 from udm_grpo.host.released import CONFIG_FILES, SCHEDULER_FILE, Scheduler
 from udm_grpo.host.tokenizer import load_tokenizer
-from udm_grpo.host.torch_files import Layout, TensorFiles, find, open_tensors, read_json
+from udm_grpo.host.torch_files import Layout, TensorFiles, open_tensors, read_json
 from udm_grpo.host.weight_table import TRANSFORMER_TABLE, TensorInfo, from_tree, leaves_by_path, sources
-from udm_grpo.host.weights import Checkpoint, WeightsError, load_folder, save_folder
+from udm_grpo.host.weights import DTYPES, Checkpoint, WeightsError, load_folder, save_folder
 from udm_grpo.model.transformer import TransformerConfig
 from udm_grpo.model.vq_config import VQConfig
 from udm_grpo.pipeline import Pipeline
@@ -53,22 +54,24 @@ def to_pytorch(given: argparse.Namespace) -> int:
         raise WeightsError(
             f"found {given.transformer_only}, wanted a .safetensors or .bin; give it one of these endings"
         )
-    base, training = load_folder(given.base), open_training(given.checkpoint)
+    if given.adapter and given.dtype:
+        raise WeightsError("--dtype is for whole weights; an adapter is written in float32. Leave --dtype out")
+    base = load_folder(given.base, transformer_weights=given.transformer)
+    training = open_training(given.checkpoint)
     if given.adapter:
         return to_peft(given, base, training)
     layout = base.layouts["transformer"]
     made = exported(base, training.read_for(base, given.weights, str(given.base)))
     target = given.output or given.transformer_only
     if given.output:
-        save_folder(made, target)
+        save_folder(made, target, given.dtype)
     else:
         alone = Layout({target.name: tuple(sorted(layout.dtypes))}, layout.dtypes, {target.name: {"format": "pt"}})
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-            save_folder(dataclasses.replace(made, layouts={**made.layouts, "transformer": alone}), scratch)
+            save_folder(dataclasses.replace(made, layouts={**made.layouts, "transformer": alone}), scratch, given.dtype)
             (Path(scratch) / "transformer" / target.name).replace(target)
-    dtypes = ", ".join(sorted(set(layout.dtypes.values())))
-    print(f"{target}: {given.weights} of step {training.step}, in the dtype of {given.base.name} ({dtypes})")
+    print(f"{target}: {given.weights} of step {training.step}, in {given.dtype or _dtypes(layout)}")
     return 0
 
 
@@ -84,14 +87,19 @@ def to_peft(given: argparse.Namespace, base: Checkpoint, training: Training) -> 
     return 0
 
 
-def from_pytorch(given: argparse.Namespace) -> int:
-    """The command from-pytorch."""
-    checkpoint = load_folder(given.checkpoint)
-    origin = {"released_folder": given.checkpoint.resolve().name} | dataclasses.asdict(checkpoint.transformer_config)
-    params = jax.tree.map(np.asarray, checkpoint.transformer)
-    path = Checkpoints(given.output, keep=1).save(0, {"state": {"params": params}}, {"origin": origin})
-    print(f"{path}: the transformer of {given.checkpoint.name} in float32")
+def rewrite(given: argparse.Namespace) -> int:
+    """The command rewrite: a released folder with other transformer weights, or with its own in another dtype."""
+    if not given.transformer and not given.dtype:
+        raise WeightsError("rewrite without --transformer and --dtype would be a copy; give one of them or both")
+    made = load_folder(given.base, transformer_weights=given.transformer)
+    save_folder(made, given.output, given.dtype)
+    where = given.transformer or given.base
+    print(f"{given.output}: the transformer of {where} in {given.dtype or _dtypes(made.layouts['transformer'])}")
     return 0
+
+
+def _dtypes(layout: Layout) -> str:
+    return ", ".join(sorted(set(layout.dtypes.values())))
 
 
 def describe_released(folder: Path) -> dict[str, Any]:
@@ -137,7 +145,7 @@ def info(given: argparse.Namespace) -> int:
 
 def open_released(folder: Path) -> dict[str, TensorFiles]:
     """Open the tensors of every part of a released folder; raises WeightsError for what is missing or damaged."""
-    parts = {name: open_tensors(find(folder / name)) for name in ("transformer", "vae")}
+    parts = {name: open_part(folder / name) for name in ("transformer", "vae")}
     return parts | {"scheduler": open_tensors(folder / "scheduler" / SCHEDULER_FILE)}
 
 
@@ -276,9 +284,13 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--output", type=_free, help="folder to write")
     target.add_argument("--transformer-only", type=_free, metavar="FILE", help="a .safetensors or .bin instead")
     target.add_argument("--adapter", type=_free, metavar="FOLDER", help="of a LoRA run, for PEFT, instead")
-    two = command(from_pytorch, "from-pytorch", "a released folder -> its transformer as a checkpoint of training")
-    two.add_argument("--checkpoint", type=Path, required=True, help="released folder")
+    two = command(rewrite, "rewrite", "a released folder with trained transformer weights or in another dtype")
+    two.add_argument("--base", type=Path, required=True, help="released folder")
     two.add_argument("--output", type=_free, required=True, help="folder to write")
+    for made in (one, two):
+        words = "trained weights to take instead of those in --base: a file, its folder, or checkpoint-N of the release"
+        made.add_argument("--transformer", type=Path, metavar="FILE|FOLDER", help=words)
+        made.add_argument("--dtype", choices=DTYPES, help="of the transformer's tensors (default: that of the weights)")
     three = command(info, "info", "what a released folder or a checkpoint of training holds")
     three.add_argument("path", type=epath.Path)
     three.add_argument("--json", action="store_true", help="one JSON object")

@@ -1,7 +1,6 @@
 """What a run leaves for others: folders in the released format, and an adapter in PEFT's."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,7 +8,7 @@ import numpy as np
 from udm_grpo import hosts
 from udm_grpo.batches import Params, TrainState
 from udm_grpo.host.peft_files import merge_on_host, write_adapter
-from udm_grpo.host.weights import WeightsError, load_transformer, save_folder
+from udm_grpo.host.weights import PathLike, WeightsError, load_transformer, save_folder, transformer_path
 from udm_grpo.model import lora
 from udm_grpo.model.transformer import TransformerConfig
 from udm_grpo.run import Run, exported
@@ -36,24 +35,28 @@ def export(run: Run, state: TrainState, judged: Params, reference: Params) -> No
 
 def _export_adapters(run: Run, adapters: Mapping[str, Params], frozen: Params) -> None:
     given = run.config.lora
-    base = start_weights(Path(run.config.model.path), run.checkpoint.transformer_config, frozen)
+    model = run.config.model
+    base = start_weights(model.path, run.checkpoint.transformer_config, frozen, model.transformer)
     for ending, adapter in adapters.items():
         write_adapter(run.output / f"export_lora{ending}", adapter, given.alpha)
         merged = merge_on_host(base, adapter, lora.factor(given))
         save_folder(exported(run.checkpoint, merged), run.output / f"export{ending}")
 
 
-def start_weights(folder: Path, config: TransformerConfig, frozen: Params) -> Params:
+def start_weights(
+    folder: PathLike, config: TransformerConfig, frozen: Params, transformer_weights: PathLike | None = None
+) -> Params:
     """The base of an adapter in float32 on the host, as exact as it is known.
 
     `frozen` (on the host) is what training saw, perhaps rounded to bfloat16. Where the folder still holds what it was
-    rounded from, those values are taken.
+    rounded from, those values are taken. transformer_weights: what was read instead of the folder's, if anything was.
     """
     if all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(frozen)):
         return frozen
     here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     try:
-        whole = load_transformer(folder / "transformer", config, shardings=jax.tree.map(lambda leaf: here, frozen))
+        path = transformer_path(folder, transformer_weights)
+        whole = load_transformer(path, config, shardings=jax.tree.map(lambda leaf: here, frozen))
     except WeightsError:  # it may have gone or changed since the run began
         return frozen
     return jax.tree.map(unrounded, whole, frozen)

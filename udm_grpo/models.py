@@ -24,11 +24,14 @@ class Model:
     defaults: dict[str, Any]
 
 
-def open_folder(folder: str, adapter: str | None = None) -> Model:
-    """A checkpoint folder in the released format, a PEFT folder's adapter merged into it; raises WeightsError."""
-    checkpoint = load_folder(folder)
+def open_folder(folder: str, adapter: str | None = None, transformer: str | None = None) -> Model:
+    """Open a checkpoint folder in the released format; raises WeightsError.
+
+    transformer: trained weights to take instead of those in the folder; adapter: a PEFT folder to merge into them.
+    """
+    checkpoint = load_folder(folder, transformer_weights=transformer)
     size = 32 * checkpoint.vq_config.stride
-    source = {"checkpoint": folder}
+    source = {"checkpoint": folder} | ({"transformer": transformer} if transformer else {})
     if adapter is not None:
         merged = with_adapter(checkpoint.transformer, adapter, checkpoint.transformer_config)
         checkpoint, source = replace(checkpoint, transformer=merged), {**source, "adapter": adapter}
@@ -50,7 +53,8 @@ def open_run(folder: str, step: str | None = None, weights: str | None = None) -
     if wanted != judged and (step == "best" or judged == "params"):
         raise SampleError(f"--weights is {wanted}, but {folder} has only {judged} there; give --weights {judged}.")
     path, number = _checkpoint_of(Path(folder) / "checkpoints", step or "latest")
-    checkpoint = load_folder(given["path"], prompt_length=given["text_length"] or None)
+    length, trained = given["text_length"] or None, given.get("transformer") or None
+    checkpoint = load_folder(given["path"], prompt_length=length, transformer_weights=trained)
     best = step == "best"
     # The best one holds what the run judges under the name params.
     params = read_training(path).read_for(checkpoint, "params" if best else wanted, given["path"])

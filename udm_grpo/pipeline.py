@@ -24,12 +24,13 @@ from udm_grpo.model.transformer import Execution
 AnyArray = Array | np.ndarray
 
 
-def load_pipeline(folder: PathLike, dtype: str = "float32") -> "Pipeline":
+def load_pipeline(folder: PathLike, dtype: str = "float32", transformer: PathLike | None = None) -> "Pipeline":
     """Read a checkpoint folder in the released format; `dtype` is that of the parameters and the computation.
 
-    Raises WeightsError that lists everything that is wrong with the folder.
+    transformer: a file or folder with trained weights to take instead of the transformer's in the folder, such as
+    checkpoint-100 of the public release. Raises WeightsError that lists everything that is wrong with the folder.
     """
-    return Pipeline(load_folder(folder, dtype))
+    return Pipeline(load_folder(folder, dtype, transformer_weights=transformer))
 
 
 @dataclass(frozen=True)

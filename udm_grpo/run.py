@@ -29,7 +29,7 @@ from udm_grpo.host.checkpoint import Checkpoints, check_same_run, read_meta, res
 from udm_grpo.host.checkpoint import restore as restore_checkpoint
 from udm_grpo.host.metrics import write_json
 from udm_grpo.host.prompts import PromptSet, read_prompts
-from udm_grpo.host.weights import Checkpoint, load_folder, load_transformer
+from udm_grpo.host.weights import Checkpoint, load_folder, load_transformer, transformer_path
 from udm_grpo.model import lora, transformer
 from udm_grpo.model.transformer import TransformerConfig
 from udm_grpo.steps import Steps, build, make_plans
@@ -106,7 +106,8 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         fields.pop(name)
     if config.optimizer.schedule != "cosine":
         fields.pop("iterations")  # only the cosine schedule looks at the end
-    fields["model"] = {name: fields["model"][name] for name in ("dtype", "text_length", "height", "width")}
+    names = ("dtype", "text_length", "height", "width", *(["transformer"] if config.model.transformer else []))
+    fields["model"] = {name: fields["model"][name] for name in names}
     fields["rewards"] = {
         part: {name: given[name] for name in ("scorer", "weight", "options")}
         for part, given in fields["rewards"]["scorers"].items()
@@ -200,7 +201,8 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     """
     mesh = meshes.make_mesh(asdict(config.mesh))
     prompt_length = config.model.text_length or None
-    checkpoint = load_folder(config.model.path, prompt_length=prompt_length, read_transformer=False)
+    trained_weights = config.model.transformer or None
+    checkpoint = load_folder(config.model.path, "float32", prompt_length, False, trained_weights)
     check_sizes(config, checkpoint.vq_config.stride)
     train = _prompts("prompts.train", config.prompts.train, config.prompts.tag_weights)
     heldout = _prompts("prompts.heldout", config.prompts.heldout, {})
@@ -289,7 +291,8 @@ def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position 
 
 def _fresh(run: Run, abstract: TrainState, reference: Params) -> tuple[TrainState, Params]:
     """(the state before the first update, the frozen reference), from the start model's folder."""
-    config, folder = run.checkpoint.transformer_config, Path(run.config.model.path) / "transformer"
+    config = run.checkpoint.transformer_config
+    folder = transformer_path(run.config.model.path, run.config.model.transformer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, reference)
     if not run.config.lora.rank:
         master = load_transformer(folder, config, shardings=shardings)

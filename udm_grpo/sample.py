@@ -4,6 +4,7 @@
         --prompt "a photo of a red circle" --height 32 --width 32
     python -m udm_grpo.sample --run outputs/shapes --output outputs/geneval --prompts geneval.jsonl
     python -m udm_grpo.sample --checkpoint FOLDER --adapter outputs/mine/export_lora --output out --prompt "a star"
+    python -m udm_grpo.sample --checkpoint FOLDER --transformer checkpoint-100 --output out --prompt "a star"
 
 --layout geneval, what GenEval's evaluation reads, or --layout flat:
 
@@ -42,7 +43,7 @@ from udm_grpo.host.metrics import write_json
 from udm_grpo.host.pictures import image_grid
 from udm_grpo.host.progress import progress_bar
 from udm_grpo.host.prompts import UNTAGGED, PromptSet, read_prompts
-from udm_grpo.host.weights import Checkpoint
+from udm_grpo.host.weights import DTYPES, Checkpoint
 from udm_grpo.model.transformer import Execution
 from udm_grpo.models import Model, SampleError, open_folder, open_run, read_json
 from udm_grpo.run import path_of
@@ -198,6 +199,12 @@ def _parser() -> argparse.ArgumentParser:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--checkpoint", metavar="FOLDER", help="in the released format")
     model.add_argument("--run", metavar="OUTPUT_DIR", help="of a training run")
+    parser.add_argument(
+        "--transformer",
+        metavar="FILE|FOLDER",
+        help="trained weights to take instead of those in --checkpoint: a .safetensors or .bin, its folder, or a "
+        "checkpoint-N folder of the public release",
+    )
     parser.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter of --checkpoint, e.g. a run's export_lora")
     parser.add_argument("--step", help="of --run: a number, latest (the default) or best")
     parser.add_argument("--weights", choices=("params", "ema"), help="of --run; default: ema if it keeps one")
@@ -218,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{meaning} (default: %(default)s)")
     for name in ("height", "width"):
         parser.add_argument(f"--{name}", type=int, help="pixels (default: the run's, else 32 tokens)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the run's, else float32")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the transformer (default: the run's, else float32)")
     parser.add_argument("--devices", type=int, help="how many to use (default: all)")
     return parser
 
@@ -243,8 +250,9 @@ def _check(given: argparse.Namespace, available: int) -> None:
     ]
     if given.checkpoint and (given.step or given.weights):
         found.append("--step and --weights choose from a training run; give it as --run OUTPUT_DIR.")
-    if given.run and given.adapter:
-        found.append("--adapter belongs to a released folder; give that as --checkpoint instead of --run.")
+    for name in ("adapter", "transformer"):
+        if given.run and vars(given)[name]:
+            found.append(f"--{name} belongs to a released folder; give that as --checkpoint instead of --run.")
     if found:
         raise SampleError("\n  ".join(found))
 
@@ -273,9 +281,10 @@ def draw_all(given: argparse.Namespace) -> None:
     devices = jax.local_devices()
     _check(given, len(devices))
     prompts = _read_prompts(given)
-    model = (
-        open_run(given.run, given.step, given.weights) if given.run else open_folder(given.checkpoint, given.adapter)
-    )
+    if given.run:
+        model = open_run(given.run, given.step, given.weights)
+    else:
+        model = open_folder(given.checkpoint, given.adapter, given.transformer)
     settings, output = _settings(given, model, prompts), Path(given.output)
     drawn = sum(hosts.gather(sample(model, settings, prompts, output, given.batch, devices[: given.devices])))
     if hosts.is_primary():

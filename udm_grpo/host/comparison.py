@@ -16,6 +16,8 @@ from udm_grpo.host.scoring import Mark, Scored, ScoringError
 
 LARGEST_CELL = 256
 """Pixels of a side; larger pictures are drawn smaller on comparison.png."""
+DRAWING = ("dtype", "steps", "guidance_scale", "guidance_trunc", "height", "width", "text_length", "seed")
+"""Settings of `udm_grpo.sample` that change pictures whatever the weights are."""
 
 
 def compare(before: Scored, after: Scored, most: int, resamples: int, seed: int) -> dict[str, Any]:
@@ -25,6 +27,7 @@ def compare(before: Scored, after: Scored, most: int, resamples: int, seed: int)
     one name are not the same.
     """
     pairs, warnings = _common_prompts(before, after)
+    warnings += _other_settings(before.samples, after.samples)
     names = common_scorers(before, after.scorers)
     alone = [name for name in {**before.scorers, **after.scorers} if name not in names]
     if alone:
@@ -39,6 +42,25 @@ def compare(before: Scored, after: Scored, most: int, resamples: int, seed: int)
         "scorers": {name: _compare_scorer(before, after, pairs, name, most, resamples, seed) for name in names},
         "warnings": warnings,
     }
+
+
+def _other_settings(before: Path, after: Path) -> list[str]:
+    """Return a warning of the settings with which `udm_grpo.sample` drew the two folders differently, if it did."""
+    old, new = _drawn_with(before), _drawn_with(after)
+    differing = [name for name in DRAWING if name in old and name in new and old[name] != new[name]]
+    if not differing:
+        return []
+    listed = ", ".join(f"{name} {old[name]} before and {new[name]} after" for name in differing)
+    return [f"the pictures were drawn with other settings, so the difference is not of the weights alone: {listed}."]
+
+
+def _drawn_with(samples: Path) -> dict[str, Any]:
+    """Return settings.json of a folder of pictures; empty for one of other origin."""
+    try:
+        found = json.loads((samples / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _common_prompts(before: Scored, after: Scored) -> tuple[list[tuple[int, int]], list[str]]:

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 from jaxtyping import Array, Float
 
 from udm_grpo.batches import Params
+from udm_grpo.host.part_files import open_part
 from udm_grpo.host.tokenizer import PromptTokenizer
-from udm_grpo.host.torch_files import Layout, TensorFiles, WeightsError, find, open_tensors
+from udm_grpo.host.torch_files import Layout, TensorFiles, WeightsError
 from udm_grpo.host.weight_table import Source, problems
 from udm_grpo.model.transformer import TransformerConfig
 from udm_grpo.model.vq_config import VQConfig
@@ -87,7 +88,7 @@ class Problems:
 
     def part(self, path: Path, wanted: Mapping[str, Source] | None) -> TensorFiles | None:
         """Open a part's tensors and compare them with what is wanted; None if they cannot be opened."""
-        opened = self.collect(lambda: open_tensors(find(path) if path.is_dir() else path))
+        opened = self.collect(lambda: open_part(path))
         if opened and wanted is not None:
             self.lines += [f"{path}: {line}" for line in problems(wanted, opened.infos)]
         return opened

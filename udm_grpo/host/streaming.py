@@ -60,7 +60,7 @@ def read_tree(
 def row_blocks(source: Source, leaf: Any, fetch: Fetch) -> Iterator[np.ndarray]:
     """Yield a tensor as it is to lie in a file, in the leaf's dtype, block by block."""
     axis = 0 if source.transform == KEEP else len(source.shape) - 1
-    for start, stop in _rows(source.shape, leaf.dtype.itemsize):
+    for start, stop in row_ranges(source.shape, leaf.dtype.itemsize):
         yield backward(fetch(leaf, source.layer, start, stop, axis), source.transform)
 
 
@@ -82,7 +82,7 @@ def _held(sharding: Any, shape: tuple[int, ...]) -> dict[Any, Spans]:
 def _fill(buffers: Mapping[Spans, np.ndarray], members: Mapping[str, Source], read_rows: Rows) -> None:
     """Read tensors into the parts of a leaf that they belong to."""
     for name, source in members.items():
-        for start, stop in _rows(source.shape, 4):
+        for start, stop in row_ranges(source.shape, 4):
             targets = [
                 (target, inside)
                 for spans, buffer in buffers.items()
@@ -114,7 +114,7 @@ def _target(
     yield buffer[tuple(here)], tuple(inside)
 
 
-def _rows(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
+def row_ranges(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of the blocks of a tensor."""
     row = int(np.prod(shape[1:])) * itemsize
     step = max(1, BLOCK_BYTES // max(row, 1))

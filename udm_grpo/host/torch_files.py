@@ -69,12 +69,16 @@ class TensorFiles:
         return self.readers[name](name, slice(start, stop))
 
 
+def candidates(folder: Path) -> list[Path]:
+    """Return every file (or index of shards) of a folder that could hold a part's tensors, the usual one first."""
+    files = [folder / (stem + ending) for stem in STEMS for ending in ENDINGS]
+    return [file for file in files if file.is_file()]
+
+
 def find(folder: Path) -> Path:
     """Return the file (or the index of shards) that holds a part's tensors; raises WeightsError if there is none."""
-    for stem in STEMS:
-        for ending in ENDINGS:
-            if (folder / (stem + ending)).is_file():
-                return folder / (stem + ending)
+    for file in candidates(folder):
+        return file
     wanted = f"{STEMS[0]} with one of {', '.join(ENDINGS)}"
     raise WeightsError(f"{folder}: no weights; there must be {wanted}. Download the folder again, with all its files.")
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from udm_grpo.batches import Params
 from udm_grpo.host.atomic import replacing_folder
-from udm_grpo.host.new_checkpoint import new_checkpoint
+from udm_grpo.host.new_checkpoint import WEIGHTS_FILE, new_checkpoint
+from udm_grpo.host.part_files import size_differences, transformer_source
 from udm_grpo.host.released import (
     CODEBOOK_NAME,
     CONFIG_FILES,
@@ -62,20 +63,27 @@ __all__ = [
     "load_transformer",
     "new_checkpoint",
     "save_folder",
+    "transformer_path",
 ]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_folder(
-    folder: PathLike, dtype: str = "float32", prompt_length: int | None = None, read_transformer: bool = True
+    folder: PathLike,
+    dtype: str = "float32",
+    prompt_length: int | None = None,
+    read_transformer: bool = True,
+    transformer_weights: PathLike | None = None,
 ) -> Checkpoint:
     """Read a checkpoint folder of any size in the released format.
 
     dtype: of the parameters in memory; 16-bit weights widen to float32 without loss and are saved in 16 bits again,
     while weights that `dtype` cannot hold exactly are rounded and will be saved as `dtype`. prompt_length: L; by
     default the tokenizer's model_max_length, at most 320. read_transformer: with False it is checked but comes as
-    shapes alone, for `load_transformer` to read to its devices. Raises WeightsError that lists every problem at once.
+    shapes alone, for `load_transformer` to read to its devices. transformer_weights: a file or folder whose weights are
+    taken instead of the transformer's in the folder, as `transformer_path` finds them. Raises WeightsError that lists
+    every problem at once.
     """
     _check_dtype(dtype)
     folder = Path(folder)
@@ -89,9 +97,7 @@ def load_folder(
     vq_config = found.collect(lambda: _vq_config(read_json(vq_json)))
     scheduler = found.collect(lambda: Scheduler.from_json(read_json(scheduler_json)))
     tokenizer = found.collect(lambda: load_tokenizer(folder / "tokenizer", prompt_length))
-    weights = found.part(
-        folder / "transformer", sources(TRANSFORMER_TABLE, transformer.abstract(config)) if config else None
-    )
+    weights = _open_transformer(found, folder, transformer_weights, config)
     codec = found.part(folder / "vae", sources(VQ_TABLE, vq.abstract(vq_config)) if vq_config else None)
     codebook = found.collect(lambda: open_tensors(folder / "scheduler" / SCHEDULER_FILE))
     if config and codebook:
@@ -120,11 +126,19 @@ def load_folder(
         tokenizer=tokenizer,
         files=_read_carried(folder),
         layouts={
-            "transformer": _saved_layout(weights.layout, dtype),
+            "transformer": _saved_layout(weights.layout if transformer_weights is None else _one_file(weights), dtype),
             "vae": _saved_layout(codec.layout, dtype),
             "scheduler": _saved_layout(codebook.layout, "float32"),
         },
     )
+
+
+def transformer_path(folder: PathLike, transformer_weights: PathLike | None) -> Path:
+    """Return where the transformer's tensors are: in the released folder, or where a user has trained ones.
+
+    Raises WeightsError for a file or folder that holds none.
+    """
+    return transformer_source(Path(transformer_weights)) if transformer_weights else Path(folder) / "transformer"
 
 
 def load_transformer(
@@ -194,6 +208,23 @@ def save_folder(
     except OSError as error:
         advice = "what was there before is untouched; free some space or choose another folder"
         raise OSError(error.errno, f"{folder} cannot be written ({error.strerror}); {advice}") from error
+
+
+def _open_transformer(
+    found: Problems, folder: Path, transformer_weights: PathLike | None, config: TransformerConfig | None
+) -> TensorFiles | None:
+    path = found.collect(lambda: transformer_path(folder, transformer_weights))
+    if path is None:
+        return None
+    if config and transformer_weights:
+        sizes = dataclasses.asdict(config)
+        found.lines += found.collect(lambda: size_differences(path, sizes)) or []
+    return found.part(path, sources(TRANSFORMER_TABLE, transformer.abstract(config)) if config else None)
+
+
+def _one_file(opened: TensorFiles) -> Layout:
+    """Return the layout of trained weights in a folder that they did not come from: one file, in their dtypes."""
+    return Layout({WEIGHTS_FILE: tuple(sorted(opened.infos))}, opened.layout.dtypes, {WEIGHTS_FILE: {"format": "pt"}})
 
 
 def _check_dtype(dtype: str) -> None:

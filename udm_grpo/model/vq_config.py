@@ -61,7 +61,14 @@ class VQConfig:
 
         Raises ValueError for a model that this module does not compute, such as the 3D tokenizer of the video models.
         """
-        fixed = {"_class_name": "AutoencoderVQ", "act_fn": "silu", "norm_num_groups": GROUPS, "temporal_stride": 1}
+        blocks = [*(raw.get("down_block_types") or ()), *(raw.get("up_block_types") or ())]
+        name, frames = str(raw.get("_class_name", "")), raw.get("temporal_stride", 1)
+        if "3D" in name or "patch_size" in raw or frames != 1 or any(str(block).endswith("3D") for block in blocks):
+            raise ValueError(
+                f"{name or 'this'} is the tokenizer of a video model; only image models are supported, such as "
+                "URSA-1.7B-IBQ512 and URSA-0.6B-IBQ512"
+            )
+        fixed = {"_class_name": "AutoencoderVQ", "act_fn": "silu", "norm_num_groups": GROUPS}
         for key, wanted in fixed.items():
             if key in raw and raw[key] != wanted:
                 raise ValueError(f"{key} is {raw[key]!r}; only {wanted!r} is supported")
