@@ -102,9 +102,8 @@ def load_folder(
     codebook = found.collect(lambda: open_tensors(folder / "scheduler" / SCHEDULER_FILE))
     if config and codebook:
         found.lines += _codebook_problems(codebook, config)
-    if config and vq_config and vq_config.num_vq_embeddings != config.lm_head_size:
-        counts = f"num_vq_embeddings {vq_config.num_vq_embeddings}, lm_head_size {config.lm_head_size}"
-        found.lines.append(f"the image tokenizer and the transformer differ in their number of codes: {counts}")
+    if config and vq_config:
+        found.lines += _code_problems(vq_config, config)
     if config and tokenizer:
         found.lines += tokenizer_problems(tokenizer, config)
     found.raise_any(folder)
@@ -252,6 +251,13 @@ def _vq_config(raw: Mapping[str, Any]) -> VQConfig:
         return VQConfig.from_json(raw)
     except ValueError as error:
         raise ValueError(f"vae/config.json: {error}") from None
+
+
+def _code_problems(vq_config: VQConfig, config: TransformerConfig) -> list[str]:
+    if vq_config.num_vq_embeddings == config.lm_head_size:
+        return []
+    counts = f"num_vq_embeddings {vq_config.num_vq_embeddings}, lm_head_size {config.lm_head_size}"
+    return [f"the image tokenizer and the transformer differ in their number of codes: {counts}"]
 
 
 def _codebook_problems(codebook: TensorFiles, config: TransformerConfig) -> list[str]:
