@@ -15,6 +15,8 @@ UNCHECKED = "--config.rewards.scorers.{}.check_example=False"
 DETECTOR = f"--config.rewards.scorers.geneval.options.any_size=true {UNCHECKED.format('geneval')}"
 PICK = UNCHECKED.format("pickscore")
 READER = "--config.rewards.scorers.ocr.replicas=1"
+TRAINED = 'cp -r "$STANDINS/checkpoint-100" .'
+"""What the public release has trained."""
 LAUNCHES = Rule(r"(^|\s)(scripts/launch_|sbatch )", how="elsewhere", test="tests/test_launch.py")
 SHAPES = (
     "--config.iterations={} --config.optimizer.schedule=constant --config.rollout.prompts=4"
@@ -76,6 +78,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
         *LOOKING,
         Rule("--compile_only", f"{COMPILATION}update"),
         Rule(r"checkpoint\.resume=latest", f"{TWICE} {DETECTOR}"),
+        Rule(r"sample .*--transformer ", f"{PICTURES} --images_per_prompt 1 {SIZE}", before=TRAINED),
+        Rule(r"^python -m udm_grpo\.convert rewrite ", before=TRAINED),
         Rule(r"options\.clip=", f"{ONCE} {DETECTOR} --config.output_dir=outputs/geneval-open-clip"),
         Rule(r"^python -m udm_grpo\.train ", f"{ONCE} {DETECTOR}", devices=8),
         Rule(r"^python -m udm_grpo\.sample --checkpoint", f"{PICTURES} --images_per_prompt 1 {SIZE}"),

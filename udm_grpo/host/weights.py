@@ -86,16 +86,14 @@ def load_folder(
     every problem at once.
     """
     _check_dtype(dtype)
-    folder = Path(folder)
+    folder, found = Path(folder), Problems()
     if not folder.is_dir():
-        raise WeightsError(
-            f"{folder}: no such folder; give the folder that holds transformer/, vae/, scheduler/, tokenizer/"
-        )
-    found = Problems()
-    transformer_json, vq_json, scheduler_json = (folder / name for name in CONFIG_FILES)
-    config = found.collect(lambda: _transformer_config(read_json(transformer_json)))
-    vq_config = found.collect(lambda: _vq_config(read_json(vq_json)))
-    scheduler = found.collect(lambda: Scheduler.from_json(read_json(scheduler_json)))
+        parts = "transformer/, vae/, scheduler/, tokenizer/"
+        raise WeightsError(f"{folder}: no such folder; give the folder that holds {parts}")
+    files = [folder / name for name in CONFIG_FILES]
+    config = found.collect(lambda: _transformer_config(read_json(files[0])))
+    vq_config = found.collect(lambda: _vq_config(read_json(files[1])))
+    scheduler = found.collect(lambda: Scheduler.from_json(read_json(files[2])))
     tokenizer = found.collect(lambda: load_tokenizer(folder / "tokenizer", prompt_length))
     weights = _open_transformer(found, folder, transformer_weights, config)
     codec = found.part(folder / "vae", sources(VQ_TABLE, vq.abstract(vq_config)) if vq_config else None)
