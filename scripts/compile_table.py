@@ -20,12 +20,15 @@ from udm_grpo.host.metrics import write_json
 from udm_grpo.topology import GIB, TESTED
 
 CONFIG = "configs/geneval.py"
+ATTENTION = "--config.model.attention=xla"
 HEAD = f"""# What URSA-1.7B-IBQ512 at 512 x 512 needs, by the TPU compiler
 
-`python -m udm_grpo.train --config {CONFIG} --compile_only --topology NAME`, with the settings as they stand in that
-file (parameters, moments and gradients over all devices, whole blocks recomputed), for 128 images and 384 training
-states an iteration; libtpu 0.0.42.1, no TPU. Made by
+`python -m udm_grpo.train --config {CONFIG} {ATTENTION} --compile_only --topology NAME`, otherwise
+with the settings as they stand in that file (parameters, moments and gradients over all devices, whole blocks
+recomputed), for 128 images and 384 training states an iteration; libtpu 0.0.42.1, no TPU. Made by
 `python -m scripts.compile_table --output configs/compile_table.md`.
+
+These are of plain attention; a run on a TPU takes splash (model.attention=auto), which writes no array of scores.
 
 GiB of one device: arguments, temporaries, output that takes no argument's place, what lies beside (optimizer state,
 policy, reference and image tokenizer, where they are no argument), and their sum, of what programs may use. A tpu7x
@@ -65,7 +68,7 @@ def compiled(topology: str, program: str, no_search: bool) -> dict[str, Any]:
     """What `--compile_only` reports of one program, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "udm_grpo.train", "--config", CONFIG, "--compile_only"]
+        command = [sys.executable, "-m", "udm_grpo.train", "--config", CONFIG, ATTENTION, "--compile_only"]
         command += [f"--topology={topology}", f"--programs={program}", f"--report={report}"]
         subprocess.run([*command, *(["--no_search"] if no_search else [])], check=False)
         if not report.exists():

@@ -55,5 +55,5 @@ def test_the_sizes_of_a_run():
     assert (sizes.drawn, sizes.trained) == (128, 384)
     grid = np.asarray(jax.devices()[:1] * 7, dtype=object).reshape(7, 1, 1)
     seven = batch_sizes(config, jax.sharding.Mesh(grid, meshes.AXES))
-    assert seven == BatchSizes(images=128, rollout=28, states=384, update=35, evaluation=35)
+    assert seven == BatchSizes(images=128, rollout=28, states=384, update=35, evaluation=28)
     assert (seven.drawn, seven.trained) == (140, 385)

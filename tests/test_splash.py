@@ -9,7 +9,9 @@ from udm_grpo.model import splash
 from udm_grpo.model.transformer import Execution, attend
 
 
-def test_splash_is_attention():
+@pytest.mark.parametrize("rows", [130, 125])
+def test_splash_is_attention(rows):
+    """Over all keys, and over the first of them only."""
     length = 130
     keys = jax.random.split(jax.random.key(3), 4)
     q, weight = (jax.random.normal(key, (1, length, 2, 128)) for key in keys[:2])
@@ -19,8 +21,8 @@ def test_splash_is_attention():
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # inside the kernel
             return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(weight * fn(*x)), (0, 1, 2)))(q, k, v)
 
-    wanted, wanted_gradients = value_and_gradients(lambda *x: attend(*x, Execution("xla")))
-    found, gradients = value_and_gradients(lambda *x: splash.attend(*x, interpret=True))
+    wanted, wanted_gradients = value_and_gradients(lambda *x: attend(*x, Execution("xla"), rows))
+    found, gradients = value_and_gradients(lambda *x: splash.attend(*x, rows, interpret=True))
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     for one, other in zip(gradients, wanted_gradients, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.max(jnp.abs(other))))

@@ -67,5 +67,5 @@ def batch_sizes(config: RunConfig, mesh: Mesh) -> BatchSizes:
         rollout=micro_batch(images, config.rollout.micro_batch, shards),
         states=states,
         update=micro_batch(states, config.optimizer.micro_batch, shards),
-        evaluation=padded(config.evaluation.batch, shards),
+        evaluation=max(config.evaluation.batch // shards, 1) * shards,
     )

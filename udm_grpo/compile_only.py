@@ -3,7 +3,8 @@
     python -m udm_grpo.train --config configs/geneval.py --compile_only --topology v5p:2x2x4
     python -m udm_grpo.train --config configs/shapes.py --compile_only
 
-    --topology NAME         a TPU slice as kind:chips, by the libtpu wheel; without it, the devices at hand
+    --topology NAME         a TPU slice as kind:chips, by the libtpu wheel, or GPUs as h100:8, by JAX's CUDA plugin;
+                            without it, the devices at hand
     --programs A,B          some of rollout, decode, reference, update
     --no_search             do not look for the largest micro-batch that fits
     --report FILE           the numbers as JSON
@@ -36,8 +37,10 @@ from udm_grpo.hlo_collectives import collectives
 from udm_grpo.host.gpu_split import reserved
 from udm_grpo.host.torch_files import WeightsError
 from udm_grpo.mesh import MeshError
+from udm_grpo.model import transformer
 from udm_grpo.programs import Program, Sizes, device_bytes, mesh_of, programs, read_sizes
-from udm_grpo.topology import GIB, TopologyError, devices_of, usable_bytes
+from udm_grpo.start_notes import start_notes
+from udm_grpo.topology import GIB, TopologyError, compiler_options, devices_of, usable_bytes
 
 PROGRAMS = ("rollout", "decode", "reference", "update")
 ROLLOUT_PROGRAMS = ("rollout", "decode")
@@ -91,10 +94,10 @@ def compile_program(program: Program, devices: list[Any]) -> Report:
     present = device_bytes(program.present)
     made = Report(program.name, program.micro_batch, 0, 0, 0, present, limit, flops, None)
     try:
-        compiled = traced.lower().compile()
+        compiled = traced.lower().compile(compiler_options=compiler_options(devices[0]))
     except JaxRuntimeError as error:
         return replace(made, seconds=time.monotonic() - began, **_too_large(str(error)))
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     once = matrix_flops(traced.jaxpr.jaxpr, loops=False)
     return replace(
         made,
@@ -191,6 +194,8 @@ def report_all(
 ) -> list[tuple[Report, Search | None]]:
     """(report, search for the largest micro-batch) of the wanted programs, printed as they come."""
     mesh = mesh_of(config, sizes, devices)
+    whole = transformer.abstract(sizes.transformer)
+    print("\n".join(start_notes(config, sizes.transformer, whole, mesh)), flush=True)
     images = config.rollout.prompts * config.rollout.group_size
     found = []
     for name, program in programs(config, sizes, mesh).items():

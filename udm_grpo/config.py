@@ -22,8 +22,9 @@ class ModelConfig:
     """Pixels."""
     width: int = 32
     """Pixels."""
-    attention: str = "xla"
-    """Attention kernel: xla, cudnn (NVIDIA GPUs, bfloat16) or splash (TPUs)."""
+    attention: str = "auto"
+    """Attention kernel: xla (anywhere), cudnn (NVIDIA GPUs, bfloat16), splash (TPUs), or auto: the one of these that is
+    made for the devices, xla where none is."""
     remat: str = "none"
     """What the backward pass recomputes: none, dots (all but matrix products) or full."""
     logit_rows: int = 4
@@ -226,7 +227,7 @@ class EvaluationConfig:
     steps: tuple[int, ...] = (25,)
     """T of an evaluation; the first is the one that summary.json calls base and final."""
     batch: int = 32
-    """Images that are rolled out together, over all devices; the next multiple of their number."""
+    """Images that are rolled out together, over all devices; rounded down to a multiple of their number."""
     picture_every: int = 100
     """Iterations between sample pictures (the same prompts and noise each time); 0: none on the way."""
     picture_prompts: int = 16

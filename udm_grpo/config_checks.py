@@ -32,7 +32,7 @@ def _fraction(problems: list[str], name: str, value: float) -> None:
 
 def _choices(config: RunConfig, problems: list[str]) -> None:
     _choice(problems, "model.dtype", config.model.dtype, ("float32", "bfloat16"))
-    _choice(problems, "model.attention", config.model.attention, ("xla", "cudnn", "splash"))
+    _choice(problems, "model.attention", config.model.attention, ("auto", "xla", "cudnn", "splash"))
     _choice(problems, "model.remat", config.model.remat, ("none", "dots", "full"))
     _choice(problems, "grpo.trajectory", config.grpo.trajectory, ("forward", "rollout"))
     _choice(problems, "grpo.action", config.grpo.action, ("clean", "intermediate"))
@@ -100,6 +100,11 @@ def _combinations(config: RunConfig, problems: list[str]) -> None:
         problems.append(
             f"grpo.window_starts + grpo.trained_steps - 1 is {last}, past the rollout's {rollout.steps} steps; lower "
             "one of them or raise rollout.steps."
+        )
+    if config.model.attention == "cudnn" and config.model.dtype == "float32":
+        problems.append(
+            "model.attention is cudnn, which computes in bfloat16 only, and model.dtype is float32; set "
+            "model.dtype=bfloat16 or model.attention=auto."
         )
     if config.optimizer.schedule == "multistep" and not config.optimizer.milestones:
         problems.append("optimizer.schedule is multistep without optimizer.milestones; name at least one.")

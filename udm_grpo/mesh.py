@@ -1,6 +1,9 @@
 """The device mesh and the one table that says how parameters lie on it. The only file that names mesh axes."""
 
+import math
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -79,23 +82,82 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def _axes(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+    """The axis of each dimension by RULES; none for what no pattern matches."""
+    matching = (axes for pattern, axes in RULES if re.search(pattern, path) and len(axes) == len(shape))
+    return next(matching, (None,) * len(shape))
+
+
+def _place(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int]
+) -> tuple[list[tuple[str, ...]], list[str]]:
+    """(the axes that each dimension is split over, the axes that split none).
+
+    An axis that does not divide its own dimension takes another one that it divides, the last first: so the axis of the
+    layers, for which all layers have to come together before the first is computed, is the last resort.
+    """
+    placed: list[tuple[str, ...]] = [
+        (axis,) if axis is not None and size % sizes[axis] == 0 else () for axis, size in zip(axes, shape, strict=True)
+    ]
+    left = []
+    for axis in (axis for axis, own in zip(axes, placed, strict=True) if axis is not None and not own):
+        parts = [sizes[axis] * math.prod(sizes[name] for name in names) for names in placed]
+        dimension = next((at for at in reversed(range(len(shape))) if shape[at] % parts[at] == 0), None)
+        if dimension is None:
+            left.append(axis)
+        else:
+            placed[dimension] = (*placed[dimension], axis)
+    return placed, left
+
+
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    for pattern, axes in RULES:
-        if re.search(pattern, path) and len(axes) == len(shape):
-            # A dimension that the axis does not divide stays whole: tiny models on wide meshes.
-            fitting = (
-                axis if axis is not None and size % mesh.shape[axis] == 0 else None
-                for axis, size in zip(axes, shape, strict=True)
-            )
-            return PartitionSpec(*fitting)
-    return PartitionSpec()
+    axes = _axes(path, shape)
+    if axes == (None,) * len(shape):
+        return PartitionSpec()
+    placed, _ = _place(axes, shape, mesh.shape)
+    return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in placed))
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
     """A NamedSharding for every leaf of `tree`, by RULES."""
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, _spec(name, tuple(leaf.shape), mesh))
+        return NamedSharding(mesh, _spec(_name(path), tuple(leaf.shape), mesh))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+@dataclass(frozen=True)
+class Undivided:
+    """A parameter that RULES would split over an axis of the mesh which divides none of its dimensions."""
+
+    path: str
+    shape: tuple[int, ...]
+    axis: str
+    size: int
+    """Devices of the mesh along the axis."""
+    devices: int
+    """Devices along this axis and data together: what other sizes of the axis have to divide."""
+    numbers: int
+    """Numbers of the parameter that every device holds."""
+    dividing: tuple[int, ...]
+    """Other sizes of the axis, up to one more than there are devices, that would divide it."""
+
+
+def undivided(mesh: Mesh, tree: Any) -> list[Undivided]:
+    """The leaves of `tree` that stay whole along an axis over which RULES split them, and what would divide them."""
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name, shape = _name(path), tuple(leaf.shape)
+        axes = _axes(name, shape)
+        numbers = math.prod(NamedSharding(mesh, _spec(name, shape, mesh)).shard_shape(shape))
+        for axis in _place(axes, shape, mesh.shape)[1]:
+            others = range(2, mesh.size + 2)
+            dividing = tuple(size for size in others if axis not in _place(axes, shape, {**mesh.shape, axis: size})[1])
+            devices = mesh.shape["data"] * mesh.shape[axis]
+            found.append(Undivided(name, shape, axis, mesh.shape[axis], devices, numbers, dividing))
+    return found

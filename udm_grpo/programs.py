@@ -115,7 +115,7 @@ def _spread(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.Shape
 
 def _held(config: RunConfig, sizes: Sizes, mesh: Mesh) -> tuple[dict[str, Any], Any]:
     """Shapes of what lies on the devices all through an iteration, by name; and the stages."""
-    plans = make_plans(config, sizes.transformer, sizes.vq, sizes.scheduler.shift, meshes.batch_shards(mesh))
+    plans = make_plans(config, sizes.transformer, sizes.vq, sizes.scheduler.shift, mesh)
     optimizer = optimizer_of(config)
     whole_model = transformer.abstract(sizes.transformer)
     learned = trained(config, whole_model, sizes.transformer)

@@ -204,15 +204,9 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     trained_weights = config.model.transformer or None
     checkpoint = load_folder(config.model.path, "float32", prompt_length, False, trained_weights)
     check_sizes(config, checkpoint.vq_config.stride)
+    plans = make_plans(config, checkpoint.transformer_config, checkpoint.vq_config, checkpoint.scheduler.shift, mesh)
     train = _prompts("prompts.train", config.prompts.train, config.prompts.tag_weights)
     heldout = _prompts("prompts.heldout", config.prompts.heldout, {})
-    plans = make_plans(
-        config,
-        checkpoint.transformer_config,
-        checkpoint.vq_config,
-        checkpoint.scheduler.shift,
-        meshes.batch_shards(mesh),
-    )
     optimizer = optimizer_of(config)
     learned = trained(config, checkpoint.transformer, checkpoint.transformer_config)
     abstract = abstract_state(optimizer, learned, config.optimizer.ema_decay > 0, mesh)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, Key, UInt8
 
 from udm_grpo import mesh as meshes
+from udm_grpo.attention import choose
 from udm_grpo.batch_sizes import BatchSizes, batch_sizes
 from udm_grpo.batches import Params, Rollout, Samples, TrainState
 from udm_grpo.config import RunConfig
@@ -73,17 +74,21 @@ class Steps:
 
 
 def make_plans(
-    config: RunConfig, transformer: TransformerConfig, vq_config: vq.VQConfig, shift: float, shards: int
+    config: RunConfig, transformer: TransformerConfig, vq_config: vq.VQConfig, shift: float, mesh: Mesh
 ) -> Plans:
-    """The static plans of a run; `shift` is the checkpoint's, `shards` the devices that share a batch."""
+    """The static plans of a run on `mesh`; `shift` is the checkpoint's.
+
+    Raises ConfigError for an attention kernel that the devices cannot run.
+    """
     grid = (config.model.height // vq_config.stride, config.model.width // vq_config.stride)
     shift = config.rollout.shift or shift
-    rows = config.model.logit_rows * shards
+    rows = config.model.logit_rows * meshes.batch_shards(mesh)
+    attention = choose(config.model, mesh.devices.flat[0]).name
     grpo = config.grpo
     return Plans(
         transformer=transformer,
         vq=vq_config,
-        execution=Execution(config.model.attention, config.model.remat),
+        execution=Execution(attention, config.model.remat),
         rollout=RolloutPlan(
             grid=grid,
             steps=config.rollout.steps,

@@ -1,7 +1,8 @@
-"""The devices to compile for: those at hand, or a TPU slice that need not be, from the `libtpu` wheel alone."""
+"""The devices to compile for: those at hand, or a TPU slice or GPUs that need not be, by their compilers alone."""
 
 import importlib.util
 import os
+import re
 from typing import Any
 
 import jax
@@ -25,6 +26,39 @@ Published per chip: v4 32 GB, v5e 16 GB, v5p 95 GB, v6e 32 GB, tpu7x 192 GB (doc
 named so, and a tpu7x chip show as two devices with half each.
 """
 
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84929347584
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+"""What XLA's compiler has to know of a GPU, as it describes an H100 of 80 GB (SXM)."""
+GPU_BYTES = {"NVIDIA H100 80GB HBM3": 84929347584}
+GPU_FRACTION = 0.75
+"""Part of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
+_NO_GPU = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+"""Without a GPU, nothing can be timed to choose by."""
+
 _QUIET = {
     # libtpu asks the machine which TPU it is; any well-formed answer will do, none is used by the compiler.
     "TPU_ACCELERATOR_TYPE": "v5p-8",
@@ -41,9 +75,11 @@ class TopologyError(ValueError):
 
 
 def devices_of(topology: str) -> list[Any]:
-    """The devices of a slice such as "v5p:2x2x4", or those at hand for ""; raises TopologyError."""
+    """The devices of a slice such as "v5p:2x2x4" or "h100:8", or those at hand for ""; raises TopologyError."""
     if not topology:
         return list(jax.devices())
+    if topology.partition(":")[0] == "h100":
+        return _gpus(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise TopologyError(
             f"--topology={topology} needs the TPU compiler, which is no part of jax; pip install libtpu==0.0.42.1. "
@@ -61,12 +97,35 @@ def devices_of(topology: str) -> list[Any]:
         ) from None
 
 
+def _gpus(topology: str) -> list[Any]:
+    count = re.fullmatch(r"h100:([1-9]\d{0,3})", topology)
+    if not count:
+        raise TopologyError(f"--topology={topology}: give the number of GPUs of one host, as in h100:8.")
+    try:
+        # "processes x hosts x GPUs of each" of one partition; the compiler is part of JAX's CUDA plugin.
+        found = topologies.get_topology_desc(platform="cuda", target_config=_H100, topology=f"1x1x{count[1]}")
+    except (JaxRuntimeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise TopologyError(
+            f"--topology={topology} needs JAX's CUDA compiler, which runs without a GPU; pip install "
+            f'"jax[cuda13]=={jax.__version__}" ({str(error).splitlines()[0]}).'
+        ) from None
+    return list(found.devices)
+
+
+def compiler_options(device: Any) -> dict[str, Any]:
+    """Options to compile with for a device that may not be here."""
+    here = any(device is one for one in jax.devices())
+    return {} if here or device.platform != "gpu" else dict(_NO_GPU)
+
+
 def usable_bytes(device: Any) -> int | None:
     """Bytes of memory of a device that programs may use; None where nobody says."""
     if device.platform == "tpu" and device.device_kind in USABLE_HBM:
         return int(USABLE_HBM[device.device_kind] * GIB)
     try:
         found = device.memory_stats()
-    except JaxRuntimeError:  # a device of a slice that is not here
-        return None
+    except JaxRuntimeError:  # a device that is not here
+        fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_FRACTION))
+        size = GPU_BYTES.get(device.device_kind)
+        return None if size is None else int(size * fraction)
     return int(found["bytes_limit"]) if found and "bytes_limit" in found else None

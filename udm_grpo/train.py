@@ -39,6 +39,7 @@ from udm_grpo.host.weights import WeightsError
 from udm_grpo.mesh import MeshError
 from udm_grpo.run import Position, Run, Stage, fingerprint, open_run, save, start
 from udm_grpo.run_reports import Reports
+from udm_grpo.start_notes import start_notes
 
 
 def roll_out(
@@ -214,6 +215,8 @@ def train(config: RunConfig) -> dict[str, Any]:
         state, reference, position = start(run, abstract)
         done = 0 if position is None else position.step
         reports = run_reports.open_reports(config, position, stack)
+        for note in start_notes(config, run.checkpoint.transformer_config, run.checkpoint.transformer, run.mesh):
+            reports.progress.message(note)
         if position is None:
             reports.progress.message("evaluating the start model")
             position = Position(step=0, seconds=0.0, base=evaluate_all(run, reference, 0), best=None)

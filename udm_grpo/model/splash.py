@@ -18,20 +18,22 @@ def attend(
     q: Float[Array, "b s heads c"],
     k: Float[Array, "b s kv c"],
     v: Float[Array, "b s kv c"],
+    rows: int | None = None,
     batch: Any = None,
     interpret: bool = False,
 ) -> Float[Array, "b s heads c"]:
-    """softmax(q k / sqrt(c)) v without a mask; query head i reads key/value head i // (heads / kv).
+    """softmax(q k / sqrt(c)) v over the first `rows` keys (None: all); query head i reads head i // (heads / kv).
 
-    The sequence is padded to a multiple of LANES, and only that padding is masked. `batch` is the sharding of the first
+    The sequence is padded to a multiple of LANES, and only padding is masked. `batch` is the sharding of the first
     axis: the compiler cannot divide a kernel by itself. `interpret` runs it without a TPU, slowly.
 
     Source: jax.experimental.pallas.ops.tpu.splash_attention.
     """
+    rows = q.shape[1] if rows is None else rows
     if batch is None:
-        return _attend(q, k, v, interpret)
+        return _attend(q, k, v, rows, interpret)
     divided = jax.shard_map(
-        lambda q, k, v: _attend(q, k, v, interpret),
+        lambda q, k, v: _attend(q, k, v, rows, interpret),
         mesh=batch.mesh,
         in_specs=batch.spec,
         out_specs=batch.spec,
@@ -40,7 +42,7 @@ def attend(
     return divided(q, k, v)
 
 
-def _attend(q: Array, k: Array, v: Array, interpret: bool) -> Array:
+def _attend(q: Array, k: Array, v: Array, rows: int, interpret: bool) -> Array:
     S, heads, c = q.shape[1:]
     padded = -(-S // LANES) * LANES
     block = max(size for size in range(LANES, min(padded, LONGEST_BLOCK) + 1, LANES) if padded % size == 0)
@@ -60,7 +62,7 @@ def _attend(q: Array, k: Array, v: Array, interpret: bool) -> Array:
         interpret=interpret,
     )
     # Padded queries see what others see, and are dropped; padded keys are another segment, which nobody sees.
-    padding = (np.arange(padded) >= S).astype(np.int32)
+    padding = (np.arange(padded) >= rows).astype(np.int32)
     segments = splash_attention_kernel.SegmentIds(q=jnp.zeros(padded, jnp.int32), kv=jnp.asarray(padding))
     ready = (
         jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, padded - S), (0, 0)))

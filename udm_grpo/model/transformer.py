@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
@@ -80,6 +81,14 @@ class Execution:
     """Sharding of the head's kernel while logits are computed; None leaves it as it lies."""
     shards: int = 1
     """Devices that a batch is spread over."""
+    multiple: int = 1
+    """The sequence is padded at the embedding to a multiple of this, by rows that no row attends to; they are dropped
+    at the end. 1, or 2 for "cudnn", whose gradient JAX refuses for an odd number of rows."""
+
+    def padded_rows(self, rows: int) -> int:
+        """Rows of the sequence as the trunk sees it."""
+        multiple = max(self.multiple, 2 if self.attention == "cudnn" else 1)
+        return -(-rows // multiple) * multiple
 
     def spread(self, x: Array) -> Array:
         """Keep a batch spread over its devices: left alone, the compiler may spread the width like the weights'."""
@@ -138,16 +147,26 @@ class AdaptedLinear(Linear):
 
 
 def attend(
-    q: Float[Array, "b s heads c"], k: Float[Array, "b s kv c"], v: Float[Array, "b s kv c"], execution: Execution
+    q: Float[Array, "b s heads c"],
+    k: Float[Array, "b s kv c"],
+    v: Float[Array, "b s kv c"],
+    execution: Execution,
+    rows: int | None = None,
 ) -> Float[Array, "b s heads c"]:
-    """softmax(q k / sqrt(c)) v without a mask; query head i reads key/value head i // (heads / kv).
+    """softmax(q k / sqrt(c)) v over the first `rows` keys (None: all); query head i reads head i // (heads / kv).
 
     "xla" is written out here, with float32 softmax: it runs anywhere, also backward in bfloat16.
     """
+    rows = q.shape[1] if rows is None else rows
     if execution.attention == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        lengths = {}
+        if rows < q.shape[1]:
+            # Padded queries are computed like the others, so that what they hold is finite.
+            lengths["query_seq_lengths"] = jnp.full(q.shape[0], q.shape[1], jnp.int32)
+            lengths["key_value_seq_lengths"] = jnp.full(q.shape[0], rows, jnp.int32)
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)
     if execution.attention == "splash":
-        return splash.attend(q, k, v, execution.batch)
+        return splash.attend(q, k, v, rows, execution.batch)
     if execution.attention != "xla":
         raise ValueError(
             f"attention is {execution.attention!r}; it must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}."
@@ -156,6 +175,8 @@ def attend(
     kv = k.shape[2]
     grouped = q.reshape(B, S, kv, heads // kv, c)
     scores = jnp.einsum("bqkgc,bskc->bkgqs", grouped, k, preferred_element_type=jnp.float32) * c**-0.5
+    if rows < S:
+        scores = jnp.where(jnp.arange(S) < rows, scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgqs,bskc->bqkgc", weights, v).reshape(q.shape)
 
@@ -172,13 +193,15 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(HEAD_DIM)
         self.k_norm = RMSNorm(HEAD_DIM)
 
-    def __call__(self, x: Float[Array, "b s d"], rope: RotaryTable, execution: Execution) -> Float[Array, "b s d"]:
-        """Attend over the whole sequence."""
+    def __call__(
+        self, x: Float[Array, "b s d"], rope: RotaryTable, execution: Execution, rows: int | None = None
+    ) -> Float[Array, "b s d"]:
+        """Attend over the first `rows` of the sequence; None: over all of it."""
         B, S, _ = x.shape
         q = rotate(self.q_norm(self.q(x).reshape(B, S, -1, HEAD_DIM)), rope)
         k = rotate(self.k_norm(self.k(x).reshape(B, S, -1, HEAD_DIM)), rope)
         v = self.v(x).reshape(B, S, -1, HEAD_DIM)
-        mixed = attend(q, k, v, execution)
+        mixed = attend(q, k, v, execution, rows)
         return self.o(mixed.reshape(B, S, -1))
 
 
@@ -204,9 +227,11 @@ class Block(nnx.Module):
         self.post_norm = RMSNorm(config.hidden_size)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: Float[Array, "b s d"], rope: RotaryTable, execution: Execution) -> Float[Array, "b s d"]:
+    def __call__(
+        self, x: Float[Array, "b s d"], rope: RotaryTable, execution: Execution, rows: int | None = None
+    ) -> Float[Array, "b s d"]:
         """Residual attention, then residual MLP."""
-        x = x + self.attn(self.input_norm(x), rope, execution)
+        x = x + self.attn(self.input_norm(x), rope, execution, rows)
         return x + self.mlp(self.post_norm(x))
 
 
@@ -282,14 +307,19 @@ def hidden_states(
     """
     if grid[0] * grid[1] != image_ids.shape[1]:
         raise ValueError(f"image_ids has {image_ids.shape[1]} tokens an image, but the grid is {grid[0]} x {grid[1]}.")
-    rope = rotary_table(positions(prompt_ids.shape[1], *grid), float(config.rope_theta))
+    at = positions(prompt_ids.shape[1], *grid)
+    rows = len(at)
+    added = execution.padded_rows(rows) - rows
+    rope = rotary_table(np.pad(at, ((0, added), (0, 0))), float(config.rope_theta))
     graph = _block_graph(config, _adapted(params["layers"]))
 
     def body(x: Array, layer: Params) -> tuple[Array, None]:
-        return execution.spread(nnx.merge(graph, layer)(x, rope, execution)), None
+        return execution.spread(nnx.merge(graph, layer)(x, rope, execution, rows)), None
 
-    x = execution.spread(jnp.asarray(params["embed"]["embedding"])[input_ids(config, prompt_ids, image_ids)])
+    x = jnp.asarray(params["embed"]["embedding"])[input_ids(config, prompt_ids, image_ids)]
+    x = execution.spread(jnp.pad(x, ((0, 0), (0, added), (0, 0))) if added else x)
     x, _ = jax.lax.scan(_rematerialised(body, execution.remat), x, params["layers"])
+    x = x[:, :rows] if added else x
     norm_graph = nnx.split(nnx.eval_shape(lambda: RMSNorm(config.hidden_size)))[0]
     return execution.spread(nnx.merge(norm_graph, params["norm"])(x))
 
