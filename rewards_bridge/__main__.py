@@ -20,16 +20,29 @@ from rewards_bridge.server import ServeConfig, serve
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 2 and one line on stderr if its arguments cannot work."""
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    of_a_training = parsed.command == "doctor" and parsed.config
+    if rest and not (of_a_training and all(word.startswith("--config.") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if parsed.command == "serve":
             return serve(_serve_config(parsed))
         if parsed.command == "doctor":
-            return doctor.report(parsed.scorer, _options(parsed.option), parsed.device)
+            return _doctor(parsed, rest)
         return _score(parsed)
     except (UsageError, BridgeError) as error:
         print(f"rewards_bridge {parsed.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _doctor(parsed: argparse.Namespace, rest: list[str]) -> int:
+    if parsed.config:
+        if parsed.scorer or parsed.option or parsed.device:
+            raise UsageError("--config says which scorers, options and devices; leave --scorer, --option, --device out")
+        return doctor.hand_over(parsed.config, rest)
+    checks = doctor.Checks(parsed.device, parsed.memory, not parsed.no_load, not parsed.no_check_example)
+    return doctor.report(parsed.scorer, _options(parsed.option), checks)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     examining = commands.add_parser("doctor", help="say of each scorer whether it is ready, and what mends it if not")
     names = f'{", ".join(sorted(KNOWN))}, or your own "module:Class"'
     examining.add_argument("--scorer", action="append", default=[], help=f"{names}; may be repeated; all if left out")
+    what = "all that a training needs, by its configuration; --config.field=value as there"
+    examining.add_argument("--config", metavar="FILE", help=what)
+    examining.add_argument("--memory", type=float, metavar="GIB", help="what the scorer's device has for it")
+    examining.add_argument("--no-load", action="store_true", help="look at packages and memory only")
     for command in (serving, scoring):
         command.add_argument("--scorer", required=True, help=names)
     for command in (serving, scoring, examining):
@@ -58,9 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     scoring.add_argument("--address", help="of a running server of this scorer; empty: score in this process")
     scoring.add_argument("--tls-ca", metavar="PEM", help="what a server on another machine is checked against")
     scoring.add_argument("--token-file", metavar="FILE", help="the token that such a server wants")
-    scoring.add_argument(
-        "--no-check-example", action="store_true", help="only warn if that server gets its own test images wrong"
-    )
+    for command in (scoring, examining):
+        command.add_argument(
+            "--no-check-example", action="store_true", help="only warn if a scorer gets its own test images wrong"
+        )
     scoring.add_argument("--metadata", default="{}", metavar="JSON")
     scoring.add_argument("images", nargs="+", metavar="IMAGE")
     return parser

@@ -19,12 +19,21 @@ import numpy as np
 
 from rewards_bridge.connection import Connection, status_text
 from rewards_bridge.errors import BridgeError, DeadlineError, ScoreError, ScorerError
-from rewards_bridge.peer import BridgeConfig, Peer
+from rewards_bridge.peer import BridgeConfig, Peer, examine
 from rewards_bridge.protocol import bridge_pb2, messages
 from rewards_bridge.scorers.base import Scores
 from rewards_bridge.verdicts import check_scores
 
-__all__ = ["BridgeConfig", "BridgeError", "BridgeStats", "DeadlineError", "RewardsClient", "ScoreError", "ScorerError"]
+__all__ = [
+    "BridgeConfig",
+    "BridgeError",
+    "BridgeStats",
+    "DeadlineError",
+    "RewardsClient",
+    "ScoreError",
+    "ScorerError",
+    "examine",
+]
 
 IN_FLIGHT = 2  # batches at the server at once: one arrives while another is scored
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import shlex
+import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rewards_bridge.errors import UsageError
+from rewards_bridge.process import scorer_environment
 from rewards_bridge.scorers import KNOWN, Scorer, load_scorer, with_device
 from rewards_bridge.scorers.torchvision_ops import declare_operators
 
@@ -32,40 +36,96 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
 """Scorer -> the modules it imports beside numpy."""
 DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open-clip-torch", "skimage": "scikit-image"}
 """Module -> what pip calls it, where that differs."""
-HINTS = {
-    "geneval": "the benchmark's detector: wget https://download.openmmlab.com/mmdetection/v2.0/mask2former/"
-    "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/"
-    "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth ; and give --option detector=FILE",
-    "ocr": "model folders: python -m rewards_bridge.scorers.ocr_models --output FOLDER ; and give "
-    "--option detection=FOLDER/PP-OCRv5_mobile_det --option recognition=FOLDER/PP-OCRv5_mobile_rec",
-    "vlm": "a running endpoint: give --option url=http://HOST:PORT/v1 --option model=NAME",
+MEMORY_GIB: Mapping[str, float] = {
+    "aesthetic": 3.0,
+    "clipscore": 3.0,
+    "geneval": 8.0,
+    "hpsv2": 6.0,
+    "imagereward": 4.0,
+    "jpeg": 0.5,
+    "ocr": 1.5,
+    "pickscore": 6.0,
+    "shapes": 0.5,
+    "vlm": 0.5,
 }
-"""Scorer -> what mends a load that failed, where its own error cannot know."""
+"""Scorer -> GiB of its device that one process needs with the published weights in float32 and its default batch_size.
+
+An estimate, from the number of parameters (4 bytes each: CLIP ViT-L/14 428 M, ViT-H/14 986 M, Swin-S Mask2Former 69 M)
+and the largest activations, with 1 GiB for CUDA; half of it in 16 bits.
+"""
+DETECTOR = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
+DETECTOR_URL = (
+    f"https://download.openmmlab.com/mmdetection/v2.0/mask2former/{DETECTOR}/{DETECTOR}_20220504_001756-743b7d99.pth"
+)
 
 
-def examine(name: str, options: Mapping[str, str], device: str | None = None) -> tuple[bool, list[str]]:
-    """(whether the scorer is ready, a line for every step up to the first that fails, each failure with its remedy)."""
-    lines: list[str] = []
+@dataclass(frozen=True)
+class Checks:
+    """How far a scorer is looked at, and what is known of its place."""
+
+    device: str | None = None
+    """For scorers that take a device, unless the options name it."""
+    memory_gib: float | None = None
+    """What the device has for it."""
+    load: bool = True
+    """Whether it is loaded; without, only packages and memory are looked at."""
+    example: bool = True
+    """Whether a wrong verdict on its test images makes it not ready."""
+
+
+def hint(name: str, options: Mapping[str, str]) -> list[str]:
+    """Return the command that leaves a scorer's weights where these options name them, where its error cannot know."""
+    if name == "geneval":
+        file = options.get("detector", f"{DETECTOR}.pth")
+        advice = "" if "detector" in options else f" ; and give --option detector={file}"
+        return [f"  fix: {shlex.join(['curl', '-fL', '--create-dirs', '-o', file, DETECTOR_URL])}{advice}"]
+    if name == "ocr":
+        folder = str(Path(options.get("detection", "ocr-models/PP-OCRv5_mobile_det")).parent)
+        given = [f"--option {key}={folder}/PP-OCRv5_mobile_{key[:3]}" for key in ("detection", "recognition")]
+        advice = "" if "detection" in options else f" ; and give {' '.join(given)}"
+        return [f"  fix: python -m rewards_bridge.scorers.ocr_models --output {shlex.quote(folder)}{advice}"]
+    if name == "vlm":
+        return ["  fix: a running endpoint: give --option url=http://HOST:PORT/v1 --option model=NAME"]
+    return []
+
+
+def examine(name: str, options: Mapping[str, str], checks: Checks = Checks()) -> tuple[bool, list[str]]:
+    """Return (whether the scorer is ready, a line for every step up to the first that fails, with its remedy)."""
     missing = missing_packages(name)
     if missing:
         pins = [pin(module) for module in missing]
         command = shlex.join([sys.executable, "-m", "pip", "install", *pins])
-        return False, [f"packages: {', '.join(missing)} cannot be imported", f"  mend it: {command}"]
-    lines.append("packages: all there")
+        return False, [f"packages: {', '.join(missing)} cannot be imported", f"  fix: {command}"]
+    enough, lines = _memory(name, options, checks.memory_gib)
+    lines = ["packages: all there", *lines]
+    if not enough or not checks.load:
+        return enough, lines
     try:
-        options = with_device(name, options, device)
+        options = with_device(name, options, checks.device)
         scorer = load_scorer(name, options)
     except Exception as error:  # of any library underneath
         said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
-        hint = [f"  mend it: {HINTS[name]}"] if name in HINTS else []
-        return False, [*lines, f"weights: {said}", *hint]
+        return False, [*lines, f"weights: {said}", *hint(name, options)]
     lines += ["weights: loaded", *_room(options.get("device", "cpu"))]
     try:
         right, said = check_example(name, scorer)
     except Exception as error:
         return False, [*lines, f"test images: {type(error).__name__}: {error}"]
     advice = [] if right else ["  fix: these are other weights, or another version of a package, than it is made for"]
-    return right, [*lines, f"test images: {said}", *advice]
+    if not checks.example and not right:
+        advice = ["  a warning only, for check_example is off"]
+    return right or not checks.example, [*lines, f"test images: {said}", *advice]
+
+
+def _memory(name: str, options: Mapping[str, str], memory_gib: float | None) -> tuple[bool, list[str]]:
+    """(whether the scorer fits, a line about it)."""
+    if name not in MEMORY_GIB or memory_gib is None:
+        return True, []
+    needed = MEMORY_GIB[name] / (2 if options.get("dtype") in ("float16", "bfloat16") else 1)
+    line = f"memory: needs about {needed:g} GiB, its device has {memory_gib:.1f} for it"
+    if needed <= memory_gib:
+        return True, [line]
+    return False, [line, "  fix: another device, a larger memory_fraction, or the options dtype=bfloat16 or batch_size"]
 
 
 def check_example(name: str, scorer: Scorer) -> tuple[bool, str]:
@@ -121,17 +181,24 @@ def _room(device: str) -> Iterator[str]:
     yield f"device: {device} has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free with the weights loaded"
 
 
-def report(names: list[str], options: Mapping[str, str], device: str | None = None) -> int:
+def report(names: list[str], options: Mapping[str, str], checks: Checks = Checks()) -> int:
     """Examine these scorers (all known ones if none is named) and print what was found; 0 if all are ready, else 1.
 
-    device: of those that take one, unless the options name it. Raises UsageError for options without exactly one
-    scorer that they are for.
+    Raises UsageError for options without exactly one scorer that they are for.
     """
     if options and len(names) != 1:
         raise UsageError("options are for one scorer: name it with --scorer, or leave the options out")
     ready = True
     for name in names or sorted(KNOWN):
-        fine, lines = examine(name, options, device)
+        fine, lines = examine(name, options, checks)
         ready = ready and fine
         print("\n".join([f"{name}: {'ready' if fine else 'not ready'}", *(f"  {line}" for line in lines)]), flush=True)
     return 0 if ready else 1
+
+
+def hand_over(config: str, rest: Sequence[str]) -> int:
+    """Run the doctor of the trainer on a training's configuration; return its exit status. UsageError without it."""
+    if importlib.util.find_spec("udm_grpo") is None:
+        raise UsageError(f"--config is looked at by udm_grpo, which {sys.executable} does not have; use the trainer's")
+    command = [sys.executable, "-m", "udm_grpo.doctor", "--config", config, *rest]
+    return subprocess.run(command, env=scorer_environment({})).returncode

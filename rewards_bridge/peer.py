@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from rewards_bridge import transport
 from rewards_bridge.connection import Connection
 from rewards_bridge.differences import differences
 from rewards_bridge.errors import BridgeError, UsageError
-from rewards_bridge.process import ScorerProcess
+from rewards_bridge.process import ScorerProcess, scorer_environment
 from rewards_bridge.protocol import messages
 
 _LOG = logging.getLogger("rewards_bridge")
@@ -193,6 +196,36 @@ def scorer_arguments(config: BridgeConfig) -> list[str]:
     for key, value in config.options.items():
         words += ["--option", f"{key}={value}"]
     return [*words, *(["--device", config.device] if config.device else [])]
+
+
+def examine(config: BridgeConfig, flags: Sequence[str] = ()) -> tuple[bool, str]:
+    """Return (whether the scorer could be started here, in words), as rewards_bridge's doctor says it of this config.
+
+    It runs as the scorer would: under its interpreter, in its environment. flags: of the doctor, further ones.
+    """
+    command = [
+        config.interpreter or sys.executable,
+        "-m",
+        "rewards_bridge",
+        "doctor",
+        *scorer_arguments(config),
+        *flags,
+    ]
+    try:
+        done = subprocess.run(
+            command,
+            env=scorer_environment(config.environment),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=config.start_timeout_s,
+        )
+    except OSError as error:
+        return False, f"cannot start the interpreter {command[0]}: {error}"
+    except subprocess.TimeoutExpired:
+        return False, f"was not loaded after start_timeout_s, {config.start_timeout_s:g} s"
+    said = "\n".join(line.removeprefix("  ") for line in done.stdout.splitlines()[1:])
+    return done.returncode == 0, said or transport.shorten(done.stderr.strip(), 2000)
 
 
 def _private_folder() -> str:

@@ -104,7 +104,7 @@ def test_what_an_option_has_to_name_is_said_with_a_hint(capsys):
     assert main(["doctor", "--scorer", "geneval"]) == 1
     said = capsys.readouterr().out
     assert "'detector'" in said
-    assert "wget https://download.openmmlab.com/" in said
+    assert "fix: curl -fL --create-dirs -o mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth https://" in said
 
 
 def test_an_unexpected_verdict_shows_what_was_found(monkeypatch, capsys):

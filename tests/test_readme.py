@@ -61,7 +61,7 @@ def test_the_doctor_says_what_every_scorer_lacks(tmp_path: Path) -> None:
     said = dict(re.findall(r"^(\w+): (ready|not ready)$", done.stdout, re.MULTILINE))
     assert set(said) == set(KNOWN)
     assert {name for name, state in said.items() if state == "ready"} == {"jpeg", "shapes"}
-    for command in ("hf download yuvalkirstain/PickScore_v1", "wget https://", "ocr_models --output", "pip install"):
+    for command in ("hf download yuvalkirstain/PickScore_v1", "curl -fL", "ocr_models --output", "pip install"):
         assert command in done.stdout, command
 
 
