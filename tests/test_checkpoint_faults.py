@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +144,9 @@ def full_disk(folder: str, file_limit: bool) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
     for save in (checkpoints.save, checkpoints.save_best):
         try:
-            save(2, {"x": jax.random.normal(jax.random.key(0), (2**19,))}, {})
+            # As if there had been room when the save began, and other programs took it.
+            with mock.patch("udm_grpo.host.checkpoint.save_problem", return_value=""):
+                save(2, {"x": jax.random.normal(jax.random.key(0), (2**19,))}, {})
         except CheckpointError as error:
             print(error)
         else:
