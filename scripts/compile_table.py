@@ -17,6 +17,7 @@ from typing import Any
 
 from udm_grpo.compile_only import PROGRAMS
 from udm_grpo.host.metrics import write_json
+from udm_grpo.host.places import local_args
 from udm_grpo.topology import GIB, TESTED
 
 CONFIG = "configs/geneval.py"
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--topology", action="append", help="one slice, may be repeated (default: all of TESTED)")
     parser.add_argument("--programs", default=",".join(PROGRAMS), help="some of rollout,decode,reference,update")
     parser.add_argument("--no_search", action="store_true", help="do not look for the largest micro-batch")
-    given = parser.parse_args(argv)
+    given = local_args(parser, argv)
     numbers = given.output.with_suffix(".json")
     found: dict[str, dict[str, Any]] = json.loads(numbers.read_text()) if numbers.exists() else {}
     wanted = given.topology or TESTED

@@ -28,6 +28,7 @@ from udm_grpo.config import RewardsConfig, ScorerConfig
 from udm_grpo.host import shapes
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.gpu_split import reserved
+from udm_grpo.host.places import check_flags
 from udm_grpo.host.rewards import bridge_configs
 from udm_grpo.pipeline import Pipeline, load_pipeline
 from udm_grpo.sample import open_run
@@ -200,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for what the user can mend, said without a traceback."""
     given = _parser().parse_args(argv)
     try:
+        check_flags(given, ("base", "trained", "run"))
         users = check_access(given)
         scorer = {given.scorer: read_scorer(given)}
         with reserved(RewardsConfig(scorer)) as (placed, lines), _listening(given.host, given.port) as listener:

@@ -32,6 +32,7 @@ from pathlib import Path
 from rewards_bridge.scorers.text_match import target_text
 from udm_grpo.host import geneval_prompts
 from udm_grpo.host.atomic import replace_file
+from udm_grpo.host.places import local_args
 from udm_grpo.host.prompt_dataset import write_dataset
 from udm_grpo.host.prompt_files import Parsed, Row, parse_file
 
@@ -206,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for what the user can mend, said without a traceback."""
-    given = _parser().parse_args(argv)
+    given = local_args(_parser(), argv)
     try:
         given.run(given)
     except (OSError, ValueError) as error:

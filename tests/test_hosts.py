@@ -3,6 +3,7 @@
 Run as a program (`python tests/test_hosts.py WHAT folder ...`) this file is one process of its own tests.
 """
 
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -93,8 +94,9 @@ def open_folder_of_its_own(folder: Path) -> None:
     run.SEEN_WITHIN_S = 0.5
     own = RunConfig(output_dir=str(folder / f"own-{jax.process_index()}"))
     with pytest.raises(ConfigError, match=r"own-\d is not the same folder for all: process\(es\) 1 do not see there"):
-        run._open_output(own)
-    assert run._open_output(RunConfig(output_dir=str(folder / "shared"))) == folder / "shared"
+        run._open_output(own, contextlib.ExitStack())
+    shared = RunConfig(output_dir=str(folder / "shared"))
+    assert run._open_output(shared, contextlib.ExitStack()) == (folder / "shared", None)
 
 
 def together(folder: str, port: str, process: str) -> None:

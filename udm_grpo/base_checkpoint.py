@@ -24,6 +24,7 @@ from udm_grpo import pretrain, steps
 from udm_grpo.batches import Params
 from udm_grpo.host.checkpoint import Checkpoints
 from udm_grpo.host.new_checkpoint import new_checkpoint
+from udm_grpo.host.places import local_args
 from udm_grpo.host.weights import Checkpoint, Scheduler, save_folder
 from udm_grpo.model import transformer, vq
 
@@ -284,7 +285,7 @@ def command_line(world: World, plan: Plan, argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=f"Make the base checkpoint of the {world.name} world.")
     parser.add_argument("--output", required=True, help="folder for the checkpoint, its logs and its saved states")
     parser.add_argument("--install", action="store_true", help="put the result into udm_grpo/assets")
-    arguments = parser.parse_args(argv)
+    arguments = local_args(parser, argv)
     output = Path(arguments.output)
     make_base(world, plan, output)
     if arguments.install:

@@ -16,6 +16,7 @@ from ml_collections import config_dict, config_flags
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.config_fields import fill, help_text, settle
 from udm_grpo.config_overrides import Overrides
+from udm_grpo.host import places
 
 _OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<name>[^=]*)(?:=(?P<text>.*))?", re.DOTALL)
 INSTALLED = Path(__file__).resolve().parent.parent
@@ -62,6 +63,8 @@ def load(file: str) -> RunConfig:
 
     configs/NAME.py is the installed one where the working folder has none.
     """
+    if problem := places.problem("--config", file):
+        raise ConfigError(problem)
     name, colon, variant = file.partition(":")
     path = Path(name)
     if not path.exists() and path.parts[:1] == ("configs",):

@@ -34,6 +34,7 @@ from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.config_checks import validate
 from udm_grpo.flops import matrix_flops
 from udm_grpo.hlo_collectives import collectives
+from udm_grpo.host import places
 from udm_grpo.host.gpu_split import reserved
 from udm_grpo.host.torch_files import WeightsError
 from udm_grpo.mesh import MeshError
@@ -274,6 +275,9 @@ def main(argv: Sequence[str]) -> int:
         given = options(argv)
         config = parse(given.rest)
         validate(config)
+        for name, place in (("model.path", config.model.path), ("--report", given.report)):
+            if problem := places.problem(name, place):
+                raise ConfigError(problem)
         if given.topology:
             jax.config.update("jax_platforms", "cpu")  # a TPU that is here stays free for others
         with contextlib.nullcontext() if given.topology else reserved(config.rewards):

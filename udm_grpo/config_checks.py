@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from udm_grpo.config import ConfigError, RunConfig
+from udm_grpo.host import places
 from udm_grpo.host.gpu_split import device_problems
 from udm_grpo.model import lora
 
@@ -153,5 +154,6 @@ def validate(config: RunConfig) -> None:
     _ranges(config, problems)
     _lora(config, problems)
     _combinations(config, problems)
+    problems += places.config_problems(config)
     if problems:
         raise ConfigError("this configuration cannot run:\n" + "\n".join(f"  - {problem}" for problem in problems))

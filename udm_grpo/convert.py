@@ -28,6 +28,7 @@ from etils import epath
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.part_files import open_part
 from udm_grpo.host.peft_files import write_adapter
+from udm_grpo.host.places import check_flags
 from udm_grpo.host.progress import progress_bar
 from udm_grpo.host.released import CONFIG_FILES, SCHEDULER_FILE, Scheduler
 from udm_grpo.host.tokenizer import load_tokenizer
@@ -308,6 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     given = _parser().parse_args(argv)
     try:
+        check_flags(given, ("checkpoint",) if given.run is to_pytorch else ())
         return given.run(given)
     except (ValueError, KeyError, CheckpointError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)

@@ -7,6 +7,7 @@ from pathlib import Path
 from udm_grpo import hosts
 from udm_grpo.batches import Params, TrainState
 from udm_grpo.config import ConfigError, RunConfig
+from udm_grpo.host.buckets import local
 from udm_grpo.host.checkpoint import Checkpoints
 from udm_grpo.host.disk_space import files_bytes, start_problem, tree_bytes
 
@@ -41,5 +42,5 @@ def needed_bytes(config: RunConfig, state: TrainState, whole: Params, folder: Pa
     saves = math.ceil(config.iterations / given.every) if given.every else 1
     at_a_time = max(1, min(given.keep + 1 - min(resumed, given.keep), saves))
     best = 2 * tree_bytes(state.params) if given.keep_best else 0  # the next is written before the last is deleted
-    exports = (1 if state.ema is None else 2) * files_bytes(Path(config.model.path) / "transformer")
+    exports = (1 if state.ema is None else 2) * files_bytes(local(config.model.path) / "transformer")
     return size, (at_a_time - 1) * size + best + exports

@@ -29,6 +29,7 @@ from udm_grpo.host.atomic import replace_file
 from udm_grpo.host.comparison import common_scorers, compare, draw_changed
 from udm_grpo.host.gpu_split import reserved
 from udm_grpo.host.metrics import write_json
+from udm_grpo.host.places import check_flags
 from udm_grpo.host.sample_folder import SampleFolder, read_samples
 from udm_grpo.host.score_summary import summarize, write_official
 from udm_grpo.host.score_tables import comparison_text, summary_text
@@ -245,6 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in overrides)}")
     output = Path(given.output)
     try:
+        check_flags(given)
         _check_numbers(given)
         named = RewardsConfig(read_scorers(given, overrides))
         with reserved(named, trainer=False) as (placed, lines):

@@ -7,6 +7,7 @@ import numpy as np
 
 from udm_grpo import hosts
 from udm_grpo.batches import Params, TrainState
+from udm_grpo.host.buckets import local
 from udm_grpo.host.peft_files import merge_on_host, write_adapter
 from udm_grpo.host.weights import PathLike, WeightsError, load_transformer, save_folder, transformer_path
 from udm_grpo.model import lora
@@ -36,7 +37,7 @@ def export(run: Run, state: TrainState, judged: Params, reference: Params) -> No
 def _export_adapters(run: Run, adapters: Mapping[str, Params], frozen: Params) -> None:
     given = run.config.lora
     model = run.config.model
-    base = start_weights(model.path, run.checkpoint.transformer_config, frozen, model.transformer)
+    base = start_weights(local(model.path), run.checkpoint.transformer_config, frozen, model.transformer)
     for ending, adapter in adapters.items():
         write_adapter(run.output / f"export_lora{ending}", adapter, given.alpha)
         merged = merge_on_host(base, adapter, lora.factor(given))

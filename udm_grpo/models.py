@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from udm_grpo.host.buckets import local
 from udm_grpo.host.checkpoint import Checkpoints
 from udm_grpo.host.peft_files import with_adapter
 from udm_grpo.host.weights import Checkpoint, load_folder
@@ -29,11 +30,11 @@ def open_folder(folder: str, adapter: str | None = None, transformer: str | None
 
     transformer: trained weights to take instead of those in the folder; adapter: a PEFT folder to merge into them.
     """
-    checkpoint = load_folder(folder, transformer_weights=transformer)
+    checkpoint = load_folder(local(folder), transformer_weights=transformer)
     size = 32 * checkpoint.vq_config.stride
     source = {"checkpoint": folder} | ({"transformer": transformer} if transformer else {})
     if adapter is not None:
-        merged = with_adapter(checkpoint.transformer, adapter, checkpoint.transformer_config)
+        merged = with_adapter(checkpoint.transformer, local(adapter), checkpoint.transformer_config)
         checkpoint, source = replace(checkpoint, transformer=merged), {**source, "adapter": adapter}
     return Model(checkpoint, source, {"height": size, "width": size, "dtype": "float32"})
 
@@ -44,7 +45,7 @@ def open_run(folder: str, step: str | None = None, weights: str | None = None) -
     weights: params, ema or None: what the run itself judges and exports, its moving average if it keeps one.
     Raises SampleError, CheckpointError, WeightsError.
     """
-    file = Path(folder) / "config.json"
+    file = local(f"{folder}/config.json")
     if not file.is_file():
         raise SampleError(f"{folder} is no training run: there is no {file}. Give the output_dir of one as --run.")
     config = read_json(file)
@@ -52,9 +53,9 @@ def open_run(folder: str, step: str | None = None, weights: str | None = None) -
     wanted = weights or judged
     if wanted != judged and (step == "best" or judged == "params"):
         raise SampleError(f"--weights is {wanted}, but {folder} has only {judged} there; give --weights {judged}.")
-    path, number = _checkpoint_of(Path(folder) / "checkpoints", step or "latest")
+    path, number = _checkpoint_of(f"{folder}/checkpoints", step or "latest")
     length, trained = given["text_length"] or None, given.get("transformer") or None
-    checkpoint = load_folder(given["path"], prompt_length=length, transformer_weights=trained)
+    checkpoint = load_folder(local(given["path"]), prompt_length=length, transformer_weights=trained)
     best = step == "best"
     # The best one holds what the run judges under the name params.
     params = read_training(path).read_for(checkpoint, "params" if best else wanted, given["path"])
@@ -71,7 +72,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise SampleError(f"{file} is damaged ({error}); give another folder.") from error
 
 
-def _checkpoint_of(folder: Path, step: str) -> tuple[Any, int]:
+def _checkpoint_of(folder: str, step: str) -> tuple[Any, int]:
     """(folder, step) of a run's checkpoint."""
     saved = Checkpoints(folder, keep=1)
     steps = saved.steps()

@@ -22,6 +22,7 @@ from udm_grpo.batches import Params
 from udm_grpo.diffusion.path import Path
 from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.host.checkpoint import Checkpoints
+from udm_grpo.host.places import local_args
 from udm_grpo.host.weights import Checkpoint, load_folder, save_folder
 from udm_grpo.model.transformer import Execution
 from udm_grpo.run import path_of
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning_rate", type=float, default=PretrainPlan.learning_rate)
     parser.add_argument("--shift", type=float, default=PretrainPlan.shift, help="0: the checkpoint's own")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
+    arguments = local_args(parser, argv)
     output = FilePath(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = load_folder(arguments.checkpoint)

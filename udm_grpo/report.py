@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from udm_grpo.host.atomic import replace_file
+from udm_grpo.host.buckets import CHECKPOINTS, EXPORTS, local
+from udm_grpo.host.places import check_flags, is_bucket
 from udm_grpo.host.report_data import report_data
 from udm_grpo.host.report_page import page
 from udm_grpo.host.run_folder import RunFolder, RunFolderError, read_run
@@ -47,11 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output", metavar="FILE", help=f"the file to write; default: {NAME} in the run's folder, of several: here"
     )
     given = parser.parse_args(argv)
-    output = Path(given.output or (Path(given.runs[0]) / NAME if len(given.runs) == 1 else NAME))
+    beside = len(given.runs) == 1 and not is_bucket(given.runs[0])
+    output = Path(given.output or (Path(given.runs[0]) / NAME if beside else NAME))
     try:
+        check_flags(given, ("runs",))
         if output.suffix.lower() not in (".html", ".htm"):
             raise RunFolderError(f"--output is {output}; give a file whose name ends in .html.")
-        write_report(given.runs, output)
+        write_report([local(run, (CHECKPOINTS, EXPORTS)) for run in given.runs], output)
     except (RunFolderError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -25,9 +25,11 @@ from udm_grpo.diffusion.path import make_path
 from udm_grpo.disk_check import check_space
 from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.host import rewards
+from udm_grpo.host.buckets import Mirror, local, local_prompts, staging
 from udm_grpo.host.checkpoint import Checkpoints, check_same_run, read_meta, resolve_resume
 from udm_grpo.host.checkpoint import restore as restore_checkpoint
 from udm_grpo.host.metrics import write_json
+from udm_grpo.host.places import is_bucket
 from udm_grpo.host.prompts import PromptSet, read_prompts
 from udm_grpo.host.weights import Checkpoint, load_folder, load_transformer, transformer_path
 from udm_grpo.model import lora, transformer
@@ -64,6 +66,9 @@ class Run:
     client: Composition
     checkpoints: Checkpoints
     output: Path
+    """The run's folder; for one in a bucket, the local folder that stands for it."""
+    mirror: Mirror | None = None
+    """Of process 0 of a run in a bucket."""
 
     def key(self, stage: Stage, step: int) -> Key[Array, ""]:
         """The key of a stage at an iteration."""
@@ -123,7 +128,7 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
 
 def _prompts(field: str, file: str, weights: dict[str, float]) -> PromptSet:
     try:
-        return read_prompts(file, weights or None)
+        return read_prompts(local_prompts(file), weights or None)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"{field}: {error}") from error
 
@@ -202,7 +207,7 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     mesh = meshes.make_mesh(asdict(config.mesh))
     prompt_length = config.model.text_length or None
     trained_weights = config.model.transformer or None
-    checkpoint = load_folder(config.model.path, "float32", prompt_length, False, trained_weights)
+    checkpoint = load_folder(local(config.model.path), "float32", prompt_length, False, trained_weights)
     check_sizes(config, checkpoint.vq_config.stride)
     plans = make_plans(config, checkpoint.transformer_config, checkpoint.vq_config, checkpoint.scheduler.shift, mesh)
     train = _prompts("prompts.train", config.prompts.train, config.prompts.tag_weights)
@@ -211,14 +216,15 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     learned = trained(config, checkpoint.transformer, checkpoint.transformer_config)
     abstract = abstract_state(optimizer, learned, config.optimizer.ema_decay > 0, mesh)
     check_space(config, abstract, checkpoint.transformer)
-    output = _open_output(config)
+    output, mirror = _open_output(config, stack)
     replicated = meshes.replicated(mesh)
     path = jax.tree.map(lambda leaf: hosts.put(leaf, replicated), path_of(checkpoint))
     client = stack.enter_context(rewards.connect(config.rewards, output / "kept_images"))
     rewards.warn_of([client])
     _check_prompts(client, "prompts.train", train)
     _check_prompts(client, "prompts.heldout", heldout)
-    checkpoints = Checkpoints(output / "checkpoints", config.checkpoint.keep)
+    place = f"{config.output_dir.rstrip('/')}/checkpoints" if is_bucket(config.output_dir) else output / "checkpoints"
+    checkpoints = Checkpoints(place, config.checkpoint.keep)
     stack.callback(checkpoints.finish)  # what has begun becomes good also if the run fails
     run = Run(
         config=config,
@@ -231,18 +237,28 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
         client=client,
         checkpoints=checkpoints,
         output=output,
+        mirror=mirror,
     )
     return run, abstract
 
 
-def _open_output(config: RunConfig) -> Path:
-    """Make the run's folder; raises ConfigError if a process does not see in it what process 0 writes."""
-    output = Path(config.output_dir)
+def _open_output(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Path, Mirror | None]:
+    """Make the run's folder; raises ConfigError if a process does not see in it what process 0 writes.
+
+    Of a run in a bucket it is a local folder, which process 0 mirrors there.
+    """
+    mirror = None
+    if is_bucket(config.output_dir) and hosts.is_primary():
+        mirror = stack.enter_context(Mirror(config.output_dir))
+    there = is_bucket(config.output_dir)
+    output = staging(config.output_dir, jax.process_index()) if there else Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     if hosts.is_primary():
         write_json(output / "config.json", as_dict(config))
-    if jax.process_count() == 1:
-        return output
+    if mirror:
+        mirror.push()
+    if jax.process_count() == 1 or there:
+        return output, mirror
     mark = output / hosts.from_primary(lambda: f".seen-{uuid.uuid4().hex}")
     if hosts.is_primary():
         mark.touch()
@@ -257,7 +273,7 @@ def _open_output(config: RunConfig) -> Path:
             f"output_dir {output} is not the same folder for all: process(es) {', '.join(map(str, blind))} do not see "
             "there what process 0 writes; name a folder that all hosts share."
         )
-    return output
+    return output, None
 
 
 def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position | None]:
@@ -286,7 +302,7 @@ def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position 
 def _fresh(run: Run, abstract: TrainState, reference: Params) -> tuple[TrainState, Params]:
     """(the state before the first update, the frozen reference), from the start model's folder."""
     config = run.checkpoint.transformer_config
-    folder = transformer_path(run.config.model.path, run.config.model.transformer)
+    folder = transformer_path(local(run.config.model.path), run.config.model.transformer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, reference)
     if not run.config.lora.rank:
         master = load_transformer(folder, config, shardings=shardings)
@@ -305,6 +321,8 @@ def _text(path: Any) -> str | None:
 def save(run: Run, state: TrainState, reference: Params, position: Position) -> None:
     """Begin to save everything an exact resume needs; the writing goes on while the run does."""
     meta = {"fingerprint": fingerprint(run.config), "position": asdict(position)}
+    if run.mirror:
+        run.mirror.push()  # so that what is before the checkpoint is there when it counts
     run.checkpoints.begin(position.step, {"state": state, "reference": reference}, meta)
 
 

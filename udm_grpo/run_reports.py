@@ -30,10 +30,10 @@ class Reports:
     timer: StageTimer
 
 
-def open_reports(config: RunConfig, position: Position | None, stack: contextlib.ExitStack) -> Reports:
+def open_reports(config: RunConfig, output: Path, position: Position | None, stack: contextlib.ExitStack) -> Reports:
     """Open the run's files and its progress bar; lines past `position` (None: a fresh run) are dropped."""
     resume_after = None if position is None else position.step
-    output, primary = Path(config.output_dir), hosts.is_primary()
+    primary = hosts.is_primary()
     if primary:
         remove_unfinished(output)
         begin(output, resume_after)

@@ -38,9 +38,11 @@ from udm_grpo.batch_sizes import padded
 from udm_grpo.config import DistributedConfig, MeshConfig
 from udm_grpo.diffusion.rollout import RolloutPlan
 from udm_grpo.host.atomic import remove_unfinished, replace_file
+from udm_grpo.host.buckets import local_prompts
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.metrics import write_json
 from udm_grpo.host.pictures import image_grid
+from udm_grpo.host.places import check_flags
 from udm_grpo.host.progress import progress_bar
 from udm_grpo.host.prompts import UNTAGGED, PromptSet, read_prompts
 from udm_grpo.host.weights import DTYPES, Checkpoint
@@ -260,7 +262,11 @@ def _check(given: argparse.Namespace, available: int) -> None:
 def _read_prompts(given: argparse.Namespace) -> PromptSet:
     texts = given.prompt or []
     rows = tuple({"tag": UNTAGGED, "prompt": text} for text in texts)
-    prompts = read_prompts(given.prompts) if given.prompts else PromptSet(tuple(texts), rows, (UNTAGGED,) * len(rows))
+    prompts = (
+        read_prompts(local_prompts(given.prompts))
+        if given.prompts
+        else PromptSet(tuple(texts), rows, (UNTAGGED,) * len(rows))
+    )
     if len(prompts) > MOST_PROMPTS:
         raise SampleError(f"there are {len(prompts)} prompts; give at most {MOST_PROMPTS} at a time.")
     return prompts
@@ -298,6 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(argv)
     expected = (CheckpointError, OSError, ValueError)  # ValueError: SampleError, WeightsError, MeshError, prompts
     try:
+        check_flags(given, ("checkpoint", "run", "adapter", "prompts"))
         with distributed.joined(DistributedConfig(), expected):
             draw_all(given)
     except expected as error:

@@ -182,7 +182,7 @@ def finish(run: Run, reports: Reports, state: TrainState, reference: Params, pos
             if isinstance(value, float)
         )
         reports.progress.message(f"held-out, {steps} steps: {words}")
-    reports.progress.message(f"{summary['seconds']:.0f} s in all; results in {run.output}")
+    reports.progress.message(f"{summary['seconds']:.0f} s in all; results in {run.config.output_dir}")
     return summary
 
 
@@ -214,7 +214,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         run, abstract = open_run(config, stack)
         state, reference, position = start(run, abstract)
         done = 0 if position is None else position.step
-        reports = run_reports.open_reports(config, position, stack)
+        reports = run_reports.open_reports(config, run.output, position, stack)
         for note in start_notes(config, run.checkpoint.transformer_config, run.checkpoint.transformer, run.mesh):
             reports.progress.message(note)
         if position is None:
@@ -230,6 +230,8 @@ def train(config: RunConfig) -> dict[str, Any]:
         for step in range(done, config.iterations):
             state, rewards, metrics = iterate(run, state, reference, step, reports.timer)
             run_reports.write_iteration(reports, config, step + 1, rewards, metrics)
+            if run.mirror:
+                run.mirror.push_when_due()
             position = replace(position, step=step + 1, seconds=spent + time.monotonic() - began, looked=False)
             if step + 1 < config.iterations and hosts.any_process(asked.requested):
                 save(run, state, reference, position)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -161,6 +162,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER")
     parser.add_argument("--engine", default="onnxruntime", help=f"{' or '.join(PACKAGES)} (default: %(default)s)")
     parsed = parser.parse_args(arguments)
+    if address := re.match(r"([A-Za-z][\w+.-]+):/+(.*)", str(parsed.output)):
+        advice = "give a local folder (a bucket can be mounted with gcsfuse or mount-s3)"
+        parser.error(f"--output is {address[1]}://{address[2]}, which is no local path; {advice}")
     try:
         detection, recognition = make_folders(parsed.output, parsed.engine)
     except (UsageError, OSError) as error:

@@ -16,8 +16,6 @@ processes all of them call these and `restore` alike, and all see the same folde
 
 import contextlib
 import json
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,13 +27,22 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from udm_grpo.host.checkpoint_folders import (
+    COMMITTED,
+    PathLike,
+    absolute,
+    clear_leftovers,
+    committed_best,
+    committed_steps,
+    is_committed,
+    move,
+    newest_of,
+    remove,
+)
 from udm_grpo.host.checkpoint_leaves import State, abstract_leaves, by_name, differences, savable_leaves
 from udm_grpo.host.disk_space import save_problem
 
 FORMAT = 1  # of what is inside a checkpoint; goes up when old ones can no longer be read
-PathLike = str | os.PathLike[str]
-
-_COMMITTED = "commit_success.txt"  # Orbax writes it last, on local disks and in buckets alike
 
 
 class CheckpointError(RuntimeError):
@@ -62,14 +69,14 @@ class Checkpoints:
     def __init__(self, folder: PathLike, keep: int):
         if keep < 1:
             raise ValueError(f"checkpoints to keep must be at least 1, found {keep}")
-        self.folder, self.keep = _absolute(folder), keep
+        self.folder, self.keep = absolute(folder), keep
         self._written: set[int] = set()
         self._pending: _Pending | None = None
         self._best_number = 0
 
     def steps(self) -> list[int]:
         """Return the steps of all good checkpoints, oldest first."""
-        return _committed_steps(self.folder)
+        return committed_steps(self.folder)
 
     def latest(self) -> int | None:
         """Return the newest good step, or None."""
@@ -77,7 +84,7 @@ class Checkpoints:
 
     def best(self) -> epath.Path | None:
         """Return the folder of the checkpoint saved last by `save_best`, or None."""
-        return max(_committed_best(self.folder), default=(0, None))[1]
+        return max(committed_best(self.folder), default=(0, None))[1]
 
     def path(self, step: int) -> epath.Path:
         """Return the folder of this step's checkpoint, whether it exists or not."""
@@ -106,12 +113,12 @@ class Checkpoints:
             advice = "resume from it, call set_aside_after, or choose another folder"
             raise CheckpointError(f"{path} exists already, from an earlier run; {advice}")
 
-        def keep_newest() -> None:
+        def keepnewest_of() -> None:
             self._written.add(step)
             for old in self.steps()[: -self.keep]:
-                _remove(self.path(old))
+                remove(self.path(old))
 
-        self._begin(path, step, state, meta, keep_newest)
+        self._begin(path, step, state, meta, keepnewest_of)
 
     def save_best(self, step: int, state: State, meta: Mapping[str, Any]) -> epath.Path:
         """`begin_best`, and `finish`; return the checkpoint's folder."""
@@ -122,13 +129,13 @@ class Checkpoints:
     def begin_best(self, step: int, state: State, meta: Mapping[str, Any]) -> epath.Path:
         """Begin to save the state in the slot for the best one; the one before is deleted once this one is good."""
         self.finish()
-        before = _committed_best(self.folder)
+        before = committed_best(self.folder)
         self._best_number = max(self._best_number, max(before, default=(0, None))[0]) + 1
         path = self.folder / "best" / f"{self._best_number}-step-{step}"
 
         def drop_others() -> None:
             for _, old in before:
-                _remove(old)
+                remove(old)
 
         self._begin(path, step, state, meta, drop_others)
         return path
@@ -157,7 +164,7 @@ class Checkpoints:
             number = 1 + len(list(self.folder.glob(f"{later:08d}.aside-*")))
             moved.append(self.folder / f"{later:08d}.aside-{number}")
             if jax.process_index() == 0:
-                self.path(later).rename(moved[-1])
+                move(self.path(later), moved[-1])
         return moved
 
     def _begin(
@@ -166,7 +173,7 @@ class Checkpoints:
         leaves = savable_leaves(state)
         header = {"format": FORMAT, "step": step, "meta": _as_json(meta)}
         size = sum(leaf.nbytes for leaf in leaves.values())
-        _clear_leftovers(path.parent)
+        clear_leftovers(path.parent)
         # Process 0 alone asks: the others might do so while it writes already.
         problem = "" if jax.process_index() or "://" in str(path) else save_problem(Path(path), size)
         if problem:
@@ -182,7 +189,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            _clear_leftovers(path.parent)
+            clear_leftovers(path.parent)
             raise CheckpointError(self._why_not_saved(path, size, error)) from error
 
     def _why_not_saved(self, path: epath.Path, size: int, error: Exception) -> str:
@@ -203,7 +210,7 @@ def restore(path: PathLike, abstract_state: State, partial: bool = False) -> tup
     Raises CheckpointError if there is no good checkpoint, if it is another model's (which names, shapes and dtypes
     differ: the first few of each kind and how many), or if its files are damaged.
     """
-    path = _absolute(path)
+    path = absolute(path)
     saved, meta = _read_header(path)
     wanted = abstract_leaves(abstract_state)
     found = differences(saved, wanted, partial)
@@ -219,7 +226,7 @@ def restore(path: PathLike, abstract_state: State, partial: bool = False) -> tup
 
 def read_meta(path: PathLike) -> dict[str, Any]:
     """Return the meta dictionary of the checkpoint in this folder; raise CheckpointError if there is none."""
-    return _read_header(_absolute(path))[1]
+    return _read_header(absolute(path))[1]
 
 
 def resolve_resume(resume: str, folder: PathLike) -> epath.Path | None:
@@ -231,15 +238,15 @@ def resolve_resume(resume: str, folder: PathLike) -> epath.Path | None:
     if resume == "none":
         return None
     if resume == "latest":
-        return _newest(_absolute(folder))
-    path = _absolute(resume)
+        return newest_of(absolute(folder))
+    path = absolute(resume)
     if not path.exists():
         raise CheckpointError(f"resume={resume}: no such folder. Give latest, none, or a checkpoint's folder")
-    if _is_committed(path):
+    if is_committed(path):
         return path
-    newest = _newest(path) or _newest(path / "checkpoints")
+    newest = newest_of(path) or newest_of(path / "checkpoints")
     if newest is None:
-        advice = f"A checkpoint is a folder such as {path / '00000040'} with {_COMMITTED} in it"
+        advice = f"A checkpoint is a folder such as {path / '00000040'} with {COMMITTED} in it"
         raise CheckpointError(f"resume={resume}: neither a complete checkpoint nor a folder of some. {advice}")
     return newest
 
@@ -262,7 +269,7 @@ def check_same_run(meta: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> N
 
 def _read_header(path: epath.Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """Return what is known of each saved leaf (shape, dtype) by name, and the meta dictionary."""
-    if not _is_committed(path):
+    if not is_committed(path):
         raise CheckpointError(f"{path} is not a complete checkpoint" + ("" if path.exists() else " (no such folder)"))
     with _reading(path):
         header = ocp.metadata(path)
@@ -272,45 +279,6 @@ def _read_header(path: epath.Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     if not isinstance(ours, dict) or ours.get("format") != FORMAT:
         raise CheckpointError(f"{path} is an Orbax checkpoint, but not one of this program in format {FORMAT}")
     return header.metadata, ours["meta"]
-
-
-def _is_committed(path: epath.Path) -> bool:
-    return (path / _COMMITTED).exists() and ocp.is_orbax_checkpoint(path)
-
-
-def _committed_steps(folder: epath.Path) -> list[int]:
-    """Return the steps of the good checkpoints in a folder, ascending."""
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if re.fullmatch(r"\d{8}", name) and _is_committed(folder / name))
-
-
-def _committed_best(folder: epath.Path) -> list[tuple[int, epath.Path]]:
-    """Return (number, folder) of each good checkpoint in the slot for the best one: more than one only after a kill."""
-    slot = folder / "best"
-    found = [(re.fullmatch(r"(\d+)-step-\d+", entry.name), entry) for entry in slot.iterdir()] if slot.is_dir() else []
-    return [(int(match[1]), entry) for match, entry in found if match and _is_committed(entry)]
-
-
-def _newest(folder: epath.Path) -> epath.Path | None:
-    steps = _committed_steps(folder)
-    return folder / f"{steps[-1]:08d}" if steps else None
-
-
-def _clear_leftovers(folder: epath.Path) -> None:
-    """Delete what killed or failed saves and deletions left in the folder."""
-    for entry in list(folder.iterdir()) if folder.is_dir() else []:
-        ours = re.fullmatch(r"(\d{8}|\d+-step-\d+)(\.orbax-checkpoint-tmp.*)?", entry.name)
-        if ours and (ours[2] or not (entry / _COMMITTED).exists()):
-            _remove(entry)
-
-
-def _remove(path: epath.Path) -> None:
-    """Delete a checkpoint so that it stops counting at once, even if the deletion is interrupted."""
-    if jax.process_index() != 0:
-        return
-    with contextlib.suppress(OSError):  # a leftover does no harm, and the next save tries again
-        (path / _COMMITTED).unlink(missing_ok=True)
-        path.rmtree(missing_ok=True)
 
 
 def _orbax(partial: bool = False) -> ocp.Context:
@@ -328,11 +296,6 @@ def _reading(path: epath.Path, partial: bool = False) -> Iterator[None]:
             yield
     except Exception as error:
         raise CheckpointError(f"{path} is damaged: {_first_line(error)}\n  Resume from another checkpoint.") from error
-
-
-def _absolute(path: PathLike) -> epath.Path:
-    text = os.fspath(path)
-    return epath.Path(text if "://" in text else Path(text).expanduser().absolute())
 
 
 def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:

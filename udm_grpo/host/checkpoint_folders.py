@@ -1,0 +1,84 @@
+"""Which folders are complete checkpoints, on local disks and in buckets; moving and deleting them.
+
+A checkpoint counts once Orbax has committed it, which a file in it says.
+"""
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+import jax
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from udm_grpo.host.buckets import copy_object
+
+PathLike = str | os.PathLike[str]
+
+COMMITTED = "commit_success.txt"
+"""What Orbax writes into a checkpoint last, on local disks and in buckets alike."""
+
+
+def is_committed(path: epath.Path) -> bool:
+    """Return whether a folder is a complete checkpoint."""
+    return (path / COMMITTED).exists() and ocp.is_orbax_checkpoint(path)
+
+
+def committed_steps(folder: epath.Path) -> list[int]:
+    """Return the steps of the good checkpoints in a folder, ascending."""
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if re.fullmatch(r"\d{8}", name) and is_committed(folder / name))
+
+
+def committed_best(folder: epath.Path) -> list[tuple[int, epath.Path]]:
+    """Return (number, folder) of each good checkpoint in the slot for the best one: more than one only after a kill."""
+    slot = folder / "best"
+    found = [(re.fullmatch(r"(\d+)-step-\d+", entry.name), entry) for entry in slot.iterdir()] if slot.is_dir() else []
+    return [(int(match[1]), entry) for match, entry in found if match and is_committed(entry)]
+
+
+def newest_of(folder: epath.Path) -> epath.Path | None:
+    """Return the newest complete checkpoint in a folder."""
+    steps = committed_steps(folder)
+    return folder / f"{steps[-1]:08d}" if steps else None
+
+
+def clear_leftovers(folder: epath.Path) -> None:
+    """Delete what killed or failed saves and deletions left in the folder."""
+    for entry in list(folder.iterdir()) if folder.is_dir() else []:
+        ours = re.fullmatch(r"(\d{8}|\d+-step-\d+)(\.orbax-checkpoint-tmp.*)?", entry.name)
+        if ours and (ours[2] or not (entry / COMMITTED).exists()):
+            remove(entry)
+
+
+def remove(path: epath.Path) -> None:
+    """Delete a checkpoint so that it stops counting at once, even if the deletion is interrupted."""
+    if jax.process_index() != 0:
+        return
+    with contextlib.suppress(OSError):  # a leftover does no harm, and the next save tries again
+        (path / COMMITTED).unlink(missing_ok=True)
+        path.rmtree(missing_ok=True)
+
+
+def absolute(path: PathLike) -> epath.Path:
+    """Return an absolute path, or an address as it is."""
+    text = os.fspath(path)
+    return epath.Path(text if "://" in text else Path(text).expanduser().absolute())
+
+
+def move(path: epath.Path, target: epath.Path) -> None:
+    """Rename a checkpoint so that it never counts under both names, also if this is interrupted.
+
+    A bucket has no renaming: its objects are copied one by one, the one that commits the checkpoint last.
+    """
+    if "://" not in str(path):
+        path.rename(target)
+        return
+    mark = (path / COMMITTED).read_bytes()
+    (path / COMMITTED).unlink()
+    for source in path.rglob("*"):
+        if not source.is_dir():
+            copy_object(str(source), str(target / source.relative_to(path)))
+    (target / COMMITTED).write_bytes(mark)
+    remove(path)

@@ -1,0 +1,125 @@
+"""Addresses of files: which ones are local paths, and what to do about those that are not.
+
+Some fields and flags take an address in a Google Cloud Storage bucket (gs://bucket/...; see buckets.py). Everything
+else is a local path, and an address given there is refused before anything is loaded: Python's own paths would make a
+local folder named "gs:" of it.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+BUCKET = "gs"
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)  # pathlib turns gs://bucket into gs:/bucket
+_HOW = {
+    "gs": "mount the bucket (mkdir -p /mnt/{name} && gcsfuse --implicit-dirs {name} /mnt/{name}) and give "
+    "/mnt/{name}/{rest}, or copy it (gcloud storage cp -r {address} .)",
+    "s3": "mount the bucket (mkdir -p /mnt/{name} && mount-s3 {name} /mnt/{name}) and give /mnt/{name}/{rest}, or copy "
+    "it (aws s3 cp --recursive {address} .)",
+    "hf": "download it (hf download {name}/{rest} --local-dir FOLDER) and give that folder",
+    "http": "download it (curl -fLO {address}) and give the file",
+    "https": "download it (curl -fLO {address}) and give the file",
+    "file": "leave out file://",
+}
+SUPPORTED_FIELDS = ("output_dir", "model.path", "prompts.train", "prompts.heldout", "checkpoint.resume")
+"""Fields of a config that take an address in a bucket."""
+_NO_PATHS = ("environment", "addresses", "coordinator")
+"""Fields that hold no paths, whatever they look like (unix:/path is an address)."""
+_TEXT_FLAGS = ("prompt", "metadata", "environment", "address", "ratio", "host", "listen")
+"""Flags whose values are no paths."""
+
+_POSITIONAL = ("a", "b", "path", "runs")
+"""Arguments without a flag."""
+
+
+class PlaceError(OSError):
+    """An address that cannot be used where it was given; the message says what to do instead."""
+
+
+def scheme(text: str | Path) -> str:
+    """Return the scheme of an address in lower case (gs, s3, https, ...), "" for a local path."""
+    found = _ADDRESS.match(str(text))
+    return found[1].lower() if found else ""
+
+
+def is_bucket(text: str | Path) -> bool:
+    """Return whether a text is an address in a Google Cloud Storage bucket, gs://..."""
+    return str(text).startswith(f"{BUCKET}://")
+
+
+def problem(name: str, text: str | Path, supported: bool = False) -> str:
+    """Return why `text` cannot be used for the field or flag `name`, with what to do; "" if it can.
+
+    supported: whether an address in a bucket can be used there, for which the package gcsfs is needed.
+    """
+    found = _ADDRESS.match(str(text))
+    if not found:
+        return ""
+    kind = found[1].lower()
+    bucket, _, rest = found[2].partition("/")
+    if kind == BUCKET and supported:
+        if not is_bucket(text) or not bucket or not rest.strip("/"):
+            return f"{name} is {str(text)!r}; an address in a bucket is written gs://BUCKET/PATH."
+        if importlib.util.find_spec("gcsfs") is None:
+            return f'{name} is {str(text)!r}, which needs the package gcsfs: pip install "udm-grpo[gcs]" or gcsfs.'
+        return ""
+    address = f"{kind}://{found[2]}"
+    how = _HOW.get(kind, "copy or mount it, and give the local path")
+    advice = how.format(name=bucket or "BUCKET", rest=rest, address=address)
+    wanted = "a local path or an address in a bucket, gs://BUCKET/PATH" if supported else "a local path"
+    return f"{name} is {address!r}, but has to be {wanted}; {advice}."
+
+
+def config_problems(config: Any) -> Iterator[str]:
+    """Yield what is wrong with the addresses in a RunConfig, in all of its fields."""
+    for name, text in _texts("", dataclasses.asdict(config)):
+        if any(part in _NO_PATHS for part in name.split(".")):
+            continue
+        if ".options." in name and scheme(text) in ("http", "https"):
+            continue  # the endpoint of a vision-language judge
+        if found := problem(name, text, name in SUPPORTED_FIELDS):
+            yield found
+
+
+def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str | os.PathLike):
+        yield name, os.fspath(value)
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _texts(f"{name}.{key}" if name else str(key), part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _texts(name, part)
+
+
+def local_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the arguments of a command that takes local paths only; an address is a usage error."""
+    given = parser.parse_args(argv)
+    try:
+        check_flags(given)
+    except PlaceError as error:
+        parser.error(str(error))
+    return given
+
+
+def check_flags(given: argparse.Namespace, supported: Collection[str] = ()) -> None:
+    """Raise PlaceError for every flag that is an address where it has to be a local path.
+
+    supported: names of flags that take an address in a bucket, too.
+    """
+    problems = []
+    for name, text in _texts("", vars(given)):
+        flag = name.upper() if name in _POSITIONAL else f"--{name.replace('_', '-')}"
+        if name in _TEXT_FLAGS:
+            continue
+        left, equals, value = text.partition("=")
+        if equals and not scheme(left):  # NAME.KEY=VALUE
+            text = "" if scheme(value) in ("http", "https") else value
+        problems.append(problem(flag, text, name in supported))
+    if any(problems):
+        raise PlaceError("\n  ".join(filter(None, problems)))
