@@ -76,7 +76,6 @@ def test_every_field_of_a_config_takes_an_address_or_refuses_it(field, address):
         ("s3://bucket/x", "mount-s3 bucket /mnt/bucket"),
         ("hf://org/name", "hf download org/name --local-dir"),
         ("https://example.org/x", "curl -fLO https://example.org/x"),
-        ("file:///x", "leave out file://"),
         ("oci://b/x", "give the local path"),
     ],
 )

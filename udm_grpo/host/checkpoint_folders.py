@@ -12,7 +12,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from udm_grpo.host.buckets import copy_object
+from udm_grpo.host.buckets import copy_object, listing
 
 PathLike = str | os.PathLike[str]
 
@@ -77,8 +77,7 @@ def move(path: epath.Path, target: epath.Path) -> None:
         return
     mark = (path / COMMITTED).read_bytes()
     (path / COMMITTED).unlink()
-    for source in path.rglob("*"):
-        if not source.is_dir():
-            copy_object(str(source), str(target / source.relative_to(path)))
+    for name in listing(str(path)):
+        copy_object(f"{path}/{name}", f"{target}/{name}")
     (target / COMMITTED).write_bytes(mark)
     remove(path)

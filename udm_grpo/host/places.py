@@ -24,7 +24,6 @@ _HOW = {
     "hf": "download it (hf download {name}/{rest} --local-dir FOLDER) and give that folder",
     "http": "download it (curl -fLO {address}) and give the file",
     "https": "download it (curl -fLO {address}) and give the file",
-    "file": "leave out file://",
 }
 SUPPORTED_FIELDS = ("output_dir", "model.path", "prompts.train", "prompts.heldout", "checkpoint.resume")
 """Fields of a config that take an address in a bucket."""
