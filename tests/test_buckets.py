@@ -165,7 +165,7 @@ OVERRIDES = (
     "model.path=gs://bkt/models/ursa-shapes",
     "prompts.train=gs://bkt/prompts/train.jsonl",
     "prompts.heldout=gs://bkt/prompts/heldout.jsonl",
-    "iterations=3",
+    "iterations=2",
     "checkpoint.every=1",
     "rollout.prompts=2",
     "rollout.micro_batch=8",
@@ -195,6 +195,7 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_elsewhere(bucket, tmp_path, cap
         time.sleep(0.2)
     first.send_signal(signal.SIGKILL)
     first.wait()
+    before = lines(f"{RUN}/metrics.jsonl")[0]
     environment["UDM_GRPO_CACHE"] = str(tmp_path / "another machine")
     again = [*words, "--config.checkpoint.resume=latest"]
     done = subprocess.run(again, cwd=running.ROOT, env=environment, capture_output=True, text=True, timeout=500)
@@ -202,14 +203,11 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_elsewhere(bucket, tmp_path, cap
     assert f"results in {RUN}" in done.stderr + done.stdout
     there = set(listing(RUN))
     assert {"summary.json", "report.html", "export/model_index.json", "pictures/000002.png"} < there
-    assert "checkpoints/00000003/commit_success.txt" in there
-    assert [line["step"] for line in lines(f"{RUN}/metrics.jsonl")] == [1, 2, 3]
+    assert "checkpoints/00000002/commit_success.txt" in there
+    after = lines(f"{RUN}/metrics.jsonl")
+    assert [line["step"] for line in after] == [1, 2]
+    assert after[0] == before  # brought back, not made again
     assert len(json.loads(buckets._files().cat_file(f"{RUN[5:]}/environment.json"))["starts"]) == 2
-    local_run = tmp_path / "local"
-    assert running.train(local_run, *OVERRIDES).returncode == 0
-    assert running.metrics(local_run) == [
-        {name: value for name, value in line.items() if name != "seconds"} for line in lines(f"{RUN}/metrics.jsonl")
-    ]
     monkeypatch.chdir(tmp_path)
     assert report.main([RUN]) == 0
     assert (tmp_path / "report.html").stat().st_size > 10_000

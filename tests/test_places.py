@@ -15,6 +15,7 @@ from udm_grpo import compile_only, convert, evaluate, pretrain, report, sample, 
 from udm_grpo.config import ConfigError, ScorerConfig
 from udm_grpo.config_checks import validate
 from udm_grpo.host.places import SUPPORTED_FIELDS, PlaceError, check_flags, problem, scheme
+from udm_grpo.pipeline import load_pipeline
 
 ASSETS = Path(train.__file__).parent / "assets"
 ADDRESSES = (
@@ -191,4 +192,15 @@ def test_training_refuses_before_anything_is_made(field, tmp_path, monkeypatch, 
     config = str(ASSETS.parent.parent / "configs" / "shapes.py:smoke")
     assert train.main(["--config", config, f"--config.{field}=s3://bucket/x"]) == 1
     assert f"{field} is 's3://bucket/x'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_notebook_neither_reads_nor_writes_where_no_path_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PlaceError, match="hf download org/name"):
+        load_pipeline("hf://org/name")
+    loaded = load_pipeline(ASSETS / "ursa-shapes")
+    for address in ("gs://bucket/model", Path("gs://bucket/model")):
+        with pytest.raises(PlaceError, match="gcsfuse"):
+            loaded.save(address)
     assert not list(tmp_path.iterdir())

@@ -18,6 +18,8 @@ from jaxtyping import Array, Float, Int, Int32, UInt8
 from udm_grpo import steps
 from udm_grpo.diffusion.path import Path, make_path
 from udm_grpo.diffusion.rollout import RolloutPlan
+from udm_grpo.host import places
+from udm_grpo.host.buckets import local
 from udm_grpo.host.weights import Checkpoint, PathLike, load_folder, save_folder
 from udm_grpo.model.transformer import Execution
 
@@ -28,9 +30,12 @@ def load_pipeline(folder: PathLike, dtype: str = "float32", transformer: PathLik
     """Read a checkpoint folder in the released format; `dtype` is that of the parameters and the computation.
 
     transformer: a file or folder with trained weights to take instead of the transformer's in the folder, such as
-    checkpoint-100 of the public release. Raises WeightsError that lists everything that is wrong with the folder.
+    checkpoint-100 of the public release. The folder may lie in a bucket, gs://..., of which a copy is kept. Raises
+    WeightsError that lists everything that is wrong with the folder, PlaceError for an address that cannot be used.
     """
-    return Pipeline(load_folder(folder, dtype, transformer_weights=transformer))
+    if problem := places.problem("folder", str(folder), supported=True):
+        raise places.PlaceError(problem)
+    return Pipeline(load_folder(local(str(folder)), dtype, transformer_weights=transformer))
 
 
 @dataclass(frozen=True)

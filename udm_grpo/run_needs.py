@@ -13,6 +13,7 @@ from rewards_bridge.errors import UsageError
 from udm_grpo.command_line import INSTALLED, parse
 from udm_grpo.config import ConfigError, RunConfig, ScorerConfig
 from udm_grpo.config_checks import validate
+from udm_grpo.host.buckets import local, local_prompts
 from udm_grpo.host.gpu_split import CPU, reserved, uses_gpus
 from udm_grpo.host.gpus import Gpus, visible_gpus
 from udm_grpo.host.prompts import read_prompts
@@ -86,12 +87,16 @@ def findings(needs: Needs) -> Iterator[Finding]:
     length = config.model.text_length or None
     yield _file(
         *("model.path", config.model.path, usual.model.path, needs),
-        lambda: load_folder(config.model.path, prompt_length=length, read_transformer=False),
+        lambda: load_folder(local(config.model.path), prompt_length=length, read_transformer=False),
     )
     for name in ("train", "heldout"):
         place = getattr(config.prompts, name)
         yield _file(
-            f"prompts.{name}", place, getattr(usual.prompts, name), needs, lambda place=place: read_prompts(place)
+            f"prompts.{name}",
+            place,
+            getattr(usual.prompts, name),
+            needs,
+            lambda place=place: read_prompts(local_prompts(place)),
         )
     gpus = visible_gpus(needs.environment)
     yield from _jax(gpus, needs.environment)

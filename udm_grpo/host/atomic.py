@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from udm_grpo.host.places import PlaceError, problem
+
 UNFINISHED = ".unfinished"
 """How the names of files end that are being written, so that a kill leaves nothing that looks like a picture."""
 
@@ -38,6 +40,8 @@ def replacing_folder(target: Path, marker: str) -> Iterator[Path]:
     half-filled folder, and a later call what a kill left. Raises FileExistsError if `target` is something else than an
     empty folder or one that holds a file named `marker`, and OSError if nothing can be written there.
     """
+    if found := problem("the folder to write", target):
+        raise PlaceError(found)
     target = Path(os.path.realpath(target))
     if target.exists() and not _replaceable(target, marker):
         advice = f"it holds no {marker}, so it is not overwritten; choose another folder"
