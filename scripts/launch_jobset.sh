@@ -9,9 +9,10 @@
 # --hosts N        pods, one a host                    --accelerator, --topology   of the TPU node pool
 # --chips N        TPU chips or GPUs of a host         --claim NAME                volume claim that all pods mount at /mnt/shared
 #
-# IMAGE holds this folder at its working directory with requirements.txt and jax[tpu] or jax[cuda13] installed. Each pod learns
-# its place from the JobSet's own labels. A pod that is evicted gets SIGTERM, saves and fails; the JobSet starts all of them
-# again, and the run goes on from its checkpoint.
+# IMAGE holds this folder at its working directory, with pip install -e ".[tpu]" or ".[cuda13]" done there. Each pod learns its
+# place from the JobSet's own labels; the first one is reached at ports 8476 and 8477. The start model, the prompt files and
+# output_dir have to be below /mnt/shared or in the image. When a pod is evicted it gets SIGTERM, and the run saves and exits
+# with status 75; the JobSet starts all pods again, up to 20 times, and the run resumes from its checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,7 +28,7 @@ while (($#)); do
         --dry-run) dry_run=true && shift ;;
         --name | --hosts | --chips | --accelerator | --topology | --claim)
             printf -v "${1#--}" '%s' "${2:?$1 wants a value}" && shift 2 ;;
-        -h | --help) sed -n '2,15s/^# \{0,1\}//p' scripts/launch_jobset.sh && exit 0 ;;
+        -h | --help) sed -n '2,16s/^# \{0,1\}//p' scripts/launch_jobset.sh && exit 0 ;;
         --) shift && break ;;
         *) fail "$1 is not known; the trainer's own arguments come after --" ;;
     esac

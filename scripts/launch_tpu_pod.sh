@@ -1,20 +1,35 @@
 #!/usr/bin/env bash
 # Set up or train on every worker of a Cloud TPU pod slice, by gcloud from any machine.
 #
-#   TPU_NAME=udm ZONE=us-east5-a scripts/launch_tpu_pod.sh setup
-#   TPU_NAME=udm ZONE=us-east5-a scripts/launch_tpu_pod.sh train --config configs/geneval.py --config.output_dir=/mnt/shared/run
-#   TPU_NAME=udm ZONE=us-east5-a scripts/launch_tpu_pod.sh stop
+#   export TPU_NAME=udm ZONE=us-east5-a
+#   PYTHON=python3.12 scripts/launch_tpu_pod.sh setup
+#   scripts/launch_tpu_pod.sh copy models/URSA-1.7B-IBQ512 data/geneval
+#   scripts/launch_tpu_pod.sh train --config configs/geneval.py --config.output_dir=/mnt/shared/run
+#   scripts/launch_tpu_pod.sh stop
 #   ... --dry-run anywhere: print the commands instead
 #
-# setup copies this folder to every worker and installs it there; train starts the same command on all of them (the TPU's
-# own metadata say which worker is which) and goes on from the last checkpoint if there is one; stop sends SIGTERM, upon
-# which the run saves and ends. Workers need one output_dir that all of them see, such as a Filestore mount.
-# Also read: PROJECT, REMOTE_DIR (default: udm-grpo), TOKEN_FILE and TLS_CA are files to copy for remote scorers.
+# setup  copies the sources of this folder to every worker and installs the trainer's packages there (no PyTorch, no tests).
+# copy   brings files and folders of this folder to the same place on every worker, which all need the start model and the
+#        prompt files. With BUCKET=gs://NAME/PATH the workers fetch them from there instead: faster for large models.
+# check  checks on every worker that the files which a training reads are there, and that no other training runs.
+# train  does this check, then starts the same command on all workers; the TPU's own metadata say which worker is which. It
+#        resumes from the last checkpoint if there is one. Workers need one output_dir that all of them see, such as a
+#        Filestore mount. It stays in the foreground: run it inside tmux, or on a machine that stays on.
+# stop   sends SIGTERM: the run ends after its iteration, with a checkpoint and status 0. Run train again to continue.
+#
+# PYTHON is the workers' Python, 3.11 or later (default: python3, which is 3.10 on TPU VMs of Ubuntu 22.04; setup says how to
+# install another). Also read: PROJECT, REMOTE_DIR (default: udm-grpo, below the home folder), TOKEN_FILE and TLS_CA (files
+# for remote scorers, which setup copies into REMOTE_DIR). Ports 8476 and 8477 have to be open between the workers.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 usage() {
-    sed -n '2,14s/^# \{0,1\}//p' scripts/launch_tpu_pod.sh
+    sed -n '2,26s/^# \{0,1\}//p' scripts/launch_tpu_pod.sh
+}
+
+fail() {
+    echo "launch_tpu_pod.sh: $1" >&2
+    exit 2
 }
 
 dry_run=false
@@ -29,13 +44,11 @@ done
 action=${words[0]:-}
 arguments=("${words[@]:1}")
 for name in TPU_NAME ZONE; do
-    if [[ -z ${!name:-} ]]; then
-        echo "launch_tpu_pod.sh: $name is not set; set it to the slice's $name, as in $name=... scripts/launch_tpu_pod.sh" >&2
-        exit 2
-    fi
+    [[ -n ${!name:-} ]] || fail "$name is not set; set it to the slice's $name, as in $name=... scripts/launch_tpu_pod.sh"
 done
-remote=${REMOTE_DIR:-udm-grpo}
-where=("$TPU_NAME" --zone "$ZONE" --worker=all)
+python=${PYTHON:-python3}
+remote=$(printf '%q' "${REMOTE_DIR:-udm-grpo}")
+where=(--zone "$ZONE" --worker=all)
 [[ -n ${PROJECT:-} ]] && where+=(--project "$PROJECT")
 
 run() {
@@ -48,40 +61,89 @@ run() {
 }
 
 on_all_workers() {
-    run gcloud compute tpus tpu-vm ssh "${where[@]}" --command "$1"
+    run gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --command "$1"
+}
+
+to_all_workers() { # to_all_workers FROM TO: TO is below the workers' home folders
+    run gcloud compute tpus tpu-vm scp "$1" "$TPU_NAME:$2" --recurse "${where[@]}"
+}
+
+check_python() {
+    local code='import sys; print("Python %d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 11))'
+    on_all_workers "found=\$($python -c '$code') \
+|| { echo \"worker \$(hostname): $python is \${found:-not installed}; Python 3.11 or later is required\" >&2; exit 1; }" && return
+    local ppa="sudo add-apt-repository --yes ppa:deadsnakes/ppa && sudo apt-get install --yes python3.12 python3.12-venv"
+    local uv="curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv python install 3.12"
+    echo "Install one on all workers by one of these, then run setup again with PYTHON=python3.12 or PYTHON=.local/bin/python3.12:" >&2
+    for command in "$ppa" "$uv"; do
+        printf '  gcloud compute tpus tpu-vm ssh %s --command "%s"\n' "$TPU_NAME ${where[*]}" "$command" >&2
+    done
+    exit 1
+}
+
+setup() {
+    check_python
+    archive=$(mktemp --suffix=.tar.gz) # not local: the trap still needs it
+    trap 'rm -f "$archive"' EXIT
+    run tar --exclude=__pycache__ -czf "$archive" udm_grpo rewards_bridge configs scripts pyproject.toml README.md LICENSE
+    to_all_workers "$archive" udm-grpo.tar.gz
+    on_all_workers "mkdir -p $remote && tar -xzf udm-grpo.tar.gz -C $remote"
+    for file in "${TOKEN_FILE:-}" "${TLS_CA:-}"; do
+        [[ -z $file ]] || to_all_workers "$file" "$remote/"
+    done
+    on_all_workers "$python -m venv $remote/.venv && cd $remote && .venv/bin/python -m pip install -e '.[tpu]'"
+}
+
+copy() {
+    ((${#arguments[@]})) || fail "copy wants files or folders, as in copy models/URSA-1.7B-IBQ512 data/geneval"
+    local path
+    for path in "${arguments[@]}"; do
+        path=${path%/}
+        [[ $path != /* && $path != *..* ]] || fail "$path: give paths below this folder, which workers have at the same place"
+        [[ -n ${BUCKET:-} || -e $path ]] || fail "$path: no such file or folder here"
+    done
+    for path in "${arguments[@]}"; do
+        path=${path%/}
+        local folder quoted
+        folder=$(printf '%q' "$(dirname "$path")") quoted=$(printf '%q' "$path")
+        on_all_workers "mkdir -p $remote/$folder"
+        if [[ -n ${BUCKET:-} ]]; then
+            on_all_workers "cd $remote && gcloud storage cp --recursive $(printf '%q' "${BUCKET%/}/$path") $folder/"
+        else
+            to_all_workers "$path" "$remote/$folder/"
+        fi
+    done
+}
+
+check() {
+    local running='[ -f train.pid ] && ps -o args= -p "$(cat train.pid)" | grep -q udm_grpo.train'
+    local look="JAX_PLATFORMS=cpu .venv/bin/python -m udm_grpo.check_inputs$1"
+    on_all_workers "cd $remote || exit; { if $running; then \
+echo \"error: a training runs already, with process id \$(cat train.pid); stop it first\"; false; else $look; fi; } 2>&1 \
+| sed \"s/^/worker \$(hostname): /\"; exit \${PIPESTATUS[0]}"
 }
 
 case $action in
-    setup)
-        # Only what git tracks: no outputs, no environments.
-        archive=$(mktemp --suffix=.tar.gz)
-        trap 'rm -f "$archive"' EXIT
-        run git archive --format=tar.gz --output "$archive" HEAD
-        run gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:udm-grpo.tar.gz" "${where[@]:1}"
-        for file in ${TOKEN_FILE:-} ${TLS_CA:-}; do
-            run gcloud compute tpus tpu-vm scp "$file" "$TPU_NAME:$(basename "$file")" "${where[@]:1}"
-        done
-        jax=$(grep -o '^jax==[0-9.]*' requirements.txt)
-        on_all_workers "mkdir -p $remote && tar -xzf udm-grpo.tar.gz -C $remote && cd $remote \
-&& python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/pip install '${jax/jax/jax[tpu]}'"
-        ;;
-    train)
+    setup) setup ;;
+    copy) copy ;;
+    check | train)
         if [[ " ${arguments[*]} " != *" --config"* ]]; then
-            echo "launch_tpu_pod.sh: train wants --config FILE, as in train --config configs/geneval.py" >&2
-            exit 2
+            fail "$action wants --config FILE, as in $action --config configs/geneval.py"
         fi
-        command="cd $remote && .venv/bin/python -m udm_grpo.train --config.checkpoint.resume=latest"
-        for argument in "${arguments[@]}"; do
-            command+=" $(printf '%q' "$argument")"
-        done
-        on_all_workers "$command"
+        quoted=$(printf ' %q' "${arguments[@]}")
+        check "$quoted"
+        if [[ $action == train ]]; then
+            # The shell's process id becomes the trainer's, which stop needs.
+            on_all_workers "cd $remote && echo \$\$ >train.pid \
+&& exec .venv/bin/python -m udm_grpo.train --config.checkpoint.resume=latest$quoted"
+        fi
         ;;
     stop)
-        # The bracket keeps pkill from finding the shell that runs it.
-        on_all_workers "pkill -TERM -f '[u]dm_grpo.train'"
+        on_all_workers "cd $remote && ps -o args= -p \"\$(cat train.pid)\" | grep -q udm_grpo.train && kill -TERM \"\$(cat train.pid)\" \
+|| { echo \"worker \$(hostname): no training runs\" >&2; exit 1; }"
         ;;
     *)
-        echo "launch_tpu_pod.sh: '$action' is not known; wanted setup, train or stop" >&2
+        echo "launch_tpu_pod.sh: '$action' is not known; wanted setup, copy, check, train or stop" >&2
         usage >&2
         exit 2
         ;;
