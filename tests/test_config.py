@@ -85,6 +85,7 @@ def test_a_choice_names_what_may_be_chosen(name):
         ("grpo.trained_steps", 1),
         ("grpo.window_starts", 1),
         ("grpo.updates_per_rollout", 1),
+        ("grpo.minibatches", 1),
         ("grpo.kl_weight", 0),
         ("grpo.clip_range", 0),
         ("optimizer.micro_batch", 1),
@@ -155,12 +156,19 @@ def test_milestones_and_multistep_go_together():
     assert line.startswith("optimizer.milestones acts only with optimizer.schedule=multistep")
 
 
+def test_minibatches_have_to_divide_the_images():
+    assert problems(grpo__minibatches=4) == []
+    (line,) = problems(grpo__minibatches=3)
+    assert line.startswith("grpo.minibatches is 3, which does not divide rollout.prompts x rollout.group_size = 128")
+
+
 def test_an_average_that_would_never_move_is_refused():
     assert problems(optimizer__ema_decay=0.99, optimizer__ema_every=100, iterations=100) == []
     (line,) = problems(optimizer__ema_every=100)
     assert line.startswith("optimizer.ema_every acts only with optimizer.ema_decay above 0")
     (line,) = problems(optimizer__ema_decay=0.99, optimizer__ema_every=100, iterations=99)
     assert line.startswith("optimizer.ema_every is 100, but the run has 99 optimizer steps")
+    assert problems(optimizer__ema_decay=0.99, optimizer__ema_every=100, iterations=25, grpo__minibatches=4) == []
 
 
 @pytest.mark.parametrize(

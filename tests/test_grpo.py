@@ -14,7 +14,9 @@ from udm_grpo.diffusion.path import make_path
 from udm_grpo.diffusion.schedule import timesteps
 from udm_grpo.grpo.advantages import advantages
 from udm_grpo.grpo.loss import LossPlan, grpo_loss, head_logps, k3, policy_loss, token_mean_logps
+from udm_grpo.grpo.minibatches import of_images, split_images
 from udm_grpo.grpo.optimizer import adamw, learning_rate
+from udm_grpo.grpo.optimizer import step as optimizer_step
 from udm_grpo.grpo.trajectory import TrajectoryPlan, trajectory, window
 from udm_grpo.grpo.update import EmaPlan, accumulated_gradients, update
 from udm_grpo.model.transformer import Execution, TransformerConfig, init
@@ -226,6 +228,66 @@ def test_the_average_follows_every_third_step_only() -> None:
             expected = jax.tree.map(lambda slow, fast: 0.5 * slow + 0.5 * fast, expected, state.params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), state.ema, expected)
     assert not np.array_equal(state.ema["lm_head"]["kernel"], params["lm_head"]["kernel"])
+
+
+def test_minibatches_are_a_random_partition_that_the_key_decides() -> None:
+    parts = np.asarray(split_images(jax.random.key(0), 12, 3))
+    assert parts.shape == (3, 4)
+    assert sorted(parts.reshape(-1)) == list(range(12))
+    np.testing.assert_array_equal(parts, split_images(jax.random.key(0), 12, 3))
+    assert (parts != np.asarray(split_images(jax.random.key(1), 12, 3))).any()
+    halves = [set(np.asarray(split_images(jax.random.key(seed), 4, 2))[0].tolist()) for seed in range(40)]
+    assert {frozenset(half) for half in halves} == {frozenset((i, j)) for i in range(4) for j in range(i)}
+
+
+def test_a_minibatch_has_all_steps_of_its_images_and_padding_of_weight_0() -> None:
+    """Two steps of four images, whose eight states end with padding to nine."""
+    samples = _random_samples(9, old=True)
+    samples = dataclasses.replace(samples, weight=jnp.array([1.0] * 8 + [0.0]))
+    chosen = jnp.array([3, 1], jnp.int32)
+    whole = of_images(samples, chosen, images=4, states=8, rows=4)
+    padded = of_images(samples, chosen, images=4, states=8, rows=6)
+    for part, rows in ((whole, [3, 1, 7, 5]), (padded, [3, 1, 7, 5, 5, 5])):
+        for name in ("prompt_ids", "noisy", "action", "advantage", "ref_logp", "old_logp"):
+            np.testing.assert_array_equal(getattr(part, name), getattr(samples, name)[np.array(rows)], err_msg=name)
+    assert whole.weight is None
+    np.testing.assert_array_equal(padded.weight, [1, 1, 1, 1, 0, 0])
+
+
+def test_minibatch_steps_are_those_of_a_direct_computation() -> None:
+    """Two passes of two steps: gradients of the loss as written in the paper, old log-probs of the first policy."""
+    params, samples = init(CONFIG, jax.random.key(0)), _random_samples()
+    optimizer = adamw(optax.constant_schedule(3e-3), 0.9, 0.95, 0.01, 1.0)
+
+    @jax.jit
+    def logps(p: dict, part: Samples) -> jax.Array:
+        return token_mean_logps(CONFIG, Execution(), LOSS, p, part.prompt_ids, part.noisy, part.action)[0]
+
+    samples = dataclasses.replace(samples, old_logp=logps(params, samples), ref_logp=logps(params, samples) + 0.01)
+
+    @jax.jit
+    @jax.value_and_grad
+    def direct(p: dict, mine: Samples) -> jax.Array:
+        now = logps(p, mine)
+        r, A, ref = jnp.exp(now - mine.old_logp), mine.advantage, mine.ref_logp - now
+        surrogate = jnp.minimum(A * r, A * jnp.clip(r, 1 - LOSS.clip_range, 1 + LOSS.clip_range))
+        return jnp.mean(-surrogate + LOSS.kl_weight * (jnp.exp(ref) - ref - 1))
+
+    step = jax.jit(lambda s, x: update(CONFIG, Execution(), LOSS, optimizer, EmaPlan(), jnp.float32, 2, s, x))
+    state = TrainState(params, optimizer.init(params), None, jnp.int32(0))
+    expected, moments, outside = params, state.opt_state, []
+    for turn in range(2):
+        for chosen in split_images(jax.random.key(turn), 4, 2):
+            rows = np.concatenate([chosen, chosen + 4])
+            loss, gradient = direct(expected, jax.tree.map(lambda leaf: leaf[rows], samples))  # noqa: B023
+            expected, moments = optimizer_step(optimizer, gradient, moments, expected)
+            state, metrics = step(state, of_images(samples, chosen, images=4, states=8, rows=4))
+            np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-3)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-5), state.params, expected)
+            outside.append(float(jnp.max(jnp.abs(logps(state.params, samples) - samples.old_logp))))
+    assert int(state.step) == 4
+    assert min(outside) > 1e-3  # the policy has left the one that drew the images
 
 
 def test_bfloat16_compute_keeps_float32_masters() -> None:

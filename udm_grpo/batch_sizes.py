@@ -41,6 +41,8 @@ class BatchSizes:
     """Images that are rolled out and decoded together."""
     states: int
     """S = K*B, training states of an iteration."""
+    minibatches: int
+    """Parts of the B images, each for an optimizer step of its own."""
     update: int
     """States whose gradients are taken together."""
     evaluation: int
@@ -53,8 +55,13 @@ class BatchSizes:
 
     @property
     def trained(self) -> int:
-        """States of an update: the S, then padding of weight 0."""
+        """States of an iteration: the S, then padding of weight 0."""
         return padded(self.states, self.update)
+
+    @property
+    def stepped(self) -> int:
+        """States of one optimizer step: those of its images, then padding of weight 0."""
+        return padded(self.states // self.minibatches, self.update)
 
 
 def batch_sizes(config: RunConfig, mesh: Mesh) -> BatchSizes:
@@ -66,6 +73,7 @@ def batch_sizes(config: RunConfig, mesh: Mesh) -> BatchSizes:
         images=images,
         rollout=micro_batch(images, config.rollout.micro_batch, shards),
         states=states,
-        update=micro_batch(states, config.optimizer.micro_batch, shards),
+        minibatches=config.grpo.minibatches,
+        update=micro_batch(states // config.grpo.minibatches, config.optimizer.micro_batch, shards),
         evaluation=max(config.evaluation.batch // shards, 1) * shards,
     )

@@ -202,7 +202,8 @@ def report_all(
     for name, program in programs(config, sizes, mesh).items():
         if name not in wanted:
             continue
-        total = images * (1 if name in ROLLOUT_PROGRAMS else config.grpo.trained_steps)
+        states = images * config.grpo.trained_steps // config.grpo.minibatches
+        total = images if name in ROLLOUT_PROGRAMS else states
         report = compile_program(program, devices)
 
         def measure(size: int, name: str = name) -> Report:

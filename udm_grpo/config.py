@@ -97,8 +97,17 @@ class GRPOConfig:
     """Divide by the std of all scores of an iteration instead of the group's."""
     kl_weight: float = 0.05
     """beta, the weight of the k3 KL to the start model."""
+    minibatches: int = 1
+    """Disjoint parts of a rollout's images, each for one optimizer step; together they are one pass over the rollout.
+    A divisor of prompts x group_size. The split is random and differs from pass to pass."""
     updates_per_rollout: int = 1
-    """Optimizer steps on the same rollout; more than 1 stores old log-probabilities first."""
+    """Passes over the same rollout, of `minibatches` optimizer steps each. With more than one step in all, the
+    log-probabilities of the policy that drew the images are stored first, and the ratio and its clip act."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of an iteration."""
+        return self.minibatches * self.updates_per_rollout
 
 
 @dataclass

@@ -46,7 +46,7 @@ def _ranges(config: RunConfig, problems: list[str]) -> None:
     _at_least(problems, 1, rollout__steps=rollout.steps, rollout__micro_batch=rollout.micro_batch)
     _at_least(problems, 2, rollout__group_size=rollout.group_size)
     _at_least(problems, 1, grpo__trained_steps=grpo.trained_steps, grpo__window_starts=grpo.window_starts)
-    _at_least(problems, 1, grpo__updates_per_rollout=grpo.updates_per_rollout)
+    _at_least(problems, 1, grpo__updates_per_rollout=grpo.updates_per_rollout, grpo__minibatches=grpo.minibatches)
     _at_least(problems, 1, optimizer__micro_batch=optimizer.micro_batch, model__logit_rows=config.model.logit_rows)
     _at_least(problems, 1, evaluation__prompts=evaluation.prompts, evaluation__final_prompts=evaluation.final_prompts)
     _at_least(problems, 1, evaluation__images_per_prompt=evaluation.images_per_prompt)
@@ -107,6 +107,12 @@ def _combinations(config: RunConfig, problems: list[str]) -> None:
             "model.attention is cudnn, which computes in bfloat16 only, and model.dtype is float32; set "
             "model.dtype=bfloat16 or model.attention=auto."
         )
+    images = rollout.prompts * rollout.group_size
+    if grpo.minibatches >= 1 and images % grpo.minibatches:
+        problems.append(
+            f"grpo.minibatches is {grpo.minibatches}, which does not divide rollout.prompts x rollout.group_size = "
+            f"{images} images; change one of them."
+        )
     if config.optimizer.schedule == "multistep" and not config.optimizer.milestones:
         problems.append("optimizer.schedule is multistep without optimizer.milestones; name at least one.")
     _average(config, problems)
@@ -125,7 +131,7 @@ def _combinations(config: RunConfig, problems: list[str]) -> None:
 
 
 def _average(config: RunConfig, problems: list[str]) -> None:
-    every, updates = config.optimizer.ema_every, config.iterations * config.grpo.updates_per_rollout
+    every, updates = config.optimizer.ema_every, config.iterations * config.grpo.optimizer_steps
     if every > 1 and not config.optimizer.ema_decay:
         problems.append("optimizer.ema_every acts only with optimizer.ema_decay above 0; set that or drop it.")
     elif every > 1 and every > updates >= 1:

@@ -99,7 +99,7 @@ def programs(config: RunConfig, sizes: Sizes, mesh: Mesh) -> dict[str, Program]:
 
     drawn = (given["rollout prompts"], given["empty"], given["index"], given["key"])
     judged = (given["prompts"], Rollout(given["clean"], given["trajectory"], given["trajectory"]), given["key"])
-    learned = (given["samples"], given["score"], held["reference"])
+    learned = (given["samples"], given["score"], held["reference"], given["images"])
     made = (
         program("rollout", steps.rollout, rollout, ("policy",), *drawn),
         program("decode", steps.decode, rollout, ("tokenizer",), given["rollout clean"]),
@@ -156,7 +156,8 @@ def _given(config: RunConfig, sizes: Sizes, mesh: Mesh, batches: BatchSizes) -> 
     def numbers(*shape: int) -> Any:
         return _spread(shape, jnp.float32, over_batch)
 
-    old = numbers(S) if config.grpo.updates_per_rollout > 1 else None
+    M = config.grpo.minibatches
+    old = numbers(S) if config.grpo.optimizer_steps > 1 else None
     return {
         "rollout prompts": whole_numbers(m, L),
         "rollout clean": whole_numbers(m, N),
@@ -176,6 +177,7 @@ def _given(config: RunConfig, sizes: Sizes, mesh: Mesh, batches: BatchSizes) -> 
             weight=numbers(S) if batches.states < S else None,
         ),
         "score": _spread((config.rollout.prompts, config.rollout.group_size), jnp.float32, whole),
+        "images": _spread((batches.images // M,), jnp.int32, whole) if M > 1 else None,
     }
 
 

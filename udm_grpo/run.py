@@ -49,6 +49,7 @@ class Stage(enum.IntEnum):
     STATES = 1
     EVALUATION = 2
     ADAPTER = 3
+    MINIBATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,10 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
         fields.pop("lora")
     fields["rollout"].pop("micro_batch")
     fields["optimizer"].pop("micro_batch")
-    if config.optimizer.ema_every == 1:
-        fields["optimizer"].pop("ema_every")  # checkpoints from before this field existed stay valid
+    # Checkpoints from before these fields existed stay valid.
+    for part, name in (("optimizer", "ema_every"), ("grpo", "minibatches")):
+        if fields[part][name] == 1:
+            fields[part].pop(name)
     return fields
 
 
@@ -190,7 +193,7 @@ def optimizer_of(config: RunConfig) -> Any:
     rate = learning_rate(
         given.learning_rate,
         given.schedule,
-        config.iterations * config.grpo.updates_per_rollout,
+        config.iterations * config.grpo.optimizer_steps,
         given.warmup_updates,
         given.final_fraction,
         given.milestones,

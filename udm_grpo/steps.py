@@ -22,6 +22,7 @@ from udm_grpo.diffusion.pretrain import pretrain_loss
 from udm_grpo.diffusion.rollout import RolloutPlan, rollout
 from udm_grpo.grpo.advantages import advantages
 from udm_grpo.grpo.loss import LossPlan, token_mean_logps
+from udm_grpo.grpo.minibatches import of_images
 from udm_grpo.grpo.optimizer import step as optimizer_step
 from udm_grpo.grpo.trajectory import TrajectoryPlan, trajectory
 from udm_grpo.grpo.update import EmaPlan, cast, update
@@ -62,9 +63,10 @@ class Steps:
     prepare: Callable[[Params, Params, Array, Rollout, Array], Samples]
     """(policy, reference, prompt_ids i32[B,L], rollout of B images, key) -> training states, advantages still 0."""
     update: Callable[..., tuple[TrainState, Metrics]]
-    """(state, training states, score f32[P,G], reference) -> the next state (the old one is donated), metrics.
+    """One optimizer step: (state, training states, score f32[P,G], reference, images i32[B/M]) -> next state, metrics.
 
-    The reference is the base of an adapter and used for nothing else.
+    The old state is donated. The reference is the base of an adapter and used for nothing else. With minibatches, the
+    step trains on the states of these images.
     """
     compute_copy: Callable[..., Params]
     """(master weights, reference) -> one copy in the compute dtype; of an adapter, which then has the reference's own
@@ -206,8 +208,12 @@ def build(
         return to_pixels(vq.decode(plans.vq, params, ids.reshape(-1, *plans.rollout.grid)))
 
     def update_step(
-        state: TrainState, samples: Samples, score: Array, reference: Params | None = None
+        state: TrainState, samples: Samples, score: Array, reference: Params | None = None, images: Array | None = None
     ) -> tuple[TrainState, Metrics]:
+        samples = with_advantages(samples, score, sizes, grpo.advantage_clip, grpo.global_std)
+        if images is not None:
+            samples = of_images(samples, images, sizes.images, sizes.states, sizes.stepped)
+            samples = jax.tree.map(plans.execution.spread, samples)
         return update(
             plans.transformer,
             plans.execution,
@@ -217,7 +223,7 @@ def build(
             plans.compute_dtype,
             sizes.update,
             state,
-            with_advantages(samples, score, sizes, grpo.advantage_clip, grpo.global_std),
+            samples,
             reference if config.lora.rank else None,
             factor,
         )
@@ -227,7 +233,7 @@ def build(
         return TrainState(params=params, opt_state=optimizer.init(params), ema=ema, step=jnp.int32(0))
 
     def prepare(path: Path, *given: Any) -> Samples:
-        return prepare_samples(plans, path, sizes, grpo.updates_per_rollout > 1, *given)
+        return prepare_samples(plans, path, sizes, grpo.optimizer_steps > 1, *given)
 
     return Steps(
         plans=plans,

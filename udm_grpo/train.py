@@ -6,13 +6,13 @@
     python -m udm_grpo.train --config configs/shapes.py --compile_only       # what it needs; see compile_only.py
 
 An iteration, as `train` below reads: prompts, rollout, pictures to the scorer, reference log-probabilities while it
-scores, advantages, update.
+scores, advantages, update(s).
 """
 
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.config_checks import validate
 from udm_grpo.evaluation import evaluate, evaluate_all, extremes_file, pictures
 from udm_grpo.export import export
+from udm_grpo.grpo.minibatches import split_images
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.checkpoint import restore as restore_checkpoint
 from udm_grpo.host.gpu_split import reserved
@@ -81,7 +82,7 @@ def _joined(parts: Sequence[Rollout]) -> Rollout:
 
 def iterate(
     run: Run, state: TrainState, reference: Params, step: int, timer: StageTimer
-) -> tuple[TrainState, Rewards, dict[str, jax.Array]]:
+) -> tuple[TrainState, Rewards, dict[str, Any]]:
     """One iteration: rollout, scores, update(s). Returns the next state (the given one is used up), scores, metrics."""
     given = run.config.rollout
     texts, metadata, _ = run.train.batch(step, given.prompts, run.config.seed)
@@ -94,11 +95,33 @@ def iterate(
     with timer("reward"):
         rewards = shared_rewards.collect(tickets, given.prompts * given.group_size)
     score = hosts.put(rewards.score.reshape(given.prompts, given.group_size), meshes.replicated(run.mesh))
+    each = []
     with timer("update"):
-        for _ in range(run.config.grpo.updates_per_rollout):
-            state, metrics = run.steps.update(state, samples, score, reference)
+        for images in minibatches(run, step):
+            state, metrics = run.steps.update(state, samples, score, reference, images)
+            each.append(metrics)
         jax.block_until_ready(metrics)
-    return state, rewards, metrics
+    return state, rewards, mean_of(each)
+
+
+def minibatches(run: Run, step: int) -> Iterator[jax.Array | None]:
+    """Yield the images i32[B/M] of every optimizer step of an iteration; None for all of them."""
+    given = run.config.grpo
+    if given.minibatches == 1:
+        yield from [None] * given.updates_per_rollout
+        return
+    for turn in range(given.updates_per_rollout):
+        key = jax.random.fold_in(run.key(Stage.MINIBATCHES, step), turn)
+        for images in np.asarray(split_images(key, run.steps.sizes.images, given.minibatches)):
+            yield hosts.put(images, meshes.replicated(run.mesh))
+
+
+def mean_of(each: Sequence[dict[str, jax.Array]]) -> dict[str, Any]:
+    """The metrics of an iteration: of one optimizer step as they are, of several their mean."""
+    if len(each) == 1:
+        return each[0]
+    steps = jax.device_get(each)
+    return {name: np.mean([metrics[name] for metrics in steps], dtype=np.float32) for name in steps[0]}
 
 
 def draw_samples(run: Run, reports: Reports, state: TrainState, reference: Params, step: int) -> None:
