@@ -90,16 +90,21 @@ def family(pid: int) -> list[int]:
     return found
 
 
+def end_family(pid: int, cluster: Path) -> None:
+    """Kill a process of a cluster and its descendants."""
+    for member in family(pid):
+        try:
+            environment = Path(f"/proc/{member}/environ").read_bytes()
+            if f"CLUSTER={cluster}".encode() in environment:  # not another process that has got the number
+                os.kill(member, signal.SIGKILL)
+        except OSError:
+            continue
+
+
 def end(cluster: Path) -> None:
     """Kill everything of a cluster that still runs."""
     for pid in started(cluster):
-        for member in family(pid):
-            try:
-                environment = Path(f"/proc/{member}/environ").read_bytes()
-                if f"CLUSTER={cluster}".encode() in environment:  # not another process that has got the number
-                    os.kill(member, signal.SIGKILL)
-            except OSError:
-                continue
+        end_family(pid, cluster)
 
 
 # ---------------------------------------------------------------- Cloud TPU

@@ -17,7 +17,9 @@ import cluster_tools
 import pytest
 from running import COMPILED_QUICKLY, ROOT, SMOKE, environment, metrics
 
-ITERATIONS = 8
+ITERATIONS = 6
+PATIENCE_S = 500
+"""Seconds that a script, or its first iteration, may take."""
 ASSETS = ROOT / "udm_grpo" / "assets"
 CONFIG = (
     *("--config", SMOKE, f"--config.iterations={ITERATIONS}", "--config.optimizer.schedule=constant"),
@@ -49,11 +51,11 @@ class Cluster:
 
     def run(self, *words: str, **variables: str) -> int:
         """Run a script to its end; its exit status."""
-        return self.start(*words, **variables).wait(500)
+        return self.start(*words, **variables).wait(PATIENCE_S)
 
     def until(self, ready: Callable[[], object]) -> None:
         """Wait for something to be there while the last script runs."""
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + PATIENCE_S
         while not ready():
             assert self.started[-1].poll() is None, self.logs()
             assert time.monotonic() < deadline, self.logs()
@@ -80,7 +82,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     cluster_tools.install(made.tools)
     yield made
     for process in made.started:
-        process.kill()
+        cluster_tools.end_family(process.pid, folder)  # first what would start pods or tasks again
         process.wait()
     cluster_tools.end(folder)
 
@@ -120,7 +122,7 @@ def test_a_tpu_slice_is_set_up_checked_trained_stopped_and_resumed(cluster: Clus
     assert cluster.run(script, "check", *words, **SLICE) == 1, "a second training has to be refused"
     assert "worker t1v-n-0-w-1: error: a training runs already" in cluster.log("worker-1")
     assert cluster.run(script, "stop", **SLICE) == 0, cluster.logs()
-    assert job.wait(300) == 0, cluster.logs()
+    assert job.wait(PATIENCE_S) == 0, cluster.logs()
     assert not (shared / "summary.json").exists()
     assert cluster.run(script, "train", *words, **SLICE) == 0, cluster.logs()
     assert_resumed(cluster, shared)
@@ -136,7 +138,7 @@ def test_a_slurm_job_is_stopped_at_its_time_limit_requeued_and_resumed(cluster: 
     job = cluster.start("sbatch", *JOB, f"--config.output_dir={output}")
     cluster.until(lambda: metrics(output))
     os.kill(int((cluster.folder / "job").read_text().split()[0]), signal.SIGTERM)  # as --signal=B:TERM@300 does
-    assert job.wait(500) == 0, cluster.logs()
+    assert job.wait(PATIENCE_S) == 0, cluster.logs()
     assert cluster.calls() == ["srun", "scancel", "scontrol", "srun"]
     assert_resumed(cluster, output)
 
@@ -156,6 +158,6 @@ def test_a_jobset_whose_pod_is_evicted_starts_again_and_resumes(cluster: Cluster
     output = cluster.folder / "disk" / "run"
     cluster.until(lambda: metrics(output))
     os.kill(int((cluster.folder / "pod-1").read_text()), signal.SIGTERM)
-    assert job.wait(500) == 0, cluster.logs()
+    assert job.wait(PATIENCE_S) == 0, cluster.logs()
     assert cluster.calls() == ["kubectl", "pod", "pod", "pod", "pod"]
     assert_resumed(cluster, output)
