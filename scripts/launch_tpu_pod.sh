@@ -100,7 +100,7 @@ copy() {
     for path in "${arguments[@]}"; do
         path=${path%/}
         [[ $path != /* && $path != *..* ]] || fail "$path: give paths below this folder, which workers have at the same place"
-        [[ -n ${BUCKET:-} || -e $path ]] || fail "$path: no such file or folder here"
+        $dry_run || [[ -n ${BUCKET:-} || -e $path ]] || fail "$path: no such file or folder here"
     done
     for path in "${arguments[@]}"; do
         path=${path%/}
