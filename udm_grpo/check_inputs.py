@@ -14,6 +14,7 @@ from typing import Any
 from udm_grpo.command_line import parse
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.config_checks import validate
+from udm_grpo.host.buckets import local, local_prompts
 from udm_grpo.host.prompts import read_prompts
 from udm_grpo.host.weights import WeightsError, load_folder
 
@@ -28,11 +29,11 @@ def _error(read: Callable[[], Any]) -> str:
 
 def problems(config: RunConfig) -> Iterator[str]:
     """Yield a line for everything that `config` names and this machine cannot read."""
-    model, prompts = config.model, config.prompts
+    model, prompts, length = config.model, config.prompts, config.model.text_length or None
     checks = {
-        "model.path": lambda: load_folder(model.path, prompt_length=model.text_length or None, read_transformer=False),
-        "prompts.train": lambda: read_prompts(prompts.train, prompts.tag_weights or None),
-        "prompts.heldout": lambda: read_prompts(prompts.heldout),
+        "model.path": lambda: load_folder(local(model.path), "float32", length, False, model.transformer or None),
+        "prompts.train": lambda: read_prompts(local_prompts(prompts.train), prompts.tag_weights or None),
+        "prompts.heldout": lambda: read_prompts(local_prompts(prompts.heldout)),
     }
     yield from (f"{name}: {error}" for name, read in checks.items() if (error := _error(read)))
     for name, scorer in config.rewards.scorers.items():

@@ -15,7 +15,7 @@ from udm_grpo import mesh as meshes
 from udm_grpo.attention import choose
 from udm_grpo.batch_sizes import BatchSizes, batch_sizes
 from udm_grpo.batches import Params, Rollout, Samples, TrainState
-from udm_grpo.config import RunConfig
+from udm_grpo.config import GRPOConfig, RunConfig
 from udm_grpo.diffusion.chunks import map_chunks, pad_rows
 from udm_grpo.diffusion.path import Path
 from udm_grpo.diffusion.pretrain import pretrain_loss
@@ -182,6 +182,17 @@ def with_advantages(
     return replace(samples, advantage=pad_rows(repeated, sizes.trained))
 
 
+def step_samples(
+    plans: Plans, sizes: BatchSizes, grpo: GRPOConfig, samples: Samples, score: Array, images: Array | None
+) -> Samples:
+    """The training states of one optimizer step with their advantages: of all images, or of `images` i32[B/M]."""
+    samples = with_advantages(samples, score, sizes, grpo.advantage_clip, grpo.global_std)
+    if images is None:
+        return samples
+    part = of_images(samples, images, sizes.images, sizes.states, sizes.stepped)
+    return jax.tree.map(plans.execution.spread, part)
+
+
 def build(
     config: RunConfig, plans: Plans, path: Path, optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState
 ) -> Steps:
@@ -210,10 +221,6 @@ def build(
     def update_step(
         state: TrainState, samples: Samples, score: Array, reference: Params | None = None, images: Array | None = None
     ) -> tuple[TrainState, Metrics]:
-        samples = with_advantages(samples, score, sizes, grpo.advantage_clip, grpo.global_std)
-        if images is not None:
-            samples = of_images(samples, images, sizes.images, sizes.states, sizes.stepped)
-            samples = jax.tree.map(plans.execution.spread, samples)
         return update(
             plans.transformer,
             plans.execution,
@@ -223,7 +230,7 @@ def build(
             plans.compute_dtype,
             sizes.update,
             state,
-            samples,
+            step_samples(plans, sizes, grpo, samples, score, images),
             reference if config.lora.rank else None,
             factor,
         )
