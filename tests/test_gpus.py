@@ -16,6 +16,8 @@ from rewards_bridge.errors import UsageError
 from rewards_bridge.peer import scorer_arguments
 from rewards_bridge.scorers import with_device
 from rewards_bridge.server import ServeConfig, _limit_memory
+from scripts import demo
+from udm_grpo import evaluate
 from udm_grpo.config import ConfigError, RewardsConfig, ScorerConfig
 from udm_grpo.host import gpu_split
 from udm_grpo.host.gpu_split import device_problems, reserved
@@ -246,3 +248,24 @@ def test_memory_is_limited_on_every_gpu_that_the_scorer_sees(monkeypatch):
     assert asked == [(0.1, 0), (0.1, 1)]
     with pytest.raises(UsageError, match=r"--memory-fraction is 1\.5"):
         ServeConfig(scorer="jpeg", listen="unix:/a", memory_fraction=1.5)
+
+
+def test_the_demo_takes_one_gpu_for_its_scorer(tmp_path):
+    words = ["--base", "x", "--scorer", "pickscore", "--option", "dtype=bfloat16"]
+    scorer = demo.read_scorer(demo._parser().parse_args([*words, "--devices", "auto", "--no-check-example"]))
+    assert scorer == ScorerConfig("pickscore", 1.0, {"dtype": "bfloat16"}, devices=("auto",), check_example=False)
+    assert placed(machine(tmp_path, 2), pickscore=scorer)[0] == {"pickscore": ("1",)}
+    assert demo.read_scorer(demo._parser().parse_args(words)).devices == ()
+    with pytest.raises(demo.DemoError, match="--devices is 6,7; one process scores here, so give one GPU"):
+        demo.read_scorer(demo._parser().parse_args([*words, "--devices", "6,7"]))
+
+
+def test_evaluate_takes_devices_for_its_scorers(tmp_path, monkeypatch, capsys):
+    words = ("--samples=x", f"--output={tmp_path}", "--scorer=a=jpeg", "--scorer=b=jpeg", "--devices=a=6,7")
+    given = evaluate._parser().parse_args([*words, "--check_example=a=false", "--memory_fraction=b=0.1"])
+    scorers = evaluate.read_scorers(given, [])
+    assert scorers["a"].devices == ("6", "7")
+    assert (scorers["a"].check_example, scorers["b"].memory_fraction) == (False, 0.1)
+    monkeypatch.setattr(gpu_split, "visible_gpus", lambda _: visible_gpus(machine(tmp_path, 8)))
+    assert evaluate.main([*words, "--devices=b=7"]) == 2
+    assert "GPU 7 is named 2 times" in capsys.readouterr().err
