@@ -7,6 +7,7 @@
     python -m scripts.prepare_prompts prompts --train pick/train.txt --test pick/test.txt --output data/pickscore
     python -m scripts.prepare_prompts prompts --test DrawBench.csv --output data/drawbench
     python -m scripts.prepare_prompts prompts --test dpg_bench/prompts --output data/dpg
+    python -m scripts.prepare_prompts prompts --test prompts.json --prompt-key dense_prompt --output data/dense
 
 Training takes such a folder and one of its splits: prompts.train is data/geneval:train, prompts.heldout is
 data/geneval:test; so does udm_grpo.sample --prompts. The published recipes (configs/geneval.py, ocr.py, pickscore.py)
@@ -14,7 +15,8 @@ read data/geneval, data/ocr and data/pickscore; their pages say where the raw fi
 
 geneval           GenEval's metadata, each line checked as GenEval's judge will
 ocr               prompts with the wanted text in straight double quotes, each checked as the OCR judge will
-prompts           any others: .jsonl (objects with a prompt), .txt (one a line), .csv (with a header), a folder of .txt
+prompts           any others: .jsonl (objects with a prompt), .json (an array of them), .txt (one a line), .csv (with a
+                  header), a folder of .txt
 generate-geneval  GenEval's grammar over its 80 classes, drawn with a seed; the file to leave out becomes the split test
 
 Bad lines are errors, all in one with their numbers; --drop-bad leaves them out and says which.
@@ -34,7 +36,7 @@ from udm_grpo.host import geneval_prompts
 from udm_grpo.host.atomic import replace_file
 from udm_grpo.host.places import local_args
 from udm_grpo.host.prompt_dataset import write_dataset
-from udm_grpo.host.prompt_files import Parsed, Row, parse_file
+from udm_grpo.host.prompt_files import PROMPT, Parsed, Row, parse_file
 
 Splits = dict[str, Sequence[Row]]
 
@@ -121,8 +123,8 @@ def prepare(given: argparse.Namespace) -> None:
     if not files:
         raise ValueError("there is nothing to prepare; give --train FILE, --test FILE or both")
     columns = {"column": given.column, "tag_column": given.tag_column} if given.command == "prompts" else {}
-
     check = PROBLEMS[given.command]
+    columns["key"] = given.prompt_key
     parsed = {split: parse_file(file, **columns).checked(check) for split, file in files.items()}
     save(given.output, unrepeated(rows_of(parsed, given.drop_bad), given.unique))
 
@@ -169,11 +171,17 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("geneval", "GenEval's metadata, a JSON object a line"),
         ("ocr", "prompts with the wanted text in straight double quotes"),
-        ("prompts", "any .jsonl, .txt or .csv file, or a folder of .txt files (one prompt a file)"),
+        ("prompts", "any .jsonl, .json, .txt or .csv file, or a folder of .txt files (one prompt a file)"),
     ):
         made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         made.add_argument("--train", type=Path, metavar="FILE", help="becomes the split train")
         made.add_argument("--test", type=Path, metavar="FILE", help="becomes the split test")
+        made.add_argument(
+            "--prompt-key",
+            default=PROMPT,
+            metavar="KEY",
+            help="of .json and .jsonl: the prompts (default: prompt)",
+        )
         if name == "prompts":
             made.add_argument("--column", default="", help="of a .csv: the prompts (default: prompt, caption or text)")
             made.add_argument("--tag-column", default="", help="of a .csv: the tags (default: tag or category)")

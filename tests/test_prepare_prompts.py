@@ -41,6 +41,8 @@ def files(tmp_path_factory):
     (root / "pick" / "train.txt").write_text("a dog, 4k\n\na cat\na dog, 4k\n")
     (root / "pick" / "test.txt").write_text("a bird\na cat\n")
     (root / "DrawBench.csv").write_text('Prompts,Category\n"A red car, parked.",Colors\nOne cat.,Counting\n')
+    dense = [{"id": 0, "prompt": "a bench", "dense_prompt": "A bench under tall trees."}]
+    (root / "prompts.json").write_text(json.dumps(dense, indent=2))
     (root / "dpg_bench" / "prompts").mkdir(parents=True)
     (root / "dpg_bench" / "prompts" / "0.txt").write_text("A long description.\n")
     return root
@@ -55,7 +57,7 @@ def command(line, capsys=None):
 
 def test_the_examples_of_its_help_run(files, monkeypatch, capsys):
     monkeypatch.chdir(files)
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 7
     for line in EXAMPLES:
         small = "--count 200" if line.startswith("generate") else ""
         assert command(f"{line} {small}", capsys)[0] == 0, line
@@ -65,6 +67,10 @@ def test_the_examples_of_its_help_run(files, monkeypatch, capsys):
     assert read_prompts("data/ocr:test").prompts == ('A cake with the words "Happy 40th"',)
     assert read_prompts("data/pickscore:train").prompts == ("a dog, 4k", "a cat", "a dog, 4k")
     assert read_prompts("data/drawbench").tags == ("Colors", "Counting")
+    assert read_prompts("data/dense").prompts == ("A bench under tall trees.",)
+    assert read_prompts("data/dense", key="original_prompt").prompts == ("a bench",)
+    with pytest.raises(ValueError, match=r"no prompt has the key 'dense'; the keys are .*'dense_prompt'"):
+        read_prompts("data/dense", key="dense")
     assert read_prompts("data/dpg").metadata == ({"tag": "untagged", "prompt": "A long description.", "id": "0"},)
 
 

@@ -51,6 +51,61 @@ def test_what_a_folder_of_texts_should_not_hold_is_named(tmp_path):
         assert says in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["prompts.json", "prompts.jsonl"])
+def test_an_array_of_objects_is_read_by_any_of_its_texts(tmp_path, name):
+    path = tmp_path / name
+    rows = [
+        {**GENEVAL, "id": 0, "dense_prompt": "A red dög in the snow."},
+        {"id": "p1", "prompt": "x", "dense_prompt": "y"},
+    ]
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(rows, indent=2, ensure_ascii=False).encode())
+    assert read_prompts(path).metadata == (rows[0], {"tag": UNTAGGED, **rows[1]})
+    dense = read_prompts(path, key="dense_prompt")
+    assert dense.prompts == ("A red dög in the snow.", "y")
+    assert dense.tags == ("colors", UNTAGGED)
+    assert dense.metadata[0] == {**rows[0], "prompt": "A red dög in the snow.", "original_prompt": GENEVAL["prompt"]}
+
+
+def test_a_key_is_one_of_objects_and_of_csv_columns(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,dense\nx,y\n")
+    (tmp_path / "a.txt").write_text("x\n")
+    (tmp_path / "a.jsonl").write_text('{"dense": "y"}\n{"dense": "z"}\n')
+    assert read_prompts(tmp_path / "a.csv", key="dense").prompts == ("y",)
+    assert read_prompts(tmp_path / "a.jsonl", key="dense").metadata[1] == {"tag": UNTAGGED, "dense": "z", "prompt": "z"}
+    with pytest.raises(ValueError, match=r"only .json, .jsonl and .csv files have keys"):
+        read_prompts(tmp_path / "a.txt", key="dense")
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "said"),
+    [
+        (
+            '[{"id": 1, "prompt": "x"}]',
+            "dense_prompt",
+            r"no prompt has the key 'dense_prompt'; the keys are 'id', 'prompt'",
+        ),
+        ('[{"caption": "x"}]', "prompt", r"no prompt has the key 'prompt'; the keys are 'caption'"),
+        (
+            '[{"prompt": "x"}, {"prompt": "y", "long": "z"}, 3]',
+            "long",
+            r"2 bad items.*\n.*item 1: \"long\".*\n.*item 3: not a",
+        ),
+        ('{"prompt": \n"x"}', "prompt", r"expected one JSON array"),
+        ('[{"prompt": "x"},\n]', "prompt", r"not JSON: .* at line"),
+        ("[]", "prompt", "is empty"),
+        ("[" * 100_000, "prompt", "nested too deeply"),
+    ],
+)
+def test_what_is_wrong_with_an_array_is_said(tmp_path, content, key, said):
+    path = tmp_path / "prompts.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=said):
+        read_prompts(path, key=key)
+    path.write_bytes(b'[{"prompt": "\xff"}]')
+    with pytest.raises(ValueError, match="not UTF-8 text"):
+        read_prompts(path)
+
+
 def test_objects_with_a_prompt_and_geneval_lines_in_one_file(tmp_path):
     path = tmp_path / "set.jsonl"
     plain, signs = {"prompt": "a dog", "source": 7}, {"tag": "two", "text": "42", "prompt": 'a sign that says "42"'}

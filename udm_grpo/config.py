@@ -49,9 +49,11 @@ class PromptsConfig:
 
     train: str = ""
     """Training prompts: a folder of scripts.prepare_prompts with its split, as in data/geneval:train; or a raw file:
-    .jsonl (GenEval's format, or objects with a prompt), .txt (one prompt a line) or .csv."""
+    .jsonl (GenEval's format, or objects with a prompt), .json (an array of such), .txt (one prompt a line) or .csv."""
     heldout: str = ""
     """Evaluation prompts, of the same kinds."""
+    prompt_key: str = "prompt"
+    """Key of the text that is drawn in both files' objects, such as dense_prompt."""
     tag_weights: dict[str, float] = field(default_factory=dict)
     """How often each GenEval tag is drawn; empty: every prompt equally often."""
 

@@ -30,6 +30,7 @@ from udm_grpo.host.checkpoint import Checkpoints, check_same_run, read_meta, res
 from udm_grpo.host.checkpoint import restore as restore_checkpoint
 from udm_grpo.host.metrics import write_json
 from udm_grpo.host.places import is_bucket
+from udm_grpo.host.prompt_files import PROMPT
 from udm_grpo.host.prompts import PromptSet, read_prompts
 from udm_grpo.host.weights import Checkpoint, load_folder, load_transformer, transformer_path
 from udm_grpo.model import lora, transformer
@@ -120,6 +121,8 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     }
     if not config.lora.rank:
         fields.pop("lora")
+    if config.prompts.prompt_key == PROMPT:
+        fields["prompts"].pop("prompt_key")  # likewise below: checkpoints from before the field existed stay valid
     fields["rollout"].pop("micro_batch")
     fields["optimizer"].pop("micro_batch")
     # Checkpoints from before these fields existed stay valid.
@@ -129,9 +132,9 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     return fields
 
 
-def _prompts(field: str, file: str, weights: dict[str, float]) -> PromptSet:
+def _prompts(field: str, file: str, weights: dict[str, float], key: str) -> PromptSet:
     try:
-        return read_prompts(local_prompts(file), weights or None)
+        return read_prompts(local_prompts(file), weights or None, key)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"{field}: {error}") from error
 
@@ -213,8 +216,8 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     checkpoint = load_folder(local(config.model.path), "float32", prompt_length, False, trained_weights)
     check_sizes(config, checkpoint.vq_config.stride)
     plans = make_plans(config, checkpoint.transformer_config, checkpoint.vq_config, checkpoint.scheduler.shift, mesh)
-    train = _prompts("prompts.train", config.prompts.train, config.prompts.tag_weights)
-    heldout = _prompts("prompts.heldout", config.prompts.heldout, {})
+    train = _prompts("prompts.train", config.prompts.train, config.prompts.tag_weights, config.prompts.prompt_key)
+    heldout = _prompts("prompts.heldout", config.prompts.heldout, {}, config.prompts.prompt_key)
     optimizer = optimizer_of(config)
     learned = trained(config, checkpoint.transformer, checkpoint.transformer_config)
     abstract = abstract_state(optimizer, learned, config.optimizer.ema_decay > 0, mesh)

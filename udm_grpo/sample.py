@@ -44,6 +44,7 @@ from udm_grpo.host.metrics import write_json
 from udm_grpo.host.pictures import image_grid
 from udm_grpo.host.places import check_flags
 from udm_grpo.host.progress import progress_bar
+from udm_grpo.host.prompt_files import PROMPT
 from udm_grpo.host.prompts import UNTAGGED, PromptSet, read_prompts
 from udm_grpo.host.weights import DTYPES, Checkpoint
 from udm_grpo.model.transformer import Execution
@@ -212,7 +213,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", choices=("params", "ema"), help="of --run; default: ema if it keeps one")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", nargs="+", action="extend", help="one or several, each quoted")
-    what.add_argument("--prompts", metavar="FILE", help=".jsonl, .txt or .csv; FOLDER:SPLIT of scripts.prepare_prompts")
+    what.add_argument("--prompts", metavar="FILE", help=".jsonl, .json, .txt, .csv; FOLDER:SPLIT of prepare_prompts")
+    parser.add_argument(
+        *("--prompt-key", "--prompt_key"), metavar="KEY", help="of --prompts: the text to draw (default: prompt)"
+    )
     parser.add_argument("--output", metavar="FOLDER", required=True)
     parser.add_argument("--layout", choices=("geneval", "flat"), default="geneval", help="default: geneval")
     for name, default, meaning in (
@@ -262,8 +266,11 @@ def _check(given: argparse.Namespace, available: int) -> None:
 def _read_prompts(given: argparse.Namespace) -> PromptSet:
     texts = given.prompt or []
     rows = tuple({"tag": UNTAGGED, "prompt": text} for text in texts)
+    if given.prompt_key and not given.prompts:
+        raise SampleError("--prompt-key chooses a text of --prompts FILE; give that instead of --prompt.")
+    key = given.prompt_key or PROMPT
     prompts = (
-        read_prompts(local_prompts(given.prompts))
+        read_prompts(local_prompts(given.prompts), key=key)
         if given.prompts
         else PromptSet(tuple(texts), rows, (UNTAGGED,) * len(rows))
     )

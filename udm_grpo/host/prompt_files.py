@@ -1,6 +1,7 @@
 """Raw prompt files -> one dict a prompt: {"tag", "prompt", and whatever else a scorer needs}.
 
-    parsed = parse_file("evaluation_metadata.jsonl")   # .jsonl, .txt, .csv, or a folder of .txt files
+    parsed = parse_file("evaluation_metadata.jsonl")   # .jsonl, .json, .txt, .csv, or a folder of .txt files
+    parsed = parse_file("prompts.json", key="dense_prompt")
     rows = parsed.all_or_error()
 
 Nothing is dropped in silence: what cannot be read is kept with its line number, and lines with nothing in them are
@@ -9,21 +10,28 @@ counted.
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from udm_grpo.host.progress import progress_bar
+from udm_grpo.host.prompt_objects import (
+    PROMPT,
+    UNTAGGED,
+    Row,
+    json_array,
+    json_of,
+    not_utf8,
+    object_row,
+    with_key,
+    wrong_text,
+)
 
-Row = dict[str, Any]
+__all__ = ["DATASET", "KINDS", "PROMPT", "UNTAGGED", "Parsed", "Row", "parse_file", "with_key", "wrong_text"]
 
 DATASET = "udm_grpo_prompts"
 """The folder within a prepared folder that marks it as one; the name of the dataset in it."""
-
-UNTAGGED = "untagged"
-"""The tag of a prompt whose file gives it none."""
 
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "captions", "text")
 """Column of a .csv file that holds the prompts unless another is named; upper and lower case are alike."""
@@ -32,8 +40,8 @@ TAG_COLUMNS = ("tag", "category")
 """Column of a .csv file that holds the tags unless another is named."""
 
 KINDS = (
-    ".jsonl (GenEval's format, or objects with a prompt), .txt (one prompt a line), .csv (with a header), "
-    "or a folder of .txt files (one prompt a file)"
+    ".jsonl (GenEval's format, or objects with a prompt), .json (an array of such), .txt (one prompt a line), .csv (with a "
+    "header), or a folder of .txt files (one prompt a file)"
 )
 
 MOST_LINES_SHOWN = 50
@@ -53,7 +61,7 @@ class Parsed:
     bad: tuple[tuple[str, str], ...] = ()
     empty: int = 0
     unit: str = "line"
-    """What a place is: line or file."""
+    """What a place is: line, file or item (of a JSON array, from 1)."""
 
     def checked(self, problem: Callable[[Row], str]) -> "Parsed":
         """Return this with the rows that `problem` has a text for among the bad ones."""
@@ -95,25 +103,30 @@ def _natural(place: str) -> tuple[int, str]:
     return (int(place), "") if place.isdecimal() else (0, place)
 
 
-def parse_file(path: str | Path, column: str = "", tag_column: str = "") -> Parsed:
+def parse_file(path: str | Path, column: str = "", tag_column: str = "", key: str = PROMPT) -> Parsed:
     """Read a prompt file of one of KINDS.
 
     column, tag_column: of a .csv file; "" finds one of PROMPT_COLUMNS and of TAG_COLUMNS (the tag may be missing).
+    key: which text of each object is the prompt. Another than "prompt" is kept under its own name as well, and the text
+    it replaces as "original_prompt"; of a .csv file it is a column.
 
-    Raises FileNotFoundError, and ValueError for another kind of file or a .csv file without such a column.
+    Raises FileNotFoundError, and ValueError for another kind of file, a .csv file without such a column, and a file
+    none of whose objects has the key (it names those that there are).
     """
     path = Path(path)
-    if path.suffix not in (".jsonl", ".txt", ".csv") and not path.is_dir():
+    if path.suffix not in (".jsonl", ".json", ".txt", ".csv") and not path.is_dir():
         raise ValueError(f"{path}: a prompt file is {KINDS}")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such prompt file")
     if (column or tag_column) and path.suffix != ".csv":
         raise ValueError(f"{path}: only a .csv file has columns; leave out the names of columns")
+    if key != PROMPT and (path.is_dir() or path.suffix == ".txt"):
+        raise ValueError(f"{path}: only .json, .jsonl and .csv files have keys; leave out the prompt key {key!r}")
     if path.is_dir():
         return _parse_folder(path)
     if path.suffix == ".csv":
-        return _parse_csv(path, column, tag_column)
-    return _parse_lines(path, _json_row if path.suffix == ".jsonl" else _plain_row)
+        return _parse_csv(path, column or (key if key != PROMPT else ""), tag_column)
+    return _parse_objects(path, key) if path.suffix != ".txt" else _parse_lines(path, _plain_row)
 
 
 @dataclass
@@ -137,21 +150,6 @@ class _Collector:
         return Parsed(path, tuple(self.rows), tuple(self.places), tuple(self.bad), self.empty, unit)
 
 
-def wrong_text(name: str, text: Any) -> list[str]:
-    """What is wrong with a text that must not be empty, as a list of none or one."""
-    if not isinstance(text, str) or not text.strip():
-        return [f'"{name}" must be a text that is not empty']
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return [f'"{name}" holds half of a surrogate pair at character {_surrogate(text)}, which is no text']
-    return []
-
-
-def _surrogate(text: str) -> int:
-    return next(i for i, character in enumerate(text, 1) if "\ud800" <= character <= "\udfff")
-
-
 def _parse_lines(path: Path, parse: Callable[[str], Row]) -> Parsed:
     found = _Collector()
     for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
@@ -162,15 +160,38 @@ def _parse_lines(path: Path, parse: Callable[[str], Row]) -> Parsed:
             else:
                 found.empty += 1
         except UnicodeDecodeError as error:
-            found.bad.append((str(number), _not_utf8(error)))
+            found.bad.append((str(number), not_utf8(error)))
         except ValueError as error:
             found.bad.append((str(number), str(error)))
     found.empty -= not raw.strip()  # what stands behind the last line break is no line
     return found.parsed(path)
 
 
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not UTF-8 text: {error.reason} at byte {error.start}"
+def _parse_objects(path: Path, key: str) -> Parsed:
+    """Objects, one a line or in one array; ValueError if none of them has the key."""
+    keys: dict[str, None] = {}
+
+    def row_of(thing: Any) -> Row:
+        keys.update(dict.fromkeys(thing) if isinstance(thing, dict) else {})
+        return object_row(thing, key)
+
+    array = json_array(path)
+    if array is None:
+        parsed = _parse_lines(path, lambda text: row_of(json_of(text)))
+    else:
+        found = _Collector()
+        for number, thing in enumerate(array, start=1):
+            try:
+                found.take(str(number), row_of(thing))
+            except ValueError as error:
+                found.bad.append((str(number), str(error)))
+        parsed = found.parsed(path, "item")
+    if keys and key not in keys:
+        raise ValueError(
+            f"{path}: no prompt has the key {key!r}; the keys are {', '.join(map(repr, keys))}; name the one of the "
+            "prompts with --prompt-key (prompts.prompt_key in a config)"
+        )
+    return parsed
 
 
 def _plain_row(text: str) -> Row:
@@ -188,7 +209,7 @@ def _parse_folder(path: Path) -> Parsed:
         try:
             lines = file.read_bytes().decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
-            found.bad.append((file.name, _not_utf8(error)))
+            found.bad.append((file.name, not_utf8(error)))
             continue
         text = " ".join(line.strip() for line in lines if line.strip())
         if text:
@@ -204,7 +225,7 @@ def _parse_csv(path: Path, column: str, tag_column: str) -> Parsed:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}: line {number}: {_not_utf8(error)}; save the file as UTF-8") from None
+        raise ValueError(f"{path}: line {number}: {not_utf8(error)}; save the file as UTF-8") from None
     records = _csv_records(text)
     header_line, header = next(records, (1, []))
     if isinstance(header, str):
@@ -253,53 +274,3 @@ def _column(path: Path, names: Sequence[str], asked: str, usual: Sequence[str], 
     advice = f"python -m scripts.prepare_prompts prompts --{option} NAME"
     wanted = f"a column {asked!r}" if asked else f"one column named {', '.join(usual)}"
     raise ValueError(f"{path}: wanted {wanted}; found {', '.join(names) or 'none'}; name one: {advice}")
-
-
-def _json_row(text: str) -> Row:
-    """Return a line's object, or raise ValueError with everything that is wrong with it.
-
-    With "include" it is GenEval's and needs all that GenEval's have; without, a prompt and perhaps a tag will do.
-    """
-    try:
-        line = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("not JSON that can be read: nested too deeply") from None
-    if not isinstance(line, dict):
-        raise ValueError('not a JSON object like {"tag": ..., "include": [...], "prompt": ...}')
-    if "include" not in line:
-        return {"tag": UNTAGGED, **line}
-    wrong = wrong_text("tag", line.get("tag")) + wrong_text("prompt", line.get("prompt"))
-    for name, needed in (("include", True), ("exclude", False)):
-        wrong += _wrong_objects(name, line.get(name, None if needed else []), needed)
-    if wrong:
-        raise ValueError("; ".join(wrong))
-    return line
-
-
-def _wrong_objects(name: str, objects: Any, needed: bool) -> list[str]:
-    if not isinstance(objects, list) or (needed and not objects):
-        return [f'"{name}" must be a list' + (" of at least one object" if needed else "")]
-    wrong = []
-    for i, item in enumerate(objects):
-        where = f'"{name}"[{i}]'
-        if not isinstance(item, dict):
-            wrong.append(f'{where} must be an object like {{"class": "dog", "count": 1}}')
-            continue
-        if not isinstance(item.get("class"), str) or not item["class"]:
-            wrong.append(f'{where} needs "class", a text')
-        if type(item.get("count")) is not int or item["count"] < 1:
-            wrong.append(f'{where} needs "count", a whole number of at least 1')
-        if "color" in item and not isinstance(item["color"], str):
-            wrong.append(f'{where}: "color" must be a text')
-        if "position" in item and not _is_position(item["position"], len(objects), i):
-            wrong.append(f'{where}: "position" must be [relation, index of another object in "{name}"]')
-    return wrong
-
-
-def _is_position(position: Any, count: int, own: int) -> bool:
-    if not isinstance(position, list) or len(position) != 2:
-        return False
-    relation, other = position
-    return isinstance(relation, str) and type(other) is int and 0 <= other < count and other != own

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from udm_grpo.host.prompt_files import DATASET, UNTAGGED, parse_file
+from udm_grpo.host.prompt_files import DATASET, PROMPT, UNTAGGED, parse_file, with_key
 from udm_grpo.host.shuffle import FIXED, POOL, SCHEDULE, shuffle
 
 __all__ = ["UNTAGGED", "Batch", "PromptSet", "read_prompts"]
@@ -113,13 +113,14 @@ class PromptSet:
         return texts, metadata, np.array(indices, dtype=np.int32)
 
 
-def read_prompts(path: str | Path, weights: Mapping[str, float] | None = None) -> PromptSet:
+def read_prompts(path: str | Path, weights: Mapping[str, float] | None = None, key: str = PROMPT) -> PromptSet:
     """Read a prompt set: a raw file or folder (prompt_files.KINDS), or a folder that scripts/prepare_prompts.py made.
 
     Of a prepared folder with several splits, the path names one: FOLDER:train. A prompt without a tag gets UNTAGGED.
+    key: which text of each prompt's object is drawn, as parse_file takes it.
 
-    Raises FileNotFoundError, and ValueError for another kind of file, an empty or damaged one, an unknown split, or bad
-    lines (all in one error).
+    Raises FileNotFoundError, and ValueError for another kind of file, an empty or damaged one, an unknown split or key,
+    or bad lines (all in one error).
     """
     folder, split = _prepared(str(path))
     if folder is not None:
@@ -127,8 +128,12 @@ def read_prompts(path: str | Path, weights: Mapping[str, float] | None = None) -
         from udm_grpo.host.prompt_dataset import read_dataset
 
         rows = read_dataset(folder, split)
+        if not any(key in row for row in rows):
+            keys = ", ".join(map(repr, dict.fromkeys(name for row in rows for name in row)))
+            raise ValueError(f"{path}: no prompt has the key {key!r}; the keys are {keys}")
+        rows = tuple(with_key(row, key) for row in rows)
     else:
-        rows = parse_file(path).all_or_error()
+        rows = parse_file(path, key=key).all_or_error()
     prompts = tuple(row["prompt"] for row in rows)
     tags = tuple(row["tag"] for row in rows)
     try:
