@@ -37,12 +37,16 @@ class Drawer:
 
 @dataclass(frozen=True)
 class Wish:
-    """What the page asks for. steps: T, 1 to 50; guidance: g, 1 to 8, 1 is without; seed: 0 to 2**32 - 1."""
+    """What the page asks for. steps: T, 1 to 50; guidance: g, 1 to 8, 1 is without; seed: 0 to 2**32 - 1.
+
+    negative: what guidance contrasts with; "" is the empty prompt.
+    """
 
     prompt: str
     steps: int
     guidance: float
     seed: int
+    negative: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,16 +72,25 @@ class Answer:
     notes: tuple[str, ...]
 
 
-def checked_wish(prompt: Any, steps: Any, guidance: Any, seed: Any) -> Wish:
+def checked_wish(prompt: Any, steps: Any, guidance: Any, seed: Any, negative: Any = "") -> Wish:
     """What was filled in, checked; raises DemoError."""
-    words = " ".join(str(prompt or "").split())
+    words, unwanted = _text("prompt", prompt), _text("negative prompt", negative)
     if not words:
         raise DemoError("There is no prompt. Write one, or choose an example.")
-    if len(words) > MOST_CHARACTERS:
-        raise DemoError(f"The prompt has {len(words)} characters. Write at most {MOST_CHARACTERS}.")
     t, number = _whole("Steps", steps, 1, MOST_STEPS), _whole("Seed", seed, 0, MOST_SEED)
     g = _number("Guidance", guidance, 1, MOST_GUIDANCE)
-    return Wish(words, t, round(g, 2), number)
+    if unwanted and round(g, 2) == 1:
+        raise DemoError(
+            "A negative prompt changes nothing without guidance. Choose a guidance above 1, or leave it out."
+        )
+    return Wish(words, t, round(g, 2), number, unwanted)
+
+
+def _text(name: str, value: Any) -> str:
+    words = " ".join(str(value or "").split())
+    if len(words) > MOST_CHARACTERS:
+        raise DemoError(f"The {name} has {len(words)} characters. Write at most {MOST_CHARACTERS}.")
+    return words
 
 
 def _number(name: str, value: Any, least: float, most: float) -> float:
@@ -160,7 +173,13 @@ class Demo:
         with warnings.catch_warnings(record=True) as caught:  # that the prompt was cut, for instance
             warnings.simplefilter("always", UserWarning)
             images = pipeline.generate(
-                [wish.prompt] * PICTURES, wish.steps, wish.guidance, wish.seed, height=height, width=width
+                [wish.prompt] * PICTURES,
+                wish.steps,
+                wish.guidance,
+                wish.seed,
+                negative_prompt=wish.negative,
+                height=height,
+                width=width,
             )
         return images, [str(warning.message) for warning in caught if warning.category is UserWarning]
 

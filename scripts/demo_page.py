@@ -80,9 +80,16 @@ def make_app(demo: Demo, examples: Iterable[str], steps: int, users: list[tuple[
 def make_page(demo: Demo, examples: Iterable[str], steps: int) -> gr.Blocks:
     """The page of these models; `steps` is where its slider stands at first."""
 
-    def draw(prompt: Any, wanted: Any, guidance: Any, seed: Any, progress: Any = gr.Progress()) -> str:  # noqa: B008
+    def draw(
+        prompt: Any,
+        negative: Any,
+        wanted: Any,
+        guidance: Any,
+        seed: Any,
+        progress: Any = gr.Progress(),  # noqa: B008
+    ) -> str:
         try:
-            wish = checked_wish(prompt, wanted, guidance, seed)
+            wish = checked_wish(prompt, wanted, guidance, seed, negative)
         except DemoError as error:
             raise gr.Error(html.escape(str(error)), print_exception=False) from error
         return answer_html(demo, demo.answer(wish, lambda part, what: progress(part, desc=what)))
@@ -104,13 +111,16 @@ def make_page(demo: Demo, examples: Iterable[str], steps: int) -> gr.Blocks:
             with gr.Row(equal_height=True):
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=110)
                 another = gr.Button("New seed", elem_id="new-seed", min_width=110)
+        negative = gr.Textbox(
+            label="Negative prompt (with guidance)", lines=1, max_length=MOST_CHARACTERS, elem_id="negative"
+        )
         button = gr.Button("Draw", variant="primary", elem_id="draw")
         answer = gr.HTML(_waiting(demo), elem_id="answer")
         another.click(_new_seed, None, seed, queue=False, api_visibility="private")
         gr.on(
             [button.click, prompt.submit],
             draw,
-            [prompt, wanted, guidance, seed],
+            [prompt, negative, wanted, guidance, seed],
             answer,
             concurrency_limit=1,
             scroll_to_output=True,
@@ -162,6 +172,7 @@ def answer_html(demo: Demo, answer: Answer) -> str:
     sides = [_side(side, source, wish.prompt) for side, source in zip(answer.sides, sources, strict=True)]
     notes = "".join(f'<p class="demo-note">{html.escape(text)}</p>' for text in (answer.problem, *answer.notes) if text)
     guided = f"guidance {wish.guidance:g}" if wish.guidance > 1 else "no guidance"
+    guided += f" against “{wish.negative}”" if wish.negative else ""
     settings = f"“{wish.prompt}”, {wish.steps} steps, {guided}, seed {wish.seed}"
     # The number: Gradio leaves the page as it is where an answer equals the one before.
     line = f'<p class="demo-quiet" id="drawn" data-number="{answer.number}">{html.escape(settings)}</p>'

@@ -350,6 +350,8 @@ def test_an_exported_folder_shares_the_programs_of_its_base(models, tmp_path):
         (("x", 25, 1, None), "Seed is empty. Choose 0 to 4294967295"),
         (("x", 25, 1, -1), "Seed is -1"),
         (("x", 25, 1, "1"), "Seed is '1'"),
+        (("x", 25, 1, 0, "y"), "A negative prompt changes nothing without guidance"),
+        (("x", 25, 2, 0, "y" * 2001), "The negative prompt has 2001 characters"),
     ],
 )
 def test_bad_input_is_refused(fields, said):
@@ -359,6 +361,8 @@ def test_bad_input_is_refused(fields, said):
 
 def test_good_input_is_taken():
     assert checked_wish(" a  photo\nof a star ", 50.0, 1.5, 2**32 - 1) == Wish("a photo of a star", 50, 1.5, 2**32 - 1)
+    assert checked_wish("x", 50, 1.5, 0, " no\nhands ") == Wish("x", 50, 1.5, 0, "no hands")
+    assert checked_wish("x", 50, 1, 0, None) == Wish("x", 50, 1, 0, "")
 
 
 @pytest.mark.parametrize(

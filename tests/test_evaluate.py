@@ -18,6 +18,7 @@ from running import ROOT, environment
 from sample_pictures import numbered, right_or_blank, two_of_each_tag, write_flat, write_geneval
 
 from udm_grpo import evaluate
+from udm_grpo.host.layouts import join_grid
 from udm_grpo.host.shapes import TAGS
 from udm_grpo.host.shapes_scenes import render, scene_for
 
@@ -249,6 +250,19 @@ def test_mixed_sizes_and_counts_are_scored_and_counted(echoed: Path) -> None:
     assert "overall" not in summary["scorers"]["echo"]["values"]["score"]
 
 
+def test_grids_are_scored_with_the_prompts_of_a_file(tmp_path: Path) -> None:
+    prompts, pictures = numbered(2, 4)
+    rows = [{"id": f"p{number}", "prompt": "x", "dense": prompt["prompt"]} for number, prompt in enumerate(prompts)]
+    (tmp_path / "prompts.json").write_text(json.dumps(rows))
+    (tmp_path / "grids").mkdir()
+    for row, four in zip(rows, pictures, strict=True):
+        Image.fromarray(join_grid(four)).save(tmp_path / "grids" / f"{row['id']}.png")
+    words = (f"--prompts={tmp_path / 'prompts.json'}", "--prompt-key=dense")
+    assert run(tmp_path / "grids", tmp_path / "scores", *ECHO, *words) == 0
+    marks = {mark["image"]: mark["score"] for mark in lines(tmp_path / "scores" / "scores.jsonl")}
+    assert marks == {f"p{prompt}.png#{image}": prompt + 256 * image for prompt in range(2) for image in range(4)}
+
+
 def test_other_settings_and_other_pictures_are_refused(echoed: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(echoed, tmp_path / "copy")
     pictures, scores = tmp_path / "copy" / "pictures", tmp_path / "copy" / "scores"
@@ -340,6 +354,8 @@ def test_prompts_that_cannot_be_scored_are_all_named_before(tmp_path: Path, caps
         (("--config=nowhere.py",), "there is no nowhere.py"),
         (("--scorer=jpeg", "--config.seed=1"), "--config.seed=1 needs --config FILE"),
         (("--scorer=jpeg", "--batch=0", "--resamples=5"), "--batch is 0; choose at least 1.\n  --resamples is 5"),
+        (("--scorer=jpeg", "--prompts=x.json"), "these pictures have prompts of their own"),
+        (("--scorer=jpeg", "--prompt-key=x"), "--prompt-key chooses a text of --prompts FILE"),
         (("--scorer=jpeg", "--compare=nowhere"), "there is no folder nowhere"),
         (("--scorer=jpeg", "--compare={scores}"), "no scorer is in both: echo scored"),
         ((*ECHO, "--option=echo.delay=1", "--compare={scores}"), "echo: before {'scorer': 'bridge_scorers:Echo', 'opt"),

@@ -18,6 +18,7 @@ from running import ROOT, environment, together, train
 from udm_grpo import sample
 from udm_grpo.host.atomic import UNFINISHED
 from udm_grpo.host.checkpoint import Checkpoints
+from udm_grpo.host.sample_folder import read_samples
 from udm_grpo.pipeline import load_pipeline
 
 SHAPES = str(ROOT / "udm_grpo" / "assets" / "ursa-shapes")
@@ -126,6 +127,47 @@ def test_the_flat_layout_and_plain_prompts(whole: Path, tmp_path: Path) -> None:
     words = ("--layout=flat", "--images_per_prompt=2", f"--prompts={file}", "--batch=8", "--sheet_prompts=0")
     assert_same(draw(tmp_path / "file", *words), found)
     assert not (tmp_path / "file" / "contact_sheet.png").exists()
+
+
+def test_the_layout_of_dpg_bench(whole: Path, tmp_path: Path) -> None:
+    rows = [{"id": name, **line} for name, line in zip(("111", "x y", "COCO_9"), LINES, strict=True)]
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps(rows))
+    words = ("--layout=dpgbench", f"--prompts={file}", "--batch=8")
+    found = draw(tmp_path / "dpg", *words)
+    assert list(found) == ["111.png", "COCO_9.png", "x y.png"]
+    for prompt, row in enumerate(rows):
+        grid = found[f"{row['id']}.png"]
+        for image, (top, left) in enumerate(((0, 0), (0, 32), (32, 0), (32, 32))):
+            single = pictures(whole)[f"{prompt:05d}/samples/{image:04d}.png"]
+            np.testing.assert_array_equal(grid[top : top + 32, left : left + 32], single)
+    read = read_samples(tmp_path / "dpg")
+    assert list(read.prompts.values()) == rows
+    assert len(read.pictures) == 12
+    assert read.warnings == []
+    (tmp_path / "dpg" / "x y.png").unlink()
+    assert_same(draw(tmp_path / "dpg", *words), found)  # of several grids, the one that is missing
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(tmp_path: Path) -> None:
+    star = "a photo of a star"
+    words = ("--layout=flat", "--images_per_prompt=2", "--batch=8", "--prompt", star)
+    guided = (*words, "--guidance_scale=3", "--guidance_trunc=0.9")
+    plain = draw(tmp_path / "plain", *guided)
+    assert_same(draw(tmp_path / "empty", *guided, "--negative-prompt", ""), plain)
+    other = draw(tmp_path / "other", *guided, "--negative-prompt", star)
+    assert any((other[name] != picture).any() for name, picture in plain.items())
+    settings = tmp_path / "other" / "settings.json"
+    assert json.loads(settings.read_text())["negative_prompt"] == star
+    drawn = load_pipeline(SHAPES).generate([star] * 8, 3, 3.0, negative_prompt=star, height=32, width=32)
+    np.testing.assert_array_equal(other["00000_0.png"], drawn[0])
+    # A folder of an earlier version, which does not say it, goes on with the empty one alone.
+    old = json.loads(settings.read_text())
+    del old["negative_prompt"]
+    settings.write_text(json.dumps(old))
+    again = ["--checkpoint", SHAPES, *FEW, f"--output={tmp_path / 'other'}", *guided]
+    assert sample.main([*again, "--negative-prompt=a"]) == 2
+    assert sample.main(again) == 0
 
 
 def test_another_seed_draws_other_pictures(whole: Path, prompts: Path, tmp_path: Path) -> None:
@@ -256,6 +298,10 @@ def test_the_best_weights_of_a_run(run: Path, tmp_path: Path) -> None:
         (["--devices=1000"], "--devices is 1000; choose 1 to"),
         (["--height=33"], "--height 33 and --width 32 must be multiples of 8"),
         (["--weights=ema"], "--step and --weights choose from a training run"),
+        (["--negative-prompt=a"], "--negative-prompt changes nothing without guidance"),
+        (["--negative_prompt=a", "--guidance_scale=2", "--guidance_trunc=0"], "changes nothing without guidance"),
+        (["--layout=dpgbench", "--images_per_prompt=2"], "takes exactly 4 --images_per_prompt"),
+        (["--prompt-key=dense_prompt"], "--prompt-key chooses a text of --prompts FILE"),
     ],
 )
 def test_wrong_options_are_named(words: list[str], said: str, tmp_path: Path, capsys) -> None:

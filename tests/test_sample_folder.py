@@ -9,6 +9,7 @@ from PIL import Image
 from sample_pictures import numbered, write_flat, write_geneval
 
 from udm_grpo import sample
+from udm_grpo.host.layouts import cut_grid, grid_names, join_grid, place_of
 from udm_grpo.host.prompts import PromptSet
 from udm_grpo.host.sample_folder import SamplesError, load_picture, read_samples
 from udm_grpo.host.scoring import LARGEST_BATCH
@@ -62,7 +63,7 @@ def test_the_layouts_are_those_of_sample(tmp_path: Path) -> None:
         sample.open_output(settings, {}, asked, root)
         for prompt in range(2):
             for image in range(2):
-                path = settings.image_path(root, prompt, image)
+                path = place_of(settings.layout, root, (), prompt, image)[0]
                 path.parent.mkdir(exist_ok=True)
                 Image.fromarray(pictures[prompt][image]).save(path)
         Image.fromarray(pictures[0][0]).save(root / "contact_sheet.png")
@@ -70,7 +71,7 @@ def test_the_layouts_are_those_of_sample(tmp_path: Path) -> None:
         assert found.prompts == dict(enumerate(prompts))
         assert len(found.pictures) == 4
         assert found.warnings == []
-        gone = settings.image_path(root, 1, 1)
+        gone = place_of(settings.layout, root, (), 1, 1)[0]
         gone.unlink()
         said = refused(root)
         assert f"1 pictures are missing; draw them (the same udm_grpo.sample command goes on):\n    {gone}\n" in said
@@ -181,3 +182,72 @@ def test_folders_of_neither_layout_are_refused(geneval: Path, tmp_path: Path) ->
     (tmp_path / "empty" / "prompts.jsonl").touch()
     assert "holds no picture that can be read" in refused(tmp_path / "empty")
     assert LARGEST_BATCH >= 3 * 8192**2  # the largest picture that the bridge takes
+
+
+# ---------------------------------------------------------------- DPG-Bench's grids
+
+
+def write_grids(root: Path, ids: list[str], pictures: np.ndarray) -> None:
+    root.mkdir()
+    for name, four in zip(ids, pictures, strict=True):
+        Image.fromarray(join_grid(list(four))).save(root / f"{name}.png")
+
+
+def test_grids_are_cut_row_by_row_and_score_as_single_pictures_do(tmp_path: Path) -> None:
+    prompts, pictures = numbered(3, 4)
+    ids = ["111", "COCOval_9", "partiprompts 2"]
+    rows = [{**prompt, "id": name} for prompt, name in zip(prompts, ids, strict=True)]
+    write_grids(tmp_path / "grids", ids, pictures)
+    grid = np.asarray(Image.open(tmp_path / "grids" / "111.png"))
+    np.testing.assert_array_equal(grid[:8, 8:], pictures[0][1])
+    np.testing.assert_array_equal(grid[8:, :8], pictures[0][2])
+    found = read_samples(tmp_path / "grids", prompts=rows)
+    assert found.prompts == dict(enumerate(rows))
+    assert [picture.path for picture in found.pictures][:5] == [
+        *(f"111.png#{image}" for image in range(4)),
+        "COCOval_9.png#0",
+    ]
+    assert {picture.size for picture in found.pictures} == {(8, 8)}
+    assert len({picture.digest for picture in found.pictures}) == 12
+    for picture in found.pictures:
+        np.testing.assert_array_equal(load_picture(found.root / picture.path), pictures[picture.prompt][picture.image])
+
+
+def test_what_is_wrong_with_grids_is_named(tmp_path: Path) -> None:
+    prompts, pictures = numbered(3, 4)
+    root, ids = tmp_path / "grids", ["a", "b", "c"]
+    rows = [{**prompt, "id": name} for prompt, name in zip(prompts, ids, strict=True)]
+    write_grids(root, ids, pictures)
+    assert "give --prompts FILE" in refused(root)
+    Image.new("RGB", (15, 16)).save(root / "a.png")
+    (root / "b.png").rename(root / "other.png")
+    with pytest.raises(SamplesError) as caught:
+        read_samples(root, prompts=rows)
+    said = str(caught.value)
+    assert f"{root}/a.png#0: is 15 x 16 pixels; a grid of 2 x 2 pictures has even sides" in said
+    assert f"{root}/b.png (a prompt with its four pictures)" in said
+    found = read_samples(root, allow_missing=True, prompts=rows)
+    assert [picture.path for picture in found.pictures] == [f"c.png#{image}" for image in range(4)]
+    assert any("other.png" in warning for warning in found.warnings)
+
+
+def test_grids_are_named_by_ids_that_are_file_names() -> None:
+    assert grid_names([{"prompt": "x"}, {"prompt": "y"}]) == ("00000", "00001")
+    assert grid_names([{"id": 7}, {"id": "x-1"}]) == ("7", "x-1")
+    bad = [
+        {"id": "../x"},
+        {"id": ""},
+        {},
+        {"id": True},
+        {"id": "A"},
+        {"id": "a"},
+        {"id": "contact_sheet"},
+        {"id": ".b"},
+    ]
+    with pytest.raises(ValueError, match="named by the ids") as caught:
+        grid_names(bad)
+    for number in (0, 1, 2, 3, 6, 7):
+        assert f"prompt {number} has the id {bad[number].get('id')!r}" in str(caught.value)
+    assert "the id 'a' comes more than once" in str(caught.value)
+    with pytest.raises(ValueError, match="even sides"):
+        cut_grid(np.zeros((4, 3, 3), np.uint8), 0)

@@ -5,7 +5,8 @@
     python -m udm_grpo.evaluate --samples outputs/drawbench --output outputs/drawbench-scores \\
         --scorer pickscore --scorer clipscore --scorer hpsv2 --compare outputs/drawbench-base-scores
 
---samples is what `udm_grpo.sample` writes, or GenEval's own layout (00000/metadata.jsonl, 00000/samples/00000.png).
+--samples is what `udm_grpo.sample` writes, or GenEval's own layout (00000/metadata.jsonl, 00000/samples/00000.png), or
+DPG-Bench's (ID.png, the four pictures of a prompt in a 2 x 2 grid; --prompts prompts.json has the prompts by id).
 The output has
 
     scores.jsonl                     a line a picture and scorer; the same command again goes on where it stopped
@@ -30,10 +31,14 @@ from udm_grpo.host.comparison import common_scorers, compare, draw_changed
 from udm_grpo.host.gpu_split import reserved
 from udm_grpo.host.metrics import write_json
 from udm_grpo.host.places import check_flags
-from udm_grpo.host.sample_folder import SampleFolder, read_samples
+from udm_grpo.host.prompt_files import PROMPT, Row
+from udm_grpo.host.prompts import read_prompts
+from udm_grpo.host.sample_folder import SampleFolder, has_prompts, read_samples
 from udm_grpo.host.score_summary import summarize, write_official
 from udm_grpo.host.score_tables import comparison_text, summary_text
 from udm_grpo.host.scoring import Scored, ScoringError, is_scored, load_scored, made_by, score_folder
+
+Rows = Sequence[Row]
 
 
 def _truth(text: str) -> bool:
@@ -92,13 +97,15 @@ def compare_with(before: Scored, scored: Scored, output: Path, given: argparse.N
     return text
 
 
-def open_other(other: Path, scorers: dict[str, ScorerConfig], allow_missing: bool) -> Scored | SampleFolder:
+def open_other(
+    other: Path, scorers: dict[str, ScorerConfig], allow_missing: bool, prompts: Rows | None = None
+) -> Scored | SampleFolder:
     """The folder to compare with: its scores, or its pictures to be scored by these scorers too.
 
     Raises ScoringError or SamplesError if it cannot be compared with what these scorers will say.
     """
     if not is_scored(other):
-        return _read(other, allow_missing)
+        return _read(other, allow_missing, prompts)
     before = load_scored(other)
     common_scorers(before, made_by(scorers))
     if not before.samples.is_dir():
@@ -106,10 +113,22 @@ def open_other(other: Path, scorers: dict[str, ScorerConfig], allow_missing: boo
     return before
 
 
-def _read(samples: Path, allow_missing: bool) -> SampleFolder:
-    folder = read_samples(samples, allow_missing)
+def _read(samples: Path, allow_missing: bool, prompts: Rows | None) -> SampleFolder:
+    folder = read_samples(samples, allow_missing, prompts)
     _warn(folder.warnings)
     return folder
+
+
+def read_listed(given: argparse.Namespace) -> Rows | None:
+    """The prompts of --prompts; raises ScoringError if no folder of pictures lacks its own."""
+    if given.prompt_key and not given.prompts:
+        raise ScoringError("--prompt-key chooses a text of --prompts FILE; give that as well.")
+    if not given.prompts:
+        return None
+    folders = [Path(folder) for folder in (given.samples, given.compare) if folder]
+    if all(folder.is_dir() and (is_scored(folder) or has_prompts(folder)) for folder in folders):
+        raise ScoringError("--prompts is for folders of DPG-Bench's ID.png; these pictures have prompts of their own.")
+    return read_prompts(given.prompts, key=given.prompt_key or PROMPT).metadata
 
 
 def _warn(warnings: Sequence[str]) -> None:
@@ -131,6 +150,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", metavar="FOLDER", required=True, help="the pictures")
     parser.add_argument("--output", metavar="FOLDER", required=True, help="for the scores")
     parser.add_argument("--compare", metavar="FOLDER", help="the same before: of scores, or of pictures to score too")
+    parser.add_argument("--prompts", metavar="FILE", help="of pictures that have none beside them: DPG-Bench's ID.png")
+    parser.add_argument(
+        *("--prompt-key", "--prompt_key"), metavar="KEY", help="of --prompts: the text that was drawn (default: prompt)"
+    )
     parser.add_argument("--allow_missing", action="store_true", help="count missing and unreadable pictures, and go on")
     for name, default, meaning in (
         ("batch", 32, "pictures that are scored together"),
@@ -227,8 +250,9 @@ def _check_numbers(given: argparse.Namespace) -> None:
 
 def _run(scorers: dict[str, ScorerConfig], output: Path, given: argparse.Namespace) -> None:
     # Both folders are looked at before anything is scored.
-    folder = _read(Path(given.samples), given.allow_missing)
-    other = open_other(Path(given.compare), scorers, given.allow_missing) if given.compare else None
+    listed = read_listed(given)
+    folder = _read(Path(given.samples), given.allow_missing, listed)
+    other = open_other(Path(given.compare), scorers, given.allow_missing, listed) if given.compare else None
     scored, text = evaluate(folder, scorers, output, given)
     print(text)
     if isinstance(other, SampleFolder):

@@ -96,22 +96,27 @@ class Pipeline:
         guidance_scale: float = 1.0,
         seed: int = 0,
         *,
+        negative_prompt: str = "",
         height: int,
         width: int,
     ) -> UInt8[np.ndarray, "b hh ww 3"]:
         """Draw one picture a prompt in T = `steps` steps; the same seed draws the same pictures.
 
-        guidance_scale: 1 is CFG-free; more contrasts with the empty prompt while t < 0.9. height, width: pixels.
-        Raises ValueError for sizes that the stride does not divide, and where there is no prompt.
+        guidance_scale: 1 is CFG-free; more contrasts with the negative prompt while t < 0.9, which is the empty prompt
+        unless one is given. height, width: pixels. Raises ValueError for sizes that the stride does not divide, where
+        there is no prompt, and for a negative prompt without guidance.
         """
         if not len(prompts):
             raise ValueError("there are no prompts; give at least one")
         grid = self._grid(height, width)
         if steps < 1 or guidance_scale < 1:
             raise ValueError(f"steps is {steps} and guidance_scale {guidance_scale}; both must be at least 1")
+        if negative_prompt and guidance_scale == 1:
+            raise ValueError("negative_prompt changes nothing without guidance; give a guidance_scale above 1 as well")
         plan = RolloutPlan(grid, steps, self.checkpoint.scheduler.shift, guidance_scale)
         run = self._stage(plan, lambda: self._rollout(plan))
-        prompt_ids, empty_ids = jnp.asarray(self.tokenize(prompts)), jnp.asarray(self.checkpoint.tokenizer.empty())
+        prompt_ids = jnp.asarray(self.tokenize(prompts))
+        empty_ids = jnp.asarray(self.checkpoint.tokenizer.negative(negative_prompt))
         image_index = jnp.arange(len(prompts), dtype=jnp.int32)
         rolled = run(self.checkpoint.transformer, prompt_ids, empty_ids, image_index, jax.random.key(seed))
         return _to_uint8(self._pixels(rolled.clean.reshape(-1, *grid)))

@@ -6,7 +6,8 @@
     python -m udm_grpo.sample --checkpoint FOLDER --adapter outputs/mine/export_lora --output out --prompt "a star"
     python -m udm_grpo.sample --checkpoint FOLDER --transformer checkpoint-100 --output out --prompt "a star"
 
---layout geneval, what GenEval's evaluation reads, or --layout flat:
+--layout geneval, what GenEval's evaluation reads, or --layout flat (--layout dpgbench: OUTPUT/ID.png, the four pictures
+of a prompt in a 2 x 2 grid, named by its id, and prompts.jsonl):
 
     OUTPUT/00000/metadata.jsonl          the prompt's line          OUTPUT/prompts.jsonl    a line a prompt
     OUTPUT/00000/samples/0000.png        its first picture          OUTPUT/00000_0.png      its first picture
@@ -40,6 +41,7 @@ from udm_grpo.diffusion.rollout import RolloutPlan
 from udm_grpo.host.atomic import remove_unfinished, replace_file
 from udm_grpo.host.buckets import local_prompts
 from udm_grpo.host.checkpoint import CheckpointError
+from udm_grpo.host.layouts import GRID, LAYOUTS, QUARTERS, cut_grid, file_names, join_grid, picture_files, place_of
 from udm_grpo.host.metrics import write_json
 from udm_grpo.host.pictures import image_grid
 from udm_grpo.host.places import check_flags
@@ -55,13 +57,18 @@ MOST_PROMPTS, MOST_IMAGES = 2**20, 2**11
 """Image i of prompt p is number i * MOST_PROMPTS + p of the rollouts, which 31 bits hold."""
 
 
+NEW_SETTINGS = {"negative_prompt": ""}
+"""What settings.json of an earlier version does not say, and drew with."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """All that decides the pictures of a folder; settings.json holds it, and a folder goes on only with the same.
 
     weights: SHA-256 of the checkpoint. prompts: SHA-256 of the prompts and their metadata. steps: T. guidance_scale: g,
     1 is CFG-free. guidance_trunc: guidance acts while t_k is below it. height, width: pixels. text_length: L, tokens.
-    dtype: of the transformer; pictures are decoded in float32, as in training.
+    dtype: of the transformer; pictures are decoded in float32, as in training. negative_prompt: what guidance contrasts
+    with; "" is the empty prompt.
     """
 
     weights: str
@@ -76,12 +83,7 @@ class Settings:
     text_length: int
     dtype: str
     layout: str
-
-    def image_path(self, output: Path, prompt: int, image: int) -> Path:
-        """Where a picture lies."""
-        if self.layout == "geneval":
-            return output / f"{prompt:05d}" / "samples" / f"{image:04d}.png"
-        return output / f"{prompt:05d}_{image}.png"
+    negative_prompt: str = ""
 
 
 def digest_of(checkpoint: Checkpoint) -> str:
@@ -103,7 +105,9 @@ def open_output(settings: Settings, source: dict[str, Any], prompts: PromptSet, 
         there = read_json(file)
         now = asdict(settings)
         lines = [
-            f"{name}: there {there.get(name)!r}, now {now[name]!r}" for name in now if there.get(name) != now[name]
+            f"{name}: there {there.get(name)!r}, now {now[name]!r}"
+            for name in now
+            if there.get(name, NEW_SETTINGS.get(name)) != now[name]
         ]
         if lines:
             lines.append("Set these back to go on there, or give another folder as --output.")
@@ -148,7 +152,7 @@ def drawer(
     params = jax.device_put(params, meshes.shardings(mesh, params))
     vq_params = jax.device_put(checkpoint.vq, meshes.replicated(mesh))
     prompt_ids = checkpoint.tokenizer(texts)  # all at once, so that those cut short are counted in one warning
-    empty_ids = jax.device_put(checkpoint.tokenizer.empty(), meshes.replicated(mesh))
+    empty_ids = jax.device_put(checkpoint.tokenizer.negative(settings.negative_prompt), meshes.replicated(mesh))
     key = jax.random.key(settings.seed)
 
     def draw(wanted: Sequence[tuple[int, int]]) -> UInt8[jax.Array, "b hh ww 3"]:
@@ -169,19 +173,26 @@ def sample(model: Model, settings: Settings, prompts: PromptSet, output: Path, b
     """
     draw = drawer(model.checkpoint, settings, prompts.prompts, batch, devices)
     open_output(settings, model.source, prompts, output)
-    every = list(itertools.product(range(len(prompts)), range(settings.images_per_prompt)))
-    every = every[jax.process_index() :: jax.process_count()]
-    todo = [pair for pair in every if not settings.image_path(output, *pair).exists()]
+    names = file_names(settings.layout, prompts.metadata)
+    files = picture_files(settings.layout, output, names, len(prompts), settings.images_per_prompt)
+    files = files[jax.process_index() :: jax.process_count()]
+    every = sum(len(pairs) for _, pairs in files)
+    files = [(path, pairs) for path, pairs in files if not path.exists()]
+    todo = [pair for _, pairs in files for pair in pairs]
     parts = [todo[at : at + batch] for at in range(0, len(todo), batch)]
     # The devices draw a part while the one before is written.
     started = itertools.chain(map(draw, parts), [None])
     drawing = next(started)
-    with progress_bar(len(every), "drawing", "image", len(every) - len(todo)) as bar:
+    waiting: list[UInt8[np.ndarray, "hh ww 3"]] = []  # drawn, in the order of todo, and not yet a whole file
+    with progress_bar(every, "drawing", "image", every - len(todo)) as bar:
         for part in parts:
             drawn, drawing = drawing, next(started)
-            for pair, pixels in zip(part, np.asarray(drawn)[: len(part)], strict=True):
-                picture = Image.fromarray(pixels)
-                replace_file(settings.image_path(output, *pair), partial(picture.save, format="PNG"))
+            waiting += list(np.asarray(drawn)[: len(part)])
+            while files and len(waiting) >= len(files[0][1]):
+                (path, pairs), *files = files
+                pixels = join_grid(waiting[:QUARTERS]) if settings.layout == GRID else waiting[0]
+                del waiting[: len(pairs)]
+                replace_file(path, partial(Image.fromarray(pixels).save, format="PNG"))
             bar.update(len(part))
     return len(todo)
 
@@ -189,9 +200,11 @@ def sample(model: Model, settings: Settings, prompts: PromptSet, output: Path, b
 def contact_sheet(settings: Settings, prompts: PromptSet, output: Path, count: int) -> None:
     """Write contact_sheet.png: the first picture of each of the first `count` prompts; none for 0."""
     shown = min(count, len(prompts))
-    files = [settings.image_path(output, prompt, 0) for prompt in range(shown)]
-    if files:
-        images = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+    names = file_names(settings.layout, prompts.metadata)
+    places = [place_of(settings.layout, output, names, prompt, 0) for prompt in range(shown)]
+    if places:
+        drawn = ((np.asarray(Image.open(file).convert("RGB")), quarter) for file, quarter in places)
+        images = np.stack([pixels if quarter is None else cut_grid(pixels, quarter) for pixels, quarter in drawn])
         image_grid(images, prompts.prompts[:shown], columns=4, path=output / "contact_sheet.png")
 
 
@@ -218,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         *("--prompt-key", "--prompt_key"), metavar="KEY", help="of --prompts: the text to draw (default: prompt)"
     )
     parser.add_argument("--output", metavar="FOLDER", required=True)
-    parser.add_argument("--layout", choices=("geneval", "flat"), default="geneval", help="default: geneval")
+    parser.add_argument("--layout", choices=LAYOUTS, default="geneval", help="default: geneval")
     for name, default, meaning in (
         ("images_per_prompt", 4, "pictures of every prompt"),
         ("steps", 25, "denoising steps"),
@@ -229,6 +242,11 @@ def _parser() -> argparse.ArgumentParser:
         ("sheet_prompts", 16, "prompts on contact_sheet.png; 0: none"),
     ):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{meaning} (default: %(default)s)")
+    parser.add_argument(
+        *("--negative-prompt", "--negative_prompt"),
+        metavar="TEXT",
+        help="guidance contrasts with this instead of the empty prompt",
+    )
     for name in ("height", "width"):
         parser.add_argument(f"--{name}", type=int, help="pixels (default: the run's, else 32 tokens)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the transformer (default: the run's, else float32)")
@@ -259,6 +277,10 @@ def _check(given: argparse.Namespace, available: int) -> None:
     for name in ("adapter", "transformer"):
         if given.run and vars(given)[name]:
             found.append(f"--{name} belongs to a released folder; give that as --checkpoint instead of --run.")
+    if given.negative_prompt and (given.guidance_scale == 1 or given.guidance_trunc == 0):
+        found.append("--negative-prompt changes nothing without guidance; give a --guidance_scale above 1 as well.")
+    if given.layout == GRID and given.images_per_prompt != QUARTERS:
+        found.append(f"--layout {GRID} takes exactly {QUARTERS} --images_per_prompt, a 2 x 2 grid a prompt.")
     if found:
         raise SampleError("\n  ".join(found))
 
@@ -276,6 +298,7 @@ def _read_prompts(given: argparse.Namespace) -> PromptSet:
     )
     if len(prompts) > MOST_PROMPTS:
         raise SampleError(f"there are {len(prompts)} prompts; give at most {MOST_PROMPTS} at a time.")
+    file_names(given.layout, prompts.metadata)  # raises for ids that name no files, before anything is loaded
     return prompts
 
 

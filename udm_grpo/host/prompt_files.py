@@ -40,8 +40,8 @@ TAG_COLUMNS = ("tag", "category")
 """Column of a .csv file that holds the tags unless another is named."""
 
 KINDS = (
-    ".jsonl (GenEval's format, or objects with a prompt), .json (an array of such), .txt (one prompt a line), .csv (with a "
-    "header), or a folder of .txt files (one prompt a file)"
+    ".jsonl (GenEval's format, or objects with a prompt), .json (an array of such), .txt (one prompt a line), "
+    ".csv (with a header), or a folder of .txt files (one prompt a file)"
 )
 
 MOST_LINES_SHOWN = 50

@@ -1,8 +1,9 @@
 """A folder of pictures and their prompts, every file looked at before anything is made of it.
 
-Two layouts are read, those that `udm_grpo.sample` writes:
+Three layouts are read, those that `udm_grpo.sample` writes (layouts.py):
 
-    geneval:  00000/metadata.jsonl, 00000/samples/0000.png (or 00000.png)      flat:  prompts.jsonl, 00000_0.png
+    geneval:   00000/metadata.jsonl, 00000/samples/0000.png (or 00000.png)      flat:  prompts.jsonl, 00000_0.png
+    dpgbench:  prompts.jsonl, ID.png with four pictures; or without prompts.jsonl, and the prompts are given
 
 Source: the first is GenEval's own (djghosh13/geneval, evaluation/evaluate_images.py).
 """
@@ -23,6 +24,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from udm_grpo.host.layouts import GRID, QUARTERS, cut_grid, grid_names
 from udm_grpo.host.progress import progress_bar
 from udm_grpo.host.prompts import UNTAGGED
 
@@ -45,7 +47,7 @@ class Picture:
     """One picture that can be read."""
 
     path: str
-    """In its folder, with forward slashes."""
+    """In its folder, with forward slashes; of a grid with the quarter, as in ID.png#0."""
     prompt: int
     """The number of its prompt."""
     image: int
@@ -77,8 +79,15 @@ class _Found:
     strange: list[str] = field(default_factory=list)
 
 
-def read_samples(root: str | Path, allow_missing: bool = False) -> SampleFolder:
-    """Read every file of a folder of pictures once.
+def has_prompts(root: Path) -> bool:
+    """Whether a folder of pictures holds their prompts as well."""
+    return (root / "prompts.jsonl").exists() or any(entry.name.isdecimal() for entry in root.iterdir())
+
+
+def read_samples(
+    root: str | Path, allow_missing: bool = False, prompts: Sequence[Mapping[str, Any]] | None = None
+) -> SampleFolder:
+    """Read every file of a folder of pictures once; prompts: of a folder of grids that holds none itself.
 
     Raises SamplesError for a folder of neither layout, and for prompts and pictures that are missing or cannot be
     read, naming them all; with `allow_missing`, pictures that are missing or unreadable are counted in a warning.
@@ -87,15 +96,20 @@ def read_samples(root: str | Path, allow_missing: bool = False) -> SampleFolder:
     if not root.is_dir():
         raise SamplesError(f"there is no folder {root}; give one of pictures, such as udm_grpo.sample writes.")
     numbered = sorted(entry for entry in root.iterdir() if entry.is_dir() and entry.name.isdecimal())
-    flat = root / "prompts.jsonl"
-    if bool(numbered) == flat.exists():
+    flat, settings = root / "prompts.jsonl", _settings(root / "settings.json")
+    listed = None if has_prompts(root) else prompts
+    if listed is None and bool(numbered) == flat.exists():
         what = "both" if numbered else "neither"
         raise SamplesError(
             f"{root} has {what} of numbered folders (00000/metadata.jsonl, 00000/samples/0000.png) and prompts.jsonl "
-            "(with 00000_0.png); it needs exactly one of these."
+            "(with 00000_0.png); it needs exactly one of these. For DPG-Bench's ID.png, give --prompts FILE."
         )
-    found = _read_numbered(root, numbered) if numbered else _read_flat(root, flat)
-    _find_missing(root, found, _promised(root / "settings.json"), bool(numbered))
+    if listed is not None or (settings.get("layout") == GRID and not numbered):
+        found = _read_grids(root, flat, listed)
+    else:
+        found = _read_numbered(root, numbered) if numbered else _read_flat(root, flat)
+        promised = settings.get("images_per_prompt")
+        _find_missing(root, found, promised if isinstance(promised, int) else 0, bool(numbered))
     pictures, unreadable, transparent = _inspect(root, found)
     _refuse(root, found, unreadable, allow_missing)
     if not pictures:
@@ -112,10 +126,21 @@ def read_samples(root: str | Path, allow_missing: bool = False) -> SampleFolder:
 
 
 def load_picture(path: Path) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture as RGB, without any transparency; what Pillow raises for a file that cannot be read."""
-    with Image.open(path) as picture:
+    """A picture as RGB, without any transparency; what Pillow raises for a file that cannot be read.
+
+    Of a grid, FILE.png#0 to FILE.png#3 is one of its four pictures.
+    """
+    file, quarter = _file_of(str(path))
+    with Image.open(file) as picture:
         whole = picture.convert("RGBA") if picture.has_transparency_data else picture
-        return np.asarray(whole.convert("RGB"))
+        pixels = np.asarray(whole.convert("RGB"))
+    return pixels if quarter is None else cut_grid(pixels, quarter)
+
+
+def _file_of(path: str) -> tuple[str, int | None]:
+    """The file of a picture, and which quarter of it the picture is."""
+    named = re.fullmatch(r"(.*\.png)#([0-3])", path)
+    return (named[1], int(named[2])) if named else (path, None)
 
 
 def _read_numbered(root: Path, folders: Sequence[Path]) -> _Found:
@@ -145,7 +170,8 @@ def _read_numbered(root: Path, folders: Sequence[Path]) -> _Found:
     return found
 
 
-def _read_flat(root: Path, file: Path) -> _Found:
+def _read_lines(file: Path) -> _Found:
+    """The prompts of prompts.jsonl."""
     found = _Found()
     lines = [line for line in file.read_bytes().splitlines() if line.strip()]
     for prompt, line in enumerate(lines):
@@ -154,12 +180,37 @@ def _read_flat(root: Path, file: Path) -> _Found:
         except ValueError as error:
             found.wrong.append(f"{file}, prompt {prompt}: {error}")
             found.prompts[prompt] = {}
+    return found
+
+
+def _read_flat(root: Path, file: Path) -> _Found:
+    found = _read_lines(file)
+    count = len(found.prompts)
     for entry in sorted(entry for entry in root.iterdir() if entry.is_file() and entry.name not in _BESIDE):
         named = re.fullmatch(r"(\d+)_(\d+)\.png", entry.name)
-        if named and int(named[1]) >= len(lines):
-            found.wrong.append(f"{entry}: is of prompt {int(named[1])}, but {file} has {len(lines)} prompts")
+        if named and int(named[1]) >= count:
+            found.wrong.append(f"{entry}: is of prompt {int(named[1])}, but {file} has {count} prompts")
         else:
             _add(root, found, entry, int(named[1]) if named else 0, named)
+    return found
+
+
+def _read_grids(root: Path, file: Path, listed: Sequence[Mapping[str, Any]] | None) -> _Found:
+    """Files with the four pictures of a prompt each, by the ids of the prompts in a file or of those listed."""
+    found = _read_lines(file) if listed is None else _Found(dict(enumerate(map(dict, listed))))
+    try:
+        names = grid_names(list(found.prompts.values()))
+    except ValueError as error:
+        found.wrong.append(f"{file if listed is None else 'the prompts'}: {error}")
+        return found
+    there = {entry.name for entry in root.iterdir() if entry.is_file()}
+    for prompt, name in enumerate(names):
+        if f"{name}.png" in there:
+            found.files |= {(prompt, image): f"{name}.png#{image}" for image in range(QUARTERS)}
+        else:
+            found.missing.append(f"{root / name}.png (a prompt with its four pictures)")
+    known = {*_BESIDE, *(f"{name}.png" for name in names)}
+    found.strange += sorted(str(root / name) for name in there - known if not name.startswith("."))
     return found
 
 
@@ -190,13 +241,13 @@ def _add(root: Path, found: _Found, entry: Path, prompt: int, named: re.Match[st
     found.files[key] = entry.relative_to(root).as_posix()
 
 
-def _promised(file: Path) -> int:
-    """How many pictures of every prompt `udm_grpo.sample` was asked for there; 0 if it does not say."""
+def _settings(file: Path) -> dict[str, Any]:
+    """What `udm_grpo.sample` was asked for there; empty if it does not say."""
     try:
-        promised = json.loads(file.read_text(encoding="utf-8"))["images_per_prompt"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0  # of other origin
-    return promised if isinstance(promised, int) else 0
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # of other origin
+    return settings if isinstance(settings, dict) else {}
 
 
 def _find_missing(root: Path, found: _Found, promised: int, numbered: bool) -> None:
@@ -237,13 +288,17 @@ def _inspect(root: Path, found: _Found) -> tuple[list[Picture], list[str], list[
 def _look(root: Path, path: str, prompt: int, image: int, metadata: Mapping[str, Any]) -> tuple[Picture, bool] | str:
     """(the picture, whether it is partly transparent), or what is wrong with it."""
     try:
-        content = (root / path).read_bytes()
+        file, quarter = _file_of(path)
+        content = (root / file).read_bytes()
         with Image.open(io.BytesIO(content)) as opened:
             opened.load()
             if opened.mode not in _READABLE:
                 return f"{root / path}: has the mode {opened.mode}; wanted 8 bits a channel"
             clear = opened.has_transparency_data and opened.convert("RGBA").getextrema()[3][0] < 255
             size = opened.size
+        if quarter is not None:
+            height, width = cut_grid(np.empty((size[1], size[0], 3), np.uint8), quarter).shape[:2]
+            size, content = (width, height), content + bytes([quarter])
     except _DAMAGED as error:
         return f"{root / path}: {error or type(error).__name__}"
     digest = hashlib.sha256(content + json.dumps(metadata, sort_keys=True).encode()).hexdigest()

@@ -62,6 +62,10 @@ class PromptTokenizer:
         """Return the ids of the empty prompt, which guidance contrasts with."""
         return np.full(self.length, self.pad_id, np.int32)
 
+    def negative(self, text: str) -> Int32[np.ndarray, " l"]:
+        """Return the ids of a negative prompt, which guidance contrasts with instead; "" is the empty prompt."""
+        return self([text])[0] if text else self.empty()
+
 
 def load_tokenizer(folder: Path, length: int | None = None) -> PromptTokenizer:
     """Read a tokenizer folder; `length` is L, by default the tokenizer's model_max_length, at most 320.
