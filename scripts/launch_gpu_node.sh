@@ -49,6 +49,7 @@ elif ((${#names[@]})); then
         IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
     else
         mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader)
+        gpus=("${gpus[@]%%,*}")
     fi
     ((count < ${#gpus[@]})) || fail "--scorer-gpus is $count of ${#gpus[@]} GPUs; leave at least one to the trainer"
     ((count >= ${#names[@]})) || fail "--scorer-gpus is $count for ${#names[@]} scorers; give each of them a GPU, or use --share"
