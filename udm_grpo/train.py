@@ -33,6 +33,7 @@ from udm_grpo.grpo.minibatches import split_images
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.checkpoint import restore as restore_checkpoint
 from udm_grpo.host.gpu_split import reserved
+from udm_grpo.host.idle_gpus import idle_gpus
 from udm_grpo.host.metrics import StageTimer, check_tools, write_json
 from udm_grpo.host.pictures import before_after, image_grid
 from udm_grpo.host.rewards import Rewards
@@ -293,6 +294,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(words)
         validate(config)
         with distributed.joined(config.distributed, expected):
+            warning = idle_gpus(jax.default_backend())
+            if warning:
+                print(f"warning: {warning}", file=sys.stderr)
             summary = train(config)
     except expected as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,44 @@
+"""NVIDIA GPUs of this machine that JAX does not use."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+DEVICES = Path("/dev")
+DRIVER = Path("/proc/driver/nvidia/gpus")
+
+
+def idle_gpus(backend: str) -> str | None:
+    """Return what to install when there are NVIDIA GPUs but JAX's backend is the CPU; None if all is well.
+
+    Nobody is told who chose the CPU himself, by JAX_PLATFORMS or an empty CUDA_VISIBLE_DEVICES.
+    """
+    chosen = "cpu" in os.environ.get("JAX_PLATFORMS", "").lower()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
+    if backend != "cpu" or chosen or hidden:
+        return None
+    gpus = _gpus()
+    if not gpus:
+        return None
+    there = f"This machine has {len(gpus)} NVIDIA GPU(s) ({gpus[0]}), but JAX computes on the CPU"
+    if importlib.util.find_spec("jax_cuda13_plugin") or importlib.util.find_spec("jax_cuda12_plugin"):
+        return f"{there} although its CUDA plugin is installed: check that nvidia-smi names a driver of 580 or newer."
+    return f'{there}: its CUDA plugin is missing. Fix: pip install "jax[cuda13]=={version("jax")}"'
+
+
+def _gpus() -> list[str]:
+    """The names of the GPUs, by nvidia-smi or else by the driver's files."""
+    command = shutil.which("nvidia-smi")
+    if command:
+        try:
+            done = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return []
+        lines = done.stdout.splitlines() if done.returncode == 0 else []
+        return [line.partition(": ")[2].partition(" (UUID")[0] for line in lines if line.startswith("GPU ")]
+    if DRIVER.is_dir():
+        return [path.name for path in sorted(DRIVER.iterdir())]
+    return [path.name for path in sorted(DEVICES.glob("nvidia[0-9]*"))]
