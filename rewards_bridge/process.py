@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 TAIL_BYTES = 16 << 10
-_REPOSITORY = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parent
 
 
 class ScorerProcess:
@@ -90,5 +94,19 @@ def scorer_environment(extra: Mapping[str, str]) -> dict[str, str]:
     # Idle threads leave the cores to XLA and busy ones take at most half of them, unless the environment says more.
     threads = str(max(1, (os.cpu_count() or 1) // 2))
     merged = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": threads, **os.environ, **extra}
-    merged["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_REPOSITORY), merged.get("PYTHONPATH"))))
+    merged["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_import_folder()), merged.get("PYTHONPATH"))))
     return merged
+
+
+@functools.cache
+def _import_folder() -> Path:
+    """The folder from which the scorer's interpreter imports this package.
+
+    Never site-packages, whose other packages are made for our own interpreter: a folder with a link takes its place.
+    """
+    if _PACKAGE.parent.name not in ("site-packages", "dist-packages"):
+        return _PACKAGE.parent
+    folder = Path(tempfile.mkdtemp(prefix="rewards-bridge-import-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / _PACKAGE.name).symlink_to(_PACKAGE, target_is_directory=True)
+    return folder

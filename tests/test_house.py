@@ -10,6 +10,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -358,10 +359,11 @@ def test_no_text_names_a_place_of_the_machine_it_was_written_on():
 
 
 def pins(path: str) -> dict[str, str]:
-    """Distribution -> version of a requirements file."""
-    found = {}
-    for line in (ROOT / path).read_text(encoding="utf-8").splitlines():
-        words = line.split("#")[0].strip()
+    """Distribution -> version of a requirements file; of pyproject.toml what the trainer depends on."""
+    text, found = (ROOT / path).read_text(encoding="utf-8"), {}
+    toml = path.endswith(".toml")
+    for line in tomllib.loads(text)["project"]["dependencies"] if toml else text.splitlines():
+        words = line.split("#")[0].partition(";")[0].strip()
         if words:
             name, equals, version = words.partition("==")
             assert equals, f"{path}: {words} is not pinned"
@@ -383,7 +385,11 @@ def test_both_requirements_pin_the_same():
 
 @pytest.mark.parametrize(
     ("file", "folders"),
-    [("requirements.txt", (*PRODUCT, "tests")), ("rewards_bridge/requirements.txt", ("rewards_bridge",))],
+    [
+        ("requirements.txt", (*PRODUCT, "tests")),
+        ("rewards_bridge/requirements.txt", ("rewards_bridge",)),
+        ("pyproject.toml", ("udm_grpo", "configs")),
+    ],
 )
 def test_every_package_that_is_imported_is_pinned(file, folders):
     pinned, provided = pins(file), importlib.metadata.packages_distributions()

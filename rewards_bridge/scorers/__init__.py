@@ -66,9 +66,13 @@ def _find_class(name: str) -> Callable[..., Scorer]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        from rewards_bridge.doctor import pin  # which imports this package
+
+        requirement = pin((error.name or "").partition(".")[0])
+        place = f"{sys.executable} -m pip install {requirement}" if "==" in requirement else "put it on PYTHONPATH"
         raise UsageError(
-            f"scorer {name!r}: {error} while importing {module_name!r} with {sys.executable}; install it there, "
-            "put its folder on PYTHONPATH, or choose another interpreter"
+            f"scorer {name!r}: {error} while importing {module_name!r} with {sys.executable}; install it there "
+            f"({place}) or choose another interpreter"
         ) from error
     if not hasattr(module, class_name):
         raise UsageError(f"scorer {name!r}: module {module_name!r} ({module.__file__}) has no {class_name!r}")

@@ -11,8 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from rapidfuzz.distance import Levenshtein
-
 _QUOTED = re.compile('"([^"]*)"')
 _TYPOGRAPHIC = "“”„‟«»″"
 
@@ -56,6 +54,8 @@ def match(read: str, target: str, extra_is_free: bool = True) -> float:
     The distance is Levenshtein's, at most len(target); with `extra_is_free`, the published rule, it is 0 wherever the
     target is part of what was read. Raises ValueError for a target of nothing but white space.
     """
+    from rapidfuzz.distance import Levenshtein  # not above: prompts are also checked where nothing is scored
+
     wanted, seen = _plain(target), _plain(read)
     if not wanted:
         raise ValueError(f"the target {target!r} is empty; check_prompts finds such prompts before training")
