@@ -48,6 +48,9 @@ INLINE = {
     r"^pip install libtpu==": "tests/test_compile_only.py::test_the_compiler_that_is_named_is_the_one_that_is_pinned",
     r"^python -m scripts\.compile_table ": "tests/test_compile_table.py",
     r"^apt-get install chromium": ".ci/run",
+    r"^pip install gcsfs$": "tests/test_buckets.py",
+    r"^pip install .?jax\[cuda13\]": "tests/test_cuda_compiler.py",
+    r"^python -m udm_grpo\.doctor$": "tests/test_run_needs.py",
 }
 """Commands in running text that are no part of a command of a page -> what runs them or holds them right."""
 
