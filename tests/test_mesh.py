@@ -62,6 +62,16 @@ def test_seven_devices_split_the_layers(published):
     assert [one.numbers for one in left] == [282741 * 2048, 2048 * 131072]
 
 
+def test_layers_come_together_once_and_only_where_they_are_split():
+    blocks = {"attn": {"q": {"kernel": jax.numpy.ones((7, 6, 5))}}, "input_norm": {"scale": jax.numpy.ones((7, 6))}}
+
+    def program(mesh: Mesh) -> str:
+        return str(jax.make_jaxpr(meshes.LayersTogether(mesh))(blocks))
+
+    assert program(mesh_of(1, 7, 1)).count("sharding_constraint") == 1
+    assert "sharding_constraint" not in program(mesh_of(1, 3, 5))
+
+
 def test_another_dimension_of_the_matrix_comes_before_the_layers(published):
     found = specs(published, mesh_of(1, 6, 1))
     for name in ("gate", "up"):

@@ -127,6 +127,27 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+@dataclass(frozen=True)
+class LayersTogether:
+    """Brings blocks that are split along their layers together before a loop over the layers.
+
+    Left alone, the compiler brings all layers together again for each of them.
+    """
+
+    mesh: Mesh
+
+    def __call__(self, layers: Any) -> Any:
+        """The parameters of all blocks; leaves that are not split along axis 0 are returned as they are."""
+
+        def one(path: tuple[Any, ...], leaf: Any) -> Any:
+            spec = _spec(f"layers/{_name(path)}", tuple(leaf.shape), self.mesh)
+            if not spec or spec[0] is None:
+                return leaf
+            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, PartitionSpec(None, *spec[1:])))
+
+        return jax.tree_util.tree_map_with_path(one, layers)
+
+
 def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 

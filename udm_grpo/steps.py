@@ -198,7 +198,13 @@ def build(
 ) -> Steps:
     """Compile-on-first-use stages of a run on `mesh`; `state` may be abstract and gives the shardings."""
     over_batch, replicated = meshes.over_batch(mesh), meshes.replicated(mesh)
-    execution = replace(plans.execution, batch=over_batch, head=meshes.head(mesh), shards=meshes.batch_shards(mesh))
+    execution = replace(
+        plans.execution,
+        batch=over_batch,
+        head=meshes.head(mesh),
+        layers=meshes.LayersTogether(mesh),
+        shards=meshes.batch_shards(mesh),
+    )
     plans = replace(plans, execution=execution)
     state_shardings = meshes.shardings(mesh, state)
     grpo, sizes = config.grpo, batch_sizes(config, mesh)

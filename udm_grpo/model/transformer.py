@@ -79,6 +79,8 @@ class Execution:
     """Sharding of arrays whose first axis is the batch; None leaves it to the compiler."""
     head: Any = None
     """Sharding of the head's kernel while logits are computed; None leaves it as it lies."""
+    layers: Any = None
+    """A function that prepares the parameters of all blocks for the loop over them; None leaves them as they lie."""
     shards: int = 1
     """Devices that a batch is spread over."""
     multiple: int = 1
@@ -318,7 +320,8 @@ def hidden_states(
 
     x = jnp.asarray(params["embed"]["embedding"])[input_ids(config, prompt_ids, image_ids)]
     x = execution.spread(jnp.pad(x, ((0, 0), (0, added), (0, 0))) if added else x)
-    x, _ = jax.lax.scan(_rematerialised(body, execution.remat), x, params["layers"])
+    layers = params["layers"] if execution.layers is None else execution.layers(params["layers"])
+    x, _ = jax.lax.scan(_rematerialised(body, execution.remat), x, layers)
     x = x[:, :rows] if added else x
     norm_graph = nnx.split(nnx.eval_shape(lambda: RMSNorm(config.hidden_size)))[0]
     return execution.spread(nnx.merge(norm_graph, params["norm"])(x))
