@@ -100,10 +100,12 @@ def test_a_tpu_slice_is_set_up_checked_trained_stopped_and_resumed(cluster: Clus
     script, shared = "scripts/launch_tpu_pod.sh", cluster.folder / "shared"
     local = ROOT / "outputs" / f"launch-{os.getpid()}"
     shutil.copytree(ASSETS / "ursa-shapes", local / "model")
-    shutil.copy(ASSETS / "shapes-prompts" / "train.jsonl", local)
+    for name in ("train.jsonl", "heldout.jsonl"):
+        shutil.copy(ASSETS / "shapes-prompts" / name, local)
     below = local.relative_to(ROOT)
     words = (*CONFIG, f"--config.output_dir={shared}", f"--config.model.path={below}/model")
-    words = (*words, f"--config.prompts.train={below}/train.jsonl")
+    words = (*words, *(f"--config.prompts.{name}={below}/{name}.jsonl" for name in ("train", "heldout")))
+    files = [f"{below}/{name}" for name in ("model", "train.jsonl", "heldout.jsonl")]
     try:
         assert cluster.run(script, "setup", **SLICE, PYTHON="python", CLUSTER_WORKERS="1") == 0, cluster.logs()
         # The second worker is a copy of the first: to set it up, too, would take as long again.
@@ -114,7 +116,7 @@ def test_a_tpu_slice_is_set_up_checked_trained_stopped_and_resumed(cluster: Clus
             assert f"worker t1v-n-0-w-{number}: error: model.path: {below}/model: no such folder" in said
             assert f"worker t1v-n-0-w-{number}: error: prompts.train: " in said
         assert not shared.exists()
-        assert cluster.run(script, "copy", f"{below}/model", f"{below}/train.jsonl", **SLICE) == 0, cluster.logs()
+        assert cluster.run(script, "copy", *files, **SLICE) == 0, cluster.logs()
     finally:
         shutil.rmtree(local)
     job = cluster.start(script, "train", *words, **SLICE)
