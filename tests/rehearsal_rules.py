@@ -49,6 +49,9 @@ INLINE = {
     r"^python -m scripts\.compile_table ": "tests/test_compile_table.py",
     r"^apt-get install chromium": ".ci/run",
     r"^pip install gcsfs$": "tests/test_buckets.py",
+    r"^pip install -e ": "tests/test_install.py",
+    r"^pip wheel \.$": "tests/test_install.py",
+    r"^pip install torch==\S+ --index-url ": "tests/test_install.py",
     r"^pip install .?jax\[cuda13\]": "tests/test_cuda_compiler.py",
     r"^python -m udm_grpo\.doctor$": "tests/test_run_needs.py",
 }

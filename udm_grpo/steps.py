@@ -193,19 +193,24 @@ def step_samples(
     return jax.tree.map(plans.execution.spread, part)
 
 
+def _placed(plans: Plans, mesh: Mesh) -> Plans:
+    """The plans with the shardings of activations, blocks and head on `mesh`."""
+    execution = replace(
+        plans.execution,
+        batch=meshes.over_batch(mesh),
+        head=meshes.head(mesh),
+        layers=meshes.LayersTogether(mesh),
+        shards=meshes.batch_shards(mesh),
+    )
+    return replace(plans, execution=execution)
+
+
 def build(
     config: RunConfig, plans: Plans, path: Path, optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState
 ) -> Steps:
     """Compile-on-first-use stages of a run on `mesh`; `state` may be abstract and gives the shardings."""
     over_batch, replicated = meshes.over_batch(mesh), meshes.replicated(mesh)
-    execution = replace(
-        plans.execution,
-        batch=over_batch,
-        head=meshes.head(mesh),
-        layers=meshes.LayersTogether(mesh),
-        shards=meshes.batch_shards(mesh),
-    )
-    plans = replace(plans, execution=execution)
+    plans = _placed(plans, mesh)
     state_shardings = meshes.shardings(mesh, state)
     grpo, sizes = config.grpo, batch_sizes(config, mesh)
     factor = lora.factor(config.lora) if config.lora.rank else 1.0

@@ -161,12 +161,16 @@ def attend(
     """
     rows = q.shape[1] if rows is None else rows
     if execution.attention == "cudnn":
-        lengths = {}
-        if rows < q.shape[1]:
+        padded = rows < q.shape[1]
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
             # Padded queries are computed like the others, so that what they hold is finite.
-            lengths["query_seq_lengths"] = jnp.full(q.shape[0], q.shape[1], jnp.int32)
-            lengths["key_value_seq_lengths"] = jnp.full(q.shape[0], rows, jnp.int32)
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)
+            query_seq_lengths=jnp.full(q.shape[0], q.shape[1], jnp.int32) if padded else None,
+            key_value_seq_lengths=jnp.full(q.shape[0], rows, jnp.int32) if padded else None,
+            implementation="cudnn",
+        )
     if execution.attention == "splash":
         return splash.attend(q, k, v, rows, execution.batch)
     if execution.attention != "xla":
