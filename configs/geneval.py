@@ -49,6 +49,9 @@ devices, and are padded where the devices do not divide them. Memory a device, o
 15.75 GiB on v5e:4x4, 8.8 of 31.25 on v6e:4x4, 8.9 of 95.74 on v5p:2x2x4, 14.3 of 95.74 on v5p:2x2x2, 12.4 of 94.75
 on tpu7x:2x2x1; by the TPU compiler, with plain attention. The largest micro-batches that fit are in
 configs/compile_table.md. Without --topology, --compile_only compiles for the devices at hand.
+On NVIDIA GPUs, with cuDNN's attention and by JAX's CUDA compiler (--topology h100:8): 10.7 GiB a device on 8 H100, and
+31.9 GiB on 7, which divide neither the embedding nor the head. One H100 needs 60.9 GiB, more than the 0.75 of its
+memory that JAX takes by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
 
 Scorer: devices is auto: a process on the last GPU, which the trainer leaves alone (of 8 GPUs, 7 train), or on the CPU
 of a machine with one GPU or none, as beside a TPU; the start of a run says which. More GPUs, with a process on
@@ -60,7 +63,7 @@ token_file.
 Time: 15 PFLOP an iteration (128 images), by the formulas of udm_grpo/flops.py. At 40 % of the peak of 8 H100 that
 is 5 s an iteration and 13 hours for 10,000 of them, scoring and evaluations aside: an estimate, not a measurement.
 Disk: the weights above, and for checkpoints 32 GB each (float32 weights and two moments, the bfloat16 reference), of
-which three are on disk while one is being saved, and 9 GB for the export at the end: 104 GB in output_dir, whose free
+which three are on disk while one is being saved, and 9 GB for the export at the end: 105 GB in output_dir, whose free
 space is checked at the start and before each save. Fewer with --config.lora.rank, which saves an adapter only.
 
 Evaluation: 25 steps, no guidance, all 553 prompts x 4 images at the start and the end.

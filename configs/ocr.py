@@ -37,13 +37,16 @@ devices, and are padded where the devices do not divide them. Memory a device, o
 on tpu7x:2x2x1; by the TPU compiler, with plain attention, for configs/geneval.py, whose programs differ in the number
 of images only. The largest micro-batches that fit are in configs/compile_table.md. Without --topology, --compile_only
 compiles for the devices at hand.
+On NVIDIA GPUs, with cuDNN's attention and by JAX's CUDA compiler (--topology h100:8): 10.7 GiB a device on 8 H100, and
+31.9 GiB on 7, which divide neither the embedding nor the head. One H100 needs 60.9 GiB, more than the 0.75 of its
+memory that JAX takes by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
 
 Scorer: on CPU, 2 processes that share the images; more with --config.rewards.scorers.ocr.replicas=4.
 
 Time: 30 PFLOP an iteration (256 images), by the formulas of udm_grpo/flops.py. At 40 % of the peak of 8 H100 that
 is 10 s an iteration and 27 hours for 10,000 of them, scoring and evaluations aside: an estimate, not a measurement.
 Disk: the weights above, and for checkpoints 32 GB each (float32 weights and two moments, the bfloat16 reference), of
-which three are on disk while one is being saved, and 9 GB for the export at the end: 104 GB in output_dir, whose free
+which three are on disk while one is being saved, and 9 GB for the export at the end: 105 GB in output_dir, whose free
 space is checked at the start and before each save. Fewer with --config.lora.rank, which saves an adapter only.
 
 Evaluation: 25 steps, no guidance, 1,000 prompts x 1 image at the start and the end.
