@@ -348,7 +348,6 @@ def test_prompts_that_cannot_be_scored_are_all_named_before(tmp_path: Path, caps
         (("--scorer=jpeg", "--option=quality=3"), "--option quality=3: wanted NAME.KEY=VALUE"),
         (("--scorer=jpeg", "--replicas=jpeg=two"), "--replicas: 'two' cannot be read; give the processes"),
         (("--scorer=jpeg", "--replicas=jpeg=0"), "jpeg has 0 replicas; give at least 1"),
-        (("--scorer=jpeg", "--replicas=jpeg=2", "--address=jpeg=unix:/x"), "jpeg has addresses and 2 replicas"),
         (("--scorer=jpeg", "--deadline_s=jpeg=0"), "deadline_s has to be in"),
         (("--scorer=jpeg", "--address=jpeg=far:1"), "far:1 is another machine: give tls_ca and token_file"),
         (("--config=nowhere.py",), "there is no nowhere.py"),

@@ -257,7 +257,7 @@ def test_a_minibatch_has_all_steps_of_its_images_and_padding_of_weight_0() -> No
 def test_minibatch_steps_are_those_of_a_direct_computation() -> None:
     """Two passes of two steps: gradients of the loss as written in the paper, old log-probs of the first policy."""
     params, samples = init(CONFIG, jax.random.key(0)), _random_samples()
-    optimizer = adamw(optax.constant_schedule(3e-3), 0.9, 0.95, 0.01, 1.0)
+    optimizer = optax.sgd(0.5)  # linear in the gradient: Adam makes large steps of rounding where gradients vanish
 
     @jax.jit
     def logps(p: dict, part: Samples) -> jax.Array:

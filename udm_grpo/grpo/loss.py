@@ -163,9 +163,12 @@ def grpo_loss(
     """
     logp, entropy = token_mean_logps(config, execution, plan, params, samples.prompt_ids, samples.noisy, samples.action)
     old_logp = jax.lax.stop_gradient(logp) if samples.old_logp is None else samples.old_logp
-    weight = samples.weight
-    policy, clip_fraction = policy_loss(logp, old_logp, samples.advantage, plan.clip_range, weight)
-    kl = k3(logp, samples.ref_logp, weight)
+    advantage, ref_logp, weight = samples.advantage, samples.ref_logp, samples.weight
+    if weight is not None:  # in the gradient, 0 times what is not finite would not be 0
+        advantage = jnp.where(weight > 0, advantage, 0.0)
+        old_logp, ref_logp = (jnp.where(weight > 0, x, jax.lax.stop_gradient(logp)) for x in (old_logp, ref_logp))
+    policy, clip_fraction = policy_loss(logp, old_logp, advantage, plan.clip_range, weight)
+    kl = k3(logp, ref_logp, weight)
     loss = policy + plan.kl_weight * kl
     metrics = {
         "loss": loss,
