@@ -51,9 +51,9 @@ def test_every_micro_batch_is_spread_evenly_and_none_is_padding_only():
 def test_the_sizes_of_a_run():
     config = RunConfig()  # 16 x 8 images, 3 trained steps, 32 at a time
     sizes = batch_sizes(config, meshes.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
-    assert sizes == BatchSizes(images=128, rollout=32, states=384, update=32, evaluation=32)
+    assert sizes == BatchSizes(images=128, rollout=32, states=384, minibatches=1, update=32, evaluation=32)
     assert (sizes.drawn, sizes.trained) == (128, 384)
     grid = np.asarray(jax.devices()[:1] * 7, dtype=object).reshape(7, 1, 1)
     seven = batch_sizes(config, jax.sharding.Mesh(grid, meshes.AXES))
-    assert seven == BatchSizes(images=128, rollout=28, states=384, update=35, evaluation=28)
+    assert seven == BatchSizes(images=128, rollout=28, states=384, minibatches=1, update=35, evaluation=28)
     assert (seven.drawn, seven.trained) == (140, 385)

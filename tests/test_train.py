@@ -130,7 +130,7 @@ def alone(finished: Path) -> Path:
 def test_seven_devices_end_with_the_scores_of_one(finished: Path) -> None:
     """No batch divides by 7, so all are padded; and this one program over several devices is optimized."""
     output = finished.parent / "seven"
-    done = train(output, devices=7, quickly=False)
+    done = train(output, *AVERAGED, devices=7, quickly=False)
     assert done.returncode == 0, done.stderr
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (finished, output)]
     for summary in summaries:
