@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
+from PIL import Image
 from running import metrics, train, train_and_kill, train_together
 from safetensors.numpy import load_file
 
@@ -140,9 +141,15 @@ def test_seven_devices_end_with_the_scores_of_one(finished: Path) -> None:
         assert seven["raw"] == one["raw"]
         for name in ("loss", "kl", "entropy", "logp", "grad_norm"):
             assert seven[name] == pytest.approx(one[name], rel=2e-3, abs=2e-6), name
-    for pattern in ("pictures/*", "extremes/*", "before_after.png"):
-        files = [{path.name: path.read_bytes() for path in folder.glob(pattern)} for folder in (finished, output)]
-        assert files[0] == files[1], pattern
+    for pattern in ("pictures/*.png", "extremes/*.png", "before_after.png"):
+        names = [sorted(path.relative_to(folder) for path in folder.glob(pattern)) for folder in (finished, output)]
+        assert names[0] == names[1] != [], pattern
+        for name in names[0]:
+            one, seven = (np.asarray(Image.open(folder / name), np.int16) for folder in (finished, output))
+            apart = np.abs(one - seven)
+            # The same tokens, decoded in batches of another size: a value may round to the level beside it.
+            assert apart.max() <= 1, name
+            assert np.mean(apart > 0) < 1e-3, name
 
 
 @pytest.mark.parametrize("mesh", ["mesh.data=8", "mesh.data=2", "mesh.data=1"])
