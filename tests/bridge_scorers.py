@@ -57,6 +57,19 @@ class Where:
         return Scores(np.zeros(len(prompts), np.float32), {}, [json.dumps(found)] * len(prompts))
 
 
+class Gate(Echo):
+    """Answers when a file is there."""
+
+    def __init__(self, gate: str) -> None:
+        super().__init__()
+        self.gate = Path(gate)
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
+        while not self.gate.exists():
+            time.sleep(0.01)
+        return super().score(images, prompts, metadata)
+
+
 class Crash:
     """Ends its process at every batch whose metadata says "crash"; with a flag file, only at the first."""
 

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from running import ROOT, environment
+from yardstick import slowdown
 
 from rewards_bridge.scorers.geneval import check_metadata
 from scripts import prepare_prompts
@@ -19,7 +20,6 @@ from scripts.prepare_prompts import main
 from udm_grpo.host.geneval_prompts import RATIO, combination, generate
 from udm_grpo.host.prompts import read_prompts
 
-ROOT = Path(__file__).parents[1]
 EXAMPLES = re.findall(r"python -m scripts\.prepare_prompts (.*)", prepare_prompts.__doc__.replace("\\\n", " "))
 SHARES = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
 """Of the benchmark's 553 prompts, about."""
@@ -212,12 +212,12 @@ def full(files, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(full):
-    """(the 50,000 prompts, the least processor seconds of up to 5 that a process which has TFDS took to load them)."""
+    """(the 50,000 prompts, the least seconds of up to 5, at a quiet machine's speed, to load them where TFDS is)."""
     seconds = []
     while not seconds or (seconds[-1] >= 2 and len(seconds) < 5):
         began = time.process_time()
         prompts = read_prompts(f"{full}:train")
-        seconds.append(time.process_time() - began)
+        seconds.append((time.process_time() - began) / slowdown())
     return prompts, min(seconds)
 
 
@@ -241,24 +241,25 @@ def test_training_draws_them_in_the_published_ratio(loaded):
 
 COLD = """
 import sys, time
+from yardstick import slowdown
 from udm_grpo.host.prompts import read_prompts
 began = time.process_time()
 prompts = read_prompts(sys.argv[1])
-print(len(prompts), time.process_time() - began)
+print(len(prompts), (time.process_time() - began) / slowdown())
 """
 
 
 def test_fifty_thousand_prompts_load_in_under_two_seconds(full, loaded):
-    """Processor time, since other processes may share the cores; cold includes the import of TFDS."""
+    """Processor time at a quiet machine's speed, since others may share the cores; cold includes TFDS's import."""
     assert loaded[1] < 2
     words = [sys.executable, "-c", COLD, f"{full}:train"]
     for _ in range(6):
-        cold = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        cold = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True).stdout
         count, seconds = cold.split()
         assert count == "50000"
         if float(seconds) < 2:
             return
-    pytest.fail(f"six processes took more than 2 s of processor time each, the last {seconds} s")
+    pytest.fail(f"six processes took more than 2 s each, the last {seconds} s")
 
 
 @pytest.mark.parametrize("weights", [None, RATIO, {tag: share + 0.123 * bool(share) for tag, share in RATIO.items()}])
@@ -269,4 +270,4 @@ def test_a_batch_of_fifty_thousand_prompts_takes_no_time(loaded, weights):
         began = time.process_time()
         prompts.batch(step, 128, 0)
         times.append(time.process_time() - began)
-    assert statistics.median(times) < 0.005
+    assert statistics.median(times) < 0.005 * slowdown()
