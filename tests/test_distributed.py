@@ -3,6 +3,8 @@
 Run as a program (`python tests/test_distributed.py WHAT port process count`) this file is one process of its own tests.
 """
 
+import contextlib
+import json
 import os
 import re
 import signal
@@ -13,13 +15,16 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoint_helpers import ROOT
 
 from udm_grpo.config import ConfigError, DistributedConfig
 from udm_grpo.distributed import Place, find_place, interruption, joined
-from udm_grpo.host.peers import Member, Peers, PeersError, meet
+from udm_grpo.host import peers as peers_module
+from udm_grpo.host.handshake import Line, Member, hello
+from udm_grpo.host.peers import Peers, PeersError, meet
 
 SLURM = {
     "SLURM_JOB_ID": "4096",
@@ -102,10 +107,17 @@ def member(process: int) -> Member:
 
 
 class Meeting:
-    """Processes, here threads, that try to meet."""
+    """Processes, here threads, that try to meet; secrets: of those that do not have the first's, by their place."""
 
-    def __init__(self, calls: list[tuple[Member, int]], timeout_s: float = 5.0, silence_s: float = 0.4):
+    def __init__(
+        self,
+        calls: list[tuple[Member, int]],
+        timeout_s: float = 5.0,
+        silence_s: float = 0.4,
+        secrets: dict[int, str] | None = None,
+    ):
         self.address, self.ended = ("127.0.0.1", free_port()), list[tuple[int, str]]()
+        self.secrets = secrets or {}
         self.found: list[Peers | PeersError] = [PeersError("not yet")] * len(calls)
         threads = [
             threading.Thread(target=self._meet, args=(at, *call, timeout_s, silence_s)) for at, call in enumerate(calls)
@@ -120,7 +132,8 @@ class Meeting:
             self.ended.append((me.process, reason))
 
         try:
-            self.found[at] = meet(me, count, self.address, timeout_s, silence_s, ended)
+            secret = self.secrets.get(at, "of this run")
+            self.found[at] = meet(me, count, self.address, timeout_s, silence_s, ended, secret)
         except PeersError as error:
             self.found[at] = error
 
@@ -168,8 +181,31 @@ def test_a_process_that_stands_still_is_named_to_the_others():
         )
 
 
-def refusals(calls: list[tuple[Member, int]], timeout_s: float = 5.0) -> list[str]:
-    found = Meeting(calls, timeout_s).found
+@pytest.mark.parametrize("garbage", [b"3\n[]\nnull\n", b"\xff\xfe{\n", b"[" * 60_000 + b"\n"])
+def test_a_line_that_says_nothing_is_survived_and_the_end_after_it_is_noticed(garbage):
+    meeting = Meeting([(member(i), 3) for i in range(3)], silence_s=2.0)
+    (to_process_0,) = meeting.found[1]._connections
+    to_process_0.line._socket.sendall(garbage)
+    time.sleep(0.2)
+    assert meeting.ended == []
+    to_process_0.line.end()
+    expected = (
+        "process 1 (host host-1, pid 101) ended without a word: it was killed, or it crashed; its own log says more"
+    )
+    assert meeting.wait(3) == {0: expected, 1: expected, 2: expected}
+    meeting.close()
+
+
+def test_a_line_without_an_end_is_an_end():
+    meeting = Meeting([(member(i), 2) for i in range(2)], silence_s=2.0)
+    meeting.found[1]._connections[0].line._socket.sendall(b"x" * 70_000)
+    told = meeting.wait(2)
+    assert "process 1 (host host-1, pid 101) is lost: sent a line of more than 65536 bytes" in told[0]
+    meeting.close()
+
+
+def refusals(calls: list[tuple[Member, int]], timeout_s: float = 5.0, **more: dict[int, str]) -> list[str]:
+    found = Meeting(calls, timeout_s, **more).found
     assert all(isinstance(error, PeersError) for error in found), found
     return [str(error) for error in found]
 
@@ -207,23 +243,125 @@ def test_a_missing_coordinator_is_an_error_with_the_address_that_was_tried():
     assert "for 0.5 s ([Errno 111] Connection refused); start process 0 on that host" in text
 
 
-def test_a_stranger_who_calls_is_ignored():
+def test_a_process_with_another_secret_is_turned_away_by_both_sides():
+    first, second = refusals([(member(0), 2), (member(1), 2)], timeout_s=0.5, secrets={1: "of another run"})
+    assert "process(es) 1 of 2 have not come" in first
+    assert "127.0.0.1 (it does not know this run's secret (UDM_GRPO_SECRET))" in first
+    assert "called by process 1 (host host-1, pid 101), does not have the same secret; export the same" in second
+
+
+def claim(**changes: object) -> bytes:
+    """What a stranger says who has read this code but does not know the secret."""
+    return json.dumps({**hello(member(1), 2, "challenge", "nonce", "guessed"), **changes}).encode() + b"\n"
+
+
+STRANGERS = [
+    b"GET / HTTP/1.1\r\n\r\n",
+    claim(),
+    claim(process=99),
+    claim(process=True, pid=None),
+    claim(host=["a"], count=2.0),
+    claim(host="h" * 1000),
+    claim(proof={}),
+    b"3\n",
+    b"[" * 60_000 + b"\n",
+    b"\xff" * 70_000,
+    b"{}",
+    b"",
+]
+
+
+@pytest.fixture
+def waiting_process_0():
+    """Process 0 of two, as a thread that waits for the other: its address and what it met."""
     address, met = ("127.0.0.1", free_port()), list[Peers]()
-    server = threading.Thread(target=lambda: met.append(meet(member(0), 2, address, 5.0, 5.0, print)))
+    server = threading.Thread(target=lambda: met.append(meet(member(0), 2, address, 20.0, 5.0, print, "of this run")))
     server.start()
+    yield address, met
+    server.join()
+    for peers in met:
+        peers.close()
+
+
+def call(address: tuple[str, int]) -> socket.socket:
     deadline = time.monotonic() + 5
     while True:
         try:
-            stranger = socket.create_connection(address)
-            break
+            return socket.create_connection(address)
         except OSError:
             assert time.monotonic() < deadline
-    stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-    met.append(meet(member(1), 2, address, 5.0, 5.0, print))
-    server.join()
-    stranger.close()
-    for peers in met:
-        peers.close()
+            time.sleep(0.01)
+
+
+def test_strangers_are_not_believed_and_hold_nobody_up(waiting_process_0):
+    """Garbage, guesses and silence; each of them stays connected."""
+    address, met = waiting_process_0
+    strangers = [call(address) for _ in [*STRANGERS, *[b""] * 30]]
+    for stranger, said in zip(strangers, STRANGERS, strict=False):
+        stranger.sendall(said)
+    time.sleep(0.2)
+    assert met == []
+    began = time.monotonic()
+    met.append(meet(member(1), 2, address, 5.0, 5.0, print, "of this run"))
+    assert time.monotonic() - began < 2, "silent strangers do not delay it"
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_an_id_outside_of_the_run_does_not_complete_the_meeting(waiting_process_0):
+    """Even if it knows the secret."""
+    address, met = waiting_process_0
+    with pytest.raises(
+        PeersError, match=r"process 99 \(host host-99, pid 199\) cannot be one of 2; their ids go from 0"
+    ):
+        meet(member(99), 2, address, 5.0, 5.0, print, "of this run")
+    assert met == []
+    met.append(meet(member(1), 2, address, 5.0, 5.0, print, "of this run"))
+
+
+def test_a_process_that_is_started_again_takes_its_place():
+    """Process 1 of 3 comes, dies while process 2 is still missing, and comes again."""
+
+    class Dies(Meeting):
+        def _meet(self, at: int, me: Member, *rest: Any) -> None:
+            if at == 1:
+                with contextlib.closing(Line(call(self.address), 5.0)) as first:
+                    first.send(**hello(me, 3, first.read(5.0)["challenge"], "nonce", "of this run"))
+                    time.sleep(0.1)
+            if at == 2:
+                time.sleep(0.5)
+            super()._meet(at, me, *rest)
+
+    meeting = Dies([(member(i), 3) for i in range(3)])
+    assert all(isinstance(peers, Peers) for peers in meeting.found), meeting.found
+    meeting.close()
+    assert meeting.wait(0) == {}
+
+
+def test_a_caller_does_not_believe_another_program(monkeypatch):
+    """One that answers, but with what no process 0 says."""
+    monkeypatch.setattr(peers_module, "HELLO_TIMEOUT_S", 0.5)
+    for said in [b"220 mail.example ESMTP\r\n", b"5\n", b'{"challenge": 3}\n', b""]:
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            thread = threading.Thread(target=lambda: [answer_with(other, said) for _ in range(20)], daemon=True)  # noqa: B023
+            thread.start()
+            with pytest.raises(PeersError, match="could not reach the coordinator, process 0"):
+                meet(member(1), 2, other.getsockname(), 0.5, 5.0, print, "of this run")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        said = b'{"challenge": "a"}\n{"welcome": {"process": 0, "host": "h", "pid": 1}}\n'
+        threading.Thread(target=answer_with, args=(other, said), daemon=True).start()
+        with pytest.raises(PeersError, match="does not have the same secret"):
+            meet(member(1), 2, other.getsockname(), 0.5, 5.0, print, "of this run")
+
+
+def answer_with(other: socket.socket, said: bytes) -> None:
+    try:
+        connected, _ = other.accept()
+        with connected:
+            connected.sendall(said)
+            connected.recv(1000)
+    except OSError:
+        pass
 
 
 def test_one_process_joins_nothing(monkeypatch):

@@ -12,6 +12,8 @@ The scheduler's own variables are read as jax reads them: SLURM inside `srun` (S
 SLURM_NTASKS, SLURM_PROCID, SLURM_LOCALID), Open MPI 4 (OMPI_MCA_orte_hnp_uri), TPU pods by their metadata.
 JAX_COORDINATOR_PORT changes the port that is derived from them, JAX_LOCAL_DEVICE_IDS limits the devices of a process
 (otherwise it has all that it sees: one process a host is the plain way). Nothing of all this: one process.
+UDM_GRPO_SECRET, a text that is the same in all processes of a run, keeps strangers and other runs out of their meeting
+(`host/handshake.py`); scripts/launch_slurm.sbatch makes one for each job.
 
 Two ports of process 0 are used: the coordinator's for jax, and the next one (for 65535 the one before) for the line on
 which a process's end is noticed. All processes need the same output_dir, and each the start model's folder and
@@ -33,7 +35,8 @@ import jax
 from jax._src import clusters  # jax has no public name for what jax.distributed.initialize detects
 
 from udm_grpo.config import ConfigError, DistributedConfig
-from udm_grpo.host.peers import Member, Peers, PeersError, meet
+from udm_grpo.host.handshake import SECRET_VARIABLE, Member
+from udm_grpo.host.peers import Peers, PeersError, meet
 
 BACKSTOP = 2
 """jax's own watch, which ends processes without a clear message, waits this many times as long as ours."""
@@ -141,7 +144,13 @@ def joined(config: DistributedConfig, expected: tuple[type[Exception], ...] = ()
     me = Member(place.process_id, socket.gethostname(), os.getpid())
     try:
         peers = meet(
-            me, place.processes, place.watch(), config.initialization_timeout_s, config.silence_s, _end_with_the_others
+            me,
+            place.processes,
+            place.watch(),
+            config.initialization_timeout_s,
+            config.silence_s,
+            _end_with_the_others,
+            os.environ.get(SECRET_VARIABLE, ""),
         )
     except PeersError as error:
         raise ConfigError(str(error)) from None
