@@ -1,9 +1,11 @@
 """Compiling for devices that are not here: a small case by the TPU compiler, and what is said about what cannot be."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import os
+import sys
 import tomllib
 from pathlib import Path
 
@@ -13,13 +15,13 @@ from golden_data import DEFAULT_ROOT
 from running import ROOT
 
 from udm_grpo import compile_only, topology, train
-from udm_grpo.compile_only import Report, Search, candidates, largest
+from udm_grpo.compile_only import Report, Search, candidates, describe, largest
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.programs import device_bytes, mesh_of, programs, read_sizes
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None and not os.environ.get("UDM_GRPO_REQUIRE_LIBTPU"),
-    reason="the TPU compiler is not installed: pip install libtpu==0.0.42.1",
+    reason=f"the TPU compiler is not installed: pip install '{topology.libtpu_series()}'",
 )
 
 CONFIG = """
@@ -107,7 +109,7 @@ def test_without_libtpu_the_way_out_is_named(config_file, monkeypatch, capsys):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else real(name))
     assert run(config_file, "--topology=v5e:2x2") == 1
-    assert "pip install libtpu==" in capsys.readouterr().err
+    assert "pip install 'libtpu==" in capsys.readouterr().err
 
 
 def report(size: int, per_size: int = 10, fixed: int = 100, limit: int | None = 1000) -> Report:
@@ -232,6 +234,26 @@ def test_usable_memory_of_each_kind():
 
 
 def test_the_compiler_that_is_named_is_the_one_that_is_pinned():
-    (pin,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["tpu-compiler"]
-    for file in ("README.md", "udm_grpo/topology.py", "scripts/compile_table.py"):
-        assert pin in (ROOT / file).read_text().replace("libtpu 0", "libtpu==0"), file
+    """For every Python, and, of the one that runs, in the series that the installed jax asks for."""
+    pins = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["tpu-compiler"]
+    for pin in pins:
+        assert f"`pip install {pin.partition(';')[0]}`" in (ROOT / "README.md").read_text()
+    first = pins[0].partition(";")[0]
+    assert first.replace("==", " ") in (ROOT / "scripts/compile_table.py").read_text(), "it says what made the table"
+    ours = pins[sys.version_info >= (3, 12)].partition(";")[0]
+    assert ours.startswith(topology.libtpu_series().removesuffix("*"))
+
+
+def test_a_compiler_of_another_jax_is_named(config_file, monkeypatch, capsys):
+    monkeypatch.setattr(topology, "libtpu_series", lambda: "libtpu==0.0.4.*")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.42.1")
+    assert run(config_file, "--topology=v5e:2x2") == 1
+    assert "libtpu 0.0.42.1 does not fit jax" in capsys.readouterr().err
+
+
+def test_an_error_of_the_compiler_is_not_called_a_size():
+    failed = dataclasses.replace(report(8), **compile_only._too_large("INTERNAL: no such field"))
+    assert describe(failed, None)[0].startswith("update, 8 at a time: DOES NOT COMPILE")
+    large = dataclasses.replace(report(8), **compile_only._too_large("RESOURCE_EXHAUSTED: Ran out of memory"))
+    assert describe(large, None)[0].startswith("update, 8 at a time: DOES NOT FIT")

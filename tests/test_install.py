@@ -169,6 +169,6 @@ def test_requirements_and_pyproject_pin_the_same():
         assert pins(extras[name]) == {line.replace("jax==", f"jax[{name}]==") for line in jax}
 
 
-@pytest.mark.parametrize("extras", ["cuda13", "tpu", "rewards,ocr,demo,gcs,dev"])
+@pytest.mark.parametrize("extras", ["cuda13", "tpu,tpu-compiler", "rewards,ocr,demo,gcs,dev"])
 def test_the_extras_resolve(wheel, newest_pip, extras):
     pip("install", "--dry-run", f"{wheel}[{extras}]", newest=newest_pip)

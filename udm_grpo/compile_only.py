@@ -76,6 +76,8 @@ class Report:
     """That compilation took."""
     problem: str = ""
     """Why there is no program."""
+    too_large: bool = True
+    """Whether that, or the memory needed, is a question of size; anything else is an error of the compiler."""
 
     @property
     def together(self) -> int:
@@ -123,7 +125,7 @@ def _too_large(message: str) -> dict[str, Any]:
     lines = message.splitlines()
     first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     if not found:
-        return {"problem": first}
+        return {"problem": first, "too_large": "RESOURCE_EXHAUSTED" in message}
     needed = int(float(found.group(1)) * _UNITS[found.group(2)])
     return {"temporaries": needed, "problem": f"too large for the compiler: {first}"}
 
@@ -219,7 +221,7 @@ def describe(report: Report, most: Search | None) -> list[str]:
     """A program's lines for people."""
     gib = {name: getattr(report, name) / GIB for name in ("arguments", "temporaries", "output", "beside", "together")}
     limit = "no limit known" if report.limit is None else f"of {report.limit / GIB:.2f} GiB"
-    verdict = "fits" if report.fits else "DOES NOT FIT"
+    verdict = "fits" if report.fits else "DOES NOT FIT" if report.too_large else "DOES NOT COMPILE"
     lines = [
         f"{report.program}, {report.micro_batch} at a time: {verdict}, {gib['together']:.2f} {limit} a device",
         "  " + ", ".join(f"{name} {gib[name]:.2f}" for name in ("arguments", "temporaries", "output", "beside")),

@@ -1,5 +1,6 @@
 """The devices to compile for: those at hand, or a TPU slice or GPUs that need not be, by their compilers alone."""
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -10,7 +11,7 @@ from jax.errors import JaxRuntimeError
 from jax.experimental import topologies
 
 TESTED = ("v5e:4x4", "v5p:2x2x2", "v5p:2x2x4", "v6e:4x4", "tpu7x:2x2x1")
-"""Topology names that libtpu 0.0.42.1 takes, of those that were tried."""
+"""Topology names that libtpu takes, of those that were tried."""
 
 GIB = 2**30
 USABLE_HBM = {
@@ -82,9 +83,10 @@ def devices_of(topology: str) -> list[Any]:
         return _gpus(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise TopologyError(
-            f"--topology={topology} needs the TPU compiler, which is no part of jax; pip install libtpu==0.0.42.1. "
+            f"--topology={topology} needs the TPU compiler, which is not part of jax; pip install '{libtpu_series()}'. "
             "Without --topology the devices at hand are compiled for."
         )
+    _check_libtpu(topology)
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -95,6 +97,23 @@ def devices_of(topology: str) -> list[Any]:
             f"--topology={topology}: libtpu knows no such slice ({said}); name one as kind:chips, such as "
             f"{', '.join(TESTED)}."
         ) from None
+
+
+def libtpu_series() -> str:
+    """Return the releases of libtpu that the installed jax names for TPUs, such as "libtpu==0.0.42.*"."""
+    named = (line for line in importlib.metadata.requires("jax") or [] if line.startswith("libtpu"))
+    return next(named, "libtpu").partition(";")[0].strip()
+
+
+def _check_libtpu(topology: str) -> None:
+    """Raise TopologyError for a libtpu that the installed jax was not made for: it fails on programs with kernels."""
+    series, installed = libtpu_series(), importlib.metadata.version("libtpu")
+    numbers = series.partition("==")[2].removesuffix("*")
+    if not f"{installed}.".startswith(numbers):
+        raise TopologyError(
+            f"--topology={topology}: libtpu {installed} does not fit jax {jax.__version__}, which needs {series}; "
+            f"pip install '{series}'."
+        )
 
 
 def _gpus(topology: str) -> list[Any]:
