@@ -12,7 +12,7 @@ import numpy as np
 
 from rewards_bridge import doctor
 from rewards_bridge.client import BridgeConfig, RewardsClient
-from rewards_bridge.errors import BridgeError, UsageError
+from rewards_bridge.errors import BridgeError, PromptError, UsageError
 from rewards_bridge.scorers import KNOWN, load_scorer
 from rewards_bridge.scorers.base import Scores
 from rewards_bridge.server import ServeConfig, serve
@@ -116,7 +116,7 @@ def _score(parsed: argparse.Namespace) -> int:
     if not isinstance(metadata, dict):
         raise UsageError(f"--metadata has to be a JSON object; found {parsed.metadata}")
     pictures = [_read_picture(path) for path in parsed.images]
-    with _judge(parsed) as score:
+    with _judge(parsed, metadata) as score:
         for path, pixels in zip(parsed.images, pictures, strict=True):
             scores = score(pixels[None], [parsed.prompt], [metadata])
             line = {
@@ -140,12 +140,23 @@ def _read_picture(path: str) -> np.ndarray:
         raise UsageError(f"cannot read image {path}: {error}") from error
 
 
+def _refuse(problem: str) -> None:
+    """Raise PromptError for a prompt that the scorer cannot judge, as training does before it starts."""
+    if problem:
+        raise PromptError(f"the prompt and its --metadata cannot be scored: {problem}")
+
+
 @contextmanager
-def _judge(parsed: argparse.Namespace) -> Iterator[Callable[[np.ndarray, list[str], list[dict]], Scores]]:
-    """The scorer in this process, or the one behind --address."""
+def _judge(
+    parsed: argparse.Namespace, metadata: dict
+) -> Iterator[Callable[[np.ndarray, list[str], list[dict]], Scores]]:
+    """The scorer in this process, or the one behind --address; PromptError for a prompt that it cannot judge."""
     options = _options(parsed.option)
     if not parsed.address:
-        yield load_scorer(parsed.scorer, options).score
+        scorer = load_scorer(parsed.scorer, options)
+        problem: Callable[[str, dict], str] = getattr(scorer, "problem", lambda prompt, metadata: "")
+        _refuse(problem(parsed.prompt, metadata))
+        yield scorer.score
         return
     config = BridgeConfig(
         scorer=parsed.scorer,
@@ -160,6 +171,7 @@ def _judge(parsed: argparse.Namespace) -> Iterator[Callable[[np.ndarray, list[st
     with RewardsClient(config) as client:
         for text in client.warnings():
             print(f"rewards_bridge score: warning: {text}", file=sys.stderr)
+        _refuse(client.check([parsed.prompt], [metadata]).get(0, ""))
         yield lambda images, prompts, metadata: client.submit(images, prompts, metadata).result()
 
 

@@ -7,6 +7,10 @@ class UsageError(ValueError):
     """Arguments or options that cannot work; the text says what to change."""
 
 
+class PromptError(UsageError):
+    """Prompts or their metadata that a scorer cannot judge; the text says which, and why."""
+
+
 class BridgeError(RuntimeError):
     """The scorer process cannot be started, reached or understood, or died more often than it may."""
 

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from rewards_bridge import doctor, lifeline, transport
-from rewards_bridge.errors import UsageError
+from rewards_bridge.errors import PromptError, UsageError
 from rewards_bridge.protocol import bridge_pb2, messages
 from rewards_bridge.redaction import shown
 from rewards_bridge.scorers import Scorer, Scores, default_options, load_scorer, with_device
@@ -132,6 +132,8 @@ class _Bridge:
         began = time.monotonic()
         try:
             scores = self._scorer.score(batch.images, batch.prompts, batch.metadata)
+        except PromptError as error:
+            raise _ScorerRaisedError(str(error)) from error  # it says all there is to say
         except BaseException as error:
             raise _ScorerRaisedError(traceback.format_exc()) from error
         return scores, began, time.monotonic()

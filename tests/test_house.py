@@ -36,6 +36,7 @@ BRIDGE_FACE = (
     "rewards_bridge.errors",
     "rewards_bridge.redaction",
     "rewards_bridge.scorers.base",
+    "rewards_bridge.scorers.geneval_metadata",
 )
 TORCH_FILES = ("scripts/torch_reference.py",)
 """The independent model that ours is compared with, run as a process of its own."""

@@ -199,13 +199,13 @@ def test_all_bad_lines_are_in_one_error_with_their_numbers(tmp_path):
     for says in (
         "line 2: not JSON",
         "line 3: not a JSON object",
-        'line 4: "tag" must be a text that is not empty; "prompt" must be',
+        'line 4: "tag" must be a text that is not empty; found None; "prompt" must be',
         'line 5: "include" must be a list of at least one object',
         '"include"[0] needs "count"',
         '"include"[1] must be an object',
         '"include"[2] needs "class"',
         '"include"[2]: "color"',
-        '"include"[2]: "position" must be [relation, index of another object',
+        '"include"[2]: "position" must be [one of left of',
         'line 7: "exclude" must be a list',
         "line 9: not UTF-8",
     ):

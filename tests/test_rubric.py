@@ -144,14 +144,17 @@ def test_costly_colors_are_asked_once_and_only_if_needed() -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"tag": "counting"}, "'include'"),
-        ({"tag": "counting", "include": []}, "'include'"),
-        ({"tag": "counting", "include": [{"count": 1}]}, "'class'"),
-        ({"tag": "counting", "include": [{"class": "cat"}]}, "'count'"),
-        ({"tag": "counting", "include": [{"class": "cat", "count": 0}]}, "at least once"),
+        ({"tag": "counting"}, '"include" must be a list'),
+        ({"tag": "counting", "include": []}, '"include" must be a list'),
+        ({"tag": "counting", "include": [{"count": 1}]}, 'needs "class"'),
+        ({"tag": "counting", "include": [{"class": "cat"}]}, 'needs "count"'),
+        ({"tag": "counting", "include": [{"class": "cat", "count": 0}]}, "at least 1; found 0"),
         ({"tag": "position", "include": [{"class": "cat", "count": 1, "position": ["near", 0]}]}, "left of"),
-        ({"tag": "position", "include": [{"class": "cat", "count": 1, "position": ["above", 0]}]}, "earlier clause"),
-        ({"tag": "counting", "include": [{"class": "cat", "count": 1}], "exclude": [{"class": "cat"}]}, "'count'"),
+        ({"tag": "position", "include": [{"class": "cat", "count": 1, "position": ["above", 0]}]}, "earlier object"),
+        (
+            {"tag": "counting", "include": [{"class": "cat", "count": 1}], "exclude": [{"class": "cat"}]},
+            'needs "count"',
+        ),
     ],
 )
 def test_incomplete_metadata_are_named(metadata: dict, message: str) -> None:
@@ -160,7 +163,7 @@ def test_incomplete_metadata_are_named(metadata: dict, message: str) -> None:
 
 
 def test_a_missing_tag_is_named() -> None:
-    with pytest.raises(ValueError, match="'tag'"):
+    with pytest.raises(ValueError, match='"tag"'):
         keep({"include": []}, {})
 
 

@@ -117,8 +117,8 @@ def test_bad_metadata_are_listed_even_if_missing_is_allowed(geneval: Path) -> No
         read_samples(geneval, allow_missing=True)
     said = str(caught.value)
     assert "3 files are wrong:" in said
-    assert f"{geneval / '00000' / 'metadata.jsonl'}: is not JSON" in said
-    assert f"{geneval / '00001' / 'metadata.jsonl'}: is no JSON object with a text" in said
+    assert f"{geneval / '00000' / 'metadata.jsonl'}: not JSON" in said
+    assert f'{geneval / "00001" / "metadata.jsonl"}: "prompt" must be a text' in said
     assert f"{geneval / '00002' / 'metadata.jsonl'}: is missing" in said
 
 
@@ -126,7 +126,7 @@ def test_bad_lines_and_pictures_without_a_prompt_are_listed(flat: Path) -> None:
     prompts = (flat / "prompts.jsonl").read_text().splitlines()
     (flat / "prompts.jsonl").write_text("\n".join([prompts[0], '{"prompt": "x", "tag": 3}']))
     said = refused(flat)
-    assert 'prompts.jsonl, prompt 1: its "tag" is 3; it has to be a text' in said
+    assert 'prompts.jsonl, prompt 1: "tag" must be a text that is not empty' in said
     assert f"{flat / '00002_0.png'}: is of prompt 2, but {flat / 'prompts.jsonl'} has 2 prompts" in said
 
 

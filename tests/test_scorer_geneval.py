@@ -174,19 +174,20 @@ def test_all_unusable_metadata_are_told_at_once(picture) -> None:
     ]
     found = check_metadata([f"p{index}" for index in range(len(bad))], bad)
     parts = [
-        ("prompt 1 ('p1')", "its tag is None, wanted one of single_object"),
-        ("prompt 2", "unknown class 'mouse', wanted one of COCO's 80; GenEval calls it 'computer mouse'"),
-        ("prompt 2", "unknown color 'mauve', wanted one of red, orange"),
-        ("prompt 3", "the count of 'dog' is None"),
-        ("prompt 3", "unknown class 'wolf'"),
-        ("prompt 4", "'include'"),
+        ("prompt 1 ('p1')", '"tag" must be a text that is not empty; found None'),
+        ("prompt 2", "no class 'mouse', only person, bicycle"),
+        ("prompt 2", "no color 'mauve', only red, orange"),
+        ("prompt 3", '"include"[0] needs "count", a whole number of at least 1; found None'),
+        ("prompt 3", "\"exclude\"[0]: GenEval's judge knows no class 'wolf'"),
+        ("prompt 4", '"include" must be a list of at least one object'),
         ("prompt 5", "one of left of, right of"),
-        ("prompt 6", "at least once"),
-        ("prompt 7", "'include' is 'dog', wanted a list"),
-        ("prompt 8", "int"),
-        ("prompt 9", "its metadata are a str"),
-        ("prompt 10", "its tag is 'count', wanted one of single_object, two_object, counting"),
+        ("prompt 6", "of at least 1; found 0"),
+        ("prompt 7", "found 'dog'"),
+        ("prompt 8", "found 3"),
+        ("prompt 9", "must be an object like"),
+        ("prompt 10", "\"tag\" is 'count'; GenEval's judge knows single_object, two_object, counting"),
     ]
+    assert "GenEval calls it 'computer mouse'" in found[1]
     assert len(found) == len(parts)
     for line, (start, part) in zip(found, parts, strict=True):
         assert line.startswith(start)
@@ -405,7 +406,7 @@ def test_the_whole_scorer_is_repeatable(scorer) -> None:
     metadata[1] = wanted("two_object", clause("laptop"), clause("apple"))
     prompts = [f"prompt {index}" for index in range(len(images))]
     assert [scorer.problem(prompt, entry) for prompt, entry in zip(prompts, metadata, strict=True)] == [""] * 4
-    assert scorer.problem("x", wanted("count", clause("wolf"))).startswith("its tag is 'count'")
+    assert scorer.problem("x", wanted("count", clause("wolf"))).startswith("\"tag\" is 'count'")
     scores = scorer.score(images, prompts, metadata)
     assert scores.raw["soft"][0] >= 0.5  # mmdetection, too, sees one laptop above 0.3
     assert scores.raw["soft"][0] == scores.raw["soft"][3]

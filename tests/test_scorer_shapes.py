@@ -226,8 +226,8 @@ STAR = {"tag": "single_object", "include": [{"class": "star", "count": 1}], "pro
             [{**STAR, "include": [{"class": "star", "count": 1, "color": "mauve"}]}],
             "no color 'mauve'",
         ),
-        (np.zeros((1, 32, 32, 3), np.uint8), [{"tag": "counting"}], "'include'"),
-        (np.zeros((1, 32, 32, 3), np.uint8), [{"include": STAR["include"]}], "'tag'"),
+        (np.zeros((1, 32, 32, 3), np.uint8), [{"tag": "counting"}], '"include" must be'),
+        (np.zeros((1, 32, 32, 3), np.uint8), [{"include": STAR["include"]}], '"tag" must be'),
     ],
 )
 def test_what_cannot_be_judged_is_refused(images: np.ndarray, metadata: list[dict], message: str) -> None:
@@ -244,7 +244,7 @@ def test_judge_and_renderer_share_the_words() -> None:
 
 
 def test_the_judge_does_not_know_the_renderer() -> None:
-    for name in ("shapes.py", "rubric.py", "base.py"):
+    for name in ("shapes.py", "rubric.py", "geneval_metadata.py", "base.py"):
         tree = ast.parse((ROOT / "rewards_bridge" / "scorers" / name).read_text())
         imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -262,9 +262,9 @@ def test_the_judge_does_not_know_the_renderer() -> None:
     [
         ({"tag": "single_object", "include": [{"class": "giraffe", "count": 1}]}, "no class 'giraffe'"),
         ({"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "beige"}]}, "no color 'beige'"),
-        ({"tag": "single_object"}, "'include'"),
-        ({"tag": "single_object", "include": [{"class": "circle"}]}, "'count'"),
-        ({}, "'tag'"),
+        ({"tag": "single_object"}, '"include" must be'),
+        ({"tag": "single_object", "include": [{"class": "circle"}]}, 'needs "count"'),
+        ({}, '"tag" must be'),
     ],
 )
 def test_a_prompt_that_cannot_be_judged_is_found_without_a_picture(metadata: dict, said: str) -> None:

@@ -291,7 +291,10 @@ def test_prompts_that_the_scorer_cannot_judge_are_all_named_before_the_first_rol
     done = train(tmp_path / "run", f"prompts.heldout={file}")
     assert done.returncode == 1
     assert "prompts.heldout: 2 of 4 prompts cannot be scored" in done.stderr
-    assert "prompt 2 ('a photo of a giraffe'): shapes: the shapes judge knows no class 'giraffe'" in done.stderr
+    assert (
+        "prompt 2 ('a photo of a giraffe'): shapes: \"include\"[0]: the shapes judge knows no class 'giraffe'"
+        in done.stderr
+    )
     assert "prompt 4 ('a photo of a zebra')" in done.stderr
     assert not metrics(tmp_path / "run")
 

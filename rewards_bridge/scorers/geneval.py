@@ -17,13 +17,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rewards_bridge.errors import UsageError
+from rewards_bridge.errors import PromptError
 from rewards_bridge.scorers.base import Scores
 from rewards_bridge.scorers.clip_colors import COLORS, load_colors
+from rewards_bridge.scorers.geneval_metadata import Words, problems, read_metadata
 from rewards_bridge.scorers.mask2former import ALIASES, CLASSES, choose_device, load_detector
 from rewards_bridge.scorers.rubric import Detections, Verdict, details, judge, keep
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+WORDS = Words("GenEval's judge", CLASSES, COLORS, TAGS, ALIASES)
 
 
 class Detector(Protocol):
@@ -67,13 +69,13 @@ class GenevalScorer:
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
         """Judge images u8[B,H,W,3] (RGB) against GenEval metadata; the prompts' own text is only quoted in errors.
 
-        Raises ValueError for images of another form, UsageError for metadata that cannot be judged, naming them all.
+        Raises ValueError for images of another form, PromptError for metadata that cannot be judged, naming them all.
         """
         return score_images(self.detector, self.colors, images, prompts, metadata)
 
     def problem(self, prompt: str, metadata: dict) -> str:
         """What keeps this prompt from being judged by its metadata; "" if nothing does."""
-        return "; ".join(_problems(metadata))
+        return "; ".join(problems(metadata, WORDS))
 
 
 def score_images(
@@ -87,12 +89,11 @@ def score_images(
             f"GenEval's judge wants one prompt and one metadata entry an image; "
             f"found {len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata entries"
         )
-    problems = check_metadata(prompts, metadata)
-    if problems:
-        text = "\n  ".join(problems)
-        raise UsageError(f"metadata that GenEval's judge cannot use; mend or remove these prompts:\n  {text}")
+    if wrong := check_metadata(prompts, metadata):
+        text = "\n  ".join(wrong)
+        raise PromptError(f"metadata that GenEval's judge cannot use; correct or remove these prompts:\n  {text}")
     judged = [
-        _judge(colors, image, entry, found)
+        _judge(colors, image, read_metadata(entry), found)
         for image, entry, found in zip(images, metadata, detector.detect(images), strict=True)
     ]
     verdicts = [verdict for verdict, _ in judged]
@@ -132,36 +133,5 @@ def check_metadata(prompts: Sequence[str], metadata: Sequence[Any]) -> list[str]
     return [
         f"prompt {index} ({prompt!r}): {problem}"
         for index, (prompt, entry) in enumerate(zip(prompts, metadata, strict=True))
-        for problem in _problems(entry)
+        for problem in problems(entry, WORDS)
     ]
-
-
-def _problems(entry: Any) -> list[str]:
-    if not isinstance(entry, Mapping):
-        return [f"its metadata are a {type(entry).__name__}, wanted GenEval's keys 'tag' and 'include'"]
-    problems = []
-    if entry.get("tag") not in TAGS:
-        problems.append(f"its tag is {entry.get('tag')!r}, wanted one of {', '.join(TAGS)}")
-    for key in ("include", "exclude"):
-        clauses = entry.get(key, [])
-        if not isinstance(clauses, list | tuple) or not all(isinstance(clause, Mapping) for clause in clauses):
-            problems.append(f"{key!r} is {clauses!r}, wanted a list of clauses {{'class': ..., 'count': ...}}")
-            continue
-        problems += [problem for clause in clauses for problem in _clause_problems(clause)]
-    if not problems:
-        try:
-            judge(entry, {})  # the rule says itself what it needs
-        except (ValueError, TypeError) as error:
-            problems.append(str(error))
-    return problems
-
-
-def _clause_problems(clause: Mapping[str, Any]) -> Iterator[str]:
-    name, count, color = clause.get("class"), clause.get("count"), clause.get("color")
-    if name not in CLASSES:
-        instead = f"; GenEval calls it {ALIASES[name]!r}" if isinstance(name, str) and name in ALIASES else ""
-        yield f"unknown class {name!r}, wanted one of COCO's 80{instead}"
-    if not isinstance(count, int):
-        yield f"the count of {name!r} is {count!r}, wanted a whole number"
-    if color is not None and color not in COLORS:
-        yield f"unknown color {color!r}, wanted one of {', '.join(COLORS)}"

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rewards_bridge.errors import UsageError
+from rewards_bridge.errors import PromptError, UsageError
 from rewards_bridge.scorers.base import Scores, check_batch
 from rewards_bridge.scorers.text_match import check_prompts, is_exact, join_lines, match, target_text
 
@@ -129,12 +129,12 @@ class OcrScorer:
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
         """Judges images u8[B,H,W,3] by the quoted text of their prompts; a reason is the text read.
 
-        Raises ValueError for images of another form or for prompts without a quoted text, all of them named.
+        Raises ValueError for images of another form, PromptError for prompts without a quoted text, all of them named.
         """
         check_batch("ocr", images, prompts, metadata)
         problems = check_prompts(prompts)
         if problems:
-            raise ValueError("\n".join(problems))
+            raise PromptError("\n".join(problems))
         targets = [target_text(prompt) for prompt in prompts]
         texts = [join_lines(lines) for lines in self._read(images)]
         pairs = list(zip(texts, targets, strict=True))

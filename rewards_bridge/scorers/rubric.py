@@ -16,15 +16,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rewards_bridge.errors import PromptError
+from rewards_bridge.scorers.geneval_metadata import MAX_OBJECTS, read_clauses
+
 Detection = Mapping[str, Any]
 Detections = Mapping[str, Sequence[Detection]]
 Tell = Callable[[Detection], str]
 
 SCORE_THRESHOLD = 0.3
 COUNTING_SCORE_THRESHOLD = 0.9
-MAX_OBJECTS = 16
 POSITION_THRESHOLD = 0.1
-RELATIONS = ("left of", "right of", "above", "below")
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,12 @@ class _Want:
 
 
 def keep(metadata: Mapping[str, Any], detections: Detections) -> dict[str, list[Detection]]:
-    """The detections that count, by class: above the threshold of the metadata's tag, best first, at most 16."""
-    if "tag" not in metadata:
-        raise ValueError(f"GenEval metadata need the key 'tag'; found {dict(metadata)}")
+    """Return the detections that count, by class: above the threshold of the tag, best first, at most MAX_OBJECTS.
+
+    Raises PromptError for metadata without a tag.
+    """
+    if not isinstance(metadata.get("tag"), str):
+        raise PromptError(f'GenEval metadata need "tag", a text; found {dict(metadata)}')
     threshold = COUNTING_SCORE_THRESHOLD if metadata["tag"] == "counting" else SCORE_THRESHOLD
     return {
         name: sorted((d for d in found if d["score"] > threshold), key=lambda d: -d["score"])[:MAX_OBJECTS]
@@ -65,7 +69,7 @@ def keep(metadata: Mapping[str, Any], detections: Detections) -> dict[str, list[
 def judge(metadata: Mapping[str, Any], kept: Detections) -> Verdict:
     """Score one image's detections, as keep() returns them, against its GenEval metadata.
 
-    Raises ValueError, naming the key, if the metadata lack what the rule needs.
+    Raises PromptError, naming the field, if the metadata are not what the rule needs.
     """
     wants, unwanted = _read(metadata)
     tell = _remembering_tell()
@@ -195,22 +199,10 @@ def _remembering_tell() -> Tell:
 
 def _read(metadata: Mapping[str, Any]) -> tuple[list[_Want], list[_Want]]:
     """The include and exclude clauses, checked."""
-    if not metadata.get("include"):
-        raise ValueError(f"GenEval metadata need the key 'include' with at least one class; found {dict(metadata)}")
-    wants = [_read_clause(clause, index, metadata) for index, clause in enumerate(metadata["include"])]
-    return wants, [_read_clause(clause, 0, metadata) for clause in metadata.get("exclude", [])]
+    include, exclude = read_clauses(metadata)
+    return [_want(clause) for clause in include], [_want(clause) for clause in exclude]
 
 
-def _read_clause(clause: Mapping[str, Any], index: int, metadata: Mapping[str, Any]) -> _Want:
-    for key in ("class", "count"):
-        if key not in clause:
-            raise ValueError(f"every clause of GenEval metadata needs the key {key!r}; found {dict(metadata)}")
-    if clause["count"] < 1:
-        raise ValueError(f"a class has to be wanted at least once; found count {clause['count']} in {dict(metadata)}")
+def _want(clause: Mapping[str, Any]) -> _Want:
     relation, target = clause.get("position", (None, 0))
-    if relation is not None and (relation not in RELATIONS or not 0 <= target < index):
-        raise ValueError(
-            f"'position' is [one of {', '.join(RELATIONS)}; index of an earlier clause]; "
-            f"found {clause['position']} in clause {index} of {dict(metadata)}"
-        )
     return _Want(clause["class"], clause["count"], clause.get("color"), relation, target)

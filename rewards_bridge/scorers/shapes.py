@@ -17,11 +17,14 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from skimage.measure import label
 
 from rewards_bridge.scorers.base import Scores
+from rewards_bridge.scorers.geneval_metadata import Words, problems, read_metadata
 from rewards_bridge.scorers.rubric import details, judge, keep
 
 CLASSES = ("circle", "square", "triangle", "star")
 COLORS = ("red", "yellow", "green", "blue", "purple", "black")
 DECOYS = ("pentagon",)  # seen and named, but no prompt asks for it: what is easily taken for a class and is not one
+
+WORDS = Words("the shapes judge", CLASSES, COLORS)
 
 LEAST_SIDE = 32  # pixels
 
@@ -32,8 +35,8 @@ class ShapesScorer:
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
         """Judges images u8[B,H,W,3] against GenEval metadata; the prompts' own text is not read.
 
-        Raises ValueError for images of another form, for metadata that are not one an image, or for a class or colour
-        that this judge cannot tell.
+        Raises ValueError for images of another form or metadata that are not one an image, PromptError for metadata
+        that cannot be judged: fields that are not GenEval's, a class or colour that this judge cannot tell.
         """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or min(images.shape[1:3]) < LEAST_SIDE:
             raise ValueError(
@@ -45,10 +48,9 @@ class ShapesScorer:
                 f"the shapes judge wants one prompt and one metadata entry an image; "
                 f"found {len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata entries"
             )
-        for entry in metadata:
-            _check_words(entry)
-        kept = [keep(entry, detect(image)) for entry, image in zip(metadata, images, strict=True)]
-        verdicts = [judge(entry, found) for entry, found in zip(metadata, kept, strict=True)]
+        entries = [read_metadata(entry, WORDS) for entry in metadata]
+        kept = [keep(entry, detect(image)) for entry, image in zip(entries, images, strict=True)]
+        verdicts = [judge(entry, found) for entry, found in zip(entries, kept, strict=True)]
         soft = np.array([verdict.soft for verdict in verdicts], dtype=np.float32)
         strict = np.array([verdict.strict for verdict in verdicts], dtype=np.float32)
         official = np.array([verdict.official for verdict in verdicts], dtype=np.float32)
@@ -61,22 +63,7 @@ class ShapesScorer:
 
     def problem(self, prompt: str, metadata: Mapping[str, Any]) -> str:
         """What keeps pictures of this prompt from being judged: metadata that lack something, a word not known."""
-        try:
-            _check_words(metadata)
-            judge(metadata, keep(metadata, {}))  # the rule says itself what it needs
-        except (KeyError, TypeError, ValueError) as error:
-            return f"metadata lack {error}" if isinstance(error, KeyError) else str(error)
-        return ""
-
-
-def _check_words(metadata: Mapping[str, Any]) -> None:
-    for clause in (*metadata.get("include", ()), *metadata.get("exclude", ())):
-        for key, known in (("class", CLASSES), ("color", COLORS)):
-            if key in clause and clause[key] not in known:
-                raise ValueError(
-                    f"the shapes judge knows no {key} {clause[key]!r}, only {', '.join(known)}; "
-                    f"give the prompts of {dict(metadata)} to another scorer"
-                )
+        return "; ".join(problems(metadata, WORDS))
 
 
 def detect(image: np.ndarray) -> dict[str, list[dict[str, Any]]]:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rewards_bridge.scorers.geneval_metadata import problems, read_metadata
+
 Row = dict[str, Any]
 
 UNTAGGED = "untagged"
@@ -11,6 +13,9 @@ UNTAGGED = "untagged"
 
 PROMPT = "prompt"
 """Key of an object that holds the prompt unless another is named."""
+
+GENEVAL = ("tag", "include", "exclude")
+"""Keys of GenEval's metadata; null is the same as none."""
 
 ORIGINAL = "original_prompt"
 """Key that keeps the text under "prompt" where another key's text takes its place."""
@@ -53,46 +58,18 @@ def json_of(text: str) -> Any:
 def object_row(line: Any, key: str) -> Row:
     """Return an object as a row, or raise ValueError with everything that is wrong with it.
 
-    With "include" it is GenEval's and needs all that GenEval's have; without, a prompt and perhaps a tag will do.
+    With "include" it is GenEval's and is read as every scorer reads it (rewards_bridge.scorers.geneval_metadata);
+    without, a prompt and perhaps a tag will do. A tag, "include" or "exclude" of null is the same as none.
     """
     if not isinstance(line, dict):
         raise ValueError('not a JSON object like {"tag": ..., "include": [...], "prompt": ...}')
     line = with_key(line, key)
-    if "include" not in line:
-        return {"tag": UNTAGGED, **line}
-    wrong = wrong_text("tag", line.get("tag")) + wrong_text("prompt", line.get("prompt"))
-    for name, needed in (("include", True), ("exclude", False)):
-        wrong += _wrong_objects(name, line.get(name, None if needed else []), needed)
-    if wrong:
+    if line.get("include") is None:
+        there = {key: value for key, value in line.items() if value is not None or key not in GENEVAL}
+        return {"tag": UNTAGGED, **there}
+    if wrong := [*problems(line), *wrong_text("prompt", line.get("prompt"))]:
         raise ValueError("; ".join(wrong))
-    return line
-
-
-def _wrong_objects(name: str, objects: Any, needed: bool) -> list[str]:
-    if not isinstance(objects, list) or (needed and not objects):
-        return [f'"{name}" must be a list' + (" of at least one object" if needed else "")]
-    wrong = []
-    for i, item in enumerate(objects):
-        where = f'"{name}"[{i}]'
-        if not isinstance(item, dict):
-            wrong.append(f'{where} must be an object like {{"class": "dog", "count": 1}}')
-            continue
-        if not isinstance(item.get("class"), str) or not item["class"]:
-            wrong.append(f'{where} needs "class", a text')
-        if type(item.get("count")) is not int or item["count"] < 1:
-            wrong.append(f'{where} needs "count", a whole number of at least 1')
-        if "color" in item and not isinstance(item["color"], str):
-            wrong.append(f'{where}: "color" must be a text')
-        if "position" in item and not _is_position(item["position"], len(objects), i):
-            wrong.append(f'{where}: "position" must be [relation, index of another object in "{name}"]')
-    return wrong
-
-
-def _is_position(position: Any, count: int, own: int) -> bool:
-    if not isinstance(position, list) or len(position) != 2:
-        return False
-    relation, other = position
-    return isinstance(relation, str) and type(other) is int and 0 <= other < count and other != own
+    return read_metadata(line)
 
 
 def json_array(path: Path) -> list[Any] | None:

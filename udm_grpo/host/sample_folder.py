@@ -26,7 +26,7 @@ from PIL import Image
 
 from udm_grpo.host.layouts import GRID, QUARTERS, cut_grid, grid_names
 from udm_grpo.host.progress import progress_bar
-from udm_grpo.host.prompts import UNTAGGED
+from udm_grpo.host.prompt_objects import PROMPT, json_of, object_row, wrong_text
 
 MOST_SHOWN = 50
 """Files that an error or a warning names; of any further ones it gives the number."""
@@ -215,16 +215,11 @@ def _read_grids(root: Path, file: Path, listed: Sequence[Mapping[str, Any]] | No
 
 
 def _metadata(text: str) -> dict[str, Any]:
-    """The metadata of a prompt; raises ValueError with what is wrong."""
-    try:
-        line = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(line, dict) or not isinstance(line.get("prompt"), str) or not line["prompt"].strip():
-        raise ValueError('is no JSON object with a text "prompt", as in {"tag": ..., "include": [...], "prompt": ...}')
-    if not isinstance(line.setdefault("tag", UNTAGGED), str):
-        raise ValueError(f'its "tag" is {line["tag"]!r}; it has to be a text')
-    return line
+    """The metadata of a prompt, read as from a prompt file; raises ValueError with what is wrong."""
+    row = object_row(json_of(text), PROMPT)
+    if wrong := wrong_text("prompt", row.get("prompt")) + wrong_text("tag", row["tag"]):
+        raise ValueError("; ".join(wrong))
+    return row
 
 
 def _add(root: Path, found: _Found, entry: Path, prompt: int, named: re.Match[str] | None) -> None:
