@@ -17,7 +17,7 @@ from checkpoint_helpers import assert_same, finish, run_file
 from golden_data import first_case
 from test_distributed import free_port
 
-from udm_grpo import hosts, run
+from udm_grpo import hosts, output_folder
 from udm_grpo import mesh as meshes
 from udm_grpo.config import ConfigError, DistributedConfig, RunConfig
 from udm_grpo.distributed import joined
@@ -91,12 +91,14 @@ def stream(mesh: Any, folder: Path) -> None:
 
 def open_folder_of_its_own(folder: Path) -> None:
     """A run's folder that each process has for itself is refused by all of them."""
-    run.SEEN_WITHIN_S = 0.5
+    output_folder.SEEN_WITHIN_S = 0.5
     own = RunConfig(output_dir=str(folder / f"own-{jax.process_index()}"))
     with pytest.raises(ConfigError, match=r"own-\d is not the same folder for all: process\(es\) 1 do not see there"):
-        run._open_output(own, contextlib.ExitStack())
+        output_folder.claim_output(own, contextlib.ExitStack())
+    assert not Path(own.output_dir).exists()
     shared = RunConfig(output_dir=str(folder / "shared"))
-    assert run._open_output(shared, contextlib.ExitStack()) == (folder / "shared", None)
+    assert output_folder.claim_output(shared, contextlib.ExitStack()) is None
+    assert (folder / "shared").is_dir()
 
 
 def together(folder: str, port: str, process: str) -> None:

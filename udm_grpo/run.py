@@ -2,8 +2,6 @@
 
 import contextlib
 import enum
-import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,22 +23,20 @@ from udm_grpo.diffusion.path import make_path
 from udm_grpo.disk_check import check_space
 from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.host import rewards
-from udm_grpo.host.buckets import Mirror, local, local_prompts, staging
+from udm_grpo.host.buckets import Mirror, local, local_prompts
 from udm_grpo.host.checkpoint import Checkpoints, check_same_run, read_meta, resolve_resume
 from udm_grpo.host.checkpoint import restore as restore_checkpoint
 from udm_grpo.host.metrics import write_json
-from udm_grpo.host.places import is_bucket
 from udm_grpo.host.prompt_files import PROMPT
 from udm_grpo.host.prompts import PromptSet, read_prompts
 from udm_grpo.host.weights import Checkpoint, load_folder, load_transformer, transformer_path
 from udm_grpo.model import lora, transformer
 from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.output_folder import check_output, checkpoints_place, claim_output, output_path
 from udm_grpo.steps import Steps, build, make_plans
 
 MOST_PROBLEMS = 50
 """Prompts that cannot be scored which an error spells out."""
-SEEN_WITHIN_S = 20.0
-"""How long a file of process 0 may take to show on the other hosts."""
 
 
 class Stage(enum.IntEnum):
@@ -69,6 +65,8 @@ class Run:
     checkpoints: Checkpoints
     output: Path
     """The run's folder; for one in a bucket, the local folder that stands for it."""
+    resume: str | None
+    """The checkpoint that the run goes on from; None: it begins anew."""
     mirror: Mirror | None = None
     """Of process 0 of a run in a bucket."""
 
@@ -208,8 +206,9 @@ def optimizer_of(config: RunConfig) -> Any:
 def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, TrainState]:
     """Load and check everything before the first rollout; `stack` closes it. Returns the run and its abstract state.
 
-    Raises ConfigError, MeshError, and the errors of the files that the config names.
+    Nothing is written: see `begin`. Raises ConfigError, MeshError, and the errors of the files that the config names.
     """
+    check_output(config)
     mesh = meshes.make_mesh(asdict(config.mesh))
     prompt_length = config.model.text_length or None
     trained_weights = config.model.transformer or None
@@ -222,15 +221,15 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     learned = trained(config, checkpoint.transformer, checkpoint.transformer_config)
     abstract = abstract_state(optimizer, learned, config.optimizer.ema_decay > 0, mesh)
     check_space(config, abstract, checkpoint.transformer)
-    output, mirror = _open_output(config, stack)
+    checkpoints = Checkpoints(checkpoints_place(config), config.checkpoint.keep)
+    resume = _checked_resume(config, checkpoints)
+    output = output_path(config)
     replicated = meshes.replicated(mesh)
     path = jax.tree.map(lambda leaf: hosts.put(leaf, replicated), path_of(checkpoint))
     client = stack.enter_context(rewards.connect(config.rewards, output / "kept_images"))
     rewards.warn_of([client])
     _check_prompts(client, "prompts.train", train)
     _check_prompts(client, "prompts.heldout", heldout)
-    place = f"{config.output_dir.rstrip('/')}/checkpoints" if is_bucket(config.output_dir) else output / "checkpoints"
-    checkpoints = Checkpoints(place, config.checkpoint.keep)
     stack.callback(checkpoints.finish)  # what has begun becomes good also if the run fails
     run = Run(
         config=config,
@@ -243,47 +242,23 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
         client=client,
         checkpoints=checkpoints,
         output=output,
-        mirror=mirror,
+        resume=resume,
     )
     return run, abstract
 
 
-def _open_output(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Path, Mirror | None]:
-    """Make the run's folder; raises ConfigError if a process does not see in it what process 0 writes.
-
-    Of a run in a bucket it is a local folder, which process 0 mirrors there.
-    """
-    mirror = None
-    if is_bucket(config.output_dir) and hosts.is_primary():
-        mirror = stack.enter_context(Mirror(config.output_dir))
-    there = is_bucket(config.output_dir)
-    output = staging(config.output_dir, jax.process_index()) if there else Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    if hosts.is_primary():
-        write_json(output / "config.json", as_dict(config))
-    if mirror:
-        mirror.push()
-    if jax.process_count() == 1 or there:
-        return output, mirror
-    mark = output / hosts.from_primary(lambda: f".seen-{uuid.uuid4().hex}")
-    if hosts.is_primary():
-        mark.touch()
-    deadline = time.monotonic() + SEEN_WITHIN_S
-    while not mark.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    blind = [process for process, seen in enumerate(hosts.gather(mark.exists())) if not seen]
-    if hosts.is_primary():
-        mark.unlink(missing_ok=True)
-    if blind:
-        raise ConfigError(
-            f"output_dir {output} is not the same folder for all: process(es) {', '.join(map(str, blind))} do not see "
-            "there what process 0 writes; name a folder that all hosts share."
-        )
-    return output, None
+def _checked_resume(config: RunConfig, checkpoints: Checkpoints) -> str | None:
+    """Return the checkpoint to go on from, None for a fresh start; raises CheckpointError if it is another run's."""
+    found = hosts.from_primary(lambda: _text(resolve_resume(config.checkpoint.resume, checkpoints.folder)))
+    if found is not None:
+        check_same_run(read_meta(found), fingerprint(config))
+    return found
 
 
 def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position | None]:
     """(state, reference parameters, position): of the checkpoint to go on from, or fresh with position None.
+
+    Nothing is written: see `begin`.
 
     The reference is part of every checkpoint, so that a resumed run keeps the model it started from whatever has
     become of the folder since. It is also the base of an adapter.
@@ -294,15 +269,24 @@ def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position 
         whole,
         meshes.shardings(run.mesh, whole),
     )
-    found = hosts.from_primary(lambda: _text(resolve_resume(run.config.checkpoint.resume, run.checkpoints.folder)))
-    if found is None:
-        run.checkpoints.set_aside_after(-1)
+    if run.resume is None:
         return *_fresh(run, abstract, reference), None
-    check_same_run(read_meta(found), fingerprint(run.config))
-    saved, meta = restore_checkpoint(found, {"state": abstract, "reference": reference})
-    position = Position(**meta["position"])
-    run.checkpoints.set_aside_after(position.step)
-    return saved["state"], saved["reference"], position
+    saved, meta = restore_checkpoint(run.resume, {"state": abstract, "reference": reference})
+    return saved["state"], saved["reference"], Position(**meta["position"])
+
+
+def begin(run: Run, position: Position | None, stack: contextlib.ExitStack) -> Run:
+    """Take the run's folder over, once everything has agreed to the start: the first thing that is written there.
+
+    position: where the run goes on from; None: it begins anew. Raises ConfigError if the processes do not share it.
+    """
+    run = replace(run, mirror=claim_output(run.config, stack))
+    run.checkpoints.set_aside_after(-1 if position is None else position.step)
+    if hosts.is_primary():
+        write_json(run.output / "config.json", as_dict(run.config))
+    if run.mirror:
+        run.mirror.push()
+    return run
 
 
 def _fresh(run: Run, abstract: TrainState, reference: Params) -> tuple[TrainState, Params]:

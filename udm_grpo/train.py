@@ -39,7 +39,7 @@ from udm_grpo.host.pictures import before_after, image_grid
 from udm_grpo.host.rewards import Rewards
 from udm_grpo.host.weights import WeightsError
 from udm_grpo.mesh import MeshError
-from udm_grpo.run import Position, Run, Stage, fingerprint, open_run, save, start
+from udm_grpo.run import Position, Run, Stage, begin, fingerprint, open_run, save, start
 from udm_grpo.run_reports import Reports
 from udm_grpo.start_notes import start_notes
 
@@ -237,9 +237,11 @@ def train(config: RunConfig) -> dict[str, Any]:
             check_tools(config.logging)
         run, abstract = open_run(config, stack)
         state, reference, position = start(run, abstract)
+        notes = start_notes(config, run.checkpoint.transformer_config, run.checkpoint.transformer, run.mesh)
+        run = begin(run, position, stack)
         done = 0 if position is None else position.step
         reports = run_reports.open_reports(config, run.output, position, stack)
-        for note in start_notes(config, run.checkpoint.transformer_config, run.checkpoint.transformer, run.mesh):
+        for note in notes:
             reports.progress.message(note)
         if position is None:
             reports.progress.message("evaluating the start model")

@@ -1,0 +1,70 @@
+"""A start or resume that is refused leaves output_dir byte for byte as it was, for whatever reason it is refused."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from report_runs import write_run
+from running import ROOT
+
+from udm_grpo import train
+from udm_grpo.command_line import parse
+from udm_grpo.host.checkpoint import Checkpoints
+from udm_grpo.run import fingerprint
+
+SMOKE = ("--config", str(ROOT / "configs" / "shapes.py:smoke"))
+RESUME = "checkpoint.resume=latest"
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Path:
+    """The folder of an older run that has a checkpoint, whose arrays are no model's."""
+    output = write_run(tmp_path / "run")
+    meta = {"fingerprint": fingerprint(parse(SMOKE)), "position": {}}
+    Checkpoints(output / "checkpoints", keep=1).save(4, {"state": jnp.zeros(3)}, meta)
+    return output
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Return every file with its bytes and every folder below this one."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def refused(output: Path, *overrides: str) -> int:
+    return train.main([*SMOKE, *(f"--config.{word}" for word in (f"output_dir={output}", *overrides))])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((RESUME, "seed=7"), "seed"),
+        ((RESUME, "grpo.kl_weight=9.0"), "grpo.kl_weight"),
+        ((RESUME,), "is a checkpoint of another model"),
+        (("checkpoint.resume=/nowhere",), "no such folder"),
+        (("rollout.group_size=1",), "rollout.group_size is 1"),
+        (("model.path=/nowhere",), "no such folder"),
+        (("model.height=30",), "multiples of 8"),
+        (("prompts.heldout=/nowhere.jsonl",), "no such prompt file"),
+        (("mesh.data=3",), "does not fit"),
+        (("rewards.scorers.shapes.options={'nothing':'1'}",), "nothing"),
+    ],
+)
+def test_a_refused_start_changes_nothing(older: Path, capsys, overrides: tuple[str, ...], message: str) -> None:
+    before = contents(older)
+    assert refused(older, *overrides) == 1
+    assert message in capsys.readouterr().err
+    assert contents(older) == before
+
+
+def test_a_refused_first_start_makes_no_folder(tmp_path: Path, capsys) -> None:
+    assert refused(tmp_path / "new" / "run", "rewards.scorers.shapes.options={'nothing':'1'}") == 1
+    assert "nothing" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_an_output_dir_that_cannot_be_is_refused_before_anything_loads(tmp_path: Path, capsys, below: str) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert refused(file / below if below else file, "model.path=/nowhere") == 1
+    assert f"{file} is a file; name a folder" in capsys.readouterr().err

@@ -1,0 +1,86 @@
+"""The folder of a run: looked at before anything is loaded, and written only once everything has agreed to the start.
+
+A start that is refused (settings that do not fit a checkpoint, a scorer that cannot load, damaged weights) leaves the
+folder as it was, so that the files in it go on describing the run that made them.
+"""
+
+import contextlib
+import os
+import time
+import uuid
+from pathlib import Path
+
+import jax
+
+from udm_grpo import hosts
+from udm_grpo.config import ConfigError, RunConfig
+from udm_grpo.host.buckets import Mirror, exists, staging
+from udm_grpo.host.places import is_bucket
+
+SEEN_WITHIN_S = 20.0
+"""How long a file of process 0 may take to show on the other hosts."""
+
+
+def output_path(config: RunConfig) -> Path:
+    """Return the run's folder; for a run in a bucket, the local folder that stands for it in this process."""
+    if is_bucket(config.output_dir):
+        return staging(config.output_dir, jax.process_index())
+    return Path(config.output_dir)
+
+
+def checkpoints_place(config: RunConfig) -> str:
+    """Return the path or the address of the folder of the run's checkpoints."""
+    if is_bucket(config.output_dir):
+        return f"{config.output_dir.rstrip('/')}/checkpoints"
+    return str(output_path(config) / "checkpoints")
+
+
+def check_output(config: RunConfig) -> None:
+    """Raise ConfigError or PlaceError if output_dir cannot be written, as far as can be told without writing there."""
+    if is_bucket(config.output_dir):
+        exists(config.output_dir)
+        return
+    output = output_path(config).absolute()
+    nearest = next(folder for folder in (output, *output.parents) if folder.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"output_dir is {output}, but {nearest} is a file; name a folder.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir is {output}, but nothing can be written in {nearest}; name another folder.")
+
+
+def claim_output(config: RunConfig, stack: contextlib.ExitStack) -> Mirror | None:
+    """Make the run's folder, which is only checked for being shared; returns what mirrors it to a bucket, in process 0.
+
+    Raises ConfigError if a process does not see in the folder what process 0 writes; then it is as it was.
+    """
+    output = output_path(config)
+    if is_bucket(config.output_dir):
+        mirror = stack.enter_context(Mirror(config.output_dir)) if hosts.is_primary() else None
+        output.mkdir(parents=True, exist_ok=True)
+        return mirror
+    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
+    output.mkdir(parents=True, exist_ok=True)
+    blind = _blind(output) if jax.process_count() > 1 else []
+    if blind:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # another process is in it
+                folder.rmdir()
+        raise ConfigError(
+            f"output_dir {output} is not the same folder for all: process(es) {', '.join(map(str, blind))} do not see "
+            "there what process 0 writes; name a folder that all hosts share."
+        )
+    return None
+
+
+def _blind(output: Path) -> list[int]:
+    """Return the processes that do not see a file that process 0 makes in the folder for a moment."""
+    mark = output / hosts.from_primary(lambda: f".seen-{uuid.uuid4().hex}")
+    if hosts.is_primary():
+        mark.touch()
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while not mark.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = [process for process, seen in enumerate(hosts.gather(mark.exists())) if not seen]
+    if hosts.is_primary():
+        mark.unlink(missing_ok=True)
+    return blind
