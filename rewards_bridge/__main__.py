@@ -66,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     for command in (serving, examining):
         command.add_argument("--device", help="cuda:0, say, for scorers that take a device, if no option names one")
     serving.add_argument("--memory-fraction", type=float, metavar="PART", help="of a GPU's memory, for PyTorch here")
+    serving.add_argument(
+        "--deadline", type=float, metavar="S", help="that clients give a batch, for scorers that take it"
+    )
     serving.add_argument("--listen", required=True, metavar="ADDRESS", help="unix:/path or HOST:PORT (port 0: any)")
     serving.add_argument("--tls-cert", metavar="PEM")
     serving.add_argument("--tls-key", metavar="PEM")
@@ -95,6 +98,7 @@ def _serve_config(parsed: argparse.Namespace) -> ServeConfig:
         exit_with_parent=parsed.exit_with_parent,
         device=parsed.device,
         memory_fraction=parsed.memory_fraction,
+        deadline_s=parsed.deadline,
     )
 
 

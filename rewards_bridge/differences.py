@@ -9,8 +9,8 @@ from rewards_bridge import transport
 from rewards_bridge.protocol import bridge_pb2
 from rewards_bridge.redaction import HIDDEN, shown
 
-PLACE = "device"
-"""The option that says where a scorer is computed: a server has its own unless the configuration names one."""
+PLACES = {"device", "deadline_s"}
+"""Options that say where and by when scores are computed: a server has its own unless the configuration names them."""
 MAX_CHARACTERS = 200  # of a value in a message
 _TRUTH = {"true": "1", "yes": "1", "1": "1", "false": "0", "no": "0", "0": "0"}
 
@@ -22,7 +22,7 @@ def differences(options: Mapping[str, str], setup: bridge_pb2.Setup) -> list[str
     compared as far as they are set or not, and never shown.
     """
     found = []
-    for name in sorted({*options, *setup.options} - ({PLACE} - options.keys())):
+    for name in sorted({*options, *setup.options} - (PLACES - options.keys())):
         default = setup.defaults.get(name)
         here = shown(name, options[name]) if name in options else default
         there = setup.options.get(name, default)

@@ -142,6 +142,7 @@ class Peer:
             address = f"unix:{self._folder}/{self.restarts}"
             try:
                 words = ["serve", "--exit-with-parent", "--listen", address, *scorer_arguments(config)]
+                words.append(f"--deadline={config.deadline_s:g}")
                 if config.memory_fraction:
                     words.append(f"--memory-fraction={config.memory_fraction:g}")
                 self._process = ScorerProcess(words, config.interpreter, config.environment)

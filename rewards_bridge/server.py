@@ -24,7 +24,7 @@ from rewards_bridge import doctor, lifeline, transport
 from rewards_bridge.errors import PromptError, UsageError
 from rewards_bridge.protocol import bridge_pb2, messages
 from rewards_bridge.redaction import shown
-from rewards_bridge.scorers import Scorer, Scores, default_options, load_scorer, with_device
+from rewards_bridge.scorers import Scorer, Scores, default_options, load_scorer, with_given
 
 MAX_CALLS = 64  # at once; more are refused
 MAX_HELD_BATCHES = 8  # in memory at once; the senders of more wait
@@ -44,6 +44,8 @@ class ServeConfig:
     exit_with_parent: bool = False
     device: str | None = None
     memory_fraction: float | None = None
+    deadline_s: float | None = None
+    """Seconds that the client waits for a batch, for scorers that take an option of this name."""
 
     def __post_init__(self) -> None:
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
@@ -238,7 +240,8 @@ def serve(config: ServeConfig) -> int:
     )
     address = _bind(server, config)
     try:
-        config = replace(config, options=with_device(config.scorer, config.options, config.device))
+        given = {"device": config.device, "deadline_s": f"{config.deadline_s:g}" if config.deadline_s else None}
+        config = replace(config, options=with_given(config.scorer, config.options, given))
         scorer, problem = _ready_scorer(config)
         bridge = _Bridge(scorer, _description(config, problem))
         server.add_generic_rpc_handlers((bridge.handlers(),))

@@ -1,12 +1,14 @@
 """The judge behind an endpoint, against a real HTTP server with a fake model: what is asked, read and refused."""
 
 import base64
+import email.utils
 import io
 import json
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -14,7 +16,8 @@ import pytest
 from PIL import Image
 
 from rewards_bridge.errors import UsageError
-from rewards_bridge.scorers import load_scorer, vlm
+from rewards_bridge.scorers import load_scorer, vlm, with_given
+from rewards_bridge.scorers.http_answers import retry_after_of
 from rewards_bridge.scorers.vlm import VlmScorer
 
 KEY = "sk-do-not-tell"
@@ -43,8 +46,10 @@ class Endpoint:
         finally:
             with self.lock:
                 self.together -= 1
-        status, body = (200, reply(made)) if isinstance(made, str) else made
+        status, body, *headers = (200, reply(made)) if isinstance(made, str) else made
         handler.send_response(status)
+        for name, value in headers:
+            handler.send_header(name, value)
         handler.send_header("Content-Length", str(len(body)))
         if status == 307:
             handler.send_header("Location", self.url + "/elsewhere")
@@ -52,8 +57,10 @@ class Endpoint:
         handler.wfile.write(body)
 
 
-def reply(text) -> bytes:
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+def reply(text, **more) -> bytes:
+    """The body of an answer; more: finish_reason of the choice, fields of the message."""
+    finish = {"finish_reason": more.pop("finish_reason")} if "finish_reason" in more else {}
+    return json.dumps({"choices": [{**finish, "message": {"role": "assistant", "content": text, **more}}]}).encode()
 
 
 @contextmanager
@@ -134,12 +141,12 @@ def test_every_picture_is_asked_about_with_its_prompt_and_order_is_kept():
 
 
 def test_the_scale_is_mapped_to_one():
-    answers = iter(["Score: -1", "Score: 0.5", "score = 1", "**Score:** -0.5", "Score: 0, no: Score: 1"])
+    answers = iter(["Score: -1", "Score: 0.5", "score = 1", "**Score:** -0.5", "Score: 0\n\nScore: 0"])
     with serving(lambda body: next(answers)) as endpoint:
         scorer = VlmScorer(endpoint.url + "/chat/completions", "judge", low=-1.0, high=1.0, concurrency=1)
         scores = scorer.score(pictures(5), prompts(5), [{}] * 5)
-    assert scores.score.tolist() == [0.0, 0.75, 1.0, 0.25, 1.0]
-    assert scores.raw["vlm"].tolist() == [-1.0, 0.5, 1.0, -0.5, 1.0]
+    assert scores.score.tolist() == [0.0, 0.75, 1.0, 0.25, 0.5]
+    assert scores.raw["vlm"].tolist() == [-1.0, 0.5, 1.0, -0.5, 0.0]
 
 
 BAD_BODIES = [
@@ -151,6 +158,10 @@ BAD_BODIES = [
     "I cannot judge that",
     "Score: 11",
     "Score: -1",
+    "Score: 7-8",
+    (200, reply("Score: 1", finish_reason="length")),
+    (200, reply("Score: 0", finish_reason="content_filter")),
+    (200, reply("Score: 0", refusal="I cannot judge people")),
     (500, b"out of memory"),
     (503, b"loading"),
     (429, b"slow down"),
@@ -169,8 +180,14 @@ def test_what_may_pass_is_tried_again(bad):
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        ("I cannot judge that", "found none in the answer 'I cannot judge that'"),
-        ("Score: 11", "from 0.0 to 10.0 .* found '11' in the answer 'Score: 11'"),
+        ("I cannot judge that", "no number that is clearly its score: the answer 'I cannot judge that'"),
+        ("Score: 11", "from 0.0 to 10.0; found 11 in the answer 'Score: 11'"),
+        ("Score: 4/5", "goes on in another way: the answer 'Score: 4/5'"),
+        (
+            (200, reply("Score: 1", finish_reason="length")),
+            r"not finished \(finish_reason 'length'\); raise max_tokens in the option fields: 'Score: 1'",
+        ),
+        ((200, reply(None, refusal="not people")), "the model refused to answer: 'not people'"),
         ((200, b"{}"), r"no text at choices\[0\].message.content of the answer '{}'"),
         ((500, b"out of memory"), "HTTP status 500 'out of memory'"),
     ],
@@ -184,6 +201,64 @@ def test_no_score_is_made_up(bad, words):
         pytest.raises(RuntimeError, match=r"image 2 \(prompt 'prompt \{2\}'\) after 3 tries.*" + words),
     ):
         VlmScorer(endpoint.url, "judge", retries=2).score(pictures(4), prompts(4), [{}] * 4)
+
+
+def test_an_endpoint_that_asks_for_time_gets_it_and_no_try_is_counted():
+    """Each 429 says how long; the other pictures are not asked about meanwhile."""
+    began = time.monotonic()
+    begun = []
+
+    def answer(body):
+        begun.append(time.monotonic() - began)
+        if len(begun) == 1:
+            return (429, b"slow down", ("Retry-After", "1"))
+        return (503, b"", ("retry-after-ms", "100")) if len(begun) < 4 else "Score: 5"
+
+    with serving(answer) as endpoint:
+        scorer = VlmScorer(endpoint.url, "judge", retries=0, concurrency=1)
+        assert scorer.score(pictures(3), prompts(3), [{}] * 3).raw["vlm"].tolist() == [5.0] * 3
+    assert len(begun) == 3 + 3
+    assert begun[1] - begun[0] >= 1
+
+
+def test_time_that_the_deadline_does_not_have_is_not_waited_for():
+    with serving(lambda body: (429, b"slow down", ("Retry-After", "12"))) as endpoint:
+        begun = time.monotonic()
+        scorer = VlmScorer(endpoint.url, "judge", deadline_s=4.0)
+        with pytest.raises(
+            RuntimeError, match=r"would come in 12 s, and 3.* are left of deadline_s=4: .* 429 'slow down"
+        ):
+            scorer.score(pictures(3), prompts(3), [{}] * 3)
+        assert time.monotonic() - begun < 3
+
+
+def test_a_quota_that_is_used_up_is_not_waited_for():
+    body = json.dumps({"error": {"code": "insufficient_quota"}}).encode()
+    with (
+        serving(lambda _: (429, body, ("Retry-After", "1"))) as endpoint,
+        pytest.raises(RuntimeError, match=r"refused image 0 .*insufficient_quota"),
+    ):
+        VlmScorer(endpoint.url, "judge").score(pictures(1), ["a cat"], [{}])
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("7", 7.0), ("0.5", 0.5), ("", 0.0), ("soon", 0.0), ("-3", 0.0), ("nan", 0.0), ("1e999", 0.0)],
+)
+def test_what_retry_after_says(text, seconds):
+    headers = Message()
+    headers["Retry-After"] = text
+    assert retry_after_of(headers) == seconds
+    headers = Message()
+    headers["Retry-After"] = email.utils.formatdate(time.time() + 30, usegmt=True)
+    assert 20 < retry_after_of(headers) <= 30
+
+
+def test_a_trainer_gives_the_scorer_its_own_deadline():
+    given = {"deadline_s": "40", "device": "cpu"}
+    assert with_given("vlm", {"model": "m"}, given) == {"model": "m", "deadline_s": "40"}
+    assert with_given("vlm", {"deadline_s": "9"}, given) == {"deadline_s": "9"}
+    assert with_given("jpeg", {}, given) == {}
 
 
 def test_a_refusal_is_not_tried_again_and_ends_the_batch():
@@ -283,6 +358,8 @@ def test_the_key_is_not_carried_to_another_address(monkeypatch):
         ({"low": "1", "high": "1"}, "low < high"),
         ({"high": "nan"}, "low < high"),
         ({"timeout_s": "0"}, "timeout_s > 0"),
+        ({"deadline_s": "-1"}, "deadline_s > 0"),
+        ({"fields": '{"stream": true}'}, "without model, messages, stream, n"),
         ({"retries": "-1"}, "retries >= 0"),
         ({"concurrency": "0"}, "concurrency >= 1"),
         ({"fields": "{"}, "no JSON"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from rewards_bridge.errors import UsageError
 from rewards_bridge.scorers.base import Scorer, Scores
 
-__all__ = ["KNOWN", "Scorer", "Scores", "default_options", "load_scorer", "with_device"]
+__all__ = ["KNOWN", "Scorer", "Scores", "default_options", "load_scorer", "with_device", "with_given"]
 
 KNOWN = {
     "aesthetic": "rewards_bridge.scorers.aesthetic:AestheticScorer",
@@ -45,11 +45,15 @@ def default_options(name: str) -> dict[str, str]:
     return {each.name: str(each.default) for each in parameters if each.default is not inspect.Parameter.empty}
 
 
+def with_given(name: str, options: Mapping[str, str], given: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the options, with those of `given` among them that the scorer takes and the options do not name."""
+    known = inspect.signature(_find_class(name)).parameters
+    return {**{key: value for key, value in given.items() if value and key in known}, **options}
+
+
 def with_device(name: str, options: Mapping[str, str], device: str | None) -> dict[str, str]:
     """Return the options, with `device` among them if the scorer takes one and they name none."""
-    if device and "device" not in options and "device" in inspect.signature(_find_class(name)).parameters:
-        return {**options, "device": device}
-    return dict(options)
+    return with_given(name, options, {"device": device})
 
 
 def _target(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import http.client
 import io
 import json
@@ -17,7 +16,6 @@ import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from concurrent import futures
-from email.message import Message
 from itertools import count
 from typing import Any
 
@@ -26,34 +24,50 @@ from PIL import Image
 
 from rewards_bridge.errors import UsageError
 from rewards_bridge.scorers.base import Scores, check_batch
+from rewards_bridge.scorers.http_answers import (
+    BusyError,
+    NoRedirect,
+    RefusedError,
+    TransientError,
+    body_of,
+    read_body,
+    retry_after_of,
+)
+from rewards_bridge.scorers.verdict_text import UnreadableError, read_verdict
 
 TEMPLATE = (
     "This image was made for the following prompt.\n\nPrompt: {prompt}\n\n"
     "How well does the image show what the prompt asks for? Answer in one line with a number from 0 (not at all) to 10 "
     "(everything is there and right), written as: Score: NUMBER"
 )
-PATTERN = r"(?i)score\W{0,10}?(-?\d+(?:\.\d+)?)"
 FIELDS = '{"temperature": 0, "max_tokens": 512}'
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 """HTTP statuses that may be gone at the next try."""
-MAX_ANSWER_BYTES = 1 << 20
 MAX_SHOWN = 500
 """Characters of an answer shown in an error or kept as a reason."""
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
+FINISHED = (None, "", "stop", "eos", "eos_token", "stop_sequence", "end_turn")
+"""Values of finish_reason of an answer that is whole; some servers say nothing."""
+TAKEN_FIELDS = ("model", "messages", "stream", "n")
+DEADLINE_PART = 0.95
+"""Of deadline_s: so long it is asked and waited, which leaves the rest for the answer to the trainer."""
 
 
 class VlmScorer:
     """Asks a model for a number: score = (number - low) / (high - low), raw = the number itself.
 
-    An answer without a number from low to high is asked for again, and an error if that does not help: no score is
-    made up. Options:
+    An answer that is cut off, refused, or without one clear number from low to high (`verdict_text` says what that is)
+    is asked for again, and an error that shows it if that does not help: no score is made up. An endpoint that asks for
+    time (429, or Retry-After) gets it, as far as deadline_s allows; that does not count as a try. Options:
         url             the endpoint up to /v1, or all of it up to /chat/completions
         model           the name that the endpoint knows the model by
         template        what is asked; {prompt} is replaced by the image's prompt
-        pattern         regular expression with one group, the number; its last match in the answer counts
+        pattern         regular expression with one group, the number, for a template that asks for something else than
+                        "Score: NUMBER"; all its matches in an answer have to agree
         low, high       the scale that the template asks for
         timeout_s       seconds for one answer
+        deadline_s      seconds for all answers of a batch; a trainer that starts the scorer gives its own deadline_s
         retries         how often a failed or unreadable answer is asked for again, after 0.5, 1, 2, ... 30 s
         concurrency     images asked about at a time
         api_key_env     environment variable that holds the API key, if the endpoint wants one
@@ -65,7 +79,7 @@ class VlmScorer:
         url: str,
         model: str,
         template: str = TEMPLATE,
-        pattern: str = PATTERN,
+        pattern: str = "",
         low: float = 0.0,
         high: float = 10.0,
         timeout_s: float = 60.0,
@@ -73,25 +87,27 @@ class VlmScorer:
         concurrency: int = 8,
         api_key_env: str = "",
         fields: str = FIELDS,
+        deadline_s: float = 300.0,
     ) -> None:
         self._key = _api_key(api_key_env)
         self._url = _endpoint(url, bool(self._key))
         self._model = model
         self._template = template
-        self._pattern = _compiled(pattern)
+        self._pattern = _compiled(pattern) if pattern else None
         self._low, self._high = low, high
         self._timeout_s, self._retries, self._concurrency = timeout_s, retries, concurrency
+        self._deadline_s = deadline_s
+        self._not_before = 0.0  # time.monotonic() until which the endpoint has asked not to be asked
         self._fields = _json_object(fields)
-        # A redirect would carry the API key to another host.
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._opener = urllib.request.build_opener(NoRedirect)
         if "{prompt}" not in template:
             raise UsageError(f"the vlm scorer's template has no {{prompt}} to be replaced; found {template!r}")
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise UsageError(f"the vlm scorer wants low < high, both finite; found low={low}, high={high}")
-        if not (timeout_s > 0 and retries >= 0 and concurrency >= 1):
+        if not (timeout_s > 0 and deadline_s > 0 and retries >= 0 and concurrency >= 1):
             raise UsageError(
-                "the vlm scorer wants timeout_s > 0, retries >= 0 and concurrency >= 1; "
-                f"found timeout_s={timeout_s}, retries={retries}, concurrency={concurrency}"
+                "the vlm scorer wants timeout_s > 0, deadline_s > 0, retries >= 0 and concurrency >= 1; found "
+                f"timeout_s={timeout_s}, deadline_s={deadline_s}, retries={retries}, concurrency={concurrency}"
             )
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
@@ -100,9 +116,9 @@ class VlmScorer:
         Raises ValueError for images of another form, RuntimeError, naming the image, if no number can be had for one.
         """
         check_batch("vlm", images, prompts, metadata)
-        stop = threading.Event()
+        stop, until = threading.Event(), time.monotonic() + DEADLINE_PART * self._deadline_s
         with futures.ThreadPoolExecutor(self._concurrency, thread_name_prefix="vlm") as pool:
-            jobs = [pool.submit(self._judge, stop, *job) for job in zip(count(), images, prompts)]
+            jobs = [pool.submit(self._judge, stop, until, *job) for job in zip(count(), images, prompts)]
             try:
                 answers = [job.result() for job in jobs]
             finally:
@@ -112,24 +128,41 @@ class VlmScorer:
         score = (number - np.float32(self._low)) / np.float32(self._high - self._low)
         return Scores(score=score, raw={"vlm": number}, reasons=[text for _, text in answers])
 
-    def _judge(self, stop: threading.Event, index: int, image: np.ndarray, prompt: str) -> tuple[float, str]:
+    def _judge(
+        self, stop: threading.Event, until: float, index: int, image: np.ndarray, prompt: str
+    ) -> tuple[float, str]:
         """The number for one image and the answer that it stands in; stop ends the waiting between tries."""
         request = self._request(image, prompt)
-        failure: _TransientError | None = None
-        for tried in range(self._retries + 1):
-            if tried and stop.wait(min(FIRST_BACKOFF_S * 2 ** (tried - 1), MAX_BACKOFF_S)):
+        failures, turned_away = 0, 0
+        while True:
+            if stop.wait(max(self._not_before - time.monotonic(), 0.0)):
                 raise futures.CancelledError
             try:
-                text = self._ask(request)
+                text = self._ask(request, until)
                 return self._number(text), text.strip()[:MAX_SHOWN]
-            except _TransientError as error:
-                failure = error
-            except _RefusedError as error:
+            except BusyError as error:
+                failure: Exception = error
+                pause_s = error.retry_after_s or _backoff(turned_away)
+                turned_away += 1
+            except TransientError as error:
+                failure, pause_s = error, _backoff(failures)
+                failures += 1
+            except RefusedError as error:
                 raise RuntimeError(f"vlm: {self._url} refused image {index} (prompt {prompt!r}): {error}") from error
-        raise RuntimeError(
-            f"vlm: no score for image {index} (prompt {prompt!r}) after {self._retries + 1} tries at {self._url}; "
-            f"the last: {failure}"
-        ) from failure
+            tries = f"after {failures + turned_away} tries at {self._url}"
+            if failures > self._retries:
+                raise RuntimeError(f"vlm: no score for image {index} (prompt {prompt!r}) {tries}; the last: {failure}")
+            left_s = until - time.monotonic()
+            if pause_s >= left_s:
+                raise RuntimeError(
+                    f"vlm: no score for image {index} (prompt {prompt!r}) {tries}; the next try would come in "
+                    f"{pause_s:.3g} s, and {max(left_s, 0):.3g} s are left of deadline_s={self._deadline_s:g}: allow "
+                    f"more, or send fewer images at a time; the last: {failure}"
+                )
+            if isinstance(failure, BusyError):  # it is no use for the others either
+                self._not_before = max(self._not_before, time.monotonic() + failure.retry_after_s)
+            if stop.wait(pause_s):
+                raise futures.CancelledError
 
     def _request(self, image: np.ndarray, prompt: str) -> urllib.request.Request:
         content = [
@@ -142,40 +175,62 @@ class VlmScorer:
             request.add_unredirected_header("Authorization", f"Bearer {self._key}")
         return request
 
-    def _ask(self, request: urllib.request.Request) -> str:
-        """The text of one answer."""
-        deadline = time.monotonic() + self._timeout_s
+    def _ask(self, request: urllib.request.Request, until: float) -> str:
+        """The text of one answer that is whole."""
+        timeout_s = max(min(self._timeout_s, until - time.monotonic()), 0.001)
+        deadline = time.monotonic() + timeout_s
         try:
-            with self._opener.open(request, timeout=self._timeout_s) as response:
-                body = _read(response, deadline)
+            with self._opener.open(request, timeout=timeout_s) as response:
+                body = read_body(response, deadline)
         except urllib.error.HTTPError as error:
-            kind = _TransientError if error.code in RETRIED else _RefusedError
-            raise kind(f"HTTP status {error.code} {self._shown(_body_of(error))}") from None
+            raise self._failure(error) from None
         except TimeoutError:
-            raise _TransientError(f"no answer within timeout_s={self._timeout_s}") from None
+            limit = f"timeout_s={self._timeout_s}" if timeout_s == self._timeout_s else f"{timeout_s:.3g} s"
+            raise TransientError(f"no answer within {limit}") from None
         except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-            raise _TransientError(self._shown(f"{type(error).__name__}: {error}")) from None
+            raise TransientError(self._shown(f"{type(error).__name__}: {error}")) from None
+        return self._text(body)
+
+    def _failure(self, error: urllib.error.HTTPError) -> Exception:
+        """What an HTTP status means for the next try."""
+        body = body_of(error)
+        told = f"HTTP status {error.code} {self._shown(body)}"
+        if error.code not in RETRIED or "insufficient_quota" in body:
+            return RefusedError(told)
+        retry_after_s = retry_after_of(error.headers)
+        if error.code == 429 or retry_after_s:
+            return BusyError(told, retry_after_s)
+        return TransientError(told)
+
+    def _text(self, body: bytes) -> str:
+        """The text of an answer's body, if the answer is whole."""
         try:
-            text = json.loads(body)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError):
-            text = None
+            choices = json.loads(body)["choices"]
+            choice, message = choices[0], choices[0]["message"]
+            text, refusal, reason = message["content"], message.get("refusal"), choice.get("finish_reason")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            text, refusal, reason = None, None, None
+        if refusal:
+            raise TransientError(f"the model refused to answer: {self._shown(str(refusal))}")
+        if reason not in FINISHED:
+            advice = "; raise max_tokens in the option fields" if reason == "length" else ""
+            shown = self._shown(text if isinstance(text, str) else body.decode(errors="replace"))
+            raise TransientError(f"the answer is not finished (finish_reason {reason!r}){advice}: {shown}")
         if not isinstance(text, str):
             shown = self._shown(body.decode(errors="replace"))
-            raise _TransientError(f"no text at choices[0].message.content of the answer {shown}")
+            raise TransientError(f"no text at choices[0].message.content of the answer {shown}")
         return text
 
     def _number(self, text: str) -> float:
         """The number in an answer."""
-        found = [match[1] for match in self._pattern.finditer(text)]
-        wanted = f"a number from {self._low} to {self._high} matching {self._pattern.pattern!r}"
-        if not found:
-            raise _TransientError(f"wanted {wanted}, found none in the answer {self._shown(text)}")
+        matching = f" matching {self._pattern.pattern!r}" if self._pattern else ""
+        expected = f"expected one number from {self._low} to {self._high}{matching}"
         try:
-            number = float(found[-1])
-        except (TypeError, ValueError):
-            number = math.nan
+            number = read_verdict(text, self._high, self._pattern)
+        except UnreadableError as error:
+            raise TransientError(f"{expected}; {error}: the answer {self._shown(text)}") from None
         if not self._low <= number <= self._high:
-            raise _TransientError(f"wanted {wanted}, found {found[-1]!r} in the answer {self._shown(text)}")
+            raise TransientError(f"{expected}; found {number:g} in the answer {self._shown(text)}")
         return number
 
     def _shown(self, text: str) -> str:
@@ -183,39 +238,8 @@ class VlmScorer:
         return repr((text.replace(self._key, "***") if self._key else text)[:MAX_SHOWN])
 
 
-class _TransientError(Exception):
-    """The next try may go better."""
-
-
-class _RefusedError(Exception):
-    """The next try would go the same way."""
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Leaves a redirect to be reported as the HTTP status that it is."""
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Message, newurl: str
-    ) -> None:
-        return None
-
-
-def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """All of an answer; the socket's own timeout starts anew with every byte that trickles in."""
-    body = b""
-    while chunk := response.read1(1 << 16):
-        body += chunk
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        if len(body) > MAX_ANSWER_BYTES:
-            raise _TransientError(f"the answer has more than {MAX_ANSWER_BYTES} bytes")
-    return body
-
-
-def _body_of(error: urllib.error.HTTPError) -> str:
-    with error, contextlib.suppress(OSError, http.client.HTTPException):
-        return error.read(MAX_ANSWER_BYTES).decode(errors="replace")
-    return ""
+def _backoff(tried: int) -> float:
+    return min(FIRST_BACKOFF_S * 2 ** min(tried, 30), MAX_BACKOFF_S)
 
 
 def _data_url(image: np.ndarray) -> str:
@@ -272,7 +296,7 @@ def _json_object(text: str) -> dict[str, Any]:
         found = json.loads(text)
     except ValueError as error:
         raise UsageError(f"the vlm scorer's fields are no JSON: {error}; found {text!r}") from error
-    taken = {"model", "messages"} & set(found) if isinstance(found, dict) else set()
-    if not isinstance(found, dict) or taken:
-        raise UsageError(f"the vlm scorer's fields have to be a JSON object without model and messages; found {text}")
+    if not isinstance(found, dict) or found.keys() & set(TAKEN_FIELDS):
+        names = ", ".join(TAKEN_FIELDS)
+        raise UsageError(f"the vlm scorer's fields have to be a JSON object without {names}; found {text}")
     return found
