@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
 from rewards_bridge.errors import UsageError
+from rewards_bridge.scorers.clip_files import Source
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +228,19 @@ def test_batches_of_another_form_are_refused(clip: Path, name: str) -> None:
             run(scorer, images)
     with pytest.raises(ValueError, match="found 6 images, 5 prompts, 5 metadata"):
         run(scorer, make_images(), PROMPTS[:5])
+
+
+@pytest.mark.parametrize("place", ["models/PickScore_v1", "Weights/clip", "mine/PickScore_v1", "kept/other"])
+def test_a_missing_folder_is_not_taken_for_a_hub_name(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The advice downloads the published model into that folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("kept").mkdir()
+    source = Source("pickscore", "model", place, "yuvalkirstain/PickScore_v1")
+    assert source.is_local
+    with pytest.raises(UsageError) as caught, source.reading("weights"):
+        pass
+    assert f"hf download yuvalkirstain/PickScore_v1 --local-dir {place};" in str(caught.value)
+    for name in ("yuvalkirstain/PickScore_v1", "openai/clip-vit-large-patch14"):
+        assert not Source("pickscore", "model", name, "yuvalkirstain/PickScore_v1").is_local
+    Path("yuvalkirstain").mkdir()
+    assert not Source("pickscore", "model", source.published, source.published).is_local

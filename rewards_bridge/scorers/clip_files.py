@@ -24,6 +24,9 @@ TIMM_NAME = re.compile(r"vit_\w+_clip_\w+\.\w+")
 OPEN_CLIP_FILES = ("open_clip_config.json", "open_clip_pytorch_model.bin")
 """What of such a repository is the CLIP; model.safetensors and pytorch_model.bin there are its image half alone."""
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+LOCAL_FOLDERS = ("checkpoints", "ckpts", "data", "downloads", "models", "pretrained", "weights")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -46,8 +49,17 @@ class Source:
 
     @property
     def is_local(self) -> bool:
-        """Whether the place is a local path and not a hub name; what exists is local."""
-        return self.path.exists() or self.place[:1] in ("", ".", "/", "~") or self.place.count("/") != 1
+        """Whether the place is a local path and not a hub name; what exists is local.
+
+        models/PickScore_v1 has the form of a hub name. It counts as a path if the folder before the slash exists or
+        has a usual name for downloads, or if the name after it is that of the published model.
+        """
+        if self.path.exists() or not HUB_NAME.fullmatch(self.place):
+            return True
+        if self.place == self.published:
+            return False
+        owner, name = self.place.split("/")
+        return self.path.parent.is_dir() or owner.lower() in LOCAL_FOLDERS or name == self.published.split("/")[-1]
 
     @property
     def where(self) -> str:
