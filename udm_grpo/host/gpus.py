@@ -41,11 +41,27 @@ def listed(ids: Sequence[str]) -> str:
     return ",".join(ids) or "no GPU"
 
 
+@dataclass(frozen=True)
+class ListedGpu:
+    """A GPU as nvidia-smi lists it."""
+
+    index: str
+    uuid: str
+    mib: str
+    """Its memory in MiB, or what nvidia-smi says where it does not know."""
+    name: str
+
+
+def hides_all(visible: str | None) -> bool:
+    """Return whether a value of CUDA_VISIBLE_DEVICES (None: not set) hides every GPU, as "", -1 and NoDevFiles do."""
+    return visible is not None and not _is_gpu(visible.split(",")[0].strip())
+
+
 def visible_gpus(environment: Mapping[str, str]) -> Gpus:
     """List the GPUs that this process may use; none where there is no NVIDIA GPU, no driver, or none is visible."""
-    table = _nvidia_smi(environment)
-    uuids = {row[0]: row[1] for row in table}
-    memory = {row[0]: int(row[2]) << 20 for row in table if row[2].isdecimal()}
+    table = query_gpus(environment) or []
+    uuids = {gpu.index: gpu.uuid for gpu in table}
+    memory = {gpu.index: int(gpu.mib) << 20 for gpu in table if gpu.mib.isdecimal()}
     named = environment.get(VISIBLE)
     if named is None:
         source = "nvidia-smi lists" if table else f"{VISIBLE} is not set, and nvidia-smi lists"
@@ -54,7 +70,7 @@ def visible_gpus(environment: Mapping[str, str]) -> Gpus:
     known = Gpus((), f"by {VISIBLE} there is", uuids, memory)
     for name in (word.strip() for word in named.split(",")):
         # CUDA itself shows those that stand before the first one that it does not know.
-        if not name or name.startswith("-") or not (name.isdecimal() or name.startswith(("GPU-", "MIG-"))):
+        if not _is_gpu(name):
             break
         if table and not name.startswith("MIG-") and known.index(name) not in uuids:
             break
@@ -62,14 +78,19 @@ def visible_gpus(environment: Mapping[str, str]) -> Gpus:
     return Gpus(tuple(ids), known.source, uuids, memory)
 
 
-def _nvidia_smi(environment: Mapping[str, str]) -> list[list[str]]:
-    """[index, UUID, MiB] of every GPU."""
+def _is_gpu(name: str) -> bool:
+    return name.isdecimal() or name.startswith(("GPU-", "MIG-"))
+
+
+def query_gpus(environment: Mapping[str, str]) -> list[ListedGpu] | None:
+    """Return all GPUs of the machine by nvidia-smi; none where it fails; None where it is not installed."""
     program = shutil.which("nvidia-smi", path=environment.get("PATH"))
     if program is None:
-        return []
-    command = [program, "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
+        return None
+    command = [program, "--query-gpu=index,uuid,memory.total,name", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return []  # it is installed, but there is no GPU or no driver
-    return [row for row in csv.reader(done.stdout.splitlines(), skipinitialspace=True) if len(row) == 3]
+    rows = csv.reader(done.stdout.splitlines(), skipinitialspace=True)
+    return [ListedGpu(*row) for row in rows if len(row) == 4]

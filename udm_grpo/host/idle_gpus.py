@@ -2,10 +2,10 @@
 
 import importlib.util
 import os
-import shutil
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
+
+from udm_grpo.host.gpus import VISIBLE, hides_all, query_gpus
 
 DEVICES = Path("/dev")
 DRIVER = Path("/proc/driver/nvidia/gpus")
@@ -14,11 +14,10 @@ DRIVER = Path("/proc/driver/nvidia/gpus")
 def idle_gpus(backend: str) -> str | None:
     """Return what to install when there are NVIDIA GPUs but JAX's backend is the CPU; None if all is well.
 
-    Nobody is told who chose the CPU himself, by JAX_PLATFORMS or an empty CUDA_VISIBLE_DEVICES.
+    Nobody is told who chose the CPU himself, by JAX_PLATFORMS or by a CUDA_VISIBLE_DEVICES that hides all GPUs.
     """
     chosen = "cpu" in os.environ.get("JAX_PLATFORMS", "").lower()
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
-    if backend != "cpu" or chosen or hidden:
+    if backend != "cpu" or chosen or hides_all(os.environ.get(VISIBLE)):
         return None
     gpus = _gpus()
     if not gpus:
@@ -31,14 +30,9 @@ def idle_gpus(backend: str) -> str | None:
 
 def _gpus() -> list[str]:
     """The names of the GPUs, by nvidia-smi or else by the driver's files."""
-    command = shutil.which("nvidia-smi")
-    if command:
-        try:
-            done = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return []
-        lines = done.stdout.splitlines() if done.returncode == 0 else []
-        return [line.partition(": ")[2].partition(" (UUID")[0] for line in lines if line.startswith("GPU ")]
+    rows = query_gpus(os.environ)
+    if rows is not None:
+        return [row.name for row in rows]
     if DRIVER.is_dir():
         return [path.name for path in sorted(DRIVER.iterdir())]
     return [path.name for path in sorted(DEVICES.glob("nvidia[0-9]*"))]
