@@ -45,7 +45,9 @@ gpus=()
 if [[ -n $share ]]; then
     command+=("--config.rewards.trainer_memory_fraction=$share")
 elif ((${#names[@]})); then
-    if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        [[ $CUDA_VISIBLE_DEVICES =~ ^(([0-9]|GPU-|MIG-).*)$ ]] ||
+            fail "CUDA_VISIBLE_DEVICES is '$CUDA_VISIBLE_DEVICES', which hides every GPU; unset it, or leave --scorers out"
         IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
     else
         mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader)

@@ -215,15 +215,17 @@ def srun(words: list[str]) -> int:
     """Start the tasks of a step, one a node; the status is the highest of theirs."""
     note("srun", *words)
     parser = argparse.ArgumentParser("srun", allow_abbrev=False)
-    for name in ("--kill-on-bad-exit", "--wait", "--export"):
+    for name in ("--kill-on-bad-exit", "--wait", "--export", "--ntasks", "--ntasks-per-node"):
         parser.add_argument(name)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args(words)
     assert args.export == "ALL", args
-    count = int(os.environ["SLURM_NTASKS"])
+    count = int(args.ntasks)
+    assert (args.ntasks, args.ntasks_per_node) == (os.environ["SLURM_NNODES"], "1"), args
     tasks = []
     for number in range(count):
         place = {"SLURM_PROCID": str(number), "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "localhost"}
+        place["SLURM_STEP_NUM_TASKS"] = place["SLURM_NTASKS"] = str(count)
         log = f"task-{number}.log"
         tasks.append(start(args.command, log, env=os.environ | place, start_new_session=True, stdin=subprocess.DEVNULL))
     (CLUSTER / "step").write_text(" ".join(str(task.pid) for task in tasks))

@@ -21,10 +21,11 @@ import pytest
 from checkpoint_helpers import ROOT
 
 from udm_grpo.config import ConfigError, DistributedConfig
-from udm_grpo.distributed import Place, find_place, interruption, joined
+from udm_grpo.distributed import interruption, joined
 from udm_grpo.host import peers as peers_module
 from udm_grpo.host.handshake import Line, Member, hello
 from udm_grpo.host.peers import Peers, PeersError, meet
+from udm_grpo.process_place import Place, find_place
 
 SLURM = {
     "SLURM_JOB_ID": "4096",
@@ -66,12 +67,19 @@ def free_port() -> int:
         (DistributedConfig("b:5"), SLURM | {"JAX_COORDINATOR_PORT": "7"}, Place("b:5", 4, 2)),
         (DistributedConfig(), SLURM | {"JAX_COORDINATOR_PORT": "7"}, Place("node007:7", 4, 2)),
         (DistributedConfig(), SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        (DistributedConfig(), SLURM | {"SLURM_STEP_NUM_TASKS": "3"}, Place("node007:61440", 3, 2)),
+        # The shell of `salloc --ntasks=8`: a step of one task.
+        (DistributedConfig(), SLURM | {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        (DistributedConfig(processes=1), SLURM | {"SLURM_NTASKS": "8(x2)"}, None),
+        (DistributedConfig(processes=2, process_id=1), SLURM | {"SLURM_NTASKS": "8(x2)"}, Place("node007:61440", 2, 1)),
+        (DistributedConfig(), SLURM | {"SLURM_STEP_NODELIST": "gpu-a,gpu-b"}, Place("gpu-a:61440", 4, 2)),
+        (DistributedConfig(), {"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}, None),
         (DistributedConfig(), OPEN_MPI_4, Place("10.96.0.1:62624", 8, 3)),
         (DistributedConfig("c:9"), {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, Place("c:9", 2, 1)),
     ],
 )
 def test_the_place_of_a_process_comes_from_the_config_or_the_scheduler(monkeypatch, given, environment, place):
-    for name in {*SLURM, *OPEN_MPI_4, *EXPLICIT, "JAX_COORDINATOR_PORT"}:
+    for name in {*SLURM, *OPEN_MPI_4, *EXPLICIT, "JAX_COORDINATOR_PORT", "SLURM_STEP_NUM_TASKS"}:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -84,17 +92,59 @@ def test_the_place_of_a_process_comes_from_the_config_or_the_scheduler(monkeypat
         (
             DistributedConfig(processes=4),
             {},
-            "only processes 4 is known; distributed.coordinator and distributed",
+            r"only processes 4 \(from distributed.processes\) is known; distributed.coordinator and distributed",
         ),
-        (DistributedConfig("a:1", 2), {}, "distributed.process_id is missing: set them or their environment"),
+        (DistributedConfig("a:1", 2), {}, "distributed.process_id is missing: set it, or the environment"),
         (DistributedConfig("a", 2, 0), {}, "distributed.coordinator is 'a'; give host:port of process 0"),
-        (DistributedConfig("a:1", 2, 2), {}, "process_id is 2 of 2 processes; the ids go from 0 to 1"),
-        (DistributedConfig(), EXPLICIT | {"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID is 'one'; give a whole number"),
+        (
+            DistributedConfig("a:1", 2, 2),
+            {},
+            r"process_id is 2 of 2 processes \(distributed.processes\); the ids go from 0 to 1",
+        ),
+        (DistributedConfig(), EXPLICIT | {"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID is 'one'; expected a whole number"),
+        (DistributedConfig(), EXPLICIT | {"JAX_NUM_PROCESSES": "-2"}, "JAX_NUM_PROCESSES is '-2'; expected a whole"),
+        (DistributedConfig(), EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "node"}, "JAX_COORDINATOR_ADDRESS is 'node'"),
+        (
+            DistributedConfig(),
+            SLURM | {"SLURM_NTASKS": "8(x2)"},
+            r"SLURM_NTASKS is '8\(x2\)'; .*distributed.processes=1",
+        ),
+        (DistributedConfig(), SLURM | {"SLURM_PROCID": ""}, "SLURM_PROCID is ''; expected a whole number"),
+        (DistributedConfig(), SLURM | {"SLURM_PROCID": "4"}, r"SLURM_PROCID is 4 of 4 processes \(SLURM_NTASKS\)"),
+        (DistributedConfig(), SLURM | {"SLURM_JOB_ID": "12_3"}, "SLURM_JOB_ID is '12_3'; expected a whole number"),
+        (DistributedConfig(), SLURM | {"SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST is ''; expected names"),
+        (DistributedConfig(), SLURM | {"JAX_COORDINATOR_PORT": "http"}, "JAX_COORDINATOR_PORT is 'http'"),
+        (DistributedConfig("a:1"), {"OMPI_COMM_WORLD_SIZE": "two"}, "OMPI_COMM_WORLD_SIZE is 'two'; expected"),
     ],
 )
 def test_half_a_place_is_refused(given, environment, message):
     with pytest.raises(ConfigError, match=message):
         find_place(given, environment)
+
+
+@pytest.mark.parametrize(
+    ("process_id", "said"),
+    [
+        ("0", "process 0 of 3 waits up to 0.5 s for processes 1 to 2 at port "),
+        ("2", "process 2 of 3 waits up to 0.5 s for process 0 at localhost:"),
+    ],
+)
+def test_a_process_says_at_once_for_whom_it_waits_and_the_way_out(monkeypatch, capsys, process_id, said):
+    """As in an interactive shell whose SLURM_NTASKS is that of the job; the error says the same again."""
+    for name in (*EXPLICIT, "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    changes = {"SLURM_NTASKS": "3", "SLURM_PROCID": process_id, "SLURM_STEP_NODELIST": "localhost"}
+    for name, value in (SLURM | changes | {"JAX_COORDINATOR_PORT": str(free_port())}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught, joined(DistributedConfig(initialization_timeout_s=0.5)):
+        pass
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    for text in (line, str(caught.value)):
+        assert (
+            "number of processes from SLURM_NTASKS, process id from SLURM_PROCID, coordinator from SLURM_STEP" in text
+        )
+        assert text.endswith("To run it alone, give --config.distributed.processes=1.")
 
 
 def test_the_watch_has_the_next_port():

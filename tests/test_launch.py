@@ -103,6 +103,15 @@ def test_a_node_runs_what_the_dry_run_prints(tools: Path) -> None:
     assert calls(tools) == [dry[dry.index("python-of-mine") :]]
 
 
+@pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
+def test_hidden_gpus_are_not_given_to_scorers(tools: Path, hidden: str) -> None:
+    (tools / "nvidia-smi").write_text("#!/usr/bin/env bash\nprintf '0\\n1\\n'\n")
+    words = ("--scorers", "shapes", "--dry-run", "--", *CONFIG)
+    done = launch(tools, "launch_gpu_node.sh", *words, CUDA_VISIBLE_DEVICES=hidden)
+    assert done.returncode == 2
+    assert f"CUDA_VISIBLE_DEVICES is '{hidden}', which hides every GPU" in done.stderr
+
+
 def test_gpus_are_counted_by_nvidia_smi(tools: Path) -> None:
     (tools / "nvidia-smi").write_text("#!/usr/bin/env bash\nprintf '0\\n1\\n2\\n'\n")
     (command,) = printed(launch(tools, "launch_gpu_node.sh", "--scorers", "shapes", "--dry-run", "--", *CONFIG))
@@ -134,8 +143,9 @@ def test_a_node_that_cannot_be_parted_is_refused(tools: Path, words: tuple[str, 
 def test_slurm_runs_the_node_script_on_every_node(tools: Path) -> None:
     words = ("--scorers", "shapes", "--", *CONFIG)
     (dry,) = printed(launch(tools, "launch_slurm.sbatch", "--dry-run", *words))
-    assert dry[:4] == ["srun", "--kill-on-bad-exit=0", "--wait=60", "--export=ALL"]
-    assert dry[4:] == ["bash", "scripts/launch_gpu_node.sh", *words, "--config.checkpoint.stopped_status=75"]
+    assert dry[:3] == ["srun", "--ntasks=1", "--ntasks-per-node=1"]
+    assert dry[3:6] == ["--kill-on-bad-exit=0", "--wait=60", "--export=ALL"]
+    assert dry[6:] == ["bash", "scripts/launch_gpu_node.sh", *words, "--config.checkpoint.stopped_status=75"]
     done = launch(tools, "launch_slurm.sbatch", *words, SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="7")
     assert done.returncode == 0, done.stderr
     assert calls(tools) == [dry]
@@ -145,6 +155,12 @@ def test_slurm_starts_one_process_a_node_and_warns_before_the_time_limit() -> No
     text = (ROOT / "scripts" / "launch_slurm.sbatch").read_text()
     options = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")}
     assert {"--ntasks-per-node=1", "--signal=B:TERM@300", "--requeue"} <= options
+
+
+def test_slurm_starts_one_task_a_node_though_the_job_has_more(tools: Path) -> None:
+    variables = {"SLURM_NNODES": "3", "SLURM_NTASKS": "24"}
+    (dry,) = printed(launch(tools, "launch_slurm.sbatch", "--dry-run", "--", *CONFIG, **variables))
+    assert dry[:3] == ["srun", "--ntasks=3", "--ntasks-per-node=1"]
 
 
 def test_slurm_without_a_config_is_refused(tools: Path) -> None:
