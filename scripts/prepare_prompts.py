@@ -14,7 +14,8 @@ data/geneval:test; so does udm_grpo.sample --prompts. The published recipes (con
 read data/geneval, data/ocr and data/pickscore; their pages say where the raw files come from.
 
 geneval           GenEval's metadata, each line checked as GenEval's judge will
-ocr               prompts with the wanted text in straight double quotes, each checked as the OCR judge will
+ocr               prompts with the wanted text in double quotes, each checked as the OCR judge will; doubtful ones are
+                  listed with the text that is used
 prompts           any others: .jsonl (objects with a prompt), .json (an array of them), .txt (one a line), .csv (with a
                   header), a folder of .txt
 generate-geneval  GenEval's grammar over its 80 classes, drawn with a seed; the file to leave out becomes the split test
@@ -31,7 +32,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from rewards_bridge.scorers.text_match import target_text
+from rewards_bridge.scorers.text_match import ambiguity, target_text
 from udm_grpo.host import geneval_prompts
 from udm_grpo.host.atomic import replace_file
 from udm_grpo.host.places import local_args
@@ -57,6 +58,14 @@ def geneval_problem(row: Row) -> str:
 
     found = check_metadata([row["prompt"]], [row])
     return "; ".join(text.removeprefix(f"prompt 0 ({row['prompt']!r}): ") for text in found)
+
+
+def warn_of_ambiguity(parsed: Parsed) -> None:
+    """List the prompts whose quoted text may not be what was meant, each with the text that is used."""
+    texts = [ambiguity(row["prompt"]) for row in parsed.rows]
+    doubtful = [(place, text) for place, text in zip(parsed.places, texts, strict=True) if text]
+    if doubtful:
+        warn(parsed.listed("prompts with a doubtful text to look for", doubtful))
 
 
 PROBLEMS: dict[str, Callable[[Row], str]] = {"geneval": geneval_problem, "ocr": ocr_problem, "prompts": lambda row: ""}
@@ -126,6 +135,9 @@ def prepare(given: argparse.Namespace) -> None:
     check = PROBLEMS[given.command]
     columns["key"] = given.prompt_key
     parsed = {split: parse_file(file, **columns).checked(check) for split, file in files.items()}
+    if given.command == "ocr":
+        for one in parsed.values():
+            warn_of_ambiguity(one)
     save(given.output, unrepeated(rows_of(parsed, given.drop_bad), given.unique))
 
 
@@ -170,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
         ("geneval", "GenEval's metadata, a JSON object a line"),
-        ("ocr", "prompts with the wanted text in straight double quotes"),
+        ("ocr", "prompts with the wanted text in double quotes"),
         ("prompts", "any .jsonl, .json, .txt or .csv file, or a folder of .txt files (one prompt a file)"),
     ):
         made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)

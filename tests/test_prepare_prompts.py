@@ -104,7 +104,7 @@ def test_repeats_are_counted_and_left_out_when_asked(files, tmp_path, capsys):
     assert "no training prompt is left" in err
 
 
-OCR = 'a "b"\nno quotes\nan “odd” one\na "" b\n\nc "d\n'
+OCR = 'a "b"\nno quotes\nan \u2018odd\u2019 one\na "" b\n\nc "d\n'
 GENEVAL = "\n".join(
     [
         '{"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a red dog"}',
@@ -124,7 +124,12 @@ GENEVAL = "\n".join(
         (
             "ocr",
             OCR,
-            {2: "it has no double quotes", 3: "typographic", 4: "nothing between its first pair", 6: "has no partner"},
+            {
+                2: "it has no double quotes",
+                3: "it has no double quotes",
+                4: "nothing between its first pair",
+                6: "has no partner",
+            },
         ),
         (
             "geneval",
@@ -271,3 +276,13 @@ def test_a_batch_of_fifty_thousand_prompts_takes_no_time(loaded, weights):
         prompts.batch(step, 128, 0)
         times.append(time.process_time() - began)
     assert statistics.median(times) < 0.005 * slowdown()
+
+
+def test_doubtful_texts_to_look_for_are_listed_with_their_lines(tmp_path, capsys):
+    (tmp_path / "signs.txt").write_text('a "b"\n\na 24" screen with "HELLO"\n"one" and "two"\n')
+    status, out, err = command(f"ocr --train {tmp_path}/signs.txt --output {tmp_path}/out", capsys)
+    assert status == 0
+    assert out.startswith(f"{tmp_path}/out:train: 3 ")
+    listed = err[err.index("signs.txt: 2 prompts with a doubtful text") :].splitlines()
+    assert re.fullmatch(r"  line 3: .* inches; the text that is looked for is 'HELLO'", listed[1])
+    assert re.fullmatch(r"  line 4: 2 texts .*; the text that is looked for is 'one'", listed[2])

@@ -13,8 +13,28 @@ from rewards_bridge.scorers import text_match
         ('first "one" then "two"', "one"),
         ('an unclosed one follows "so": "', "so"),
         ("it's \"Ben's Café\"", "Ben's Café"),
-        ('two\n"lines\nof text"', "lines\nof text"),
+        ('two\n"lines\nof text"', "lines of text"),
         ('typographic “no”, straight "yes"', "yes"),
+        ("a “typographic” one", "typographic"),
+        ("„unten“", "unten"),
+        ("»Guillemets« und «autres»", "Guillemets"),
+        ("写着「开」的招牌", "开"),
+        ("full-width \uff02quotes\uff02", "quotes"),
+        ('mixed “marks"', "marks"),
+        ('a 24" monitor that shows "HELLO"', "HELLO"),
+        ('5\' 10" tall, with a card "YES"', "YES"),
+        ('the number "24" on a door', "24"),
+        ('only 7"HELLO"', "HELLO"),
+        (r"escaped \"SALE TODAY\" twice", "SALE TODAY"),
+        ('"doubled ""SALE TODAY"" in a cell"', "SALE TODAY"),
+        ('doubled ""SALE"" outside', "SALE"),
+        ("as HTML: &quot;OPEN&quot;", "OPEN"),
+        ('nothing in "", then "X"', "X"),
+        ('"DON\u2019T PANIC"', "DON'T PANIC"),
+        ('"CAFE\u0301"', "CAFÉ"),
+        ('"\uff33\uff21\uff2c\uff25 \uff15\uff10\uff05"', "SALE 50%"),
+        ('"RO\u00adU\u200bTE\u00a066"', "ROUTE 66"),
+        ('"A\u2013Z… ﬁn"', "A-Z... fin"),
     ],
 )
 def test_the_target_is_between_the_first_pair_of_double_quotes(prompt, target):
@@ -41,7 +61,20 @@ def test_the_target_is_between_the_first_pair_of_double_quotes(prompt, target):
         ("abcd", "abxy", 0.5),
         ("ABC", "abcabc", 0.5),
         ("12 3", "1234", 0.75),
-        ("STRASSE", "straße", 1 - 2 / 6),  # lower case keeps ß: two edits of six
+        ("STRASSE", "straße", 1.0),
+        ("Straße", "STRASSE", 1.0),
+        ("İZMİR", "izmir", 1.0),
+        ("IZMIR", "İzm\u0131r", 1.0),
+        ("İZMİK", "İZMİR", 0.8),  # five letters, not seven
+        ("DON'T", "don\u2019t", 1.0),
+        ("don\u2019t", "DON'T", 1.0),
+        ("\uff33\uff21\uff2c\uff25", "sale", 1.0),
+        ("CAFE\u0301", "café", 1.0),
+        ("ΟΔΟΣ", "οδος", 1.0),
+        ("A-Z", "a\u2013z", 1.0),
+        ("WAIT...", "wait…", 1.0),
+        ('say "no"', "say “no”", 1.0),
+        ("❤️", "❤", 1.0),
     ],
 )
 def test_scores_by_hand(read, target, score):
@@ -68,9 +101,9 @@ def test_lines_are_joined_in_order():
 
 
 def test_all_bad_prompts_are_listed_with_their_numbers():
-    prompts = ['a sign "A"', "a sign", 'half a "quote', "typographic “quotes”", 'empty ""', 'blank "  "', 'fine "B"']
+    prompts = ['a sign "A"', "a sign", 'half a "quote', "single 'quotes'", 'empty ""', 'blank "\u200b "', 'fine "B"']
     problems = text_match.check_prompts(prompts)
-    wrong = ["no double quotes", "no partner", "typographic", "nothing between", "nothing between"]
+    wrong = ["no double quotes", "no partner", "no double quotes", "nothing between", "nothing between"]
     assert [problem.partition(":")[0] for problem in problems] == [f"prompt {number}" for number in (2, 3, 4, 5, 6)]
     for problem, words, prompt in zip(problems, wrong, prompts[1:6], strict=True):
         assert words in problem
@@ -84,3 +117,29 @@ def test_a_prompt_without_a_target_is_no_score():
         text_match.target_text("a cat")
     with pytest.raises(ValueError, match="is empty"):
         text_match.match("anything", " ")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        ('first "one" then "two"', "2 texts are in quotes and only the first is looked for"),
+        ('typographic “no”, straight "yes"', "2 texts are in quotes"),
+        ('a 24" monitor that shows "HELLO"', "after a digit is taken for the mark of inches"),
+        ('an unclosed one follows "so": "', "a double quote has no partner"),
+        ('"HELLO and "BYE"', "a double quote has no partner"),
+        ('nothing in "", then "X"', "a pair of quotes has nothing between"),
+        (r"escaped \"SALE\" twice", "its quotes are escaped"),
+        ('"doubled ""SALE"" in a cell"', "its quotes are doubled"),
+        ('a heart "❤"', "text readers seldom know ❤"),
+    ],
+)
+def test_a_doubtful_target_is_said_with_its_reason(prompt, reason):
+    said = text_match.ambiguity(prompt)
+    assert reason in said
+    assert said.endswith(f"the text that is looked for is {text_match.target_text(prompt)!r}")
+
+
+def test_plain_prompts_are_not_doubtful_and_all_texts_can_be_looked_for():
+    assert [text_match.ambiguity(prompt) for prompt in ('a "B"', "a “B”", '"Happy 40"', 'the Smiths\' "B"')] == [""] * 4
+    assert text_match.target_text('"one" then "two"', every=True) == "one two"
+    assert text_match.ambiguity('"one" then "two"', every=True) == ""

@@ -30,7 +30,7 @@ from PIL import Image
 
 from rewards_bridge.errors import PromptError, UsageError
 from rewards_bridge.scorers.base import Scores, check_batch
-from rewards_bridge.scorers.text_match import check_prompts, is_exact, join_lines, match, target_text
+from rewards_bridge.scorers.text_match import ambiguity, check_prompts, is_exact, join_lines, match, target_text
 
 PINS = {
     "paddleocr": "paddleocr==3.7.0",
@@ -76,6 +76,7 @@ class OcrScorer:
     raw["exact"] is 1 where nothing but that text was read: "17" has the whole score for "7", but is not exact. Options:
         extra           what is read beside the text: "free" (the published rule) or "counts" as so many errors. On
                         short texts training finds what is free: strokes beside a number, read as further digits
+        texts           of several texts in quotes: "first" (the published rule) or "all", in their order
         detection, recognition              model folders: inference.yml and inference.onnx (or Paddle's files)
         detection_name, recognition_name    the models' names; what the folders say if left out
         engine          "onnxruntime" or "paddle"
@@ -93,6 +94,7 @@ class OcrScorer:
         detection_name: str = "",
         recognition_name: str = "",
         extra: str = "free",
+        texts: str = "first",
         engine: str = "onnxruntime",
         enlarge: int = 224,
         batch_size: int = 4,
@@ -107,7 +109,9 @@ class OcrScorer:
             )
         if extra not in ("free", "counts"):
             raise UsageError(f"the ocr scorer's option extra is {extra!r}; wanted free or counts")
-        self._extra_is_free = extra == "free"
+        if texts not in ("first", "all"):
+            raise UsageError(f"the ocr scorer's option texts is {texts!r}; expected first or all")
+        self._extra_is_free, self._every = extra == "free", texts == "all"
         self._settings = _Settings(
             detection,
             _model_name("detection", detection, detection_name, engine),
@@ -135,7 +139,7 @@ class OcrScorer:
         problems = check_prompts(prompts)
         if problems:
             raise PromptError("\n".join(problems))
-        targets = [target_text(prompt) for prompt in prompts]
+        targets = [target_text(prompt, self._every) for prompt in prompts]
         texts = [join_lines(lines) for lines in self._read(images)]
         pairs = list(zip(texts, targets, strict=True))
         score = np.array([match(*pair, self._extra_is_free) for pair in pairs], dtype=np.float32)
@@ -149,6 +153,10 @@ class OcrScorer:
         except ValueError as error:
             return str(error)
         return ""
+
+    def notes(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return why the text of each prompt may not be what was meant, and which one is used; "" for plain ones."""
+        return ["" if self.problem(prompt, {}) else ambiguity(prompt, self._every) for prompt in prompts]
 
     def close(self) -> None:
         """End the processes; nothing can be scored after it if there are several."""

@@ -3,42 +3,62 @@
     problems = check_prompts(prompts)          # before training
     score = match(read, target_text(prompt))   # 0..1
 
-Source: the OCR reward of UDM-GRPO (SPEC 6), which is that of Flow-GRPO (arXiv 2505.05470).
+Both sides are normalised alike before they are compared, see `plain`.
+
+Source: the OCR reward of UDM-GRPO (SPEC 6), which is that of Flow-GRPO (arXiv 2505.05470): the target is between the
+first pair of straight double quotes, spaces and case do not count. Beyond it we read typographic quotes where there are
+no straight ones, marks of inches, escaped and doubled quotes, and take letters that look alike for the same letter.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-_QUOTED = re.compile('"([^"]*)"')
-_TYPOGRAPHIC = "“”„‟«»″"
+TYPOGRAPHIC = "“”„‟«»″「」『』〝〞❝❞"
+"""Marks that are read as double quotes in a prompt without straight ones."""
+
+_LIKE_ASCII = str.maketrans(
+    {
+        **dict.fromkeys("\u2018\u2019\u201a\u201b\u2032`\u00b4\u02bc\u02b9", "'"),
+        **dict.fromkeys(TYPOGRAPHIC, '"'),
+        **dict.fromkeys("\u2010\u2011\u2012\u2013—―\u2212﹣", "-"),
+        **dict.fromkeys("•∙・⋅", "·"),
+        **dict.fromkeys("\u2044\u2215", "/"),
+        "⋯": "...",
+    }
+)
+"""Characters -> those that readers say for them."""
+
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+"""What no font shows: Unicode's Default_Ignorable_Code_Point."""
 
 
-def target_text(prompt: str) -> str:
-    """The text that a prompt asks for: what stands between its first pair of double quotes, as it is written there.
+def target_text(prompt: str, every: bool = False) -> str:
+    """Return the text that a prompt asks for, as one would write it by hand: what its first pair of quotes encloses.
 
-    Raises ValueError if there is no such pair or nothing between it; the message says how to write one.
+    every: what all pairs enclose, joined by spaces. Raises ValueError if there is no such pair or nothing between it;
+    the message says how to write one.
     """
-    found = _QUOTED.search(prompt)
-    if found is not None and _plain(found[1]):
-        return found[1]
-    if found is not None:
-        wrong = "there is nothing between its first pair of double quotes"
-    elif '"' in prompt:
-        wrong = "its only double quote has no partner"
-    elif any(mark in prompt for mark in _TYPOGRAPHIC):
-        wrong = "its quotes are typographic ones"
-    else:
-        wrong = "it has no double quotes"
-    raise ValueError(
-        f"no text to look for in the prompt {prompt!r}: {wrong}; "
-        'put the wanted text between straight double quotes (U+0022), as in: a sign that says "OPEN"'
-    )
+    return _target(prompt, every)[0]
+
+
+def ambiguity(prompt: str, every: bool = False) -> str:
+    """Return why a prompt's target may not be what was meant, and the target that is used; "" for a plain prompt.
+
+    Raises ValueError as `target_text` does.
+    """
+    target, reasons = _target(prompt, every)
+    return f"{'; '.join(reasons)}; the text that is looked for is {target!r}" if reasons else ""
 
 
 def check_prompts(prompts: Iterable[str]) -> list[str]:
-    """What is wrong with prompts for an OCR reward, one text an offender with its number (from 1); empty if nothing."""
+    """Return what is wrong with prompts for an OCR reward, one text an offender with its number (from 1)."""
     problems = []
     for number, prompt in enumerate(prompts, 1):
         try:
@@ -48,15 +68,25 @@ def check_prompts(prompts: Iterable[str]) -> list[str]:
     return problems
 
 
+def plain(text: str) -> str:
+    """Return a text as it is compared, whichever side it comes from.
+
+    Unicode's compatibility form (so that full-width letters, ligatures and decomposed accents are the usual letters),
+    typographic quotes, apostrophes and dashes as the keyboard's, without invisible characters and white space, and
+    case-folded, which makes a sharp s two s and an i with or without its dot one letter.
+    """
+    return "".join(_tidy(text).casefold().replace("i\u0307", "i").replace("\u0131", "i").split())
+
+
 def match(read: str, target: str, extra_is_free: bool = True) -> float:
-    """1 - distance / len(target), in 0..1, both without white space and in lower case.
+    """Return 1 - distance / len(target), in 0..1, both sides as `plain` makes them.
 
     The distance is Levenshtein's, at most len(target); with `extra_is_free`, the published rule, it is 0 wherever the
-    target is part of what was read. Raises ValueError for a target of nothing but white space.
+    target is part of what was read. Raises ValueError for a target of nothing that can be seen.
     """
     from rapidfuzz.distance import Levenshtein  # not above: prompts are also checked where nothing is scored
 
-    wanted, seen = _plain(target), _plain(read)
+    wanted, seen = plain(target), plain(read)
     if not wanted:
         raise ValueError(f"the target {target!r} is empty; check_prompts finds such prompts before training")
     if extra_is_free and wanted in seen:
@@ -65,14 +95,94 @@ def match(read: str, target: str, extra_is_free: bool = True) -> float:
 
 
 def is_exact(read: str, target: str) -> bool:
-    """Whether the target and nothing else was read, white space and case aside."""
-    return _plain(read) == _plain(target)
+    """Return whether the target and nothing else was read, as `plain` compares them."""
+    return plain(read) == plain(target)
 
 
 def join_lines(lines: Sequence[str]) -> str:
-    """Recognised lines, in reading order, as one text for people; match() ignores the spaces."""
+    """Return recognised lines, in reading order, as one text for people; match() ignores the spaces."""
     return " ".join(line.strip() for line in lines if line.strip())
 
 
-def _plain(text: str) -> str:
-    return "".join(text.split()).lower()
+def _tidy(text: str) -> str:
+    """The text with one form for every letter, quote and dash, and single spaces."""
+    alike = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text.translate(_LIKE_ASCII)))
+    return " ".join(alike.translate(_LIKE_ASCII).split())
+
+
+@dataclass(frozen=True)
+class _Quotes:
+    """The texts between pairs of quotes, and what else is done with quotes in a prompt."""
+
+    texts: Sequence[str]
+    unpaired: bool = False
+    inches: bool = False
+    empty: bool = False
+
+
+def _target(prompt: str, every: bool) -> tuple[str, list[str]]:
+    """The target of a prompt, and what makes it doubtful."""
+    text, reasons = _unescaped(prompt)
+    text = text.replace("\uff02", '"')
+    of_any_kind = _quotes(text.translate(dict.fromkeys(map(ord, TYPOGRAPHIC), '"')))
+    straight = _quotes(text)
+    used = straight if straight.texts else of_any_kind
+    if not used.texts:
+        raise ValueError(
+            f"no text to look for in the prompt {prompt!r}: {_missing(text)}; "
+            'put the wanted text between straight double quotes (U+0022), as in: a sign that says "OPEN"'
+        )
+    count = len(max(used.texts, of_any_kind.texts, key=len))
+    if used.inches:
+        reasons.append("a double quote after a digit is taken for the mark of inches")
+    if used.unpaired:
+        reasons.append("a double quote has no partner")
+    if used.empty:
+        reasons.append("a pair of quotes has nothing between")
+    if count > 1 and not every:
+        reasons.append(f"{count} texts are in quotes and only the first is looked for (option texts=all: all of them)")
+    target = _tidy(" ".join(used.texts) if every else used.texts[0])
+    strange = sorted({letter for letter in target if unicodedata.category(letter) in ("So", "Co", "Cn", "Cc")})
+    if strange:
+        reasons.append(f"text readers seldom know {' '.join(strange)}")
+    return target, reasons
+
+
+def _unescaped(prompt: str) -> tuple[str, list[str]]:
+    """The prompt with its quotes as they were before JSON, HTML or CSV escaped them, and what was done."""
+    text, reasons = re.sub(r'\\+"|&quot;|&#34;', '"', prompt.strip()), []
+    if text != prompt.strip():
+        reasons.append("its quotes are escaped, as in JSON or HTML")
+    whole = re.fullmatch(r'"(.*""[^"].*)"', text, re.DOTALL)
+    doubled = re.sub(r'""([^"]+)""', r'"\1"', whole[1] if whole else text)
+    if doubled != text:
+        reasons.append("its quotes are doubled, as in a CSV file")
+    return doubled, reasons
+
+
+def _quotes(text: str) -> _Quotes:
+    """What is between pairs of straight double quotes; one after a digit opens none, unless there is no other pair."""
+    marks = [place for place, letter in enumerate(text) if letter == '"']
+    for skip_inches in (True, False):
+        pairs, start, inches = [], -1, False
+        for place in marks:
+            if start >= 0:
+                pairs.append(text[start + 1 : place])
+                start = -1
+            elif skip_inches and place and text[place - 1].isdecimal():
+                inches = True
+            else:
+                start = place
+        texts = [pair for pair in pairs if plain(pair)]
+        if texts:
+            return _Quotes(texts, start >= 0, inches, len(texts) < len(pairs))
+    return _Quotes(())
+
+
+def _missing(text: str) -> str:
+    if not any(mark in text for mark in f'"{TYPOGRAPHIC}'):
+        return "it has no double quotes"
+    pairs = sum(text.count(mark) for mark in f'"{TYPOGRAPHIC}') > 1
+    return (
+        "there is nothing between its first pair of double quotes" if pairs else "its only double quote has no partner"
+    )

@@ -90,12 +90,15 @@ class Parsed:
 
     def bad_text(self, advice: str) -> str:
         """Every bad place and what is wrong with it, the first MOST_LINES_SHOWN with their reasons."""
-        unit, count = self.unit, len(self.bad)
-        lines = [f"{self.path}: {count} bad {unit}{'s' if count > 1 else ''}; {advice}:"]
-        lines += [f"  {unit} {place}: {reason}" for place, reason in self.bad[:MOST_LINES_SHOWN]]
-        further = ", ".join(place for place, _ in self.bad[MOST_LINES_SHOWN:])
+        return self.listed(f"bad {self.unit}{'s' if len(self.bad) > 1 else ''}; {advice}", self.bad)
+
+    def listed(self, what: str, places: Sequence[tuple[str, str]]) -> str:
+        """How many places there are of something, and each with its text, of the first MOST_LINES_SHOWN."""
+        lines = [f"{self.path}: {len(places)} {what}:"]
+        lines += [f"  {self.unit} {place}: {reason}" for place, reason in places[:MOST_LINES_SHOWN]]
+        further = ", ".join(place for place, _ in places[MOST_LINES_SHOWN:])
         if further:
-            lines.append(f"  and {unit}s {further}")
+            lines.append(f"  and {self.unit}s {further}")
         return "\n".join(lines)
 
 
