@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from scripts.torch_reference import load_reference
 from udm_grpo.batches import Params
+from udm_grpo.host import peft_config
 from udm_grpo.host.peft_files import merge_on_host, read_adapter, with_adapter, write_adapter
 from udm_grpo.host.weights import Checkpoint, WeightsError, load_folder
 from udm_grpo.model import lora
@@ -102,6 +103,18 @@ def rename(old: str, new: str) -> Callable[[Path], None]:
     return edit
 
 
+def nested(folder: Path) -> None:
+    for name in ("default", "second"):
+        shutil.copytree(folder, folder / name, ignore=shutil.ignore_patterns("default"))
+    (folder / WEIGHTS).unlink()
+    (folder / CONFIG).unlink()
+
+
+def two_files(folder: Path) -> None:
+    tensors = {name: torch.from_numpy(tensor) * 2 for name, tensor in load_file(folder / WEIGHTS).items()}
+    torch.save(tensors, folder / "adapter_model.bin")
+
+
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
@@ -109,16 +122,43 @@ def rename(old: str, new: str) -> Callable[[Path], None]:
         (lambda folder: (folder / CONFIG).write_text("["), "adapter_config.json: is not JSON"),
         (lambda folder: (folder / WEIGHTS).unlink(), "adapter_model.safetensors: no such file"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 99), "truncated or damaged, 99 bytes"),
-        (set_fields(peft_type="IA3"), "peft_type is 'IA3'; wanted 'LORA'"),
-        (set_fields(r=True), "r is True; wanted a whole number above 0"),
-        (set_fields(lora_alpha="2"), "lora_alpha is '2'; wanted a number above 0"),
-        (set_fields(use_dora=True, bias="all"), "bias is 'all', which is not supported; merge that adapter with PEFT"),
-        (set_fields(use_rslora=True), "use_rslora is True, which is not supported"),
+        (set_fields(peft_type="IA3"), "peft_type is 'IA3'; expected 'LORA'"),
+        (set_fields(r=True), "r is True; expected a whole number above 0"),
+        (set_fields(lora_alpha="2"), "lora_alpha is '2'; expected a number above 0"),
+        (set_fields(use_dora=True, bias="all"), "bias is 'all', which is not supported (the biases of the base"),
+        (
+            set_fields(init_lora_weights="pissa_niter_4"),
+            "init_lora_weights is 'pissa_niter_4': that initialisation",
+        ),
+        (set_fields(init_lora_weights="lora_ga"), "which makes it a plain LoRA, or merge that adapter with PEFT"),
+        (
+            set_fields(new_trick={"x": 1}, peft_version="9.9"),
+            "new_trick is {'x': 1}, a field that is not known here",
+        ),
+        (set_fields(rank_pattern={"q_proj": "2"}), "rank_pattern is {'q_proj': '2'}; expected an object of patterns"),
+        (set_fields(alpha_pattern={"(": 2}), "alpha_pattern: '(' is no regular expression"),
+        (set_fields(target_modules=["q_proj", 3]), "target_modules is ['q_proj', 3]; expected names"),
+        (set_fields(layers_to_transform=["0"]), "layers_to_transform is ['0']; expected numbers of layers"),
+        (set_fields(layer_replication=[[0, 2]]), "layer_replication is [[0, 2]], which is not supported"),
+        (set_fields(trainable_token_indices=[1]), "rows of the embedding were trained as well"),
         (set_fields(r=4), "q_proj.lora_A.weight is (3, 64), wanted (4, 64)"),
         (set_fields(r=65), "the rank is 65, more than the smaller side of q_proj is 64 x"),
         (rename("layers.1.mlp.up", "layers.9.mlp.up"), "not known: base_model.model.model.layers.9.mlp.up_proj.lora_A"),
         (rename("layers.1.mlp.up", "layers.9.mlp.up"), "missing: base_model.model.model.layers.1.mlp.up_proj.lora_B"),
-        (rename("_proj", "_projection"), "adapts nothing of this model: found base_model.model.model.layers.0"),
+        (
+            rename("_proj", "_projection"),
+            "has nothing of this model: 28 tensor(s) that are not read: not known",
+        ),
+        (rename("0.mlp.up_proj.lora_A.weight", "0.mlp.up_proj.lora_magnitude_vector"), "not read: DoRA's magnitudes"),
+        (rename("layers.1.mlp.up_proj.lora_A", "layers.1.mlp.up_proj.lora_A.second"), "tensors of several adapters"),
+        (rename("model.layers.1", "other.layers.1"), "tensors of several prefixes"),
+        (rename("lora_A", "lora.down"), "the old names of diffusers"),
+        (
+            lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_lora_weights.safetensors"),
+            "a file of diffusers",
+        ),
+        (nested, "adapters are in the folder(s) default, second: give one of them"),
+        (two_files, "adapter_model.safetensors and adapter_model.bin hold different weights"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_said(
@@ -129,6 +169,78 @@ def test_what_is_wrong_with_a_folder_is_said(
     with pytest.raises(WeightsError) as caught:
         read_adapter(tmp_path / "adapter", checkpoint.transformer_config)
     assert said in str(caught.value)
+
+
+NAMES = {
+    "the adapter's name": (".weight", ".default.weight"),
+    "torch.compile": ("base_model.model.", "base_model.model._orig_mod."),
+    "DDP": ("base_model.", "module.base_model."),
+    "FSDP": ("self_attn.", "_fsdp_wrapped_module.self_attn."),
+    "no prefix": ("base_model.model.", ""),
+    "another part": ("base_model.model.", "transformer."),
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_every_scheme_of_names_is_read(kind: str, folder: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "adapter")
+    rename(*NAMES[kind])(tmp_path / "adapter")
+    assert set(load_file(tmp_path / "adapter" / WEIGHTS)) != set(load_file(folder / WEIGHTS))
+    found, _ = read_adapter(tmp_path / "adapter", checkpoint.transformer_config)
+    jax.tree.map(np.testing.assert_array_equal, found, adapter_of(checkpoint, "*_proj"))
+
+
+def test_an_old_bin_file_is_read(folder: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "adapter")
+    tensors = {name: torch.from_numpy(tensor) for name, tensor in load_file(folder / WEIGHTS).items()}
+    torch.save(tensors, tmp_path / "adapter" / "adapter_model.bin")
+    for _ in range(2):  # beside the newer file, and alone
+        found, _alpha = read_adapter(tmp_path / "adapter", checkpoint.transformer_config)
+        jax.tree.map(np.testing.assert_array_equal, found, adapter_of(checkpoint, "*_proj"))
+        (tmp_path / "adapter" / WEIGHTS).unlink(missing_ok=True)
+
+
+SETTINGS = {
+    "rslora": {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], "use_rslora": True},
+    "patterns": {
+        "r": 2,
+        "lora_alpha": 3,
+        "target_modules": ["q_proj", "v_proj", "up_proj"],
+        "rank_pattern": {"layers.0.self_attn.q_proj": 5, "up_proj": 1},
+        "alpha_pattern": {r"layers\.1\..*_proj": 7},
+    },
+    "some layers": {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "o_proj"], "layers_to_transform": [1]},
+    "expressions": {
+        "r": 2,
+        "lora_alpha": 3,
+        "target_modules": r".*layers\.0\.(self_attn|mlp)\.\w+_proj",
+        "exclude_modules": ["k_proj"],
+        "use_rslora": True,
+        "rank_pattern": {"gate_proj": 3},
+    },
+    "orthogonal": {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_fields_that_change_the_result_are_understood(kind: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """PEFT makes the adapter, saves it, and adds it to the PyTorch model: the same logits as ours, merged."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(load_reference(BASE), peft.LoraConfig(**SETTINGS[kind]))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora_B." in name:
+                weight.normal_(0, 0.2)
+    model.save_pretrained(tmp_path)
+    model.eval()
+    merged = with_adapter(checkpoint.transformer, tmp_path, checkpoint.transformer_config)
+    assert_close(our_logits(checkpoint, merged), torch_logits(model))
+
+
+def test_every_field_of_peft_has_a_place() -> None:
+    """A field that a newer PEFT adds has to be looked at here."""
+    placed = {*peft_config.UNDERSTOOD, *peft_config.NO_DIFFERENCE, *peft_config.REFUSED}
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= placed
 
 
 def test_nothing_else_is_overwritten(checkpoint: Checkpoint, folder: Path, tmp_path: Path) -> None:

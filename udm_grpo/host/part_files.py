@@ -26,13 +26,20 @@ def open_part(path: Path) -> TensorFiles:
     first, *others = candidates(path) or [find(path)]
     opened = open_tensors(first)
     for other in others:
-        difference = _difference(_identity(first), _identity(other))
-        if difference:
-            raise WeightsError(
-                f"{path}: {first.name} and {other.name} hold different weights ({difference}). Remove the one that is "
-                "not wanted, or move it to another folder."
-            )
+        if problem := different_files(first, other):
+            raise WeightsError(problem)
     return opened
+
+
+def different_files(one: Path, other: Path) -> str:
+    """Return what to do about two files of a folder that hold different weights; empty if they are equal."""
+    difference = _difference(_identity(one), _identity(other))
+    if not difference:
+        return ""
+    return (
+        f"{one.parent}: {one.name} and {other.name} hold different weights ({difference}). Remove the one that is not "
+        "wanted, or move it to another folder."
+    )
 
 
 def transformer_source(path: Path) -> Path:

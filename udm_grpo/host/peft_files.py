@@ -4,25 +4,27 @@
 """
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from udm_grpo.batches import Params
 from udm_grpo.host.atomic import replacing_folder
+from udm_grpo.host.part_files import different_files
+from udm_grpo.host.peft_config import CONFIG_FILE, AdapterConfig, read_config
+from udm_grpo.host.peft_names import AdapterNames, Factor, read_names
 from udm_grpo.host.released import PathLike, Problems
-from udm_grpo.host.streaming import read_tree
 from udm_grpo.host.torch_files import Layout, WeightsError, open_tensors, read_json, write_file, write_tensors
-from udm_grpo.host.weight_table import KERNEL, Table, TensorInfo, from_tree, leaves_by_path, problems, sources
-from udm_grpo.model import lora
+from udm_grpo.host.weight_table import KERNEL, Source, Table, TensorInfo, from_tree, leaves_by_path, problems, sources
+from udm_grpo.model import lora, transformer
 from udm_grpo.model.transformer import TransformerConfig
 
-WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS_FILE, OLD_WEIGHTS_FILE = "adapter_model.safetensors", "adapter_model.bin"
+UNNAMED_FILE = "pytorch_lora_weights.safetensors"
+"""What diffusers writes instead, without an adapter_config.json."""
 PREFIX = "base_model.model.model.layers.{layer}"
 PEFT_TABLE: Table = (
     ("layers/attn/{name}/lora_a", PREFIX + ".self_attn.{name}_proj.lora_A.weight", KERNEL),
@@ -31,7 +33,7 @@ PEFT_TABLE: Table = (
     ("layers/mlp/{name}/lora_b", PREFIX + ".mlp.{name}_proj.lora_B.weight", KERNEL),
 )
 """As TRANSFORMER_TABLE."""
-UNUSED: Mapping[str, Any] = {
+NOT_USED: Mapping[str, Any] = {
     "bias": "none",
     "fan_in_fan_out": False,
     "use_dora": False,
@@ -42,7 +44,7 @@ UNUSED: Mapping[str, Any] = {
     "rank_pattern": {},
     "alpha_pattern": {},
 }
-"""Fields of adapter_config.json for what no adapter here has, with the value (or one that is as empty) that says so."""
+"""Fields of adapter_config.json for what no adapter that is written here has."""
 
 
 def write_adapter(folder: PathLike, adapter: Params, alpha: float) -> None:
@@ -62,8 +64,8 @@ def write_adapter(folder: PathLike, adapter: Params, alpha: float) -> None:
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": 0.0,
         "init_lora_weights": True,
-        "target_modules": list(_names(infos)),
-        **UNUSED,
+        "target_modules": [name for name in lora.MAPS if any(f".{name}." in info for info in infos)],
+        **NOT_USED,
     }
     layout = Layout({WEIGHTS_FILE: tuple(infos)}, dict.fromkeys(infos, "float32"), {WEIGHTS_FILE: {"format": "pt"}})
     with replacing_folder(Path(folder), CONFIG_FILE) as fresh:
@@ -72,31 +74,46 @@ def write_adapter(folder: PathLike, adapter: Params, alpha: float) -> None:
 
 
 def read_adapter(folder: PathLike, config: TransformerConfig) -> tuple[Params, float]:
-    """Return (adapter in float32 on the host, alpha) of a PEFT folder.
+    """Return (adapter in float32 on the host, alpha) of a PEFT folder, of the highest rank that any of its maps has.
 
+    What a module has of its own (rank_pattern, alpha_pattern), use_rslora and layers that are not adapted are in the
+    numbers: matrices are filled up with zeros, and B is scaled so that alpha / rank is right for all.
     Raises WeightsError that lists every problem: a damaged file, another kind of adapter, one of another model.
     """
     folder, found = Path(folder), Problems()
-    raw = found.collect(lambda: read_json(folder / CONFIG_FILE))
-    opened = found.collect(lambda: open_tensors(folder / WEIGHTS_FILE))
-    if raw is not None:
-        found.lines += _config_problems(raw)
+    raw = found.collect(lambda: read_json(_file(folder, CONFIG_FILE)))
+    opened = found.collect(lambda: open_tensors(_weights_file(folder)))
+    fields = None if raw is None else read_config(raw, found.lines)
+    names = None if opened is None else read_names(opened.infos)
+    if names:
+        found.lines += [f"{WEIGHTS_FILE}: {line}" for line in (names.unknown if names.tensors else ())]
     found.raise_any(folder)
-    assert raw is not None
-    assert opened is not None
-    names = _names(opened.infos)
-    if not names:
-        some = ", ".join(list(opened.infos)[:3]) or "nothing"
-        wanted_name = next(iter(sources(PEFT_TABLE, lora.abstract(config, 1, ("q_proj",)))))
-        raise WeightsError(f"{folder / WEIGHTS_FILE} adapts nothing of this model: found {some}; wanted {wanted_name}")
-    form = found.collect(lambda: lora.abstract(config, raw["r"], names))
+    assert fields
+    assert opened
+    assert names
+    maps = tuple(name for name in lora.MAPS if any(factor.map == name for factor in names.tensors))
+    if not maps:
+        some = "; ".join(names.unknown) or "nothing"
+        expected = next(iter(sources(PEFT_TABLE, lora.abstract(config, 1, ("q_proj",)))))
+        raise WeightsError(f"{folder}: the adapter has nothing of this model: {some}; expected {expected}")
+    layers = range(config.num_hidden_layers)
+    ranks = [fields.rank_of(names.module(layer, name)) for layer in layers for name in maps]
+    form = found.collect(lambda: lora.abstract(config, max(ranks), maps))
     if form is not None:
-        found.lines += [f"{WEIGHTS_FILE}: {line}" for line in problems(sources(PEFT_TABLE, form), opened.infos)]
+        found.lines += _tensor_problems(names, fields, config, opened.infos, maps)
     found.raise_any(folder)
     assert form is not None
-    wanted = sources(PEFT_TABLE, form)
-    adapter = read_tree(wanted, form, opened.read_rows, jnp.dtype(jnp.float32))
-    return jax.tree.map(np.asarray, adapter), float(raw["lora_alpha"])
+    adapter = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), form)
+    for factor, name in names.tensors.items():
+        part, linear = lora.MAPS[factor.map]
+        module = names.module(factor.layer, factor.map)
+        block = opened.read(name).astype(np.float32).T
+        if factor.side == "B":
+            by = fields.scaling(module) * max(ranks) / fields.alpha
+            adapter["layers"][part][linear]["lora_b"][factor.layer, : len(block)] = block if by == 1 else block * by
+        else:
+            adapter["layers"][part][linear]["lora_a"][factor.layer, :, : block.shape[1]] = block
+    return adapter, fields.alpha
 
 
 def with_adapter(base: Params, folder: PathLike, config: TransformerConfig) -> Params:
@@ -112,23 +129,48 @@ def merge_on_host(base: Params, adapter: Params, factor: float) -> Params:
     return lora.merge(wide, lora.scaled(both, factor))
 
 
-def _names(infos: Mapping[str, TensorInfo]) -> tuple[str, ...]:
-    """The linear maps (q_proj) that tensors are of, in the order of lora.MAPS."""
-    found = {match[1] for name in infos if (match := re.search(r"\.(\w+)\.lora_[AB]\.weight$", name))}
-    return tuple(name for name in lora.MAPS if name in found)
+def _file(folder: Path, name: str) -> Path:
+    """A file of an adapter; raises WeightsError that says what is in the folder instead."""
+    if (folder / name).is_file() or not folder.is_dir():
+        return folder / name
+    below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
+    if below:
+        raise WeightsError(f"{name} is not here; adapters are in the folder(s) {', '.join(below)}: give one of them")
+    if (folder / UNNAMED_FILE).is_file():
+        raise WeightsError(
+            f"{UNNAMED_FILE} is a file of diffusers, which has no {CONFIG_FILE} and so does not say alpha; save the "
+            "adapter with PEFT's save_pretrained"
+        )
+    return folder / name
 
 
-def _config_problems(raw: Mapping[str, Any]) -> list[str]:
-    lines = []
-    if raw.get("peft_type") != "LORA":
-        lines.append(f"{CONFIG_FILE}: peft_type is {raw.get('peft_type')!r}; wanted 'LORA'")
-    rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        lines.append(f"{CONFIG_FILE}: r is {rank!r}; wanted a whole number above 0")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < float("inf"):
-        lines.append(f"{CONFIG_FILE}: lora_alpha is {alpha!r}; wanted a number above 0")
-    for name, usual in UNUSED.items():
-        value = raw.get(name)
-        if value and value != usual:
-            lines.append(f"{CONFIG_FILE}: {name} is {value!r}, which is not supported; merge that adapter with PEFT")
-    return lines
+def _weights_file(folder: Path) -> Path:
+    """The file of the matrices; the one of PEFT before 0.7 where there is no newer one, and an error if they differ."""
+    new, old = folder / WEIGHTS_FILE, folder / OLD_WEIGHTS_FILE
+    if new.is_file() and old.is_file() and (problem := different_files(new, old)):
+        raise WeightsError(problem)
+    return old if old.is_file() and not new.is_file() else _file(folder, WEIGHTS_FILE)
+
+
+def _tensor_problems(
+    names: AdapterNames,
+    fields: AdapterConfig,
+    config: TransformerConfig,
+    infos: Mapping[str, TensorInfo],
+    maps: Sequence[str],
+) -> list[str]:
+    """A line for every matrix that is missing, superfluous, misshapen or not of floats."""
+    expected: dict[str, Source] = {}
+    layers = transformer.abstract(config)["layers"]
+    for name in maps:
+        part, linear = lora.MAPS[name]
+        _, d_in, d_out = layers[part][linear]["kernel"].shape
+        for layer in range(config.num_hidden_layers):
+            module = names.module(layer, name)
+            rank = fields.rank_of(module)
+            shapes = {"A": (rank, d_in), "B": (d_out, rank)}
+            factors = {side: Factor(layer, name, side) for side in shapes}
+            if fields.adapts(module, layer) or any(factor in names.tensors for factor in factors.values()):
+                expected |= {names.saved(factors[side]): Source("", None, KERNEL, shapes[side]) for side in shapes}
+    read = {name: infos[name] for name in names.tensors.values()}
+    return [f"{WEIGHTS_FILE}: {line}" for line in problems(expected, read)]
