@@ -135,13 +135,15 @@ def _score(parsed: argparse.Namespace) -> int:
 
 
 def _read_picture(path: str) -> np.ndarray:
-    from PIL import Image  # only this command reads image files
+    from rewards_bridge.picture_files import PictureError, read_picture  # only this command needs Pillow
 
     try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except OSError as error:
-        raise UsageError(f"cannot read image {path}: {error}") from error
+        picture = read_picture(path)
+    except PictureError as error:
+        raise UsageError(f"cannot score {path}: it {error}") from error
+    if picture.is_transparent:
+        print(f"rewards_bridge score: warning: {path} is partly transparent and is scored on white", file=sys.stderr)
+    return picture.pixels
 
 
 def _refuse(problem: str) -> None:

@@ -203,7 +203,7 @@ def test_score_command_prints_a_line_an_image(tmp_path):
         [*command, "nofile.png"], cwd=Path("/"), env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
     )
     assert missing.returncode == 2
-    assert missing.stderr.startswith("rewards_bridge score: cannot read image a.png")
+    assert missing.stderr.startswith("rewards_bridge score: cannot score a.png: it cannot be opened: No such file")
 
 
 def test_score_command_uses_a_running_server(tmp_path):

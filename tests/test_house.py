@@ -34,6 +34,7 @@ BRIDGE_FACE = (
     "rewards_bridge.client",
     "rewards_bridge.composition",
     "rewards_bridge.errors",
+    "rewards_bridge.picture_files",
     "rewards_bridge.redaction",
     "rewards_bridge.scorers.base",
     "rewards_bridge.scorers.geneval_metadata",

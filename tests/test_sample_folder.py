@@ -100,13 +100,55 @@ def test_unreadable_pictures_are_listed(flat: Path) -> None:
     whole = (flat / "00000_0.png").read_bytes()
     (flat / "00000_0.png").write_bytes(whole[:-40])
     (flat / "00001_0.png").write_bytes(b"")
-    (flat / "00001_1.png").write_bytes(b"GIF or something")
-    Image.fromarray(np.zeros((8, 8), np.uint16)).save(flat / "00002_1.png")
+    (flat / "00001_1.png").write_bytes(b"GIF8 or something")
+    Image.new("CMYK", (8, 8)).save(flat / "00002_1.png", format="JPEG")
     said = refused(flat)
-    assert "4 pictures cannot be read; draw them again (remove them first):" in said
-    for name in ("00000_0.png", "00001_0.png", "00001_1.png", "00002_1.png: has the mode I;16; wanted 8 bits"):
-        assert f"\n    {flat / name}" in said
+    assert "4 pictures cannot be scored; convert them, or draw them again (remove them first):" in said
+    for text in (
+        "00000_0.png: is damaged",
+        "00001_0.png: is no PNG, JPEG or WebP file: it is empty",
+        "00001_1.png: is no PNG, JPEG or WebP file: it is GIF",
+        "00002_1.png: has the mode CMYK",
+    ):
+        assert f"\n    {flat / text}" in said
     assert len(read_samples(flat, allow_missing=True).pictures) == 2
+
+
+@pytest.mark.parametrize(
+    ("rename", "shown"),
+    [
+        (lambda folder, image: folder / "samples" / f"{image:05d}.jpg", "00001/samples/00001.jpg"),
+        (lambda folder, image: folder / "samples" / f"{image:04d}.PNG", "00001/samples/0001.PNG"),
+        (lambda folder, image: folder / "samples" / f"img_{image}.png", "00001/samples/img_1.png"),
+        (lambda folder, image: folder / "samples" / f"{image}.webp", "00001/samples/1.webp"),
+        (lambda folder, image: folder / f"{image:05d}.png", "00001/00001.png"),
+        (lambda folder, image: folder / "images" / f"{image:05d}.png", "00001/images/00001.png"),
+    ],
+)
+def test_pictures_of_other_names_are_not_called_missing_alone(geneval: Path, rename, shown: str) -> None:
+    for folder in sorted(geneval.iterdir()):
+        (folder / "images").mkdir()
+        for image, file in enumerate(sorted((folder / "samples").iterdir())):
+            file.rename(rename(folder, image))
+    said = refused(geneval)
+    assert "6 pictures have other names or suffixes than NUMBER/samples/NUMBER.png" in said
+    assert f"\n    {geneval / shown}" in said
+    assert "draw them" not in said
+    with pytest.raises(SamplesError, match="other names or suffixes") as caught:
+        read_samples(geneval, allow_missing=True)
+    assert f"\n    {geneval / shown}" in str(caught.value)
+
+
+def test_pictures_of_other_names_are_named_in_every_layout(flat: Path, tmp_path: Path) -> None:
+    (flat / "00001_0.png").rename(flat / "00001_0.jpg")
+    said = refused(flat)
+    assert "than PROMPT_IMAGE.png, such as 00000_0.png for the first picture of prompt 0; rename or convert" in said
+    assert f"convert them:\n    {flat / '00001_0.jpg'}\n" in said
+    prompts, pictures = numbered(2, 4)
+    write_grids(tmp_path / "grids", ["a", "b"], pictures)
+    (tmp_path / "grids" / "b.png").rename(tmp_path / "grids" / "b.jpeg")
+    with pytest.raises(SamplesError, match=r"than ID\.png, such as a\.png; rename or convert them:\n.*b\.jpeg"):
+        read_samples(tmp_path / "grids", prompts=[{**row, "id": name} for row, name in zip(prompts, "ab", strict=True)])
 
 
 def test_bad_metadata_are_listed_even_if_missing_is_allowed(geneval: Path) -> None:
@@ -153,17 +195,17 @@ def test_what_is_no_picture_by_its_name_is_counted(geneval: Path) -> None:
     assert len(found.pictures) == 6
 
 
-def test_transparency_is_counted_and_left_out(flat: Path) -> None:
-    Image.fromarray(np.full((8, 8, 4), 77, np.uint8)).save(flat / "00000_0.png")
+def test_transparent_parts_are_counted_and_white(flat: Path) -> None:
+    Image.fromarray(np.full((8, 8, 4), (77, 77, 77, 0), np.uint8)).save(flat / "00000_0.png")
     Image.new("P", (8, 8)).save(flat / "00000_1.png", transparency=b"\x00\x80")
     Image.fromarray(np.full((8, 8, 4), 255, np.uint8)).save(flat / "00001_0.png")
     found = read_samples(flat)
     assert found.warnings == [
-        "2 pictures are partly transparent, which is not looked at:\n"
+        "2 pictures are partly transparent and are scored on white:\n"
         f"    {flat / '00000_0.png'}\n    {flat / '00000_1.png'}"
     ]
-    assert load_picture(flat / "00000_0.png").tolist() == np.full((8, 8, 3), 77).tolist()
-    assert load_picture(flat / "00000_1.png").shape == (8, 8, 3)
+    for name in ("00000_0.png", "00000_1.png"):
+        assert load_picture(flat / name).tolist() == np.full((8, 8, 3), 255).tolist()
 
 
 def test_long_lists_are_cut(tmp_path: Path) -> None:

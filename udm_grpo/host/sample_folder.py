@@ -8,8 +8,6 @@ Three layouts are read, those that `udm_grpo.sample` writes (layouts.py):
 Source: the first is GenEval's own (djghosh13/geneval, evaluation/evaluate_images.py).
 """
 
-import hashlib
-import io
 import json
 import os
 import re
@@ -20,19 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
-
-from udm_grpo.host.layouts import GRID, QUARTERS, cut_grid, grid_names
+from udm_grpo.host.layouts import GRID, QUARTERS, grid_names
 from udm_grpo.host.progress import progress_bar
 from udm_grpo.host.prompt_objects import PROMPT, json_of, object_row, wrong_text
+from udm_grpo.host.sample_files import Picture, examine, load_picture, pictures_beside, pictures_by_suffix
+
+__all__ = ["MOST_SHOWN", "Picture", "SampleFolder", "SamplesError", "has_prompts", "load_picture", "read_samples"]
 
 MOST_SHOWN = 50
 """Files that an error or a warning names; of any further ones it gives the number."""
 
-_READABLE = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX")  # 8 bits a channel
-_DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for broken files
 _READERS = 8
 _MOST = 2**20  # of prompts, and of pictures of one
 _BESIDE = ("contact_sheet.png", "prompts.jsonl", "settings.json")  # what lies beside the pictures of a flat folder
@@ -40,22 +35,6 @@ _BESIDE = ("contact_sheet.png", "prompts.jsonl", "settings.json")  # what lies b
 
 class SamplesError(ValueError):
     """A folder of pictures that cannot be scored as it is; the message names every file and what to do."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture that can be read."""
-
-    path: str
-    """In its folder, with forward slashes; of a grid with the quarter, as in ID.png#0."""
-    prompt: int
-    """The number of its prompt."""
-    image: int
-    """Which of its prompt's pictures."""
-    size: tuple[int, int]
-    """Width and height, pixels."""
-    digest: str
-    """SHA-256 of the file and its prompt's metadata: all that a score depends on, besides the scorer."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +56,10 @@ class _Found:
     wrong: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     strange: list[str] = field(default_factory=list)
+    misnamed: list[str] = field(default_factory=list)
+    """Files that look like the pictures that are missing, but for their names."""
+    pattern: str = ""
+    """How the pictures of this layout are called."""
 
 
 def has_prompts(root: Path) -> bool:
@@ -113,38 +96,20 @@ def read_samples(
     pictures, unreadable, transparent = _inspect(root, found)
     _refuse(root, found, unreadable, allow_missing)
     if not pictures:
-        raise SamplesError(f"{root} holds no picture that can be read; draw some with udm_grpo.sample.")
+        raise SamplesError(_no_pictures(root, found))
     warnings = [
         *_listed("pictures are missing and left out", found.missing),
-        *_listed("pictures cannot be read and are left out", unreadable),
+        *_listed("pictures cannot be scored and are left out", unreadable),
         *_listed("files are no pictures by their names and are left out", found.strange),
-        *_listed("pictures are partly transparent, which is not looked at", transparent),
+        *_listed("pictures are partly transparent and are scored on white", transparent),
         *_sizes(pictures),
         *_counts(found.prompts, pictures),
     ]
     return SampleFolder(root, found.prompts, pictures, warnings)
 
 
-def load_picture(path: Path) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture as RGB, without any transparency; what Pillow raises for a file that cannot be read.
-
-    Of a grid, FILE.png#0 to FILE.png#3 is one of its four pictures.
-    """
-    file, quarter = _file_of(str(path))
-    with Image.open(file) as picture:
-        whole = picture.convert("RGBA") if picture.has_transparency_data else picture
-        pixels = np.asarray(whole.convert("RGB"))
-    return pixels if quarter is None else cut_grid(pixels, quarter)
-
-
-def _file_of(path: str) -> tuple[str, int | None]:
-    """The file of a picture, and which quarter of it the picture is."""
-    named = re.fullmatch(r"(.*\.png)#([0-3])", path)
-    return (named[1], int(named[2])) if named else (path, None)
-
-
 def _read_numbered(root: Path, folders: Sequence[Path]) -> _Found:
-    found = _Found()
+    found = _Found(pattern="NUMBER/samples/NUMBER.png, such as 00000/samples/0000.png")
     for folder in folders:
         prompt, file = int(folder.name), folder / "metadata.jsonl"
         if prompt >= _MOST:
@@ -161,9 +126,11 @@ def _read_numbered(root: Path, folders: Sequence[Path]) -> _Found:
                 found.wrong.append(f"{file}: {error}")
         else:
             found.wrong.append(f"{file}: is missing; it holds the prompt as one line of GenEval's JSON")
-        samples = folder / "samples"
+        samples, before = folder / "samples", len(found.files)
         for entry in sorted(samples.iterdir()) if samples.is_dir() else []:
             _add(root, found, entry, prompt, re.fullmatch(r"(\d+)\.png", entry.name))
+        if len(found.files) == before:
+            found.misnamed += pictures_beside(folder)
     width = len(folders[0].name)
     for prompt in sorted(set(range(max(found.prompts, default=0) + 1)) - set(found.prompts)):
         found.missing.append(f"{root / f'{prompt:0{width}d}'} (a prompt with all its pictures)")
@@ -185,6 +152,7 @@ def _read_lines(file: Path) -> _Found:
 
 def _read_flat(root: Path, file: Path) -> _Found:
     found = _read_lines(file)
+    found.pattern = "PROMPT_IMAGE.png, such as 00000_0.png for the first picture of prompt 0"
     count = len(found.prompts)
     for entry in sorted(entry for entry in root.iterdir() if entry.is_file() and entry.name not in _BESIDE):
         named = re.fullmatch(r"(\d+)_(\d+)\.png", entry.name)
@@ -203,6 +171,7 @@ def _read_grids(root: Path, file: Path, listed: Sequence[Mapping[str, Any]] | No
     except ValueError as error:
         found.wrong.append(f"{file if listed is None else 'the prompts'}: {error}")
         return found
+    found.pattern = f"ID.png, such as {names[0] if names else '00000'}.png"
     there = {entry.name for entry in root.iterdir() if entry.is_file()}
     for prompt, name in enumerate(names):
         if f"{name}.png" in there:
@@ -262,7 +231,7 @@ def _inspect(root: Path, found: _Found) -> tuple[list[Picture], list[str], list[
     pictures, unreadable, transparent = [], [], []
 
     def look(key: tuple[int, int]) -> tuple[Picture, bool] | str:
-        return _look(root, found.files[key], *key, found.prompts[key[0]])
+        return examine(root, found.files[key], *key, found.prompts[key[0]])
 
     keys = sorted(found.files)
     # Pillow decodes without the interpreter's lock.
@@ -280,36 +249,28 @@ def _inspect(root: Path, found: _Found) -> tuple[list[Picture], list[str], list[
     return pictures, unreadable, transparent
 
 
-def _look(root: Path, path: str, prompt: int, image: int, metadata: Mapping[str, Any]) -> tuple[Picture, bool] | str:
-    """(the picture, whether it is partly transparent), or what is wrong with it."""
-    try:
-        file, quarter = _file_of(path)
-        content = (root / file).read_bytes()
-        with Image.open(io.BytesIO(content)) as opened:
-            opened.load()
-            if opened.mode not in _READABLE:
-                return f"{root / path}: has the mode {opened.mode}; wanted 8 bits a channel"
-            clear = opened.has_transparency_data and opened.convert("RGBA").getextrema()[3][0] < 255
-            size = opened.size
-        if quarter is not None:
-            height, width = cut_grid(np.empty((size[1], size[0], 3), np.uint8), quarter).shape[:2]
-            size, content = (width, height), content + bytes([quarter])
-    except _DAMAGED as error:
-        return f"{root / path}: {error or type(error).__name__}"
-    digest = hashlib.sha256(content + json.dumps(metadata, sort_keys=True).encode()).hexdigest()
-    return Picture(path, prompt, image, size, digest), bool(clear)
-
-
 def _refuse(root: Path, found: _Found, unreadable: Sequence[str], allow_missing: bool) -> None:
     """Raise SamplesError if anything is wrong that is not allowed."""
     told = [*_listed("files are wrong", found.wrong)]
     if not allow_missing:
-        told += _listed("pictures are missing; draw them (the same udm_grpo.sample command goes on)", found.missing)
-        told += _listed("pictures cannot be read; draw them again (remove them first)", unreadable)
+        misnamed = [*found.misnamed, *pictures_by_suffix(map(Path, found.strange))] if found.missing else []
+        told += _listed(f"pictures have other names or suffixes than {found.pattern}; rename or convert them", misnamed)
+        remedy = "" if misnamed else "; draw them (the same udm_grpo.sample command goes on)"
+        told += _listed(f"pictures are missing{remedy}", found.missing)
+        told += _listed("pictures cannot be scored; convert them, or draw them again (remove them first)", unreadable)
         if len(told) > bool(found.wrong):
             told.append("--allow_missing scores what is there and counts the rest.")
     if told:
         raise SamplesError("\n".join([f"{root} cannot be scored as it is:", *told]))
+
+
+def _no_pictures(root: Path, found: _Found) -> str:
+    misnamed = [*found.misnamed, *pictures_by_suffix(map(Path, found.strange))]
+    heading = f"{root} holds no picture that can be read"
+    if not misnamed:
+        return f"{heading}; draw some with udm_grpo.sample."
+    what = f"files have other names or suffixes than {found.pattern}; rename or convert them"
+    return "\n".join([f"{heading}.", *_listed(what, misnamed)])
 
 
 def _listed(what: str, items: Sequence[str]) -> list[str]:
