@@ -109,6 +109,25 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel):
     assert held == tracked()
 
 
+def test_an_editable_install_runs_the_checkout_it_was_made_from(tmp_path, newest_pip):
+    """Beside the libraries of this environment, from an empty folder."""
+    sources, empty = tmp_path / "sources", tmp_path / "empty"
+    empty.mkdir()
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    python = make_venv(tmp_path / "venv")
+    pip("--python", python, "install", "--no-deps", "--no-compile", f"--editable={sources}", newest=newest_pip)
+    folder = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    libraries = run(Path(sys.executable), "-c", folder, cwd=empty).strip()
+    (Path(run(python, "-c", folder, cwd=empty).strip()) / "libraries.pth").write_text(f"{libraries}\n")
+    said = run(python, "-m", "udm_grpo.train", "--config", "configs/shapes.py:smoke", "--help", cwd=empty)
+    assert "--config.iterations=4\n" in said
+    code = "import udm_grpo, rewards_bridge, configs, scripts; print(udm_grpo.__file__)"
+    assert run(python, "-c", code, cwd=empty).strip() == str(sources / "udm_grpo" / "__init__.py")
+
+
 def missing(python: Path, modules: Sequence[str], cwd: Path) -> list[str]:
     code = (
         f"import importlib.util, json; print(json.dumps([m for m in {modules!r} if not importlib.util.find_spec(m)]))"
