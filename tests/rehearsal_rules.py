@@ -3,9 +3,10 @@
 from rehearsal import Rule
 
 SMALL = (
-    "--config.model.height=64 --config.model.width=64 --config.rollout.prompts=2 --config.rollout.group_size=4"
-    " --config.rollout.micro_batch=8 --config.optimizer.micro_batch=8 --config.evaluation.final_prompts=2"
-    " --config.evaluation.images_per_prompt=1 --config.evaluation.batch=8 --config.evaluation.picture_prompts=2"
+    "--config.model.height=64 --config.model.width=64 --config.rollout.prompts=2 --config.rollout.group_size=2"
+    " --config.rollout.steps=5 --config.rollout.micro_batch=4 --config.optimizer.micro_batch=4"
+    " --config.evaluation.steps=5 --config.evaluation.final_prompts=2 --config.evaluation.images_per_prompt=1"
+    " --config.evaluation.batch=4 --config.evaluation.picture_prompts=2"
 )
 """Sizes for a published recipe."""
 ONCE, TWICE = f"{SMALL} --config.iterations=1", f"{SMALL} --config.iterations=2"

@@ -8,12 +8,6 @@ from pages import RECIPES
 from rehearsal import Stage, play_page, stage
 
 pytestmark = pytest.mark.timeout(1800)
-FULL = (
-    "--config.output_dir=outputs/full --config.iterations=1 --config.rollout.prompts=1 --config.rollout.group_size=2"
-    " --config.rollout.micro_batch=2 --config.optimizer.micro_batch=2 --config.evaluation.final_prompts=1"
-    " --config.evaluation.batch=2 --config.evaluation.picture_prompts=1"
-)
-"""The least that a whole run takes at the published 512x512 pixels."""
 
 
 @pytest.fixture
