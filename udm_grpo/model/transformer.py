@@ -5,6 +5,7 @@ block leaves carry the layers on axis 0, so that a `lax.scan` runs through the d
 with it.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -273,8 +274,11 @@ def init(config: TransformerConfig, key: Array) -> Params:
 
 
 def abstract(config: TransformerConfig) -> Params:
-    """The parameter tree as float32 `jax.ShapeDtypeStruct`."""
-    return jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    """The parameter tree as float32 `jax.ShapeDtypeStruct`; one block is traced for all, since 28 take seconds."""
+    tree = jax.eval_shape(lambda: init(dataclasses.replace(config, num_hidden_layers=1), jax.random.key(0)))
+    layers = config.num_hidden_layers
+    deep = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((layers, *leaf.shape[1:]), leaf.dtype), tree["layers"])
+    return tree | {"layers": deep}
 
 
 def input_ids(
