@@ -21,32 +21,41 @@ PROMPTS = ("a photo of a red circle", "a photo of three stars", MARKUP, "ein Fot
 
 
 def write_run(
-    output: Path, *, iterations: int = 12, planned: int = 12, every: int = 4, seed: int = 0, side: int = 32
+    output: Path,
+    *,
+    iterations: int = 12,
+    planned: int = 12,
+    every: int = 4,
+    seed: int = 0,
+    side: int = 32,
+    run: str = "",
 ) -> Path:
-    """A run of `planned` iterations, of which `iterations` were done; `side`: pixels of its pictures."""
+    """A run of `planned` iterations, of which `iterations` were done; `side`: pixels of its pictures; `run`: its id."""
     config = RunConfig(output_dir=str(output), iterations=planned, seed=seed)
     config.rewards.scorers["shapes"].options = {"api_key": "sesame"}
     output.mkdir(parents=True)
-    write_json(output / "config.json", as_dict(config))
-    begin(output, None)
+    stamp = {"run": run} if run else {}
+    write_json(output / "config.json", {**stamp, **as_dict(config)})
+    begin(output, None, run)
     rng = np.random.default_rng(seed)
-    with MetricsWriter(output) as metrics:
-        evaluations = JsonLines(output / "evaluations.jsonl")
+    with MetricsWriter(output, run=run) as metrics:
+        evaluations = JsonLines(output / "evaluations.jsonl", run=run)
         evaluations.append(0, evaluation(0, planned, 12))
-        _pictures(output, 0, side, seed)
+        _pictures(output, 0, side, seed, run)
         for step in range(1, iterations + 1):
             metrics.write(step, _line(step / planned, rng))
             if step % every == 0:
-                _pictures(output, step, side, seed)
+                _pictures(output, step, side, seed, run)
                 if step < planned:
                     evaluations.append(step, evaluation(step, planned, 6))
         evaluations.close()
     if iterations == planned:
         pairs = {"base": evaluation(0, planned, 12), "final": evaluation(planned, planned, 12)}
         by_steps = {"10": pairs, "25": pairs}
-        write_json(output / "summary.json", {"iterations": planned, "seconds": 754.2, **pairs, "by_steps": by_steps})
+        said = {**stamp, "iterations": planned, "seconds": 754.2, **pairs, "by_steps": by_steps}
+        write_json(output / "summary.json", said)
         images = [_images(step, side, seed) for step in (0, planned)]
-        before_after(images[0], images[1], PROMPTS, output / "before_after.png")
+        before_after(images[0], images[1], PROMPTS, output / "before_after.png", run=run)
     return output
 
 
@@ -87,13 +96,13 @@ def _images(step: int, side: int, seed: int) -> np.ndarray:
     return images
 
 
-def _pictures(output: Path, step: int, side: int, seed: int) -> None:
+def _pictures(output: Path, step: int, side: int, seed: int, run: str) -> None:
     images = _images(step, side, seed)
-    image_grid(images, PROMPTS, 4, output / "pictures" / f"{step:06d}.png")
+    image_grid(images, PROMPTS, 4, output / "pictures" / f"{step:06d}.png", run=run)
     kept = Extremes(2, len(images))
     ticket: Future[Scores] = Future()
     score = np.linspace(0.25, 1, len(images)).astype(np.float32)
     reasons = ['expected 1 circle, found <0> & "none"', "", "two <i>squares</i>", ""]
     ticket.set_result(Scores(score, {"strict": np.round(score)}, reasons))
     kept.watch(images, PROMPTS, ticket)
-    kept.write(output / "extremes" / f"{step:06d}.png")
+    kept.write(output / "extremes" / f"{step:06d}.png", run)

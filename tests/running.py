@@ -94,7 +94,9 @@ def train_and_kill(output: Path, after: int, *overrides: str) -> None:
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl, without the times."""
+    """The whole lines of metrics.jsonl, without the times and the run's id."""
     file = output / "metrics.jsonl"
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in ("seconds", "run")} for line in lines
+    ]

@@ -20,6 +20,7 @@ from udm_grpo.host import buckets
 from udm_grpo.host.buckets import Mirror, download, listing, local, local_prompts
 from udm_grpo.host.checkpoint import Checkpoints, resolve_resume
 from udm_grpo.host.places import PlaceError
+from udm_grpo.host.set_aside import set_aside
 
 emulator = pytest.importorskip("gcp_storage_emulator.server", reason="requirements.txt has gcp-storage-emulator")
 # gcsfs reads its settings when it is imported, so the fixture below has to come first.
@@ -125,6 +126,22 @@ def test_a_mirror_uploads_what_changes_and_brings_it_back(bucket, monkeypatch):
     there = sorted(path.relative_to(again.folder).as_posix() for path in again.folder.rglob("*") if path.is_file())
     assert there == ["metrics.jsonl.1", "pictures/0.png"]
     assert set(listing("gs://bkt/run")) == {*there, "checkpoints/00000001/x", "export/x"}
+    put("gs://bkt/run/checkpoints/00000001/commit_success.txt", b"")
+    (again.folder / "config.json").write_text("{}")
+    assert set_aside(again.folder, "gs://bkt/run") == "gs://bkt/run/older/1"
+    again.push()
+    moved = (
+        "checkpoints/00000001/x",
+        "checkpoints/00000001/commit_success.txt",
+        "export/x",
+        "pictures/0.png",
+        "config.json",
+    )
+    assert set(listing("gs://bkt/run")) == {"metrics.jsonl.1", *(f"older/1/{name}" for name in moved)}
+    third = Mirror("gs://bkt/run")
+    assert [path.name for path in third.folder.iterdir()] == ["metrics.jsonl.1"]
+    (third.folder / "config.json").write_text("{}")
+    assert set_aside(third.folder, "gs://bkt/run") == "gs://bkt/run/older/2"
 
 
 def test_a_bucket_that_fails_is_a_warning_on_the_way_and_an_error_at_the_end(bucket, monkeypatch, capsys):

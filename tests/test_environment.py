@@ -37,19 +37,13 @@ def test_a_resume_is_noted_beside_the_start_and_moves_nothing(tmp_path):
     assert (tmp_path / "pictures").exists()
 
 
-def test_a_fresh_run_sets_the_pictures_of_an_older_one_aside(tmp_path):
-    for number in (1, 2):
-        for name in ("pictures", "extremes"):
-            (tmp_path / name).mkdir()
-            (tmp_path / name / f"{number}.png").touch()
-        begin(tmp_path, None)
-    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*.*/*")) == [
-        "extremes.1/1.png",
-        "extremes.2/2.png",
-        "pictures.1/1.png",
-        "pictures.2/2.png",
-    ]
-    assert len(starts(tmp_path)) == 1
+def test_a_start_notes_its_run_and_where_a_branch_comes_from(tmp_path):
+    begin(tmp_path, None, "a")
+    begin(tmp_path, 8, "a")
+    begin(tmp_path, None, "b", {"run": "a", "checkpoint": "one/checkpoints/00000008"})
+    assert json.loads((tmp_path / "environment.json").read_text())["run"] == "b"
+    (start,) = starts(tmp_path)
+    assert start["origin"] == {"run": "a", "checkpoint": "one/checkpoints/00000008"}
 
 
 def test_a_damaged_note_does_not_keep_a_run_from_going_on(tmp_path):

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
+from report_runs import write_run
 from running import metrics, train, train_and_kill, train_together
 from safetensors.numpy import load_file
 
 from udm_grpo.host.atomic import UNFINISHED
-from udm_grpo.host.checkpoint import restore
+from udm_grpo.host.checkpoint import Checkpoints, read_meta, restore
+from udm_grpo.host.digests import digest_folder
+from udm_grpo.host.grid_file import CHUNK, run_of
+from udm_grpo.host.run_folder import read_run
 from udm_grpo.host.weights import load_folder
 
 SHORT = (
@@ -66,6 +70,36 @@ def test_a_run_leaves_everything(finished: Path) -> None:
     assert len(json.loads((finished / "environment.json").read_text())["starts"]) == 1
     assert "<title>whole</title>" in (finished / "report.html").read_text()
     assert (finished / "before_after.png").stat().st_size > 1000
+    assert set(summary["exports"]) == {"export", "export_raw"}
+    assert summary["exports"]["export"] == digest_folder(finished / "export")
+    assert_one_id(finished)
+
+
+def assert_one_id(output: Path) -> None:
+    """Every file that a run writes bears its id, and no other one."""
+    files = {path.relative_to(output).as_posix(): path for path in output.rglob("*") if path.is_file()}
+    files = {name: path for name, path in files.items() if not name.startswith(("export", "checkpoints", "older"))}
+    assert len(files) > 8
+    (said,) = {json.loads((output / "config.json").read_text())["run"]}
+    for name, path in files.items():
+        if path.suffix == ".jsonl":
+            assert {json.loads(line)["run"] for line in path.read_text().splitlines()} == {said}, name
+        elif path.suffix == ".json":
+            assert json.loads(path.read_text())["run"] == said, name
+        else:
+            assert (run_of(path) if path.suffix == ".png" else path.read_text().count(said)) in (said, 1), name
+    for step in Checkpoints(output / "checkpoints", keep=1).steps():
+        assert read_meta(output / "checkpoints" / f"{step:08d}")["run"] == said
+
+
+def without_id(path: Path) -> object:
+    """What a file holds, but for the run's id."""
+    if path.suffix == ".jsonl":
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return [{name: value for name, value in line.items() if name != "run"} for line in lines]
+    with Image.open(path) as image:
+        said = json.loads(image.info[CHUNK])
+        return np.asarray(image).tobytes(), {name: value for name, value in said.items() if name != "run"}
 
 
 def test_the_export_is_the_trained_model_in_the_released_format(finished: Path) -> None:
@@ -88,8 +122,9 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(finished: Path) -> No
     assert metrics(output) == metrics(finished)
     assert not left.exists()
     for pattern in ("evaluations.jsonl", "pictures/*", "extremes/*", "before_after.png"):
-        files = [{path.name: path.read_bytes() for path in folder.glob(pattern)} for folder in (finished, output)]
+        files = [{path.name: without_id(path) for path in folder.glob(pattern)} for folder in (finished, output)]
         assert files[0] == files[1], pattern
+    assert_one_id(output)
     assert len(json.loads((output / "environment.json").read_text())["starts"]) == 2
     for folder in ("export", "export_raw"):
         whole, resumed = load_file(finished / folder / WEIGHTS), load_file(output / folder / WEIGHTS)
@@ -98,7 +133,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(finished: Path) -> No
             np.testing.assert_array_equal(tensor, resumed[name], err_msg=name)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (finished, output)]
     for summary in summaries:
-        summary.pop("seconds")
+        del summary["seconds"], summary["run"]
     assert summaries[0] == summaries[1]
 
 
@@ -122,10 +157,19 @@ def first_step(output: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarra
 
 @pytest.fixture(scope="module")
 def alone(finished: Path) -> Path:
-    """Two iterations on one device."""
-    output = finished.parent / "alone"
+    """Two iterations on one device, in a folder that an older run has left something in."""
+    output = write_run(finished.parent / "alone")
     assert train(output, *SHORT).returncode == 0
     return output
+
+
+def test_a_fresh_start_sets_everything_of_an_older_run_aside(alone: Path) -> None:
+    older = read_run(alone / "older" / "1")
+    assert older.last == 12
+    assert older.summary is not None
+    assert older.before_after is not None
+    assert read_run(alone).notes == []
+    assert_one_id(alone)
 
 
 def test_seven_devices_end_with_the_scores_of_one(finished: Path) -> None:
@@ -135,7 +179,7 @@ def test_seven_devices_end_with_the_scores_of_one(finished: Path) -> None:
     assert done.returncode == 0, done.stderr
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (finished, output)]
     for summary in summaries:
-        del summary["seconds"]
+        del summary["seconds"], summary["run"], summary["exports"]  # whose weights differ by rounding
     assert summaries[0] == summaries[1]
     for one, seven in zip(metrics(finished), metrics(output), strict=True):
         assert seven["raw"] == one["raw"]

@@ -41,6 +41,7 @@ def needed_bytes(config: RunConfig, state: TrainState, whole: Params, folder: Pa
     resumed = len(Checkpoints(folder, given.keep).steps()) if given.resume == "latest" else 0
     saves = math.ceil(config.iterations / given.every) if given.every else 1
     at_a_time = max(1, min(given.keep + 1 - min(resumed, given.keep), saves))
-    best = 2 * tree_bytes(state.params) if given.keep_best else 0  # the next is written before the last is deleted
+    # One for each checkpoint that is kept, the newest, and the next, which is written before any is deleted.
+    best = (given.keep + 2) * tree_bytes(state.params) if given.keep_best else 0
     exports = (1 if state.ema is None else 2) * files_bytes(local(config.model.path) / "transformer")
     return size, (at_a_time - 1) * size + best + exports

@@ -59,7 +59,7 @@ def evaluate(run: Run, policy: Params, count: int, steps: int, extremes: Path | 
             kept.watch(hosts.take(drawn.images, mine), [asked[row] for row in mine], ticket.scores)
             tickets.append(ticket)
     if extremes and hosts.is_primary():
-        kept.write(extremes)
+        kept.write(extremes, run.identity.id)
     rewards = shared_rewards.collect(tickets, total)
     parts = {"score": rewards.score, **rewards.raw}
     tags = np.repeat([run.heldout.tags[index] for index in indices], copies)

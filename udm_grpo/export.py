@@ -1,6 +1,7 @@
 """What a run leaves for others: folders in the released format, and an adapter in PEFT's."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,7 +9,9 @@ import numpy as np
 from udm_grpo import hosts
 from udm_grpo.batches import Params, TrainState
 from udm_grpo.host.buckets import local
+from udm_grpo.host.digests import digest_folder
 from udm_grpo.host.peft_files import merge_on_host, write_adapter
+from udm_grpo.host.set_aside import RESULTS
 from udm_grpo.host.weights import PathLike, WeightsError, load_transformer, save_folder, transformer_path
 from udm_grpo.model import lora
 from udm_grpo.model.transformer import TransformerConfig
@@ -32,6 +35,15 @@ def export(run: Run, state: TrainState, judged: Params, reference: Params) -> No
     adapters = {ending: jax.tree.map(hosts.whole, params) for ending, params in kinds.items()}
     if hosts.is_primary():
         _export_adapters(run, adapters, frozen)
+
+
+def digest_exports(output: Path) -> dict[str, str]:
+    """Return the SHA-256 of every folder that `export` may have written: folder -> digest of its files and their names.
+
+    Exports themselves do not name the run: the same weights are the same files, whoever trained them.
+    """
+    folders = [output / name for name in RESULTS if (output / name).is_dir()]
+    return {folder.name: digest_folder(folder) for folder in folders}
 
 
 def _export_adapters(run: Run, adapters: Mapping[str, Params], frozen: Params) -> None:

@@ -56,9 +56,12 @@ def open_run(folder: str, step: str | None = None, weights: str | None = None) -
     path, number = _checkpoint_of(f"{folder}/checkpoints", step or "latest")
     length, trained = given["text_length"] or None, given.get("transformer") or None
     checkpoint = load_folder(local(given["path"]), prompt_length=length, transformer_weights=trained)
-    best = step == "best"
+    best, training = step == "best", read_training(path)
+    if training.meta.get("run", config.get("run")) != config.get("run"):
+        others = f"{path} is of the run {training.meta['run']}, but config.json of {config.get('run')}"
+        raise SampleError(f"{others}: the files of two runs are mixed in {folder}; give the folder of one.")
     # The best one holds what the run judges under the name params.
-    params = read_training(path).read_for(checkpoint, "params" if best else wanted, given["path"])
+    params = training.read_for(checkpoint, "params" if best else wanted, given["path"])
     source = {"run": folder, "step": number, "best": best, "weights": wanted}
     defaults = {name: given[name] for name in ("height", "width", "dtype")}
     return Model(replace(checkpoint, transformer=params), source, defaults)

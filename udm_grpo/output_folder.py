@@ -5,7 +5,9 @@ folder as it was, so that the files in it go on describing the run that made the
 """
 
 import contextlib
+import json
 import os
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -16,6 +18,7 @@ from udm_grpo import hosts
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.host.buckets import Mirror, exists, staging
 from udm_grpo.host.places import is_bucket
+from udm_grpo.host.set_aside import RESULTS, RUN_FILES, set_aside
 
 SEEN_WITHIN_S = 20.0
 """How long a file of process 0 may take to show on the other hosts."""
@@ -48,6 +51,23 @@ def check_output(config: RunConfig) -> None:
         raise ConfigError(f"output_dir is {output}, but nothing can be written in {nearest}; name another folder.")
 
 
+def check_inputs_stay(config: RunConfig, output: Path) -> None:
+    """Raise ConfigError for a model or prompts inside of what the run writes, and so replaces or sets aside."""
+    if is_bucket(config.output_dir):
+        return
+    named = {"model.path": config.model.path, "model.transformer": config.model.transformer}
+    named |= {"prompts.train": config.prompts.train, "prompts.heldout": config.prompts.heldout}
+    written = [Path(os.path.realpath(output / name)) for name in RUN_FILES]
+    lines = [
+        f"{field} is {text}, which is among what this run writes into output_dir; copy it elsewhere, or name another "
+        "output_dir."
+        for field, text in named.items()
+        if text and any(Path(os.path.realpath(text)).is_relative_to(place) for place in written)
+    ]
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
 def claim_output(config: RunConfig, stack: contextlib.ExitStack) -> Mirror | None:
     """Make the run's folder, which is only checked for being shared; returns what mirrors it to a bucket, in process 0.
 
@@ -70,6 +90,31 @@ def claim_output(config: RunConfig, stack: contextlib.ExitStack) -> Mirror | Non
             "there what process 0 writes; name a folder that all hosts share."
         )
     return None
+
+
+def set_aside_older(config: RunConfig, output: Path, own_step: int | None) -> None:
+    """Move what an older run left in the folder to its `older`, and say so; for process 0.
+
+    own_step: where the run goes on from if the folder is its own; then only the results of an earlier end are moved,
+    unless the run is at that end still.
+    """
+    address = config.output_dir.rstrip("/") if is_bucket(config.output_dir) else ""
+    if own_step is None:
+        moved = set_aside(output, address)
+    elif _iterations(output / "summary.json") in (None, own_step) and own_step >= config.iterations:
+        return
+    else:
+        moved = set_aside(output, address, RESULTS)
+    if moved:
+        print(f"what an older run left in {config.output_dir} is now in {moved}", file=sys.stderr)
+
+
+def _iterations(summary: Path) -> int | None:
+    """Return how many iterations a summary is of; None if there is none, or a damaged one."""
+    try:
+        return dict(json.loads(summary.read_bytes())).get("iterations")
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _blind(output: Path) -> list[int]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from udm_grpo.host.atomic import replace_file
-from udm_grpo.host.buckets import CHECKPOINTS, EXPORTS, local
+from udm_grpo.host.buckets import NOT_BROUGHT_BACK, local
 from udm_grpo.host.places import check_flags, is_bucket
 from udm_grpo.host.report_data import report_data
 from udm_grpo.host.report_page import page
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_flags(given, ("runs",))
         if output.suffix.lower() not in (".html", ".htm"):
             raise RunFolderError(f"--output is {output}; give a file whose name ends in .html.")
-        write_report([local(run, (CHECKPOINTS, EXPORTS)) for run in given.runs], output)
+        write_report([local(run, NOT_BROUGHT_BACK) for run in given.runs], output)
     except (RunFolderError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

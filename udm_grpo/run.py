@@ -24,15 +24,24 @@ from udm_grpo.disk_check import check_space
 from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.host import rewards
 from udm_grpo.host.buckets import Mirror, local, local_prompts
-from udm_grpo.host.checkpoint import Checkpoints, check_same_run, read_meta, resolve_resume
+from udm_grpo.host.checkpoint import Checkpoints
 from udm_grpo.host.checkpoint import restore as restore_checkpoint
 from udm_grpo.host.metrics import write_json
 from udm_grpo.host.prompt_files import PROMPT
 from udm_grpo.host.prompts import PromptSet, read_prompts
+from udm_grpo.host.set_aside import CONFIG
 from udm_grpo.host.weights import Checkpoint, load_folder, load_transformer, transformer_path
+from udm_grpo.identity import Identity, identify
 from udm_grpo.model import lora, transformer
 from udm_grpo.model.transformer import TransformerConfig
-from udm_grpo.output_folder import check_output, checkpoints_place, claim_output, output_path
+from udm_grpo.output_folder import (
+    check_inputs_stay,
+    check_output,
+    checkpoints_place,
+    claim_output,
+    output_path,
+    set_aside_older,
+)
 from udm_grpo.steps import Steps, build, make_plans
 
 MOST_PROBLEMS = 50
@@ -65,8 +74,8 @@ class Run:
     checkpoints: Checkpoints
     output: Path
     """The run's folder; for one in a bucket, the local folder that stands for it."""
-    resume: str | None
-    """The checkpoint that the run goes on from; None: it begins anew."""
+    identity: Identity
+    """Its id, and what it goes on from."""
     mirror: Mirror | None = None
     """Of process 0 of a run in a bucket."""
 
@@ -222,8 +231,9 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     abstract = abstract_state(optimizer, learned, config.optimizer.ema_decay > 0, mesh)
     check_space(config, abstract, checkpoint.transformer)
     checkpoints = Checkpoints(checkpoints_place(config), config.checkpoint.keep)
-    resume = _checked_resume(config, checkpoints)
+    identity = identify(config, checkpoints, fingerprint(config))
     output = output_path(config)
+    check_inputs_stay(config, output)
     replicated = meshes.replicated(mesh)
     path = jax.tree.map(lambda leaf: hosts.put(leaf, replicated), path_of(checkpoint))
     client = stack.enter_context(rewards.connect(config.rewards, output / "kept_images"))
@@ -242,17 +252,9 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
         client=client,
         checkpoints=checkpoints,
         output=output,
-        resume=resume,
+        identity=identity,
     )
     return run, abstract
-
-
-def _checked_resume(config: RunConfig, checkpoints: Checkpoints) -> str | None:
-    """Return the checkpoint to go on from, None for a fresh start; raises CheckpointError if it is another run's."""
-    found = hosts.from_primary(lambda: _text(resolve_resume(config.checkpoint.resume, checkpoints.folder)))
-    if found is not None:
-        check_same_run(read_meta(found), fingerprint(config))
-    return found
 
 
 def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position | None]:
@@ -269,21 +271,25 @@ def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position 
         whole,
         meshes.shardings(run.mesh, whole),
     )
-    if run.resume is None:
+    if run.identity.resume is None:
         return *_fresh(run, abstract, reference), None
-    saved, meta = restore_checkpoint(run.resume, {"state": abstract, "reference": reference})
+    saved, meta = restore_checkpoint(run.identity.resume, {"state": abstract, "reference": reference})
     return saved["state"], saved["reference"], Position(**meta["position"])
 
 
 def begin(run: Run, position: Position | None, stack: contextlib.ExitStack) -> Run:
     """Take the run's folder over, once everything has agreed to the start: the first thing that is written there.
 
-    position: where the run goes on from; None: it begins anew. Raises ConfigError if the processes do not share it.
+    position: where the run goes on from; None: it begins anew. What an older run left there is set aside: everything,
+    or of this run itself what comes after the position. Raises ConfigError if the processes do not share the folder.
     """
     run = replace(run, mirror=claim_output(run.config, stack))
-    run.checkpoints.set_aside_after(-1 if position is None else position.step)
+    own_step = position.step if position is not None and run.identity.here else None
+    if own_step is not None:
+        run.checkpoints.set_aside_after(own_step)
+    hosts.from_primary(lambda: set_aside_older(run.config, run.output, own_step))
     if hosts.is_primary():
-        write_json(run.output / "config.json", as_dict(run.config))
+        write_json(run.output / CONFIG, {"run": run.identity.id, **as_dict(run.config)})
     if run.mirror:
         run.mirror.push()
     return run
@@ -304,13 +310,9 @@ def _fresh(run: Run, abstract: TrainState, reference: Params) -> tuple[TrainStat
     return run.steps.begin(adapter), base
 
 
-def _text(path: Any) -> str | None:
-    return None if path is None else str(path)
-
-
 def save(run: Run, state: TrainState, reference: Params, position: Position) -> None:
     """Begin to save everything an exact resume needs; the writing goes on while the run does."""
-    meta = {"fingerprint": fingerprint(run.config), "position": asdict(position)}
+    meta = run.identity.saved_with(position=asdict(position))
     if run.mirror:
         run.mirror.push()  # so that what is before the checkpoint is there when it counts
     run.checkpoints.begin(position.step, {"state": state, "reference": reference}, meta)

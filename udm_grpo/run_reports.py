@@ -16,7 +16,7 @@ from udm_grpo.host.metrics import JsonLines, MetricsWriter, Progress, StageTimer
 from udm_grpo.host.rewards import Rewards
 from udm_grpo.host.run_folder import RunFolderError
 from udm_grpo.report import NAME, write_report
-from udm_grpo.run import Position
+from udm_grpo.run import Position, Run
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,25 @@ class Reports:
     timer: StageTimer
 
 
-def open_reports(config: RunConfig, output: Path, position: Position | None, stack: contextlib.ExitStack) -> Reports:
+def open_reports(run: Run, position: Position | None, stack: contextlib.ExitStack) -> Reports:
     """Open the run's files and its progress bar; lines past `position` (None: a fresh run) are dropped."""
+    config, output, identity = run.config, run.output, run.identity
     resume_after = None if position is None else position.step
     primary = hosts.is_primary()
     if primary:
         remove_unfinished(output)
-        begin(output, resume_after)
-    writer = MetricsWriter(output, config.logging, resume_after=resume_after, config=as_dict(config), primary=primary)
+        begin(output, resume_after, identity.id, identity.origin)
+    shown = {"run": identity.id, **as_dict(config)}
+    writer = MetricsWriter(
+        output, config.logging, resume_after=resume_after, config=shown, primary=primary, run=identity.id
+    )
     stack.enter_context(writer)
     evaluations = None
     if primary:
         # What has not been looked at will be: a line on it is of an attempt that was killed.
         evaluated = resume_after if position is None else position.step - (not position.looked)
-        evaluations = stack.enter_context(contextlib.closing(JsonLines(output / "evaluations.jsonl", evaluated)))
+        lines = JsonLines(output / "evaluations.jsonl", evaluated, identity.id)
+        evaluations = stack.enter_context(contextlib.closing(lines))
     unseen = None if primary else io.StringIO()
     progress = Progress(config.iterations, resume_after or 0, plain_every=10, stream=unseen)
     stack.enter_context(contextlib.closing(progress))

@@ -24,14 +24,14 @@ from rewards_bridge.errors import BridgeError, UsageError
 from udm_grpo import compile_only, distributed, hosts, run_reports, shared_rewards
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params, Rollout, TrainState
+from udm_grpo.best_weights import best_or_last, judged, save_best, take_over
 from udm_grpo.command_line import parse, usage
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.config_checks import validate
 from udm_grpo.evaluation import evaluate, evaluate_all, extremes_file, pictures
-from udm_grpo.export import export
+from udm_grpo.export import digest_exports, export
 from udm_grpo.grpo.minibatches import split_images
 from udm_grpo.host.checkpoint import CheckpointError
-from udm_grpo.host.checkpoint import restore as restore_checkpoint
 from udm_grpo.host.gpu_split import reserved
 from udm_grpo.host.idle_gpus import idle_gpus
 from udm_grpo.host.metrics import StageTimer, check_tools, write_json
@@ -39,7 +39,7 @@ from udm_grpo.host.pictures import before_after, image_grid
 from udm_grpo.host.rewards import Rewards
 from udm_grpo.host.weights import WeightsError
 from udm_grpo.mesh import MeshError
-from udm_grpo.run import Position, Run, Stage, begin, fingerprint, open_run, save, start
+from udm_grpo.run import Position, Run, Stage, open_run, save, start
 from udm_grpo.run_reports import Reports
 from udm_grpo.start_notes import start_notes
 
@@ -130,7 +130,7 @@ def draw_samples(run: Run, reports: Reports, state: TrainState, reference: Param
     images, captions = pictures(run, run.steps.compute_copy(state.params, reference))
     path = run.output / "pictures" / f"{step:06d}.png"
     if hosts.is_primary():
-        image_grid(images, captions, 4, path)
+        image_grid(images, captions, 4, path, run=run.identity.id)
         reports.writer.picture(step, "samples", path)
 
 
@@ -139,7 +139,7 @@ def evaluate_on_the_way(
 ) -> Position:
     """A held-out evaluation into evaluations.jsonl; keeps the best weights if asked. Returns the position."""
     given, step = run.config.evaluation, position.step
-    params = _last(state)
+    params = judged(state)
     policy = run.steps.compute_copy(params, reference)
     found = evaluate(run, policy, given.prompts, given.steps[0], extremes_file(run, step))
     if reports.evaluations:
@@ -148,14 +148,8 @@ def evaluate_on_the_way(
     reports.progress.message(f"held-out after {step} iterations, {given.steps[0]} steps: {means}")
     if run.config.checkpoint.keep_best and (position.best is None or found["score"] > position.best):
         position = replace(position, best=found["score"])
-        meta = {"score": found["score"], "fingerprint": fingerprint(run.config)}
-        run.checkpoints.begin_best(step, {"params": params}, meta)
+        save_best(run, step, params, found["score"])
     return position
-
-
-def _last(state: TrainState) -> Params:
-    """The weights that are judged: the moving average if there is one."""
-    return state.params if state.ema is None else state.ema
 
 
 def look(run: Run, reports: Reports, state: TrainState, reference: Params, position: Position) -> Position:
@@ -168,20 +162,10 @@ def look(run: Run, reports: Reports, state: TrainState, reference: Params, posit
     return replace(position, looked=True)
 
 
-def final_params(run: Run, state: TrainState) -> Params:
-    """What the run ends with: the best weights if they were kept, else the moving average, else the last."""
-    last = _last(state)
-    best = hosts.from_primary(lambda: str(run.checkpoints.best() or "")) if run.config.checkpoint.keep_best else ""
-    if not best:
-        return last
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), last)
-    return restore_checkpoint(best, {"params": like})[0]["params"]
-
-
 def finish(run: Run, reports: Reports, state: TrainState, reference: Params, position: Position) -> dict[str, Any]:
     """The last evaluation, the picture of before and after, the export and summary.json; returns the summary."""
     run.checkpoints.finish()
-    params = final_params(run, state)
+    params = best_or_last(run, state, position)
     policy = run.steps.compute_copy(params, reference)
     began = time.monotonic()
     final = evaluate_all(run, policy, position.step)
@@ -189,15 +173,18 @@ def finish(run: Run, reports: Reports, state: TrainState, reference: Params, pos
     after, _ = pictures(run, policy)
     export(run, state, params, reference)
     first = str(run.config.evaluation.steps[0])
+    exports = hosts.from_primary(lambda: digest_exports(run.output))
     summary = {
+        "run": run.identity.id,
         "iterations": position.step,
         "seconds": position.seconds + time.monotonic() - began,
         "base": position.base[first],
         "final": final[first],
         "by_steps": {steps: {"base": position.base[steps], "final": final[steps]} for steps in final},
+        "exports": exports,
     }
     if hosts.is_primary():
-        before_after(before, after, captions, run.output / "before_after.png")
+        before_after(before, after, captions, run.output / "before_after.png", run=run.identity.id)
         write_json(run.output / "summary.json", summary)
     for steps, pair in summary["by_steps"].items():
         words = ", ".join(
@@ -238,9 +225,9 @@ def train(config: RunConfig) -> dict[str, Any]:
         run, abstract = open_run(config, stack)
         state, reference, position = start(run, abstract)
         notes = start_notes(config, run.checkpoint.transformer_config, run.checkpoint.transformer, run.mesh)
-        run = begin(run, position, stack)
+        run = take_over(run, abstract, position, stack)
         done = 0 if position is None else position.step
-        reports = run_reports.open_reports(config, run.output, position, stack)
+        reports = run_reports.open_reports(run, position, stack)
         for note in notes:
             reports.progress.message(note)
         if position is None:

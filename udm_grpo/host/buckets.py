@@ -31,8 +31,12 @@ PUSH_EVERY_S = 60.0
 """Seconds between two uploads of what has changed while a run trains."""
 NOT_MIRRORED = ("wandb",)
 """Folders of a run that stay where they are: Weights & Biases uploads its own."""
-CHECKPOINTS, EXPORTS = "checkpoints", "export"
-"""What of a run in a bucket is not brought back: checkpoints, and folders whose names begin like this."""
+CHECKPOINTS, EXPORTS, OLDER = "checkpoints", "export", "older"
+"""What of a run in a bucket is not brought back: checkpoints, folders whose names begin like the second, older runs."""
+NOT_BROUGHT_BACK = (f"{CHECKPOINTS}/", EXPORTS, f"{OLDER}/")
+
+COMMIT_FILE = "commit_success.txt"
+"""What Orbax writes into a checkpoint last."""
 
 
 def cache_folder() -> Path:
@@ -163,7 +167,7 @@ def _clear(target: Path, keep: set[Path]) -> None:
 class Mirror:
     """A local folder whose files are kept the same in a bucket; it starts as what the bucket holds of them.
 
-    Checkpoints and exports of an earlier start are not brought back. Files that disappear here disappear there.
+    Checkpoints, exports and older runs are not brought back. Files that disappear here disappear there.
     Raises PlaceError where the bucket cannot be used.
     """
 
@@ -174,8 +178,8 @@ class Mirror:
         self.folder.mkdir(parents=True)
         self._pushed: dict[str, tuple[int, int]] = {}
         self._last = time.monotonic()
-        if any(not name.startswith((f"{CHECKPOINTS}/", EXPORTS)) for name in listing(self.address)):
-            download(self.address, self.folder, (f"{CHECKPOINTS}/", EXPORTS))
+        if any(not name.startswith(NOT_BROUGHT_BACK) for name in listing(self.address)):
+            download(self.address, self.folder, NOT_BROUGHT_BACK)
             self._pushed = self._here()
 
     def push(self) -> None:
@@ -247,3 +251,16 @@ def copy_object(source: str, target: str) -> None:
     """Copy an object within the cloud."""
     with _talking(source):
         _files().cp_file(source.removeprefix("gs://"), target.removeprefix("gs://"))
+
+
+def move_objects(source: str, target: str) -> None:
+    """Move everything at an address to another one: all is copied before any is deleted.
+
+    What commits a checkpoint is copied last and deleted first, so that none counts while it is not whole.
+    """
+    names = sorted(listing(source), key=lambda name: name.endswith(COMMIT_FILE))
+    for name in names:
+        copy_object(f"{source}/{name}".rstrip("/"), f"{target}/{name}".rstrip("/"))
+    with _talking(source):
+        for name in reversed(names):
+            _files().rm_file(f"{source}/{name}".rstrip("/").removeprefix("gs://"))

@@ -34,10 +34,12 @@ from udm_grpo.host.checkpoint_folders import (
     clear_leftovers,
     committed_best,
     committed_steps,
+    drop_superseded,
     is_committed,
     move,
     newest_of,
     remove,
+    set_best_aside_after,
 )
 from udm_grpo.host.checkpoint_leaves import State, abstract_leaves, by_name, differences, savable_leaves
 from udm_grpo.host.disk_space import save_problem
@@ -117,6 +119,7 @@ class Checkpoints:
             self._written.add(step)
             for old in self.steps()[: -self.keep]:
                 remove(self.path(old))
+            drop_superseded(self.folder)
 
         self._begin(path, step, state, meta, keepnewest_of)
 
@@ -127,17 +130,17 @@ class Checkpoints:
         return path
 
     def begin_best(self, step: int, state: State, meta: Mapping[str, Any]) -> epath.Path:
-        """Begin to save the state in the slot for the best one; the one before is deleted once this one is good."""
+        """Begin to save the state in the slot for the best one.
+
+        Once it is good, those before are deleted, except what a run would need that goes on from a kept checkpoint: the
+        newest of its step or before.
+        """
         self.finish()
         before = committed_best(self.folder)
         self._best_number = max(self._best_number, max(before, default=(0, None))[0]) + 1
         path = self.folder / "best" / f"{self._best_number}-step-{step}"
 
-        def drop_others() -> None:
-            for _, old in before:
-                remove(old)
-
-        self._begin(path, step, state, meta, drop_others)
+        self._begin(path, step, state, meta, lambda: drop_superseded(self.folder))
         return path
 
     def finish(self) -> None:
@@ -158,7 +161,9 @@ class Checkpoints:
         """Rename all checkpoints newer than `step` so that they no longer count; return their new folders.
 
         For a run that goes on from an earlier point (or, with step -1, begins anew) in a folder that holds later ones.
+        Best ones of later steps are renamed, too.
         """
+        set_best_aside_after(self.folder, step)
         moved = []
         for later in [other for other in self.steps() if other > step]:
             number = 1 + len(list(self.folder.glob(f"{later:08d}.aside-*")))

@@ -38,6 +38,31 @@ def committed_best(folder: epath.Path) -> list[tuple[int, epath.Path]]:
     return [(int(match[1]), entry) for match, entry in found if match and is_committed(entry)]
 
 
+def drop_superseded(folder: epath.Path) -> None:
+    """Delete best checkpoints that neither the run nor any of its kept checkpoints would go on with."""
+    best = [path for _, path in sorted(committed_best(folder))]
+    needed = set(best[-1:])
+    for step in committed_steps(folder):
+        needed |= set([path for path in best if step_of_best(path) <= step][-1:])
+    for path in best:
+        if path not in needed:
+            remove(path)
+
+
+def set_best_aside_after(folder: epath.Path, step: int) -> None:
+    """Rename best checkpoints of later steps so that they no longer count; a step that was renamed before goes."""
+    for _, path in committed_best(folder):
+        if step_of_best(path) > step and jax.process_index() == 0:
+            target = path.parent / f"{path.name}.aside"
+            remove(target)
+            move(path, target)
+
+
+def step_of_best(path: epath.Path) -> int:
+    """Return the step of a best checkpoint, from its name."""
+    return int(path.name.rpartition("-")[2])
+
+
 def newest_of(folder: epath.Path) -> epath.Path | None:
     """Return the newest complete checkpoint in a folder."""
     steps = committed_steps(folder)

@@ -22,19 +22,17 @@ FILE = "environment.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def begin(output: Path, resume_after: int | None) -> None:
-    """Note a start in OUTPUT/environment.json; a fresh run sets pictures of an older one aside, as NAME.1, NAME.2, ...
+def begin(
+    output: Path, resume_after: int | None, run: str = "", origin: Mapping[str, str | None] | None = None
+) -> None:
+    """Note a start in OUTPUT/environment.json.
 
-    resume_after: None for a fresh run, else the step it goes on from.
+    resume_after: None for a fresh run, else the step it goes on from. run: its id. origin: the run and the checkpoint
+    of another folder that it goes on from.
     """
-    earlier: list[dict[str, Any]] = []
-    if resume_after is None:
-        for name in ("pictures", "extremes"):
-            if (output / name).exists():
-                (output / name).rename(_unused(output / name))
-    else:
-        earlier = _starts(output / FILE)
-    write_json(output / FILE, {"starts": [*earlier, {"after_step": resume_after or 0, **describe()}]})
+    earlier = [] if resume_after is None else _starts(output / FILE)
+    start = {"after_step": resume_after or 0, **({"origin": origin} if origin else {}), **describe()}
+    write_json(output / FILE, {**({"run": run} if run else {}), "starts": [*earlier, start]})
 
 
 def describe() -> dict[str, Any]:
@@ -98,10 +96,3 @@ def _memory() -> int | None:
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _unused(path: Path) -> Path:
-    number = 1
-    while path.with_name(f"{path.name}.{number}").exists():
-        number += 1
-    return path.with_name(f"{path.name}.{number}")

@@ -58,8 +58,11 @@ class Extremes:
         self._finish()
         return list(self._worst.values())
 
-    def write(self, path: Path) -> None:
-        """Write what was kept as one labelled PNG, with scores and reasons in its text chunk; nothing if none was."""
+    def write(self, path: Path, run: str = "") -> None:
+        """Write what was kept as one labelled PNG; nothing if none was.
+
+        Its text chunk has the scores, the reasons and the id of the run.
+        """
         kept = [("best", judged) for judged in self.best()] + [("worst", judged) for judged in self.worst()]
         if not kept:
             return
@@ -74,7 +77,7 @@ class Extremes:
             for kind, judged in kept
         ]
         captions = [f"{kind} {judged.score:.3f} {judged.prompt}" for kind, judged in kept]
-        image_grid(np.stack([judged.image for _, judged in kept]), captions, COLUMNS, path, details)
+        image_grid(np.stack([judged.image for _, judged in kept]), captions, COLUMNS, path, details, run)
 
     def _finish(self) -> None:
         while self._waiting:

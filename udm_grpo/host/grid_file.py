@@ -34,11 +34,13 @@ def record(
     corners: Sequence[tuple[int, int]],
     captions: Sequence[str],
     details: Sequence[Mapping[str, Any]],
+    run: str = "",
 ) -> PngInfo:
     """The text chunk of a grid.
 
     shape: [B, H, W, 3] of the pictures. factor: how many pixels a pixel of theirs became. marks: pixels from a cell's
-    left edge. corners: (left, top) of every cell's first picture. details: none, or plain JSON for each cell.
+    left edge. corners: (left, top) of every cell's first picture. details: none, or plain JSON for each cell. run: the
+    id of the run that drew them.
     """
     if details and len(details) != len(captions):
         raise ValueError(f"details are of each picture or of none, found {len(details)} for {len(captions)} pictures")
@@ -47,6 +49,7 @@ def record(
         for caption, corner, more in zip(captions, corners, details or [{}] * len(captions), strict=True)
     ]
     said = {"height": int(shape[1]), "width": int(shape[2]), "factor": factor, "marks": dict(marks), "cells": cells}
+    said |= {"run": run} if run else {}
     info = PngInfo()
     info.add_itxt(CHUNK, json.dumps(said, allow_nan=False), zip=True)
     return info
@@ -64,6 +67,16 @@ def read_grid(path: str | Path) -> list[Cell] | None:
         return None if text is None else _cells(sheet, json.loads(text))
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, AttributeError) as error:  # PIL raises all of these
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); remove it") from error
+
+
+def run_of(path: str | Path) -> str | None:
+    """Return the id of the run that wrote a PNG; None if it does not say, or cannot be read."""
+    try:
+        with Image.open(path) as file:
+            found = json.loads(file.info[CHUNK])["run"]
+        return str(found)
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _cells(sheet: UInt8[np.ndarray, "H W 3"], said: Mapping[str, Any]) -> list[Cell]:

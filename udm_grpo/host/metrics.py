@@ -29,11 +29,11 @@ class JsonLines:
 
     resume_after: None for a new file (an older one is renamed to NAME.1, NAME.2, ...); the step of the checkpoint that
     the run goes on from to keep the lines up to and including that step. A torn last line is dropped; so, with a
-    warning, is any other line that is not JSON with a step.
+    warning, is any other line that is not JSON with a step, or that another run wrote. run: the id in every line.
     """
 
-    def __init__(self, path: str | Path, resume_after: int | None = None):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, resume_after: int | None = None, run: str = ""):
+        self.path, self._run = Path(path), run
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept: list[str] = []
         self._last: int | None = None
@@ -49,7 +49,7 @@ class JsonLines:
         """Write {"step": step, **values}; raise ValueError for a step that is not larger than the one before."""
         if self._last is not None and step <= self._last:
             raise ValueError(f"{self.path}: step {step} after step {self._last}; every step is written once, in order")
-        clean, nonfinite = to_json({"step": step, **values})
+        clean, nonfinite = to_json({"step": step, **({"run": self._run} if self._run else {}), **values})
         if nonfinite:
             clean["nonfinite"] = nonfinite
         self._file.write(json.dumps(clean, allow_nan=False) + "\n")
@@ -65,12 +65,15 @@ class JsonLines:
         kept = []
         for number, line in enumerate(lines, start=1):
             try:
-                step = int(json.loads(line)["step"])
-            except (ValueError, KeyError, TypeError):
+                said = json.loads(line)
+                step, run = int(said["step"]), said.get("run", self._run)
+            except (ValueError, KeyError, TypeError, AttributeError):
                 if line.strip() and number < len(lines):
                     warnings.warn(f"{self.path}: line {number} is damaged and was dropped", stacklevel=3)
                 continue
-            if step <= resume_after and (self._last is None or step > self._last):
+            if self._run and run != self._run:
+                warnings.warn(f"{self.path}: line {number} is of the run {run} and was dropped", stacklevel=3)
+            elif step <= resume_after and (self._last is None or step > self._last):
                 kept.append(line.decode() + "\n")
                 self._last = step
         return kept
@@ -81,7 +84,7 @@ class MetricsWriter:
 
     output_dir: made if missing; the files of TensorBoard and Weights & Biases are in folders of their names in it.
     resume_after: see JsonLines. config: shown in Weights & Biases, without secrets.
-    primary: False in all processes but one; then nothing is written.
+    primary: False in all processes but one; then nothing is written. run: the id in every line, and in TensorBoard.
 
     Raises ConfigError saying what to do when a tool that was asked for is missing or cannot be used.
     """
@@ -94,12 +97,15 @@ class MetricsWriter:
         resume_after: int | None = None,
         config: Mapping[str, Any] | None = None,
         primary: bool = True,
+        run: str = "",
     ):
         output_dir, logging = Path(output_dir), logging or LoggingConfig()
         output_dir.mkdir(parents=True, exist_ok=True)
         self._wandb = open_wandb(output_dir, resume_after, logging, config) if logging.wandb and primary else None
         self._tensorboard = _open_tensorboard(output_dir, resume_after) if logging.tensorboard and primary else None
-        self._lines = JsonLines(output_dir / "metrics.jsonl", resume_after) if primary else None
+        self._lines = JsonLines(output_dir / "metrics.jsonl", resume_after, run) if primary else None
+        if self._tensorboard is not None and run:
+            self._tensorboard.add_text("run", run, resume_after or 0)
         self._warned: set[str] = set()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:

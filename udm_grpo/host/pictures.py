@@ -29,14 +29,15 @@ def image_grid(
     columns: int,
     path: str | Path,
     details: Sequence[Mapping[str, Any]] = (),
+    run: str = "",
 ) -> None:
     """Write the pictures row by row as one PNG, each above its caption (up to three lines of it).
 
-    details: what else the file says of each picture, as plain JSON; not drawn.
+    details: what else the file says of each picture, as plain JSON; run: the id of the run that drew them; not drawn.
     Raises ValueError for no pictures, another shape or dtype, or not one caption for each.
     """
     _check(images, captions, columns)
-    _write_grid(_enlarge(images), captions, columns, Path(path), {}, images.shape, details)
+    _write_grid(_enlarge(images), captions, columns, Path(path), {}, images.shape, details, run)
 
 
 def before_after(
@@ -45,10 +46,11 @@ def before_after(
     captions: Sequence[str],
     path: str | Path,
     columns: int = 4,
+    run: str = "",
 ) -> None:
     """Write one PNG with, for each prompt, the pictures before and after side by side, so marked, above the caption.
 
-    Raises ValueError as `image_grid` does, and when before and after differ in shape.
+    run: the id of the run that drew them. Raises ValueError as `image_grid` does, and when the two differ in shape.
     """
     _check(before, captions, columns)
     _check(after, captions, columns)
@@ -57,7 +59,7 @@ def before_after(
     left, right = _enlarge(before), _enlarge(after)
     gap = np.full_like(left[:, :, :2], 255)
     pairs = np.concatenate([left, gap, right], axis=2)
-    _write_grid(pairs, captions, columns, Path(path), {"before": 0, "after": left.shape[2] + 2}, before.shape, ())
+    _write_grid(pairs, captions, columns, Path(path), {"before": 0, "after": left.shape[2] + 2}, before.shape, (), run)
 
 
 def _check(images: UInt8[np.ndarray, "B H W 3"], captions: Sequence[str], columns: int) -> None:
@@ -81,6 +83,7 @@ def _write_grid(
     marks: Mapping[str, int],
     shape: Sequence[int],
     details: Sequence[Mapping[str, Any]],
+    run: str,
 ) -> None:
     """Write the grid.
 
@@ -105,7 +108,7 @@ def _write_grid(
         sheet.paste(Image.fromarray(cell), (left, top + header))
         for j, line in enumerate(lines):
             draw.text((left, top + header + height + 1 + j * _LINE), line, fill="black", font=font)
-    said = record(shape, height // shape[1], marks or {"": 0}, corners, captions, details)
+    said = record(shape, height // shape[1], marks or {"": 0}, corners, captions, details, run)
     replace_file(path, lambda temporary: sheet.save(temporary, format="PNG", pnginfo=said))
 
 

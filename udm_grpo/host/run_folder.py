@@ -11,6 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from udm_grpo.host.grid_file import run_of
+from udm_grpo.host.set_aside import CONFIG
+
 
 class RunFolderError(ValueError):
     """A folder that is no run or holds a damaged file; the message says what to do, one line a problem."""
@@ -55,19 +58,21 @@ def read_run(folder: str | Path) -> RunFolder:
             f"{path} is no training run, or one that has not begun: it has no metrics.jsonl. Give an output_dir."
         )
     reader = _Reader(path)
+    config = reader.object(CONFIG) or {}
+    reader.run = config.get("run")
     metrics = reader.lines("metrics.jsonl")
     last = metrics[-1]["step"] if metrics else 0
     summary = reader.summary(last)
     run = RunFolder(
         path=path,
-        config=reader.object("config.json") or {},
+        config=config,
         starts=reader.starts(),
         metrics=metrics,
         evaluations=reader.until(last, reader.lines("evaluations.jsonl")),
         summary=summary,
         pictures=reader.by_step("pictures", last),
         extremes=reader.by_step("extremes", last),
-        before_after=path / "before_after.png" if summary and (path / "before_after.png").is_file() else None,
+        before_after=reader.before_after() if summary else None,
         written=datetime.fromtimestamp((path / "metrics.jsonl").stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC"),
         notes=reader.notes,
     )
@@ -81,6 +86,8 @@ class _Reader:
 
     def __init__(self, folder: Path):
         self._folder = folder
+        self.run: str | None = None
+        """The id of the run whose folder it is; None before it is known, and for runs of earlier versions."""
         self.problems: list[str] = []
         self.notes: list[str] = []
 
@@ -103,7 +110,10 @@ class _Reader:
                 self.problems.append(f"{path}: line {number} {trouble}; remove the line.")
             else:
                 found.append(values)
-        return found
+        own = [values for values in found if values.get("run", self.run) == self.run or self.run is None]
+        if len(own) < len(found):
+            self.notes.append(f"{name}: {len(found) - len(own)} lines are of another run and left out.")
+        return own
 
     def object(self, name: str) -> dict[str, Any] | None:
         """A JSON file that holds an object; None if there is none."""
@@ -123,6 +133,9 @@ class _Reader:
     def starts(self) -> list[dict[str, Any]]:
         """The starts that environment.json lists."""
         found = self.object("environment.json") or {"starts": []}
+        if self.run is not None and found.get("run", self.run) != self.run:
+            self.notes.append("environment.json is of another run and left out.")
+            return []
         starts = found.get("starts")
         if isinstance(starts, list) and all(isinstance(start, dict) for start in starts):
             return starts
@@ -141,6 +154,9 @@ class _Reader:
             path = self._folder / "summary.json"
             self.problems.append(f"{path} has no by_steps with base and final scores; remove or mend it.")
             return None
+        if self.run is not None and found.get("run") != self.run:
+            self.notes.append("summary.json is of another run and left out.")
+            return None
         if found.get("iterations") != last:
             self.notes.append(
                 f"summary.json is of {found.get('iterations')} iterations, but {last} are done: it is of an older run "
@@ -157,7 +173,21 @@ class _Reader:
         """The PNGs of a folder by the step that they are named after; those past the last iteration are not its."""
         folder = self._folder / name
         found = sorted((int(path.stem), path) for path in _pngs(folder)) if folder.is_dir() else []
-        return {step: path for step, path in found if step <= last}
+        found = [(step, path) for step, path in found if step <= last]
+        own = {step: path for step, path in found if self.run is None or run_of(path) in (None, self.run)}
+        if len(own) < len(found):
+            self.notes.append(f"{name}: {len(found) - len(own)} pictures are of another run and left out.")
+        return own
+
+    def before_after(self) -> Path | None:
+        """The picture of before and after, unless it is that of another run."""
+        path = self._folder / "before_after.png"
+        if not path.is_file():
+            return None
+        if self.run is not None and run_of(path) != self.run:
+            self.notes.append("before_after.png is of another run and left out.")
+            return None
+        return path
 
 
 def _pngs(folder: Path) -> Iterator[Path]:
