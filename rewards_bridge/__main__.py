@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     names = f'{", ".join(sorted(KNOWN))}, or your own "module:Class"'
     examining.add_argument("--scorer", action="append", default=[], help=f"{names}; may be repeated; all if left out")
     what = "all that a training needs, by its configuration; --config.field=value as there"
-    examining.add_argument("--config", metavar="FILE", help=what)
+    examining.add_argument("--config", type=_path, metavar="FILE", help=what)
     examining.add_argument("--memory", type=float, metavar="GIB", help="what the scorer's device has for it")
     examining.add_argument("--no-load", action="store_true", help="look at packages and memory only")
     for command in (serving, scoring):
@@ -70,21 +71,27 @@ def _parser() -> argparse.ArgumentParser:
         "--deadline", type=float, metavar="S", help="that clients give a batch, for scorers that take it"
     )
     serving.add_argument("--listen", required=True, metavar="ADDRESS", help="unix:/path or HOST:PORT (port 0: any)")
-    serving.add_argument("--tls-cert", metavar="PEM")
-    serving.add_argument("--tls-key", metavar="PEM")
-    serving.add_argument("--token-file", metavar="FILE", help="callers have to know this token")
+    serving.add_argument("--tls-cert", type=_path, metavar="PEM")
+    serving.add_argument("--tls-key", type=_path, metavar="PEM")
+    serving.add_argument("--token-file", type=_path, metavar="FILE", help="callers have to know this token")
     serving.add_argument("--exit-with-parent", action="store_true", help="end when standard input ends")
     scoring.add_argument("--prompt", required=True)
     scoring.add_argument("--address", help="of a running server of this scorer; empty: score in this process")
-    scoring.add_argument("--tls-ca", metavar="PEM", help="what a server on another machine is checked against")
-    scoring.add_argument("--token-file", metavar="FILE", help="the token that such a server wants")
+    scoring.add_argument(
+        "--tls-ca", type=_path, metavar="PEM", help="what a server on another machine is checked against"
+    )
+    scoring.add_argument("--token-file", type=_path, metavar="FILE", help="the token that such a server wants")
     for command in (scoring, examining):
         command.add_argument(
             "--no-check-example", action="store_true", help="only warn if a scorer gets its own test images wrong"
         )
     scoring.add_argument("--metadata", default="{}", metavar="JSON")
-    scoring.add_argument("images", nargs="+", metavar="IMAGE")
+    scoring.add_argument("images", type=_path, nargs="+", metavar="IMAGE")
     return parser
+
+
+def _path(text: str) -> str:
+    return os.path.expanduser(text)  # a shell leaves the ~ of --token-file=~/x alone
 
 
 def _serve_config(parsed: argparse.Namespace) -> ServeConfig:
@@ -108,7 +115,7 @@ def _options(pairs: list[str]) -> dict[str, str]:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise UsageError(f"--option {pair!r}: wanted KEY=VALUE")
-        options[key] = value
+        options[key] = os.path.expanduser(value)  # a shell leaves the ~ of KEY=~/x alone
     return options
 
 

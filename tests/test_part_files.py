@@ -151,7 +151,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     "an adapter": (adapter, "is a PEFT adapter, not a whole transformer; give it as --adapter"),
     "several checkpoints": (several, "has 2 checkpoints: checkpoint-100, checkpoint-200. Give one of them"),
     "a text": (text, r"weights.txt: not a file of weights; its name has to end with"),
-    "other names": (renamed, r"not known: module.lm_head.weight"),
+    "other names": (renamed, r"wrong shape: lm_head.weight is"),
 }
 
 

@@ -12,9 +12,12 @@ from configs import shapes
 from rewards_bridge.scorers import ocr_models
 from scripts import compile_table, demo, prepare_prompts, pretrain_shapes
 from udm_grpo import compile_only, convert, evaluate, pretrain, report, sample, train
+from udm_grpo.command_line import parse
 from udm_grpo.config import ConfigError, ScorerConfig
 from udm_grpo.config_checks import validate
-from udm_grpo.host.places import SUPPORTED_FIELDS, PlaceError, check_flags, problem, scheme
+from udm_grpo.host.buckets import local, local_prompts
+from udm_grpo.host.checkpoint import Checkpoints
+from udm_grpo.host.places import SUPPORTED_FIELDS, PlaceError, check_flags, expand_config, problem, scheme
 from udm_grpo.pipeline import load_pipeline
 
 ASSETS = Path(train.__file__).parent / "assets"
@@ -88,6 +91,47 @@ def test_what_is_no_address():
     for text in ("", "outputs/run", "/mnt/x", "C:/x", "data/geneval:train", "v5p:2x2x4", "node-0:8476", Path("x:y")):
         assert scheme(text) == ""
         assert problem("x", text) == ""
+
+
+PATHS = [name for name in FIELDS if not name.startswith("distributed.")]
+
+
+def test_a_tilde_is_the_home_folder_in_every_field(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["--config=configs/shapes.py:smoke", "--config.output_dir=~/run", "--config.prompts.train=~/x:train"]
+    config = parse([*words, "--config.rewards.scorers.shapes.options.detector=~/d.pth"])
+    assert (config.output_dir, config.prompts.train) == ("/home/me/run", "/home/me/x:train")
+    assert config.rewards.scorers["shapes"].options["detector"] == "/home/me/d.pth"
+    for field in PATHS:
+        config = shapes.get_config("smoke")
+        section, name = next(found[1:] for found in text_fields(config) if found[0] == field)
+        setattr(section, name, "~/x")
+        with pytest.raises(ConfigError, match="give the path in full"):
+            validate(config)
+        expand_config(config)
+        section, name = next(found[1:] for found in text_fields(config) if found[0] == field)
+        assert getattr(section, name) == "/home/me/x", field
+
+
+def test_a_tilde_is_the_home_folder_for_every_reader(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").symlink_to(ASSETS / "ursa-shapes")
+    assert local("~/x") == tmp_path / "x"
+    assert local_prompts("~/x:train") == f"{tmp_path}/x:train"
+    assert str(Checkpoints("~/run", keep=1).folder) == f"{tmp_path}/run"
+    load_pipeline("~/base")
+    given = argparse.Namespace(output=Path("~/o"), runs=["~/a", "b"], prompt=["~"], option=["s.model=~/m", "k=v~"])
+    check_flags(given)
+    assert (given.output, given.runs) == (tmp_path / "o", [f"{tmp_path}/a", "b"])
+    assert (given.prompt, given.option) == (["~"], [f"s.model={tmp_path}/m", "k=v~"])
+
+
+def test_a_tilde_without_a_home_folder_is_refused():
+    with pytest.raises(ConfigError, match=r"output_dir is '~nobody.here/x', but there is no home folder for that"):
+        parse(["--config=configs/shapes.py:smoke", "--config.output_dir=~nobody.here/x"])
+    with pytest.raises(PlaceError, match=r"--output is '~nobody.here', .*or ./~nobody.here for a folder of that name"):
+        check_flags(argparse.Namespace(output="~nobody.here"))
+    check_flags(argparse.Namespace(output="~weird name"))
 
 
 def test_options_of_scorers_are_looked_at_too():

@@ -314,7 +314,11 @@ def of_another_order(**system: Any) -> bytes:
     ("content", "error", "message"),
     [
         (saved([1, 2]), ContentError, "expected a dict of tensors"),
-        (saved({"state_dict": {"a": torch.zeros(1)}}), ContentError, "expected a dict of tensors"),
+        (
+            saved({"model": {"a": torch.zeros(1)}, "ema": {"a": torch.zeros(1)}}),
+            ContentError,
+            "several of them, 'model', 'ema'",
+        ),
         (saved({"a": torch.zeros(1), "epoch": 3}), ContentError, "expected a dict of tensors"),
         (saved({1: torch.zeros(1)}), ContentError, "expected a dict of tensors"),
         (rezipped(lambda entries: entries.pop("archive/data/0")), ArchiveError, "numbers of a are not all there"),

@@ -65,7 +65,7 @@ def load(file: str) -> RunConfig:
     """
     if problem := places.problem("--config", file):
         raise ConfigError(problem)
-    name, colon, variant = file.partition(":")
+    name, colon, variant = places.with_home("--config", file).partition(":")
     path = Path(name)
     if not path.exists() and path.parts[:1] == ("configs",):
         path = INSTALLED / path
@@ -144,4 +144,8 @@ def _parsed(config: RunConfig, overrides: Overrides) -> RunConfig:
         raise overrides.explained(error) from None
     parsed: Any = values["config"].value
     settle(parsed)
+    try:
+        places.expand_config(parsed)
+    except places.PlaceError as error:
+        raise ConfigError(str(error)) from None
     return cast(RunConfig, parsed)

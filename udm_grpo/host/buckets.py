@@ -24,7 +24,7 @@ from typing import Any
 
 from udm_grpo.host.atomic import UNFINISHED, replace_file
 from udm_grpo.host.disk_space import free_bytes
-from udm_grpo.host.places import PlaceError, is_bucket
+from udm_grpo.host.places import PlaceError, is_bucket, with_home
 from udm_grpo.host.progress import progress_bar
 
 PUSH_EVERY_S = 60.0
@@ -41,7 +41,8 @@ COMMIT_FILE = "commit_success.txt"
 
 def cache_folder() -> Path:
     """Return the local folder for copies of what lies in buckets: UDM_GRPO_CACHE, or ~/.cache/udm_grpo."""
-    return Path(os.environ.get("UDM_GRPO_CACHE") or "~/.cache/udm_grpo").expanduser()
+    variable = "UDM_GRPO_CACHE"
+    return Path(with_home(variable, os.environ.get(variable) or "~/.cache/udm_grpo"))
 
 
 @functools.cache
@@ -91,13 +92,13 @@ def local(address: str | Path, skip: tuple[str, ...] = ()) -> Path:
     A file is downloaded again when the bucket holds another version of it. skip: top-level folders that are left out,
     by the beginnings of their names. Raises PlaceError, also if nothing is there or the disk is too small.
     """
-    return _cached(str(address), skip) if is_bucket(address) else Path(address)
+    return _cached(str(address), skip) if is_bucket(address) else Path(with_home("the path", str(address)))
 
 
 def local_prompts(place: str) -> str:
     """Return `local` of a prompt set: a file, or a prepared folder with or without :split."""
     if not is_bucket(place):
-        return place
+        return with_home("the prompt set", place)
     folder, colon, split = place.rpartition(":")
     if split.isidentifier() and not exists(place):
         return f"{local(folder)}{colon}{split}"

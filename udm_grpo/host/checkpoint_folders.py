@@ -13,6 +13,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from udm_grpo.host.buckets import copy_object, listing
+from udm_grpo.host.places import with_home
 
 PathLike = str | os.PathLike[str]
 
@@ -89,7 +90,7 @@ def remove(path: epath.Path) -> None:
 def absolute(path: PathLike) -> epath.Path:
     """Return an absolute path, or an address as it is."""
     text = os.fspath(path)
-    return epath.Path(text if "://" in text else Path(text).expanduser().absolute())
+    return epath.Path(text if "://" in text else Path(with_home("the folder", text)).absolute())
 
 
 def move(path: epath.Path, target: epath.Path) -> None:

@@ -66,7 +66,7 @@ def transformer_source(path: Path) -> Path:
     if checkpoints:
         names = ", ".join(entry.name for entry in checkpoints)
         raise WeightsError(f"{path} has {len(checkpoints)} checkpoints: {names}. Give one of them.")
-    return find(path)  # which raises
+    return find(path / "transformer" if (path / "transformer").is_dir() else path)  # which raises
 
 
 def size_differences(source: Path, sizes: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,8 @@
 
 Some fields and flags take an address in a Google Cloud Storage bucket (gs://bucket/...; see buckets.py). Everything
 else is a local path, and an address given there is refused before anything is loaded: Python's own paths would make a
-local folder named "gs:" of it.
+local folder named "gs:" of it. A path that begins with ~ is below the home folder in every field and flag; a shell
+leaves the ~ of --config.output_dir=~/run to the program.
 """
 
 import argparse
@@ -27,6 +28,7 @@ _HOW = {
 }
 SUPPORTED_FIELDS = ("output_dir", "model.path", "prompts.train", "prompts.heldout", "checkpoint.resume")
 """Fields of a config that take an address in a bucket."""
+_HOME = re.compile(r"~[\w.-]*(/|$)")
 _NO_PATHS = ("environment", "addresses", "coordinator")
 """Fields that hold no paths, whatever they look like (unix:/path is an address)."""
 _TEXT_FLAGS = ("prompt", "metadata", "environment", "address", "ratio", "host", "listen")
@@ -74,6 +76,41 @@ def problem(name: str, text: str | Path, supported: bool = False) -> str:
     return f"{name} is {address!r}, but has to be {wanted}; {advice}."
 
 
+def with_home(name: str, text: str) -> str:
+    """Return a path with the home folder in place of its ~ or ~user.
+
+    Raises PlaceError, naming the field or flag, where there is no such folder.
+    """
+    if not _HOME.match(text):
+        return text
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise PlaceError(
+            f"{name} is {text!r}, but there is no home folder for that: HOME is not set, or there is no such user. "
+            f"Give the path in full, or ./{text} for a folder of that name."
+        )
+    return path
+
+
+def expand_config(section: Any, prefix: str = "") -> None:
+    """Put the home folder into every path of a RunConfig, in place; raises PlaceError as `with_home`."""
+
+    def expanded(name: str, value: Any) -> Any:
+        if isinstance(value, str):
+            return with_home(name, value)
+        if isinstance(value, tuple | list):
+            return type(value)(expanded(name, part) for part in value)
+        if isinstance(value, dict):
+            return {key: expanded(f"{name}.{key}", part) for key, part in value.items()}
+        if dataclasses.is_dataclass(value):
+            expand_config(value, f"{name}.")
+        return value
+
+    for field in dataclasses.fields(section):
+        if field.name not in _NO_PATHS:
+            setattr(section, field.name, expanded(f"{prefix}{field.name}", getattr(section, field.name)))
+
+
 def config_problems(config: Any) -> Iterator[str]:
     """Yield what is wrong with the addresses in a RunConfig, in all of its fields."""
     for name, text in _texts("", dataclasses.asdict(config)):
@@ -81,7 +118,10 @@ def config_problems(config: Any) -> Iterator[str]:
             continue
         if ".options." in name and scheme(text) in ("http", "https"):
             continue  # the endpoint of a vision-language judge
-        if found := problem(name, text, name in SUPPORTED_FIELDS):
+        found = problem(name, text, name in SUPPORTED_FIELDS)
+        if not found and _HOME.match(text):
+            found = f"{name} is {text!r}; give the path in full (expand_config puts the home folder in)."
+        if found:
             yield found
 
 
@@ -107,13 +147,16 @@ def local_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> a
 
 
 def check_flags(given: argparse.Namespace, supported: Collection[str] = ()) -> None:
-    """Raise PlaceError for every flag that is an address where it has to be a local path.
+    """Put the home folder into every path; raise PlaceError for every flag that is an address instead of a local path.
 
     supported: names of flags that take an address in a bucket, too.
     """
+    for name, value in vars(given).items():
+        if name not in _TEXT_FLAGS:
+            setattr(given, name, _flag_with_home(_flag(name), value))
     problems = []
     for name, text in _texts("", vars(given)):
-        flag = name.upper() if name in _POSITIONAL else f"--{name.replace('_', '-')}"
+        flag = _flag(name)
         if name in _TEXT_FLAGS:
             continue
         left, equals, value = text.partition("=")
@@ -122,3 +165,19 @@ def check_flags(given: argparse.Namespace, supported: Collection[str] = ()) -> N
         problems.append(problem(flag, text, name in supported))
     if any(problems):
         raise PlaceError("\n  ".join(filter(None, problems)))
+
+
+def _flag(name: str) -> str:
+    return name.upper() if name in _POSITIONAL else f"--{name.replace('_', '-')}"
+
+
+def _flag_with_home(flag: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_flag_with_home(flag, part) for part in value]
+    if isinstance(value, os.PathLike):
+        text = os.fspath(value)
+        return type(value)(with_home(flag, text)) if isinstance(text, str) and _HOME.match(text) else value
+    if not isinstance(value, str):
+        return value
+    left, equals, right = value.partition("=")  # NAME.KEY=VALUE
+    return f"{left}={with_home(flag, right)}" if equals and _HOME.match(right) else with_home(flag, value)

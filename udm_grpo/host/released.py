@@ -1,6 +1,8 @@
 """What a checkpoint folder in the released format holds, once it is read."""
 
+import functools
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +12,10 @@ from jaxtyping import Array, Float
 
 from udm_grpo.batches import Params
 from udm_grpo.host.part_files import open_part
+from udm_grpo.host.tensor_names import unwrapped_names
 from udm_grpo.host.tokenizer import PromptTokenizer
 from udm_grpo.host.torch_files import Layout, TensorFiles, WeightsError
-from udm_grpo.host.weight_table import Source, problems
+from udm_grpo.host.weight_table import Source, TensorInfo, problems
 from udm_grpo.model.transformer import TransformerConfig
 from udm_grpo.model.vq_config import VQConfig
 
@@ -21,6 +24,8 @@ T = TypeVar("T")
 
 SCHEDULER_FILE = "scheduler_model.pth"
 CODEBOOK_NAME = "path.emb"
+MAX_SHOWN = 24
+"""Tensors of a kind of problem that an error names."""
 CONFIG_FILES = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 
 
@@ -90,13 +95,47 @@ class Problems:
         """Open a part's tensors and compare them with what is wanted; None if they cannot be opened."""
         opened = self.collect(lambda: open_part(path))
         if opened and wanted is not None:
-            self.lines += [f"{path}: {line}" for line in problems(wanted, opened.infos)]
+            try:
+                opened = without_wrapper(path, opened, wanted)
+            except ValueError as error:
+                self.lines.append(f"{path}: {error}")
+                return None
+            self.lines += [f"{path}: {line}" for line in tensor_problems(wanted, opened.infos)]
         return opened
 
     def raise_any(self, what: PathLike) -> None:
         """Raise WeightsError if there is any problem."""
         if self.lines:
             raise WeightsError("\n  ".join([f"{what}: {len(self.lines)} problem(s):", *self.lines]))
+
+
+def without_wrapper(path: Path, opened: TensorFiles, wanted: Mapping[str, Source]) -> TensorFiles:
+    """Return the tensors under the names that they have without what a wrapper put in, and say so once on stderr."""
+    names, wrapper = unwrapped_names(opened.infos, wanted)
+    if not names:
+        return opened
+    _say_once(f"note: {path}: the names of the tensors come from inside a wrapper; {wrapper} in them is left out.")
+    return opened.renamed(names)
+
+
+@functools.cache
+def _say_once(text: str) -> None:  # a run opens its folder twice
+    print(text, file=sys.stderr, flush=True)
+
+
+def tensor_problems(wanted: Mapping[str, Source], found: Mapping[str, TensorInfo]) -> list[str]:
+    """Return a line for what is wrong with each tensor, at most MAX_SHOWN of a kind; one line if none is known."""
+    if found and not any(name in wanted for name in found):
+        here, expected = (", ".join(list(names)[:3]) for names in (found, wanted))
+        return [f"none of its {len(found)} tensors is of this model: it has {here}, ...; expected {expected}, ..."]
+    kinds: dict[str, list[str]] = {}
+    for line in problems(wanted, found):
+        kinds.setdefault(line.partition(":")[0], []).append(line)
+    shown = [
+        [*lines[:MAX_SHOWN], f"{kind}: and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else lines
+        for kind, lines in kinds.items()
+    ]
+    return [line for lines in shown for line in lines]
 
 
 def is_number(value: Any) -> bool:

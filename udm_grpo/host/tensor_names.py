@@ -15,25 +15,28 @@ def unwrapped_names(names: Iterable[str], expected: Iterable[str]) -> tuple[dict
     """Return (name in the file -> name without what a wrapper put in, what that is); ({}, "") if nothing was put in.
 
     A name is changed only if all of the file's tensors that are expected come out of the same change: of leaving
-    `WRAPPERS` out, and one prefix such as "model." or "transformer.".
+    `WRAPPERS` out, and one prefix such as "model." or "transformer.". Raises ValueError if several changes fit.
     """
     names, wanted = list(names), set(expected)
     known = sum(name in wanted for name in names)
     if not names or not wanted or known == len(names):
         return {}, ""
     plain = {name: drop_wrappers(name) for name in names}
-    best: dict[str, str] = {}
-    label = ""
+    changes: dict[str, dict[str, str]] = {}
     for prefix in _prefixes(plain.values(), wanted):
-        changed = {name: text.removeprefix(prefix) for name, text in plain.items() if text.startswith(prefix)}
-        fitting = {name: text for name, text in changed.items() if text in wanted}
-        if len(set(fitting.values())) > max(known, len(best)):
-            best, label = fitting, prefix
-    if not best:
+        inside = {name: text.removeprefix(prefix) for name, text in plain.items() if text.startswith(prefix)}
+        changes[prefix] = {name: text for name, text in inside.items() if text in wanted}
+    most = max(len(change) for change in changes.values())
+    if most <= known:
         return {}, ""
-    dropped = sorted({part for name in best for part in name.split(".") if part in WRAPPERS})
-    said = [f"{part}." for part in dropped] + ([label] if label else [])
-    return {name: best.get(name, name) for name in names}, " and ".join(repr(text) for text in said)
+    best = {prefix: change for prefix, change in changes.items() if len(change) == most}
+    prefix, change = next(iter(best.items()))
+    if len(best) > 1 or len(set(change.values())) < most:
+        where = f", under {' and '.join(map(repr, best))}" if len(best) > 1 else ""
+        raise ValueError(f"the file holds the model more than once{where}; save one of them alone")
+    dropped = sorted({part for name in change for part in name.split(".") if part in WRAPPERS})
+    said = [f"{part}." for part in dropped] + ([prefix] if prefix else [])
+    return {name: change.get(name, name) for name in names}, " and ".join(repr(text) for text in said)
 
 
 def _prefixes(names: Iterable[str], wanted: set[str]) -> list[str]:

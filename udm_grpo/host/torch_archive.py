@@ -85,10 +85,7 @@ def open_archive(path: Path) -> Archive:
         raise ArchiveError(str(error)) from None
     except Exception as error:  # zipfile raises any type for bytes that are no archive
         raise ArchiveError(f"not an archive: {error or type(error).__name__}") from None
-    if not isinstance(found, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, StoredTensor) for name, tensor in found.items()
-    ):
-        raise ContentError("expected a dict of tensors by name, as a state dict is; save that instead")
+    found = _state_dict(found)
     for name, tensor in found.items():
         stored = tensor.storage
         length = stored.size * np.dtype(stored.dtype).itemsize
@@ -96,6 +93,24 @@ def open_archive(path: Path) -> Archive:
         if begin + length > min(end, size):
             raise ArchiveError(f"the numbers of {name[:200]} are not all there")
     return Archive(path, found, {key: begin for key, (begin, _) in starts.items()})
+
+
+def _state_dict(found: Any) -> dict[str, StoredTensor]:
+    """Return a state dict, or the only one in a dict of a training's state; raises ContentError if there is none."""
+    if _is_state_dict(found):
+        return found
+    entries = found.items() if isinstance(found, dict) else ()
+    inside = {key: value for key, value in entries if value and _is_state_dict(value)}
+    if len(inside) == 1:
+        return next(iter(inside.values()))
+    several = f"; it has several of them, {', '.join(map(repr, inside))}" if inside else ""
+    raise ContentError(f"expected a dict of tensors by name, as a state dict is{several}; save that alone")
+
+
+def _is_state_dict(found: Any) -> bool:
+    return isinstance(found, dict) and all(
+        isinstance(name, str) and isinstance(tensor, StoredTensor) for name, tensor in found.items()
+    )
 
 
 Starts = dict[str, tuple[int, int]]

@@ -8,13 +8,14 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
 
+from udm_grpo.host.other_weights import interrupted, other_weights
 from udm_grpo.host.progress import progress_bar
 from udm_grpo.host.tensor_pickle import ForbiddenError
 from udm_grpo.host.torch_archive import ArchiveError, ContentError, open_archive, write_archive
@@ -68,6 +69,16 @@ class TensorFiles:
         """Return rows of a tensor; no more than these are read into memory."""
         return self.readers[name](name, slice(start, stop))
 
+    def renamed(self, names: Mapping[str, str]) -> "TensorFiles":
+        """Return the same tensors under other names: name in the file -> name from now on."""
+        readers: dict[str, Reader] = {}
+        for name, read in self.readers.items():
+            readers[names[name]] = lambda _, rows, name=name, read=read: read(name, rows)  # type: ignore[misc]
+        files = {file: tuple(names[name] for name in members) for file, members in self.layout.files.items()}
+        dtypes = {names[name]: dtype for name, dtype in self.layout.dtypes.items()}
+        infos = {names[name]: info for name, info in self.infos.items()}
+        return TensorFiles(replace(self.layout, files=files, dtypes=dtypes), infos, readers)
+
 
 def candidates(folder: Path) -> list[Path]:
     """Return every file (or index of shards) of a folder that could hold a part's tensors, the usual one first."""
@@ -80,7 +91,8 @@ def find(folder: Path) -> Path:
     for file in candidates(folder):
         return file
     wanted = f"{STEMS[0]} with one of {', '.join(ENDINGS)}"
-    raise WeightsError(f"{folder}: no weights; there must be {wanted}. Download the folder again, with all its files.")
+    advice = other_weights(folder, STEMS) or "Download the folder again, with all its files."
+    raise WeightsError(f"{folder}: no weights; there must be {wanted}. {advice}")
 
 
 def open_tensors(path: Path) -> TensorFiles:
@@ -99,7 +111,8 @@ def open_tensors(path: Path) -> TensorFiles:
     shards = sorted(set(weight_map.values()))
     absent = [name for name in shards if Path(name).name != name or not (path.parent / name).is_file()]
     if absent:
-        raise WeightsError(f"{path} names {len(absent)} missing file(s): {', '.join(absent)}. Download them too.")
+        advice = interrupted(path.parent) or "Download them too."
+        raise WeightsError(f"{path} names {len(absent)} missing file(s): {', '.join(absent)}. {advice}")
     opened = _open_all(path.parent, shards, path.name, index.get("metadata"))
     there = {name: file for file, names in opened.layout.files.items() for name in names}
     lost = [f"{name} in {file}" for name, file in weight_map.items() if there.get(name) != file]
@@ -241,4 +254,5 @@ def _damaged(path: Path, error: Exception) -> WeightsError:
         return WeightsError(f"{path}: is a Git LFS pointer, not the file itself. Run `git lfs pull` in that folder.")
     size = path.stat().st_size
     reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return WeightsError(f"{path}: truncated or damaged, {size} bytes ({reason}). Download it again.")
+    advice = interrupted(path.parent) or "Download it again."
+    return WeightsError(f"{path}: truncated or damaged, {size} bytes ({reason}). {advice}")

@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from udm_grpo.batches import Params
 from udm_grpo.host.atomic import replacing_folder
 from udm_grpo.host.new_checkpoint import WEIGHTS_FILE, new_checkpoint
 from udm_grpo.host.part_files import size_differences, transformer_source
-from udm_grpo.host.places import PlaceError
+from udm_grpo.host.places import PlaceError, with_home
 from udm_grpo.host.released import (
     CODEBOOK_NAME,
     CONFIG_FILES,
@@ -87,7 +88,7 @@ def load_folder(
     every problem at once.
     """
     _check_dtype(dtype)
-    folder, found = Path(folder), Problems()
+    folder, found = Path(with_home("the folder", os.fspath(folder))), Problems()
     if not folder.is_dir():
         parts = "transformer/, vae/, scheduler/, tokenizer/"
         raise WeightsError(f"{folder}: no such folder; give the folder that holds {parts}")
@@ -136,7 +137,9 @@ def transformer_path(folder: PathLike, transformer_weights: PathLike | None) -> 
 
     Raises WeightsError for a file or folder that holds none.
     """
-    return transformer_source(Path(transformer_weights)) if transformer_weights else Path(folder) / "transformer"
+    if not transformer_weights:
+        return Path(folder) / "transformer"
+    return transformer_source(Path(with_home("the transformer", os.fspath(transformer_weights))))
 
 
 def load_transformer(
