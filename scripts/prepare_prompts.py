@@ -81,8 +81,8 @@ def rows_of(parsed: dict[str, Parsed], drop_bad: bool) -> Splits:
     for one in bad:
         warn(one.bad_text("left out"))
     for one in parsed.values():
-        if one.empty:
-            warn(f"{one.path}: empty lines passed over: {one.empty}")
+        for remark in one.remarks():
+            warn(remark)
         if one.bad and not one.rows:
             raise ValueError(f"{one.path}: no prompt is left; every one of its {one.unit}s is bad")
     return {split: replace(one, bad=()).all_or_error() for split, one in parsed.items()}

@@ -22,11 +22,12 @@ from udm_grpo.host.prompt_objects import (
     Row,
     json_array,
     json_of,
-    not_utf8,
+    json_sequence,
     object_row,
     with_key,
     wrong_text,
 )
+from udm_grpo.host.prompt_text import clean, decode, is_blank, is_comment, lines_of, undecodable
 
 __all__ = ["DATASET", "KINDS", "PROMPT", "UNTAGGED", "Parsed", "Row", "parse_file", "with_key", "wrong_text"]
 
@@ -41,8 +42,12 @@ TAG_COLUMNS = ("tag", "category")
 
 KINDS = (
     ".jsonl (GenEval's format, or objects with a prompt), .json (an array of such), .txt (one prompt a line), "
-    ".csv (with a header), or a folder of .txt files (one prompt a file)"
+    ".csv or .tsv (with a header), or a folder of .txt files (one prompt a file)"
 )
+
+TABLES = (".csv", ".tsv")
+DELIMITERS = (",", ";", "\t")
+"""What divides the values of a .csv file, whichever makes its header name a column of prompts."""
 
 MOST_LINES_SHOWN = 50
 """Bad lines that an error explains one by one; of any further ones it gives the line numbers."""
@@ -52,7 +57,8 @@ MOST_LINES_SHOWN = 50
 class Parsed:
     """What a file holds: rows, the place of each (its line number, or its name in a folder), and what is wrong where.
 
-    `empty` counts lines with nothing in them; they are passed over.
+    `empty` counts lines with nothing in them and `comments` those that begin with "# "; they are passed over. `cleaned`
+    counts the prompts of which invisible characters or special spaces were taken away.
     """
 
     path: Path
@@ -60,6 +66,8 @@ class Parsed:
     places: tuple[str, ...] = ()
     bad: tuple[tuple[str, str], ...] = ()
     empty: int = 0
+    comments: int = 0
+    cleaned: int = 0
     unit: str = "line"
     """What a place is: line, file or item (of a JSON array, from 1)."""
 
@@ -87,6 +95,15 @@ class Parsed:
         if not self.rows:
             raise ValueError(f"{self.path}: the prompt file is empty; it needs at least one prompt")
         return self.rows
+
+    def remarks(self) -> list[str]:
+        """Return what was passed over or changed in reading the file, a text each."""
+        counts = (
+            ("empty lines passed over", self.empty),
+            ('comment lines (that begin with "# ") passed over', self.comments),
+            ("prompts with invisible characters or special spaces, read without them", self.cleaned),
+        )
+        return [f"{self.path}: {what}: {count}" for what, count in counts if count]
 
     def bad_text(self, advice: str) -> str:
         """Every bad place and what is wrong with it, the first MOST_LINES_SHOWN with their reasons."""
@@ -117,19 +134,24 @@ def parse_file(path: str | Path, column: str = "", tag_column: str = "", key: st
     none of whose objects has the key (it names those that there are).
     """
     path = Path(path)
-    if path.suffix not in (".jsonl", ".json", ".txt", ".csv") and not path.is_dir():
+    suffix = path.suffix.lower()
+    if suffix not in (".jsonl", ".json", ".txt", *TABLES) and not path.is_dir():
         raise ValueError(f"{path}: a prompt file is {KINDS}")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such prompt file")
-    if (column or tag_column) and path.suffix != ".csv":
+    if (column or tag_column) and suffix not in TABLES:
         raise ValueError(f"{path}: only a .csv file has columns; leave out the names of columns")
-    if key != PROMPT and (path.is_dir() or path.suffix == ".txt"):
+    if key != PROMPT and (path.is_dir() or suffix == ".txt"):
         raise ValueError(f"{path}: only .json, .jsonl and .csv files have keys; leave out the prompt key {key!r}")
     if path.is_dir():
         return _parse_folder(path)
-    if path.suffix == ".csv":
-        return _parse_csv(path, column or (key if key != PROMPT else ""), tag_column)
-    return _parse_objects(path, key) if path.suffix != ".txt" else _parse_lines(path, _plain_row)
+    try:
+        text = decode(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if suffix in TABLES:
+        return _parse_csv(path, text, column or (key if key != PROMPT else ""), tag_column)
+    return _parse_objects(path, text, key) if suffix != ".txt" else _parse_plain(path, text)
 
 
 @dataclass
@@ -140,55 +162,76 @@ class _Collector:
     places: list[str] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
     empty: int = 0
+    comments: int = 0
+    cleaned: int = 0
 
     def take(self, place: str, row: Row) -> None:
         wrong = wrong_text("prompt", row.get("prompt")) + wrong_text("tag", row.get("tag"))
         if wrong:
             self.bad.append((place, "; ".join(wrong)))
-        else:
-            self.rows.append(row)
-            self.places.append(place)
+            return
+        prompt, tag = clean(row["prompt"]), clean(row["tag"])
+        self.cleaned += prompt != row["prompt"].replace("\r\n", "\n").strip()
+        self.rows.append(row if (prompt, tag) == (row["prompt"], row["tag"]) else {**row, "prompt": prompt, "tag": tag})
+        self.places.append(place)
+
+    def read(self, place: str, row_of: Callable[[Any], Row], thing: Any) -> None:
+        try:
+            self.take(place, row_of(thing))
+        except ValueError as error:
+            self.bad.append((place, str(error)))
 
     def parsed(self, path: Path, unit: str = "line") -> Parsed:
-        return Parsed(path, tuple(self.rows), tuple(self.places), tuple(self.bad), self.empty, unit)
+        counts = {"empty": self.empty, "comments": self.comments, "cleaned": self.cleaned}
+        return Parsed(path, tuple(self.rows), tuple(self.places), tuple(self.bad), **counts, unit=unit)
 
 
-def _parse_lines(path: Path, parse: Callable[[str], Row]) -> Parsed:
+def _parse_lines(path: Path, text: str, row_of: Callable[[str], Row], comment: Callable[[str], bool]) -> Parsed:
     found = _Collector()
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
-        try:
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            if text:
-                found.take(str(number), parse(text))
-            else:
-                found.empty += 1
-        except UnicodeDecodeError as error:
-            found.bad.append((str(number), not_utf8(error)))
-        except ValueError as error:
-            found.bad.append((str(number), str(error)))
-    found.empty -= not raw.strip()  # what stands behind the last line break is no line
+    for number, line in enumerate(lines_of(text), start=1):
+        if is_blank(line):
+            found.empty += 1
+        elif comment(line.lstrip("\ufeff ")):
+            found.comments += 1
+        else:
+            found.read(str(number), row_of, line.strip())
     return found.parsed(path)
 
 
-def _parse_objects(path: Path, key: str) -> Parsed:
-    """Objects, one a line or in one array; ValueError if none of them has the key."""
+def _parse_plain(path: Path, text: str) -> Parsed:
+    """One prompt a line; ValueError for a file that is something else by its contents: JSON, or a table."""
+    if text.lstrip().startswith(("[", "{")) and json_sequence(text) is not None:
+        raise ValueError(f"{path}: holds JSON, not one prompt a line; give it the suffix .json or .jsonl")
+    lines = [line.strip() for line in lines_of(text) if not is_blank(line)]
+    tabs = {line.count("\t") for line in lines}
+    if lines and len(tabs) == 1 and (values := tabs.pop() + 1) > 1:
+        raise ValueError(
+            f"{path}: every line has {values} values divided by tabs, as line 1: {lines[0]!r}; it is a table, not one "
+            "prompt a line: put a line with the names of its columns, such as prompt, first and give it the suffix .tsv"
+        )
+    return _parse_lines(path, text, _plain_row, is_comment)
+
+
+def _parse_objects(path: Path, text: str, key: str) -> Parsed:
+    """Objects, one a line, over several lines or in one array; ValueError if none of them has the key."""
     keys: dict[str, None] = {}
 
     def row_of(thing: Any) -> Row:
         keys.update(dict.fromkeys(thing) if isinstance(thing, dict) else {})
         return object_row(thing, key)
 
-    array = json_array(path)
-    if array is None:
-        parsed = _parse_lines(path, lambda text: row_of(json_of(text)))
-    else:
-        found = _Collector()
+    array = json_array(path, text)
+    found = _Collector()
+    if array is not None:
         for number, thing in enumerate(array, start=1):
-            try:
-                found.take(str(number), row_of(thing))
-            except ValueError as error:
-                found.bad.append((str(number), str(error)))
+            found.read(str(number), row_of, thing)
         parsed = found.parsed(path, "item")
+    else:
+        parsed = _parse_lines(path, text, lambda line: row_of(json_of(line)), lambda line: line.startswith(("#", "//")))
+        if parsed.bad and (sequence := json_sequence(text)) and len(sequence) < len(parsed.bad):
+            for number, thing in sequence:
+                found.read(str(number), row_of, thing)
+            parsed = found.parsed(path)
     if keys and key not in keys:
         raise ValueError(
             f"{path}: no prompt has the key {key!r}; the keys are {', '.join(map(repr, keys))}; name the one of the "
@@ -198,23 +241,29 @@ def _parse_objects(path: Path, key: str) -> Parsed:
 
 
 def _plain_row(text: str) -> Row:
+    if wrong := undecodable(text):
+        raise ValueError(wrong)
+    if "\r" in text:
+        raise ValueError("a carriage return within the line: the file mixes line ends; save it with one kind of them")
     return {"tag": UNTAGGED, "prompt": text}
 
 
 def _parse_folder(path: Path) -> Parsed:
     """One prompt a file, by file name; line breaks within it become spaces. The name's stem is kept as "id"."""
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-    files = [entry for entry in entries if entry.suffix == ".txt"]
+    files = [entry for entry in entries if entry.suffix.lower() == ".txt"]
     if not files:
         raise ValueError(f"{path}: the folder holds no prompts; a set is {KINDS}, or one that was prepared")
     found = _Collector(bad=[(entry.name, "not a .txt file") for entry in entries if entry not in files])
     for file in files:
         try:
-            lines = file.read_bytes().decode("utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            found.bad.append((file.name, not_utf8(error)))
+            lines = lines_of(decode(file.read_bytes()))
+            if wrong := undecodable("\n".join(lines)):
+                raise ValueError(wrong)
+        except ValueError as error:
+            found.bad.append((file.name, str(error)))
             continue
-        text = " ".join(line.strip() for line in lines if line.strip())
+        text = " ".join(line.strip() for line in lines if not is_blank(line))
         if text:
             found.take(file.name, {"tag": UNTAGGED, "prompt": text, "id": file.stem})
         else:
@@ -222,14 +271,11 @@ def _parse_folder(path: Path) -> Parsed:
     return found.parsed(path, "file")
 
 
-def _parse_csv(path: Path, column: str, tag_column: str) -> Parsed:
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}: line {number}: {not_utf8(error)}; save the file as UTF-8") from None
-    records = _csv_records(text)
+def _parse_csv(path: Path, text: str, column: str, tag_column: str) -> Parsed:
+    if wrong := undecodable(text):
+        line = next(number for number, line in enumerate(lines_of(text), start=1) if undecodable(line))
+        raise ValueError(f"{path}: line {line}: {wrong}")
+    records = _csv_records(text, _delimiter(path, text, column))
     header_line, header = next(records, (1, []))
     if isinstance(header, str):
         raise ValueError(f"{path}: line {header_line}: {header}")
@@ -237,13 +283,17 @@ def _parse_csv(path: Path, column: str, tag_column: str) -> Parsed:
     if len(set(names)) < len(names):
         raise ValueError(f"{path}: the header names a column twice: {', '.join(names)}")
     prompt = _column(path, names, column, PROMPT_COLUMNS, "column")
-    tag = _column(path, names, tag_column, TAG_COLUMNS, "tag-column") if tag_column or _has(names, TAG_COLUMNS) else ""
+    others = [name for name in names if name != prompt]
+    tagged = tag_column or _has(others, TAG_COLUMNS)
+    tag = _column(path, others, tag_column, TAG_COLUMNS, "tag-column") if tagged else ""
     found = _Collector()
     for line, record in records:
         if isinstance(record, str):
             found.bad.append((str(line), record))
-        elif not any(value.strip() for value in record):
+        elif all(is_blank(value) for value in record):
             found.empty += 1
+        elif len(record) == 1 and is_comment(record[0]):
+            found.comments += 1
         elif len(record) != len(names):
             found.bad.append((str(line), f"{len(record)} values, but the header names {len(names)} columns"))
         else:
@@ -253,9 +303,21 @@ def _parse_csv(path: Path, column: str, tag_column: str) -> Parsed:
     return found.parsed(path)
 
 
-def _csv_records(text: str) -> Iterator[tuple[int, list[str] | str]]:
+def _delimiter(path: Path, text: str, column: str) -> str:
+    """What divides values: in a .csv file the first of DELIMITERS that makes its header name a column of prompts."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    for delimiter in DELIMITERS:
+        header = next(_csv_records(text, delimiter), (1, ""))[1]
+        names = [name.strip() for name in header] if isinstance(header, list) else []
+        if column in names if column else _has(names, PROMPT_COLUMNS):
+            return delimiter
+    return DELIMITERS[0]
+
+
+def _csv_records(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
     """Yield (line a record starts on, its values, or what is wrong with it)."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1
         try:
