@@ -109,6 +109,18 @@ def test_numbers_that_are_not_finite_leave_gaps_and_are_noted(tmp_path):
     assert found["notes"] == ["kl was not finite, first at iteration 2."]
 
 
+def test_iterations_without_an_update_are_noted(tmp_path):
+    with MetricsWriter(tmp_path) as metrics:
+        for step, skipped in enumerate((0.0, 1.0, 0.5, 1.0), start=1):
+            metrics.write(step, {"dead_groups": skipped, "skipped": skipped})
+    found = shown(tmp_path)
+    assert found["curves"]["values"]["dead_groups"] == [0, 1, 0.5, 1]
+    assert found["notes"] == [
+        "2 of 4 iterations made no update, first iteration 2: in every group all images got the same score "
+        "(dead groups)."
+    ]
+
+
 def test_long_curves_and_many_pictures_are_thinned_and_that_is_said(whole, monkeypatch):
     monkeypatch.setattr(data_module, "MOST_POINTS", 5)
     monkeypatch.setattr(data_module, "MOST_MOMENTS", 3)

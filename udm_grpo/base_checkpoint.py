@@ -26,6 +26,7 @@ from udm_grpo.host.checkpoint import Checkpoints
 from udm_grpo.host.new_checkpoint import new_checkpoint
 from udm_grpo.host.places import local_args
 from udm_grpo.host.weights import Checkpoint, Scheduler, save_folder
+from udm_grpo.iteration_checks import check_finite
 from udm_grpo.model import transformer, vq
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -138,12 +139,16 @@ class TokenizerTraining:
         for update in range(start, updates):
             params, opt_state, metrics = step(params, opt_state, self.batch(self.plan.tokenizer_batch))
             done = update + 1
-            if update % 100 == 0 or done == updates:
-                row = {"phase": name, "update": done, **{key: round(float(value), 4) for key, value in metrics.items()}}
+            logs, saves = update % 100 == 0 or done == updates, done % 250 == 0 or done == updates
+            if logs or saves:
+                values = {key: float(value) for key, value in metrics.items()}
+                check_finite(f"{name} update", done, values, "Lower the tokenizer's learning rate and begin anew.")
+            if logs:
+                row = {"phase": name, "update": done, **{key: round(value, 4) for key, value in values.items()}}
                 print(row, flush=True)
                 with (self.output / "tokenizer.jsonl").open("a", encoding="utf-8") as log:
                     print(json.dumps(row), file=log)
-            if done % 250 == 0 or done == updates:
+            if saves:
                 states.save(done, (params, opt_state), {"random": self.rng.bit_generator.state})
         return params
 

@@ -121,7 +121,8 @@ class OptimizerConfig:
     schedule: str = "constant"
     """constant, cosine (to final_fraction at the last update) or multistep."""
     warmup_updates: int = 0
-    """Updates over which the rate rises linearly from 0."""
+    """Updates over which the rate rises linearly from 0. Warm-up, schedule and average count the updates that were
+    made: one without any advantage (all groups dead) is skipped and does not count."""
     final_fraction: float = 0.0
     """cosine: the last rate as a fraction of eta."""
     milestones: tuple[int, ...] = ()

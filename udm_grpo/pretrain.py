@@ -24,6 +24,7 @@ from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.host.checkpoint import Checkpoints
 from udm_grpo.host.places import local_args
 from udm_grpo.host.weights import Checkpoint, load_folder, save_folder
+from udm_grpo.iteration_checks import DivergedError, check_finite
 from udm_grpo.model.transformer import Execution
 from udm_grpo.run import path_of
 
@@ -75,7 +76,8 @@ def pretrain(
 ) -> Params:
     """Train and return the transformer's parameters; with `states`, go on from its newest and save there.
 
-    `log` gets {"update", "loss"} (mean cross-entropy in nats) every 100 updates.
+    `log` gets {"update", "loss"} (mean cross-entropy in nats) every 100 updates. Raises DivergedError, before
+    anything is saved, naming the first update whose loss or gradient norm is not finite.
 
     Source: URSA, arXiv 2510.24717.
     """
@@ -94,17 +96,27 @@ def pretrain(
         start = meta["updates"]
     clean = data.image_ids.reshape(len(data.image_ids), -1)
     root = jax.random.key(plan.seed)
-    losses = []
+    recent: list[dict[str, jax.Array]] = []
+
+    def take(done: int) -> float:
+        """Check the updates since the last call; return their mean loss (0 if there are none)."""
+        rows = jax.device_get(recent)
+        for number, row in enumerate(rows, start=done - len(rows) + 1):
+            check_finite("update", number, row, "Lower --learning_rate and begin anew in another folder.")
+        recent.clear()
+        return sum(float(row["loss"]) for row in rows) / max(len(rows), 1)
+
     for update in range(start, plan.updates):
         chosen = batch_indices(len(clean), plan, update)
         key = jax.random.fold_in(root, update)
-        params, opt_state, loss = step(params, opt_state, data.prompt_ids[chosen], data.empty_ids, clean[chosen], key)
-        losses.append(loss)
+        of_batch = (data.prompt_ids[chosen], data.empty_ids, clean[chosen])
+        params, opt_state, metrics = step(params, opt_state, *of_batch, key)
+        recent.append(metrics)
         done = update + 1
         if done % 100 == 0 or done == plan.updates:
-            log({"update": done, "loss": round(float(jnp.mean(jnp.stack(losses))), 5)})
-            losses = []
+            log({"update": done, "loss": round(take(done), 5)})
         if states is not None and done % plan.save_every == 0:
+            take(done)
             states.save(done, (params, opt_state), {"updates": done})
     return params
 
@@ -150,14 +162,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(row, flush=True)
             print(json.dumps(row), file=file, flush=True)
 
-        params = pretrain(
-            checkpoint,
-            path_of(checkpoint),
-            read_tokens(FilePath(arguments.data), checkpoint),
-            plan,
-            Checkpoints(output / "states", keep=1),
-            log,
-        )
+        data, states = read_tokens(FilePath(arguments.data), checkpoint), Checkpoints(output / "states", keep=1)
+        try:
+            params = pretrain(checkpoint, path_of(checkpoint), data, plan, states, log)
+        except DivergedError as error:
+            raise SystemExit(f"error: {error}") from None
     save_folder(replace(checkpoint, transformer=params), output / "checkpoint")
 
 

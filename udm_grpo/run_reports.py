@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
@@ -15,8 +15,15 @@ from udm_grpo.host.environment import begin
 from udm_grpo.host.metrics import JsonLines, MetricsWriter, Progress, StageTimer
 from udm_grpo.host.rewards import Rewards
 from udm_grpo.host.run_folder import RunFolderError
+from udm_grpo.iteration_checks import SignalWatch, check_finite
 from udm_grpo.report import NAME, write_report
 from udm_grpo.run import Position, Run
+
+ADVICE = (
+    "The checkpoints in {output}/checkpoints are from before. Lower optimizer.learning_rate or raise "
+    "optimizer.warmup_updates, and begin anew."
+)
+"""What to do about a run that has diverged."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class Reports:
     """Of process 0; the others write nothing."""
     progress: Progress
     timer: StageTimer
+    signal: SignalWatch = field(default_factory=SignalWatch)
 
 
 def open_reports(run: Run, position: Position | None, stack: contextlib.ExitStack) -> Reports:
@@ -58,7 +66,10 @@ def open_reports(run: Run, position: Position | None, stack: contextlib.ExitStac
 def write_iteration(
     reports: Reports, config: RunConfig, step: int, rewards: Rewards, metrics: dict[str, jax.Array]
 ) -> None:
-    """Write one iteration's numbers; `step` counts iterations done."""
+    """Write one iteration's numbers; `step` counts iterations done.
+
+    Raises DivergedError, when they are written, if a number of the update is not finite.
+    """
     seconds = reports.timer.take()
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     raw = {name: float(np.mean(part)) for name, part in rewards.raw.items()}
@@ -73,6 +84,9 @@ def write_iteration(
         "seconds": seconds,
     }
     reports.writer.write(step, line)
+    check_finite("iteration", step, {"reward": reward, **values}, ADVICE.format(output=config.output_dir))
+    if warning := reports.signal.watch(step, values["skipped"]):
+        reports.progress.message(warning)
     shown = {"reward": reward, **raw, "kl": values["kl"], "entropy": values["entropy"]}
     reports.progress.update(shown, seconds)
 

@@ -85,12 +85,11 @@ def make_plans(
     grid = (config.model.height // vq_config.stride, config.model.width // vq_config.stride)
     shift = config.rollout.shift or shift
     rows = config.model.logit_rows * meshes.batch_shards(mesh)
-    attention = choose(config.model, mesh.devices.flat[0]).name
     grpo = config.grpo
     return Plans(
         transformer=transformer,
         vq=vq_config,
-        execution=Execution(attention, config.model.remat),
+        execution=Execution(choose(config.model, mesh.devices.flat[0]).name, config.model.remat),
         rollout=RolloutPlan(
             grid=grid,
             steps=config.rollout.steps,
@@ -286,7 +285,7 @@ def tokenizer_step(
 
     def step(params: Params, opt_state: optax.OptState, pixels: Array) -> tuple[Params, optax.OptState, Metrics]:
         gradients, metrics = jax.grad(lambda p: tokenizer_loss(config, p, pixels, quantized), has_aux=True)(params)
-        params, opt_state = optimizer_step(optimizer, gradients, opt_state, params)
+        params, opt_state, metrics["grad_norm"] = optimizer_step(optimizer, gradients, opt_state, params)
         params["codebook"] = {"embedding": unit(params["codebook"]["embedding"])}
         return params, opt_state, metrics
 
@@ -336,15 +335,16 @@ def pretrain_step(
     shift: float,
     grid: tuple[int, int],
     optimizer: optax.GradientTransformation,
-) -> Callable[..., tuple[Params, optax.OptState, Array]]:
+) -> Callable[..., tuple[Params, optax.OptState, Metrics]]:
     """One pre-training step: (params, opt_state, prompt_ids i32[B,L], empty_ids i32[L], clean i32[B,N], key)."""
 
     def step(
         params: Params, opt_state: optax.OptState, prompt_ids: Array, empty_ids: Array, clean: Array, key: Array
-    ) -> tuple[Params, optax.OptState, Array]:
+    ) -> tuple[Params, optax.OptState, Metrics]:
         loss, gradients = jax.value_and_grad(
             lambda p: pretrain_loss(config, execution, path, shift, p, prompt_ids, empty_ids, clean, grid, key)
         )(params)
-        return *optimizer_step(optimizer, gradients, opt_state, params), loss
+        params, opt_state, norm = optimizer_step(optimizer, gradients, opt_state, params)
+        return params, opt_state, {"loss": loss, "grad_norm": norm}
 
     return jax.jit(step, donate_argnums=(0, 1))

@@ -38,6 +38,7 @@ from udm_grpo.host.metrics import StageTimer, check_tools, write_json
 from udm_grpo.host.pictures import before_after, image_grid
 from udm_grpo.host.rewards import Rewards
 from udm_grpo.host.weights import WeightsError
+from udm_grpo.iteration_checks import DivergedError
 from udm_grpo.mesh import MeshError
 from udm_grpo.run import Position, Run, Stage, open_run, save, start
 from udm_grpo.run_reports import Reports
@@ -193,6 +194,10 @@ def finish(run: Run, reports: Reports, state: TrainState, reference: Params, pos
             if isinstance(value, float)
         )
         reports.progress.message(f"held-out, {steps} steps: {words}")
+    if reports.signal.skipped:
+        reports.progress.message(
+            f"{reports.signal.skipped} iterations made no update, because all their groups were dead (see the report)"
+        )
     reports.progress.message(f"{summary['seconds']:.0f} s in all; results in {run.config.output_dir}")
     return summary
 
@@ -209,6 +214,8 @@ def stop(run: Run, reports: Reports, position: Position) -> dict[str, Any]:
 
 def train(config: RunConfig) -> dict[str, Any]:
     """Run a whole training and return its summary; raises ConfigError before anything is started.
+
+    Raises DivergedError at the first iteration with a number that is not finite, before anything of it is saved.
 
     SIGTERM ends it after the iteration that is being made, with a checkpoint to go on from. With several processes all
     of them call this inside of `distributed.joined`.
@@ -278,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _help(words)
     if "--compile_only" in words:
         return compile_only.main(words)
-    expected = (ConfigError, MeshError, WeightsError, CheckpointError, BridgeError, UsageError, OSError)
+    expected = (ConfigError, MeshError, WeightsError, CheckpointError, BridgeError, UsageError, DivergedError, OSError)
     try:
         config = parse(words)
         validate(config)

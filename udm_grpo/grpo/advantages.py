@@ -10,10 +10,12 @@ STD_EPS = 1e-4
 def advantages(score: Float[Array, "p g"], clip: float, global_std: bool = False) -> Float[Array, "p g"]:
     """How much better each image is than its prompt's group: (r - mean_group) / (std + 1e-4), clipped to +-`clip`.
 
-    std is the group's population standard deviation, or with `global_std` that of all P*G scores.
+    std is the group's population standard deviation, or with `global_std` that of all P*G scores. In a dead group,
+    whose scores are all equal, every advantage is exactly 0, however their mean rounds.
 
     Source: UDM-GRPO, arXiv 2604.18518.
     """
-    centred = score - jnp.mean(score, axis=1, keepdims=True)
+    dead = jnp.max(score, axis=1, keepdims=True) == jnp.min(score, axis=1, keepdims=True)
+    centred = jnp.where(dead, 0.0, score - jnp.mean(score, axis=1, keepdims=True))
     std = jnp.std(score, keepdims=True) if global_std else jnp.std(score, axis=1, keepdims=True)
     return jnp.clip(centred / (std + STD_EPS), -clip, clip)

@@ -3,7 +3,9 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float
 
 
 def learning_rate(
@@ -49,10 +51,31 @@ def adamw(
     )
 
 
+def unless(skipped: Bool[Array, ""], new: Any, old: Any) -> Any:
+    """Return `new`, or `old` bit for bit where the step is skipped; no branch, so nothing more is held in memory."""
+    return jax.tree.map(lambda after, before: jnp.where(skipped, before, after), new, old)
+
+
 def step(
-    optimizer: optax.GradientTransformation, gradients: Any, opt_state: optax.OptState, params: Any
-) -> tuple[Any, optax.OptState]:
-    """(parameters after one step, the optimizer's next state)."""
+    optimizer: optax.GradientTransformation,
+    gradients: Any,
+    opt_state: optax.OptState,
+    params: Any,
+    skipped: Bool[Array, ""] | bool = False,
+) -> tuple[Any, optax.OptState, Float[Array, ""]]:
+    """Return (parameters after one step, the optimizer's next state, the gradients' global norm).
+
+    A step is skipped where `skipped` says so and where the norm is not finite. Parameters and state are then what they
+    were, the optimizer's counts included: Adam's bias correction belongs to its moments, and the schedule counts the
+    steps that were made, so that a warm-up is not used up by steps that were not.
+    """
+    norm = optax.tree.norm(gradients)
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float32 to the power of its int32 count
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
+        updates, next_state = optimizer.update(gradients, opt_state, params)
+    skip = jnp.logical_or(skipped, ~jnp.isfinite(norm))
+    return unless(skip, optax.apply_updates(params, updates), params), unless(skip, next_state, opt_state), norm
+
+
+def largest(params: Any) -> Float[Array, ""]:
+    """Return the largest absolute value of a tree's arrays; not finite if any of their values is not."""
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)).astype(jnp.float32) for leaf in jax.tree.leaves(params)]))

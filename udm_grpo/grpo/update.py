@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from udm_grpo.batches import Params, Samples, TrainState
 from udm_grpo.diffusion.chunks import chunk_size, split
 from udm_grpo.grpo.loss import LossPlan, grpo_loss
+from udm_grpo.grpo.optimizer import largest, unless
 from udm_grpo.grpo.optimizer import step as optimizer_step
 from udm_grpo.model import lora
 from udm_grpo.model.transformer import Execution, TransformerConfig
@@ -80,14 +81,31 @@ def moved_average(plan: EmaPlan, ema: Params, params: Params, step: Int32[Array,
     return jax.lax.cond(step % plan.every == 0, moved, lambda slow, _: slow, ema, params)
 
 
+def has_signal(samples: Samples) -> Bool[Array, ""]:
+    """Return whether any state has an advantage: without one, only the KL term and rounding would move the weights."""
+    weight = jnp.float32(1) if samples.weight is None else samples.weight
+    return jnp.any(jnp.where(weight > 0, samples.advantage, 0.0) != 0)
+
+
 def apply_gradients(
-    optimizer: optax.GradientTransformation, average: EmaPlan, state: TrainState, gradients: Params
-) -> TrainState:
-    """One optimizer step on the master weights, and one of their moving average if there is one and it is due."""
-    params, opt_state = optimizer_step(optimizer, gradients, state.opt_state, state.params)
+    optimizer: optax.GradientTransformation,
+    average: EmaPlan,
+    state: TrainState,
+    gradients: Params,
+    signal: Bool[Array, ""],
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """Return (next state, metrics) of one optimizer step on the master weights and, when due, of their average.
+
+    Without `signal`, or where the gradients' norm is not finite, the step is skipped: the state stays what it was bit
+    for bit, with the counts that the schedule, Adam's bias correction and the average go by. Metrics: `grad_norm`,
+    before clipping; `skipped`, 1 for a skipped step; `weight_max`, the largest absolute weight afterwards.
+    """
+    params, opt_state, norm = optimizer_step(optimizer, gradients, state.opt_state, state.params, ~signal)
+    skipped = ~signal | ~jnp.isfinite(norm)
     step = state.step + 1
-    ema = None if state.ema is None else moved_average(average, state.ema, params, step)
-    return TrainState(params=params, opt_state=opt_state, ema=ema, step=step)
+    ema = None if state.ema is None else unless(skipped, moved_average(average, state.ema, params, step), state.ema)
+    after = TrainState(params=params, opt_state=opt_state, ema=ema, step=jnp.where(skipped, state.step, step))
+    return after, {"grad_norm": norm, "skipped": skipped.astype(jnp.float32), "weight_max": largest(params)}
 
 
 def update(
@@ -105,14 +123,14 @@ def update(
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """(next state, metrics): gradients in `compute_dtype` on one copy of the weights, the step on float32 masters.
 
-    `optimizer` clips the gradients itself; the metric `grad_norm` is their norm before that. With `base`, frozen
-    weights in `compute_dtype`, the state is that of an adapter which counts `factor` times.
+    `optimizer` clips the gradients itself. A step without any advantage (all groups dead) or with a gradient norm that
+    is not finite is skipped; see `apply_gradients`. With `base`, frozen weights in `compute_dtype`, the state is that
+    of an adapter which counts `factor` times.
 
     Source: UDM-GRPO, arXiv 2604.18518.
     """
     scale = partial(lora.scaled, by=factor) if base is not None else lambda params: params
     compute = cast(scale(state.params), compute_dtype)
     gradients, metrics = accumulated_gradients(config, execution, plan, compute, samples, micro_batch, base)
-    gradients = scale(gradients)
-    metrics["grad_norm"] = optax.tree.norm(gradients)
-    return apply_gradients(optimizer, average, state, gradients), metrics
+    state, of_step = apply_gradients(optimizer, average, state, scale(gradients), has_signal(samples))
+    return state, metrics | of_step

@@ -106,6 +106,12 @@ def _curves(metrics: Sequence[Mapping[str, Any]], notes: list[str]) -> dict[str,
     broken = {name: line["step"] for line in reversed(metrics) for name in line.get("nonfinite", {})}
     for name, step in sorted(broken.items()):
         notes.append(f"{name} was not finite, first at iteration {step}.")
+    skipped = [line["step"] for line in metrics if line.get("skipped") == 1]
+    if skipped:
+        notes.append(
+            f"{len(skipped)} of {len(metrics)} iterations made no update, first iteration {skipped[0]}: in every group "
+            "all images got the same score (dead groups)."
+        )
     per = max(1, -(-len(rows) // MOST_POINTS))
     if per > 1:
         notes.append(f"Each point of a curve is the mean of {per} iterations.")

@@ -149,6 +149,7 @@ const MAIN = [
   ["KL", "kl", "to the start model, mean over tokens, nats"],
   ["Entropy", "entropy", "of the policy, mean over tokens, nats"],
   ["Gradient norm", "grad_norm", "before clipping"],
+  ["Dead groups", "dead_groups", "share of groups whose images all got the same score"],
 ];
 
 function curves() {
