@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from rewards_bridge.client import BridgeConfig, BridgeStats
 from rewards_bridge.errors import UsageError
 from rewards_bridge.replicas import Replicas
 from rewards_bridge.scorers.base import Scores
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Composition:
     """Scorers by name, used like one client.
 
     score = sum of weight * score. Of one part, raw values keep their names; of several, raw value "x" of part "p" is
-    "p/x" and the part's score "p/score"; their details are left out.
+    "p/x" and the part's score "p/score"; their details are left out. A raw value named "score" is then "p/raw/score".
     """
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
@@ -114,6 +116,18 @@ class _Joined:
                 self.future.set_result(compose(self._weights, self._found))
 
 
+def apart(raw: Mapping[str, T], taken: Iterable[str]) -> dict[str, T]:
+    """Return raw values under names of their own: those that are taken get "raw/" before them, the others stay."""
+    used = {*taken}
+    named = {name: values for name, values in raw.items() if name not in used}
+    for name in sorted(raw.keys() - named.keys()):
+        free = f"raw/{name}"
+        while free in used or free in named:
+            free = f"raw/{free}"
+        named[free] = raw[name]
+    return named
+
+
 def compose(weights: Mapping[str, float], parts: Mapping[str, Scores]) -> Scores:
     """The weighted sum of the parts' scores f32[B], with everything raw and every reason under its part's name."""
     names = list(weights)
@@ -125,7 +139,8 @@ def compose(weights: Mapping[str, float], parts: Mapping[str, Scores]) -> Scores
     raw: dict[str, np.ndarray] = {}
     for name in names:
         raw[f"{name}/score"] = parts[name].score
-        raw.update({f"{name}/{key}": values for key, values in parts[name].raw.items()})
+        named = {f"{name}/{key}": values for key, values in apart(parts[name].raw, ("score",)).items()}
+        raw.update(apart(named, raw))
     rows = zip(*(parts[name].reasons for name in names), strict=True)
     reasons = ["; ".join(f"{name}: {text}" for name, text in zip(names, row, strict=True) if text) for row in rows]
     return Scores(score=score, raw=raw, reasons=reasons)

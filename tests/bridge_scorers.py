@@ -154,6 +154,19 @@ class Wrong:
         return scores
 
 
+class Equal:
+    """Gives every image the same score, and raw values with awkward names, one of them in every other batch only."""
+
+    def __init__(self) -> None:
+        self._batches = 0
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
+        self._batches += 1
+        ones = np.ones(len(prompts), np.float32)
+        raw = dict.fromkeys(("score", "tags", "step", "even" if self._batches % 2 == 0 else "odd"), 2 * ones)
+        return Scores(np.float32(0.7) * ones, raw, [""] * len(prompts))
+
+
 class WithSecrets(Echo):
     """Takes options of which some are nobody's business."""
 

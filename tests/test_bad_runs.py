@@ -1,5 +1,6 @@
 """Runs whose numbers go wrong: they end before anything bad is saved, or say that they learn nothing."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ from orbax.checkpoint import v1 as ocp
 from running import metrics, train
 
 from udm_grpo.host.checkpoint import restore
+from udm_grpo.host.weights import load_folder
 
 QUICK = (
     *("evaluation.every=0", "evaluation.picture_every=0", "evaluation.final_prompts=2", "evaluation.batch=4"),
@@ -33,3 +35,29 @@ def test_a_run_that_diverges_ends_with_an_error_and_keeps_its_last_finite_checkp
     assert [name for name, leaf in leaves.items() if not np.isfinite(leaf).all()] == []
     for name in ("export", "summary.json", "before_after.png", "report.html"):
         assert not (output / name).exists(), name
+
+
+def test_a_run_whose_groups_are_all_dead_moves_nothing_and_says_so(tmp_path: Path) -> None:
+    """And what its scorer calls its raw values neither ends the run nor replaces a column, though batches differ."""
+    output = tmp_path / "run"
+    judge = ("rewards.scorers={}", "rewards.scorers.equal.scorer=bridge_scorers:Equal")
+    done = train(output, *QUICK, *judge, "optimizer.ema_decay=0.5", "optimizer.weight_decay=1.0", "iterations=3")
+    assert done.returncode == 0, done.stderr
+    assert "warning: iterations 1 to 3 made no update" in done.stderr
+    assert "3 iterations made no update" in done.stderr
+    rows = metrics(output)
+    assert [(row["step"], row["skipped"], row["dead_groups"]) for row in rows] == [(n, 1, 1) for n in (1, 2, 3)]
+    assert rows[0]["raw"] == {"score": 2, "tags": 2, "step": 2, "even": 2, "odd": 2}
+    assert rows[0]["raw_missing"] == {"even": 8, "odd": 8}
+    leaves = leaves_of(output / "checkpoints" / "00000003")
+    start = load_folder(json.loads((output / "config.json").read_text())["model"]["path"]).transformer
+    for part in ("params", "ema"):
+        np.testing.assert_array_equal(leaves[f"state/{part}/lm_head/kernel"], start["lm_head"]["kernel"])
+    moments = {name: np.abs(leaf).max() for name, leaf in leaves.items() if "opt_state" in name or name == "state/step"}
+    assert set(moments.values()) == {0}
+    base, final = (json.loads((output / "summary.json").read_text())[side] for side in ("base", "final"))
+    assert (final["score"], final["raw/score"], final["raw/tags"], final["images"]) == (np.float32(0.7), 2, 2, 4)
+    assert set(base) ^ set(final) == {"even", "odd"}
+    report = (output / "report.html").read_text()
+    assert "3 of 3 iterations made no update" in report
+    assert "raw/even: some images have no such value" in report

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rewards_bridge.client import BridgeConfig, RewardsClient
-from rewards_bridge.composition import Composition, Part, compose
+from rewards_bridge.composition import Composition, Part, apart, compose
 from rewards_bridge.errors import BridgeError, DeadlineError, ScorerError, UsageError
 from rewards_bridge.replicas import Replicas
 from rewards_bridge.scorers.base import Scores
@@ -42,6 +42,18 @@ def test_one_part_keeps_its_names():
     assert joined.score.dtype == np.float32
     assert set(joined.raw) == {"x"}
     assert joined.reasons == ["p", ""]
+
+
+def test_no_raw_value_takes_the_name_of_another():
+    one, two, three = (np.full(2, number, np.float32) for number in (1.0, 2.0, 3.0))
+    said = Scores(one, {"score": two, "raw/score": three}, ["", ""])
+    joined = compose({"p": 1.0, "q": 0.0}, {"p": said, "q": Scores(three, {}, ["", ""])})
+    named = {name: float(values[0]) for name, values in joined.raw.items()}
+    assert named == {"p/score": 1, "p/raw/raw/score": 2, "p/raw/score": 3, "q/score": 3}
+    joined = compose({"p": 1.0, "p/q": 0.0}, {"p": Scores(one, {"q/x": two}, []), "p/q": Scores(one, {"x": three}, [])})
+    named = {name: float(values[0]) for name, values in joined.raw.items()}
+    assert named == {"p/score": 1, "p/q/score": 1, "p/q/x": 2, "raw/p/q/x": 3}
+    assert apart({"a": 1, "b": 2}, ("b", "raw/b")) == {"a": 1, "raw/raw/b": 2}
 
 
 def test_parts_work_at_the_same_time():

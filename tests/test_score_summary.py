@@ -93,6 +93,16 @@ def test_raw_values_that_some_pictures_lack_are_left_out() -> None:
     del made.marks[1].raw["official"]
     assert columns(made, "judge").names == ("score",)
     assert write_official(made, Path("nowhere")) == []
+    (warning,) = summarize(made, [], 10, 0)["warnings"]
+    assert warning.startswith("judge: 1 of 2 pictures have no raw value 'official', which is left out here")
+
+
+def test_a_raw_value_named_score_is_kept_beside_the_score() -> None:
+    made = scored([(0, "untagged", 1.0), (1, "untagged", 0.0)], official=False)
+    for mark in made.marks:
+        mark.raw["score"] = 7.0
+    values = summarize(made, [], 10, 0)["scorers"]["judge"]["values"]
+    assert {name: found["mean"]["value"] for name, found in values.items()} == {"score": 0.5, "raw/score": 7.0}
 
 
 @pytest.mark.parametrize("details", ["", "no JSON", "[1]"])

@@ -8,11 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from rewards_bridge.composition import apart
 from udm_grpo import hosts, shared_rewards
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params
 from udm_grpo.host.extremes import Extremes
+from udm_grpo.host.raw_values import means, missing
 from udm_grpo.run import Run, Stage
+
+COLUMNS = ("score", "tags", "prompts", "images", "missing", "step", "nonfinite")
+"""Names that an evaluation, and its line in evaluations.jsonl, has of its own."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,9 @@ def draw(run: Run, policy: Params, texts: Sequence[str], copies: int, steps: int
 def evaluate(run: Run, policy: Params, count: int, steps: int, extremes: Path | None = None) -> dict[str, Any]:
     """Means over `count` held-out prompts (all, if there are fewer), balanced over tags.
 
-    {"score": what is optimised, each raw score by its name, "tags": {tag: the same}, "prompts", "images"}.
+    {"score": what is optimised, each raw score by its name, "tags": {tag: the same}, "prompts", "images"}. A raw value
+    whose name is one of COLUMNS has "raw/" before it. A value that some images lack is the mean over the others, and
+    "missing" then says how many lack it: {name: images}.
     extremes: the file for the best and the worst of the images, of those that process 0 scores.
     """
     texts, metadata, indices = run.heldout.fixed(min(count, len(run.heldout)), run.config.seed)
@@ -61,14 +68,14 @@ def evaluate(run: Run, policy: Params, count: int, steps: int, extremes: Path | 
     if extremes and hosts.is_primary():
         kept.write(extremes, run.identity.id)
     rewards = shared_rewards.collect(tickets, total)
-    parts = {"score": rewards.score, **rewards.raw}
+    parts = {"score": rewards.score, **apart(rewards.raw, COLUMNS)}
     tags = np.repeat([run.heldout.tags[index] for index in indices], copies)
-    result: dict[str, Any] = {name: float(np.mean(values)) for name, values in parts.items()}
+    result: dict[str, Any] = {**means(parts)}
     result["tags"] = {
-        str(tag): {name: float(np.mean(values[tags == tag])) for name, values in parts.items()}
-        for tag in sorted(set(tags))
+        str(tag): means({name: values[tags == tag] for name, values in parts.items()}) for tag in sorted(set(tags))
     }
-    return {**result, "prompts": len(texts), "images": len(tags)}
+    lacking = missing(parts)
+    return {**result, "prompts": len(texts), "images": len(tags)} | ({"missing": lacking} if lacking else {})
 
 
 def pictures(run: Run, policy: Params) -> tuple[np.ndarray, list[str]]:
@@ -95,3 +102,10 @@ def evaluate_all(run: Run, policy: Params, step: int) -> dict[str, Any]:
         str(steps): evaluate(run, policy, given.final_prompts, steps, file if steps == given.steps[0] else None)
         for steps in given.steps
     }
+
+
+def change_in_words(base: dict[str, Any], final: dict[str, Any]) -> str:
+    """Return every mean of two evaluations as in "strict 0.125 -> 0.250", with a dash where only one of them has it."""
+    names = [name for name, value in {**base, **final}.items() if isinstance(value, float)]
+    pairs = {name: ["-" if name not in side else f"{side[name]:.3f}" for side in (base, final)] for name in names}
+    return ", ".join(f"{name} {before} -> {after}" for name, (before, after) in pairs.items())

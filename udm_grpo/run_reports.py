@@ -8,11 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from rewards_bridge.composition import apart
 from udm_grpo import hosts
 from udm_grpo.config import RunConfig, as_dict
 from udm_grpo.host.atomic import remove_unfinished
 from udm_grpo.host.environment import begin
 from udm_grpo.host.metrics import JsonLines, MetricsWriter, Progress, StageTimer
+from udm_grpo.host.raw_values import means, missing
 from udm_grpo.host.rewards import Rewards
 from udm_grpo.host.run_folder import RunFolderError
 from udm_grpo.iteration_checks import SignalWatch, check_finite
@@ -72,7 +74,7 @@ def write_iteration(
     """
     seconds = reports.timer.take()
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    raw = {name: float(np.mean(part)) for name, part in rewards.raw.items()}
+    raw, lacking = means(rewards.raw), missing(rewards.raw)
     groups = rewards.score.reshape(-1, config.rollout.group_size)
     reward = float(np.mean(rewards.score))
     line = {
@@ -80,6 +82,7 @@ def write_iteration(
         "reward_std": float(np.std(rewards.score)),
         "dead_groups": float(np.mean(np.ptp(groups, axis=1) == 0)),
         "raw": raw,
+        **({"raw_missing": lacking} if lacking else {}),
         **values,
         "seconds": seconds,
     }
@@ -87,8 +90,8 @@ def write_iteration(
     check_finite("iteration", step, {"reward": reward, **values}, ADVICE.format(output=config.output_dir))
     if warning := reports.signal.watch(step, values["skipped"]):
         reports.progress.message(warning)
-    shown = {"reward": reward, **raw, "kl": values["kl"], "entropy": values["entropy"]}
-    reports.progress.update(shown, seconds)
+    own = {"reward": reward, "kl": values["kl"], "entropy": values["entropy"]}
+    reports.progress.update({"reward": reward, **apart(raw, own), **own}, seconds)
 
 
 def write_page(reports: Reports, output: Path) -> None:

@@ -28,7 +28,7 @@ from udm_grpo.best_weights import best_or_last, judged, save_best, take_over
 from udm_grpo.command_line import parse, usage
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.config_checks import validate
-from udm_grpo.evaluation import evaluate, evaluate_all, extremes_file, pictures
+from udm_grpo.evaluation import change_in_words, evaluate, evaluate_all, extremes_file, pictures
 from udm_grpo.export import digest_exports, export
 from udm_grpo.grpo.minibatches import split_images
 from udm_grpo.host.checkpoint import CheckpointError
@@ -188,12 +188,7 @@ def finish(run: Run, reports: Reports, state: TrainState, reference: Params, pos
         before_after(before, after, captions, run.output / "before_after.png", run=run.identity.id)
         write_json(run.output / "summary.json", summary)
     for steps, pair in summary["by_steps"].items():
-        words = ", ".join(
-            f"{name} {pair['base'][name]:.3f} -> {value:.3f}"
-            for name, value in pair["final"].items()
-            if isinstance(value, float)
-        )
-        reports.progress.message(f"held-out, {steps} steps: {words}")
+        reports.progress.message(f"held-out, {steps} steps: {change_in_words(**pair)}")
     if reports.signal.skipped:
         reports.progress.message(
             f"{reports.signal.skipped} iterations made no update, because all their groups were dead (see the report)"

@@ -106,6 +106,8 @@ def _curves(metrics: Sequence[Mapping[str, Any]], notes: list[str]) -> dict[str,
     broken = {name: line["step"] for line in reversed(metrics) for name in line.get("nonfinite", {})}
     for name, step in sorted(broken.items()):
         notes.append(f"{name} was not finite, first at iteration {step}.")
+    lacking = {name for line in metrics for name in line.get("raw_missing", {})}
+    notes += [f"raw/{name}: some images have no such value; means are over the others." for name in sorted(lacking)]
     skipped = [line["step"] for line in metrics if line.get("skipped") == 1]
     if skipped:
         notes.append(

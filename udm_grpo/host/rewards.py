@@ -15,6 +15,7 @@ from rewards_bridge.scorers.base import Scores
 from udm_grpo.config import RewardsConfig, ScorerConfig
 from udm_grpo.host.gpu_split import AUTO, CPU, SHARED
 from udm_grpo.host.gpus import VISIBLE
+from udm_grpo.host.raw_values import joined
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Rewards:
     score: np.ndarray
     """f32[B], what is optimised."""
     raw: dict[str, np.ndarray]
-    """f32[B] each, what is logged."""
+    """f32[B] each, what is logged; NaN for an image that its scorer gave no such value."""
 
 
 def connect(config: RewardsConfig, kept_images: Path) -> Composition:
@@ -91,5 +92,6 @@ def _on_device(given: ScorerConfig, device: str) -> dict[str, Any]:
 def collect(tickets: Sequence["Future[Scores]"], images: int | None = None) -> Rewards:
     """Wait for submitted micro-batches and join them in order; `images` drops what was only padding."""
     parts = [ticket.result() for ticket in tickets]
-    raw: dict[str, Any] = {name: np.concatenate([part.raw[name] for part in parts])[:images] for name in parts[0].raw}
-    return Rewards(score=np.concatenate([part.score for part in parts])[:images], raw=raw)
+    raw = joined([part.raw for part in parts], [len(part.score) for part in parts])
+    score = np.concatenate([part.score for part in parts])[:images]
+    return Rewards(score=score, raw={name: values[:images] for name, values in raw.items()})

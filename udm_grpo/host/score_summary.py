@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from rewards_bridge.composition import apart
 from udm_grpo.host.atomic import replace_file
 from udm_grpo.host.scoring import Scored
 
@@ -45,17 +46,17 @@ class Columns:
 def columns(scored: Scored, scorer: str, wanted: Sequence[int] | None = None) -> Columns:
     """The marks of one scorer by prompt, of the wanted prompts in that order (None: all).
 
-    Raw values that some pictures lack are left out.
+    Raw values that some pictures lack are left out, and one named "score" is "raw/score".
     """
     among = set(scored.prompts if wanted is None else wanted)
     marks = [mark for mark in scored.marks if mark.scorer == scorer and mark.prompt in among]
-    common = set.intersection(*(set(mark.raw) for mark in marks))
-    names = ("score", *(name for name in marks[0].raw if name in common and name != "score"))
+    raw = [apart(mark.raw, ("score",)) for mark in marks]
+    names = ("score", *(name for name in raw[0] if all(name in values for values in raw)))
     prompts = tuple(dict.fromkeys(mark.prompt for mark in marks)) if wanted is None else tuple(wanted)
     row = {prompt: index for index, prompt in enumerate(prompts)}
     sums, counts = np.zeros((len(prompts), len(names))), np.zeros(len(prompts))
-    for mark in marks:
-        sums[row[mark.prompt]] += [mark.score, *(mark.raw[name] for name in names[1:])]
+    for mark, values in zip(marks, raw, strict=True):
+        sums[row[mark.prompt]] += [mark.score, *(values[name] for name in names[1:])]
         counts[row[mark.prompt]] += 1
     return Columns(names, prompts, tuple(scored.prompts[prompt]["tag"] for prompt in prompts), sums, counts)
 
@@ -135,6 +136,7 @@ def summarize(scored: Scored, warnings: Sequence[str], resamples: int, seed: int
     for name, made in scored.scorers.items():
         table = columns(scored, name)
         scorers[name] = {**made, "values": by_value(table, spread(table, resamples, seed))}
+        warned += _left_out(scored, name)
         if "official" in table.names:
             scorers[name]["correct_prompts"] = _correct_prompts(scored, name)
             warned += _lacking_tasks(name, table.tags)
@@ -149,6 +151,18 @@ def summarize(scored: Scored, warnings: Sequence[str], resamples: int, seed: int
         "scorers": scorers,
         "warnings": warned,
     }
+
+
+def _left_out(scored: Scored, scorer: str) -> list[str]:
+    """A warning for every raw value that only some of the pictures have."""
+    marks = [mark for mark in scored.marks if mark.scorer == scorer]
+    times = Counter(name for mark in marks for name in mark.raw)
+    return [
+        f"{scorer}: {len(marks) - count} of {len(marks)} pictures have no raw value {name!r}, which is left out here; "
+        "scores.jsonl has the others'."
+        for name, count in times.items()
+        if count < len(marks)
+    ]
 
 
 def _correct_prompts(scored: Scored, scorer: str) -> float:
