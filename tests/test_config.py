@@ -1,11 +1,13 @@
 """What `validate` accepts, and what it says of every field and combination that cannot run."""
 
 import dataclasses
+from functools import reduce
 
 import pytest
 
 from udm_grpo.config import ConfigError, RewardsConfig, RunConfig, ScorerConfig, as_dict
 from udm_grpo.config_checks import validate
+from udm_grpo.config_fields import field_values, member, settle
 
 
 def runnable() -> RunConfig:
@@ -132,6 +134,29 @@ def test_a_number_out_of_its_range_is_named_with_its_value(name, value):
     (line,) = problems(**{name.replace(".", "__"): value})
     assert line.startswith(f"{name} is ")
     assert "; set it " in line
+
+
+def test_no_number_of_a_configuration_may_be_infinite_or_not_a_number():
+    """Every float of every section, numbers in dicts and tuples, and those that float32 cannot hold."""
+    config = RunConfig()
+    floats = [name for name, value in field_values(config) if isinstance(value, float)]
+    assert len(floats) > 20
+    for name in floats:
+        for bad in (float("inf"), float("-inf"), float("nan"), 1e39):
+            *path, last = name.split(".")
+            section = reduce(member, path, config)
+            before = getattr(section, last)
+            setattr(section, last, bad)
+            with pytest.raises(ConfigError) as caught:
+                validate(config)
+            setattr(section, last, before)
+            assert str(caught.value).count(f"  - {name} is ") == 1, (name, bad)
+    assert problems(prompts__tag_weights={"colors": float("inf")}) == [
+        "prompts.tag_weights.colors is inf; set it to a finite number that float32 can hold."
+    ]
+    assert "evaluation.steps[1] is above 10^39; set it" in problems(evaluation__steps=(10, 10**400))[0]
+    with pytest.raises(ConfigError, match=r"rewards.scorers.a.options.low is inf; set it to a finite number"):
+        settle(RunConfig(rewards=RewardsConfig({"a": ScorerConfig(options={"low": float("inf")})})))  # type: ignore[dict-item]
 
 
 def test_evaluation_needs_a_number_of_steps():

@@ -356,7 +356,7 @@ def test_the_key_is_not_carried_to_another_address(monkeypatch):
         ({"pattern": r"\d+"}, "exactly one group, the number; .* has 0"),
         ({"pattern": r"(a|b)(\d+)"}, "has 2"),
         ({"low": "1", "high": "1"}, "low < high"),
-        ({"high": "nan"}, "low < high"),
+        ({"high": "nan"}, "high='nan' is no"),
         ({"timeout_s": "0"}, "timeout_s > 0"),
         ({"deadline_s": "-1"}, "deadline_s > 0"),
         ({"fields": '{"stream": true}'}, "without model, messages, stream, n"),

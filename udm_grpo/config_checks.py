@@ -2,11 +2,17 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from typing import Any
 
 from udm_grpo.config import ConfigError, RunConfig
+from udm_grpo.config_fields import field_values
 from udm_grpo.host import places
 from udm_grpo.host.gpu_split import device_problems
 from udm_grpo.model import lora
+
+MAX_NUMBER = 3.4028234663852886e38
+"""The largest of float32, in which a run computes."""
 
 
 def _choice(problems: list[str], name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -29,6 +35,19 @@ def _above_zero(problems: list[str], **values: float) -> None:
 def _fraction(problems: list[str], name: str, value: float) -> None:
     if not 0 <= value < 1:
         problems.append(f"{name} is {value}; set it to 0 (not set) or between 0 and 1.")
+
+
+def _not_finite(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield (field, problem) for a number, or one in a tuple or dict, that is not finite or not one of float32."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _not_finite(f"{name}.{key}", part)
+    elif isinstance(value, tuple):
+        for index, part in enumerate(value):
+            yield from _not_finite(f"{name}[{index}]", part)
+    elif isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:  # NaN too
+        shown = "above 10^39" if isinstance(value, int) else str(value)  # Python does not write long integers
+        yield name, f"{name} is {shown}; set it to a finite number that float32 can hold."
 
 
 def _choices(config: RunConfig, problems: list[str]) -> None:
@@ -161,5 +180,8 @@ def validate(config: RunConfig) -> None:
     _lora(config, problems)
     _combinations(config, problems)
     problems += places.config_problems(config)
+    for name, problem in (found for field in field_values(config) for found in _not_finite(*field)):
+        if not any(line.startswith(f"{name} is ") for line in problems):
+            problems.append(problem)
     if problems:
         raise ConfigError("this configuration cannot run:\n" + "\n".join(f"  - {problem}" for problem in problems))

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import inspect
+import math
 import numbers
 import operator
 import os
@@ -88,6 +89,8 @@ def typed(name: str, value: Any, annotation: Any) -> Any:
 
 def _entry(name: str, value: Any, annotation: Any) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} is {value}; set it to a finite number.")
     return str(value) if annotation is str and number else typed(name, value, annotation)
 
 

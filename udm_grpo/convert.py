@@ -26,6 +26,7 @@ import numpy as np
 from etils import epath
 
 from udm_grpo.host.checkpoint import CheckpointError
+from udm_grpo.host.finite import finite_number
 from udm_grpo.host.part_files import open_part
 from udm_grpo.host.peft_files import write_adapter
 from udm_grpo.host.places import check_flags
@@ -298,7 +299,9 @@ def _parser() -> argparse.ArgumentParser:
     four = command(verify, "verify", "whether two checkpoints are the same, tensor by tensor")
     four.add_argument("a", type=epath.Path)
     four.add_argument("b", type=epath.Path)
-    four.add_argument("--tolerance", type=float, default=0.0, help="absolute difference allowed; 0 asks for equal bits")
+    four.add_argument(
+        "--tolerance", type=finite_number, default=0.0, help="absolute difference allowed; 0 asks for equal bits"
+    )
     four.add_argument("--forward", action="store_true", help="also A's logits by transformers' Qwen3 against ours of B")
     for made in (one, four):
         made.add_argument("--weights", choices=tuple(PREFIXES), default="params", help="which ones of a training")

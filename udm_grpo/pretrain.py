@@ -22,6 +22,7 @@ from udm_grpo.batches import Params
 from udm_grpo.diffusion.path import Path
 from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.host.checkpoint import Checkpoints
+from udm_grpo.host.finite import finite_number
 from udm_grpo.host.places import local_args
 from udm_grpo.host.weights import Checkpoint, load_folder, save_folder
 from udm_grpo.iteration_checks import DivergedError, check_finite
@@ -146,8 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="folder for the trained checkpoint, its log and its states")
     parser.add_argument("--updates", type=int, required=True)
     parser.add_argument("--batch", type=int, default=PretrainPlan.batch)
-    parser.add_argument("--learning_rate", type=float, default=PretrainPlan.learning_rate)
-    parser.add_argument("--shift", type=float, default=PretrainPlan.shift, help="0: the checkpoint's own")
+    parser.add_argument("--learning_rate", type=finite_number, default=PretrainPlan.learning_rate)
+    parser.add_argument("--shift", type=finite_number, default=PretrainPlan.shift, help="0: the checkpoint's own")
     parser.add_argument("--seed", type=int, default=0)
     arguments = local_args(parser, argv)
     output = FilePath(arguments.output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping
 
@@ -106,7 +107,10 @@ def _convert_one(name: str, key: str, value: str, wanted: object) -> object:
         if wanted in (int, "int"):
             return int(value)
         if wanted in (float, "float"):
-            return float(value)
+            number = float(value)
+            if not math.isfinite(number):
+                raise ValueError(value)
+            return number
     except (ValueError, KeyError):
         raise UsageError(f"scorer {name!r}: option {key}={value!r} is no {wanted}") from None
     return value

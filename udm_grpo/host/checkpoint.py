@@ -43,6 +43,7 @@ from udm_grpo.host.checkpoint_folders import (
 )
 from udm_grpo.host.checkpoint_leaves import State, abstract_leaves, by_name, differences, savable_leaves
 from udm_grpo.host.disk_space import save_problem
+from udm_grpo.host.finite import named, nonfinite
 
 FORMAT = 1  # of what is inside a checkpoint; goes up when old ones can no longer be read
 
@@ -104,8 +105,9 @@ class Checkpoints:
         Returns when the state has been copied: what becomes of its arrays then does not matter. Waits for a save that
         has begun before. Saving a step again that this object has saved does nothing: a step of a run has one state.
 
-        Raises CheckpointError when there is too little disk or saving fails in another way (earlier checkpoints stay as
-        they are) and when an earlier run's checkpoint of this step exists; TypeError for leaves that are not arrays.
+        Raises CheckpointError for leaves whose numbers are not finite, when there is too little disk or saving fails in
+        another way (earlier checkpoints stay as they are), and when an earlier run's checkpoint of this step exists;
+        TypeError for leaves that are not arrays.
         """
         self.finish()
         path = self.path(step)
@@ -176,6 +178,9 @@ class Checkpoints:
         self, path: epath.Path, step: int, state: State, meta: Mapping[str, Any], after: Callable[[], None]
     ) -> None:
         leaves = savable_leaves(state)
+        if bad := nonfinite(leaves):
+            advice = "Nothing was written, and earlier checkpoints stay as they are"
+            raise CheckpointError(f"{path} is not saved: NaN or infinite numbers in {named(bad)}. {advice}.")
         header = {"format": FORMAT, "step": step, "meta": _as_json(meta)}
         size = sum(leaf.nbytes for leaf in leaves.values())
         clear_leftovers(path.parent)
@@ -213,7 +218,7 @@ def restore(path: PathLike, abstract_state: State, partial: bool = False) -> tup
     a jax.Array; a NumPy array or scalar gives the same. With `partial`, what else is in the checkpoint is left unread.
 
     Raises CheckpointError if there is no good checkpoint, if it is another model's (which names, shapes and dtypes
-    differ: the first few of each kind and how many), or if its files are damaged.
+    differ: the first few of each kind and how many), if its files are damaged, or if numbers in it are not finite.
     """
     path = absolute(path)
     saved, meta = _read_header(path)
@@ -224,6 +229,8 @@ def restore(path: PathLike, abstract_state: State, partial: bool = False) -> tup
         raise CheckpointError("\n  ".join([f"{path} is a checkpoint of another model:", *found, advice]))
     with _reading(path, partial):
         loaded = ocp.load(path, wanted)
+    if bad := nonfinite(loaded):
+        raise CheckpointError(f"{path}: NaN or infinite numbers in {named(bad)}. Give an earlier checkpoint.")
     scalars = [isinstance(leaf, np.generic) for leaf in jax.tree.leaves(abstract_state)]
     leaves = [loaded[name][()] if scalar else loaded[name] for name, scalar in zip(wanted, scalars, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), meta

@@ -13,6 +13,7 @@ import numpy as np
 
 from udm_grpo.batches import Params
 from udm_grpo.host.atomic import replacing_folder
+from udm_grpo.host.finite import named, nonfinite
 from udm_grpo.host.part_files import different_files
 from udm_grpo.host.peft_config import CONFIG_FILE, AdapterConfig, read_config
 from udm_grpo.host.peft_names import AdapterNames, Factor, read_names
@@ -50,11 +51,14 @@ NOT_USED: Mapping[str, Any] = {
 def write_adapter(folder: PathLike, adapter: Params, alpha: float) -> None:
     """Write an adapter (not `scaled`) in float32.
 
-    Raises FileExistsError rather than overwrite anything but an adapter, and OSError if the disk is full.
+    Raises WeightsError for numbers that are not finite, FileExistsError rather than overwrite anything but an adapter,
+    and OSError if the disk is full.
     """
     wanted = sources(PEFT_TABLE, adapter)
     infos = {name: TensorInfo(wanted[name].shape, "float32") for name in sorted(wanted)}
     leaves = {path: np.asarray(leaf, np.float32) for path, leaf in leaves_by_path(adapter).items()}
+    if bad := nonfinite({name: leaves[source.path] for name, source in wanted.items()}):
+        raise WeightsError(f"{folder} is not written: NaN or infinite numbers in {named(bad)}.")
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -103,16 +107,20 @@ def read_adapter(folder: PathLike, config: TransformerConfig) -> tuple[Params, f
         found.lines += _tensor_problems(names, fields, config, opened.infos, maps)
     found.raise_any(folder)
     assert form is not None
-    adapter = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), form)
+    adapter, bad = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), form), []
     for factor, name in names.tensors.items():
         part, linear = lora.MAPS[factor.map]
         module = names.module(factor.layer, factor.map)
         block = opened.read(name).astype(np.float32).T
         if factor.side == "B":
             by = fields.scaling(module) * max(ranks) / fields.alpha
-            adapter["layers"][part][linear]["lora_b"][factor.layer, : len(block)] = block if by == 1 else block * by
+            block = block if by == 1 else block * by
+            adapter["layers"][part][linear]["lora_b"][factor.layer, : len(block)] = block
         else:
             adapter["layers"][part][linear]["lora_a"][factor.layer, :, : block.shape[1]] = block
+        bad += [] if np.isfinite(block).all() else [name]
+    if bad:
+        raise WeightsError(f"{folder}: numbers that are NaN, infinite or too large for float32 in {named(bad)}")
     return adapter, fields.alpha
 
 

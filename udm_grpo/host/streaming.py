@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from udm_grpo.batches import Params
+from udm_grpo.host.finite import named
 from udm_grpo.host.progress import progress_bar
+from udm_grpo.host.torch_files import WeightsError
 from udm_grpo.host.weight_table import KEEP, Source, backward, forward, leaves_by_path
 
 BLOCK_BYTES = 32 << 20
@@ -27,12 +29,14 @@ Fetch = Callable[[Any, int | None, int, int, int], np.ndarray]
 
 
 def read_tree(
-    wanted: Mapping[str, Source], tree: Params, read_rows: Rows, dtype: jnp.dtype, shardings: Any = None
+    place: Any, wanted: Mapping[str, Source], tree: Params, read_rows: Rows, dtype: jnp.dtype, shardings: Any = None
 ) -> Params:
     """Return the parameters in the form of the abstract `tree`, on `shardings` (a tree too) or the first device.
 
-    Each process reads and keeps only what its devices hold.
+    Each process reads and keeps only what its devices hold. Raises WeightsError naming `place`, where the tensors are
+    from, and those that hold NaN, infinities, or numbers that are too large for `dtype`.
     """
+    bad = list[str]()
     names = dict[str, list[str]]()
     for name, source in wanted.items():
         names.setdefault(source.path, []).append(name)
@@ -46,7 +50,7 @@ def read_tree(
         whole = tuple((0, size) for size in abstract.shape)
         held = {None: whole} if sharding is None else _held(sharding, abstract.shape)
         buffers = {spans: _aligned(tuple(stop - start for start, stop in spans), dtype) for spans in held.values()}
-        _fill(buffers, members, read_rows)
+        bad.extend(_fill(buffers, members, read_rows))
         shown.update()
         if sharding is None:
             return jnp.asarray(buffers[whole])
@@ -54,7 +58,10 @@ def read_tree(
         return jax.make_array_from_single_device_arrays(abstract.shape, sharding, shards)
 
     with shown:
-        return jax.tree_util.tree_map_with_path(leaf, tree)
+        filled = jax.tree_util.tree_map_with_path(leaf, tree)
+    if bad:
+        raise WeightsError(f"{place}: numbers that are NaN, infinite or too large for {dtype} in {named(bad)}")
+    return filled
 
 
 def row_blocks(source: Source, leaf: Any, fetch: Fetch) -> Iterator[np.ndarray]:
@@ -79,8 +86,9 @@ def _held(sharding: Any, shape: tuple[int, ...]) -> dict[Any, Spans]:
     }
 
 
-def _fill(buffers: Mapping[Spans, np.ndarray], members: Mapping[str, Source], read_rows: Rows) -> None:
-    """Read tensors into the parts of a leaf that they belong to."""
+def _fill(buffers: Mapping[Spans, np.ndarray], members: Mapping[str, Source], read_rows: Rows) -> list[str]:
+    """Read tensors into the parts of a leaf that they belong to; return those whose numbers are not finite there."""
+    bad = dict[str, None]()
     for name, source in members.items():
         for start, stop in row_ranges(source.shape, 4):
             targets = [
@@ -92,7 +100,11 @@ def _fill(buffers: Mapping[Spans, np.ndarray], members: Mapping[str, Source], re
                 continue
             block = forward(read_rows(name, start, stop), source.transform)
             for target, inside in targets:
-                target[...] = block[inside]
+                with np.errstate(over="ignore"):  # found below
+                    target[...] = block[inside]
+                if not np.isfinite(target).all():
+                    bad[name] = None
+    return list(bad)
 
 
 def _target(

@@ -114,13 +114,14 @@ def load_folder(
     assert weights is not None
     assert codec is not None
     assert codebook is not None
+    source = transformer_path(folder, transformer_weights)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), transformer.abstract(config))
     return Checkpoint(
         transformer_config=config,
-        transformer=_read_tree(weights, TRANSFORMER_TABLE, shapes, dtype) if read_transformer else shapes,
+        transformer=_read_tree(source, weights, TRANSFORMER_TABLE, shapes, dtype) if read_transformer else shapes,
         vq_config=vq_config,
-        vq=_read_tree(codec, VQ_TABLE, vq.abstract(vq_config), dtype),
-        path_codebook=jnp.asarray(codebook.read(CODEBOOK_NAME).astype(np.float32)),
+        vq=_read_tree(folder / "vae", codec, VQ_TABLE, vq.abstract(vq_config), dtype),
+        path_codebook=jnp.asarray(_read_codebook(codebook)),
         scheduler=scheduler,
         tokenizer=tokenizer,
         files=_read_carried(folder),
@@ -157,7 +158,7 @@ def load_transformer(
     weights = found.part(path, wanted)
     found.raise_any(path)
     assert weights
-    return _read_tree(weights, TRANSFORMER_TABLE, transformer.abstract(config), dtype, shardings)
+    return _read_tree(path, weights, TRANSFORMER_TABLE, transformer.abstract(config), dtype, shardings)
 
 
 def save_folder(
@@ -174,8 +175,8 @@ def save_folder(
 
     Names, shapes, dtypes and the division into files are those of the folder that was loaded, so unchanged weights
     come back bit for bit; `dtype`, if given, is that of the transformer's tensors instead. Raises WeightsError for
-    weights that do not fit the configurations or overflow their dtype, FileExistsError rather than overwrite anything
-    but a checkpoint, and OSError if the disk is full or forbids it.
+    weights that do not fit the configurations, are not finite or overflow their dtype, FileExistsError rather than
+    overwrite anything but a checkpoint, and OSError if the disk is full or forbids it.
     """
     layouts = dict(checkpoint.layouts)
     if dtype is not None:
@@ -269,8 +270,17 @@ def _codebook_problems(codebook: TensorFiles, config: TransformerConfig) -> list
     return [f"scheduler/{SCHEDULER_FILE}: {line}" for line in problems(wanted, codebook.infos)]
 
 
-def _read_tree(files: TensorFiles, table: Table, abstract: Params, dtype: str, shardings: Any = None) -> Params:
-    return read_tree(sources(table, abstract), abstract, files.read_rows, jnp.dtype(dtype), shardings)
+def _read_tree(
+    place: PathLike, files: TensorFiles, table: Table, abstract: Params, dtype: str, shardings: Any = None
+) -> Params:
+    return read_tree(place, sources(table, abstract), abstract, files.read_rows, jnp.dtype(dtype), shardings)
+
+
+def _read_codebook(files: TensorFiles) -> np.ndarray:
+    codebook = files.read(CODEBOOK_NAME).astype(np.float32)
+    if not np.isfinite(codebook).all():
+        raise WeightsError(f"scheduler/{SCHEDULER_FILE}: NaN or infinite numbers in {CODEBOOK_NAME}.")
+    return codebook
 
 
 def _saved_layout(layout: Layout, dtype: str) -> Layout:
@@ -315,12 +325,14 @@ class _Part:
         return {name: TensorInfo(source.shape, self.layout.dtypes[name]) for name, source in self.wanted.items()}
 
     def blocks(self, part: str, name: str) -> Iterator[np.ndarray]:
-        """Yield a tensor in the dtype of its file; raises WeightsError if that is too small for it."""
+        """Yield a tensor in the dtype of its file; raises WeightsError if that is too small, or it is not finite."""
         source, dtype = self.wanted[name], self.layout.dtypes[name]
         for block in row_blocks(source, self.leaves[source.path], self.fetch):
             with np.errstate(over="ignore"):  # found below, and said with the tensor's name
                 cast = block.astype(dtype)
-            if np.isfinite(block).all() and not np.isfinite(cast).all():
+            if not np.isfinite(block).all():
+                raise WeightsError(f"{part}: {name} has NaN or infinite numbers; such weights are not written")
+            if not np.isfinite(cast).all():
                 advice = 'save with dtype="float32"'
                 raise WeightsError(f"{part}: {name} has values too large for {dtype}; {advice}")
             yield cast
@@ -328,9 +340,8 @@ class _Part:
 
 def _take_part(parts: Mapping[str, _Part]) -> None:
     """Fetch all blocks in the order in which the process that writes does."""
-    for part in parts.values():
-        for names in part.layout.files.values():
+    for part, one in parts.items():
+        for names in one.layout.files.values():
             for name in names:
-                source = part.wanted[name]
-                for _ in row_blocks(source, part.leaves[source.path], part.fetch):
+                for _ in one.blocks(part, name):  # so that a tensor that cannot be written is an error in all processes
                     pass
