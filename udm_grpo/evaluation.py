@@ -16,7 +16,7 @@ from udm_grpo.host.extremes import Extremes
 from udm_grpo.host.raw_values import means, missing
 from udm_grpo.run import Run, Stage
 
-COLUMNS = ("score", "tags", "prompts", "images", "missing", "step", "nonfinite")
+COLUMNS = ("score", "tags", "prompts", "images", "missing", "step", "run", "nonfinite")
 """Names that an evaluation, and its line in evaluations.jsonl, has of its own."""
 
 

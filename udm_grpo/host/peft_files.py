@@ -107,7 +107,8 @@ def read_adapter(folder: PathLike, config: TransformerConfig) -> tuple[Params, f
         found.lines += _tensor_problems(names, fields, config, opened.infos, maps)
     found.raise_any(folder)
     assert form is not None
-    adapter, bad = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), form), []
+    bad: list[str] = []
+    adapter = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), form)
     for factor, name in names.tensors.items():
         part, linear = lora.MAPS[factor.map]
         module = names.module(factor.layer, factor.map)
