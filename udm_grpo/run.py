@@ -24,8 +24,8 @@ from udm_grpo.disk_check import check_space
 from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.host import rewards
 from udm_grpo.host.buckets import Mirror, local, local_prompts
-from udm_grpo.host.checkpoint import Checkpoints
-from udm_grpo.host.checkpoint import restore as restore_checkpoint
+from udm_grpo.host.checkpoint import Checkpoints, check_same_run
+from udm_grpo.host.checkpoint_fallback import restore_or_older
 from udm_grpo.host.metrics import write_json
 from udm_grpo.host.prompt_files import PROMPT
 from udm_grpo.host.prompts import PromptSet, read_prompts
@@ -273,7 +273,12 @@ def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position 
     )
     if run.identity.resume is None:
         return *_fresh(run, abstract, reference), None
-    saved, meta = restore_checkpoint(run.identity.resume, {"state": abstract, "reference": reference})
+    saved, meta = restore_or_older(
+        run.identity.resume,
+        {"state": abstract, "reference": reference},
+        run.config.checkpoint.resume,
+        lambda meta: check_same_run(meta, run.identity.fingerprint),
+    )
     return saved["state"], saved["reference"], Position(**meta["position"])
 
 

@@ -13,6 +13,7 @@ from udm_grpo.batches import Params
 from udm_grpo.config import LoraConfig
 from udm_grpo.export import unrounded
 from udm_grpo.host.checkpoint import CheckpointError, Checkpoints, read_meta, resolve_resume, restore
+from udm_grpo.host.checkpoint_storage import plain
 from udm_grpo.host.peft_files import PEFT_TABLE, merge_on_host
 from udm_grpo.host.weight_table import TRANSFORMER_TABLE, Table, TensorInfo, problems, sources
 from udm_grpo.host.weights import Checkpoint, WeightsError
@@ -135,7 +136,7 @@ def open_training(path: epath.Path) -> Training:
 
 def read_training(path: epath.Path) -> Training:
     """Read what a checkpoint's own folder says of itself; raises CheckpointError if there is none."""
-    meta, header = read_meta(path), cast(Any, ocp.metadata(path))
+    meta, header = read_meta(path), cast(Any, ocp.metadata(plain(path)))
     infos = {name: TensorInfo(tuple(leaf.shape), str(leaf.dtype)) for name, leaf in header.metadata.items()}
     return Training(path, header.custom_metadata["step"], meta, infos)
 

@@ -5,7 +5,8 @@
 
 What a caller may rely on:
 * A checkpoint counts only once Orbax has committed it. What a killed or failed save leaves behind is never listed, and
-  the next save clears it away. Older checkpoints go only after the new one is committed.
+  the next save clears it away. Older checkpoints go only after the new one is committed, synced to the disk and opened
+  again: what cannot be read back is an error, and nothing is deleted for it.
 * A state is stored as a flat {"params/layers/q": array} of its leaves and comes back in the structure of the abstract
   state given to `restore`, bit for bit, dtypes included, on the shardings given there: no flax or optax type is stored.
 * `meta` is any JSON dictionary. What makes two runs the same run goes under "fingerprint" (see `check_same_run`).
@@ -15,7 +16,6 @@ processes all of them call these and `restore` alike, and all see the same folde
 """
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,28 +28,37 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from udm_grpo.host.checkpoint_folders import (
-    COMMITTED,
     PathLike,
     absolute,
     clear_leftovers,
     committed_best,
     committed_steps,
     drop_superseded,
-    is_committed,
     move,
-    newest_of,
     remove,
     set_best_aside_after,
+    unused_aside,
 )
-from udm_grpo.host.checkpoint_leaves import State, abstract_leaves, by_name, differences, savable_leaves
+from udm_grpo.host.checkpoint_leaves import State, differences, sample_of, savable_leaves
+from udm_grpo.host.checkpoint_reading import (
+    FORMAT,
+    CheckpointError,
+    DamagedError,
+    as_json,
+    check_same_run,
+    first_line,
+    orbax_context,
+    read_header,
+    read_meta,
+    reading,
+    resolve_resume,
+    restore,
+)
+from udm_grpo.host.checkpoint_storage import is_remote, make_durable, plain
 from udm_grpo.host.disk_space import save_problem
 from udm_grpo.host.finite import named, nonfinite
 
-FORMAT = 1  # of what is inside a checkpoint; goes up when old ones can no longer be read
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, found or read, or belongs to another run; the message says what to do."""
+__all__ = ["CheckpointError", "Checkpoints", "DamagedError", "check_same_run", "read_meta", "resolve_resume", "restore"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,10 @@ class _Pending:
     """A save that has begun."""
 
     path: epath.Path
-    bytes: int
+    leaves: dict[str, jax.ShapeDtypeStruct]
+    """What is saved, by name."""
+    sample: dict[str, np.ndarray]
+    """A small one of the arrays, to be compared with what is read back."""
     response: ocp.AsyncResponse[None]
     after: Callable[[], None]
     """What to do once it is good."""
@@ -117,13 +129,13 @@ class Checkpoints:
             advice = "resume from it, call set_aside_after, or choose another folder"
             raise CheckpointError(f"{path} exists already, from an earlier run; {advice}")
 
-        def keepnewest_of() -> None:
+        def keep_newest() -> None:
             self._written.add(step)
             for old in self.steps()[: -self.keep]:
                 remove(self.path(old))
             drop_superseded(self.folder)
 
-        self._begin(path, step, state, meta, keepnewest_of)
+        self._begin(path, step, state, meta, keep_newest)
 
     def save_best(self, step: int, state: State, meta: Mapping[str, Any]) -> epath.Path:
         """`begin_best`, and `finish`; return the checkpoint's folder."""
@@ -150,8 +162,15 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        with self._failing(pending.path, pending.bytes):
+        with self._failing(pending.path, _size(pending.leaves)):
             pending.response.result()
+            if jax.process_index() == 0:
+                make_durable(pending.path)
+        try:
+            _read_back(pending)
+        except CheckpointError as error:
+            kept = "It does not count as saved, and no older checkpoint was deleted"
+            raise CheckpointError(f"{pending.path} was written but cannot be read back: {error}\n  {kept}.") from error
         pending.after()
 
     def restore(self, path_or_step: PathLike | int, abstract_state: State) -> tuple[State, dict[str, Any]]:
@@ -168,8 +187,7 @@ class Checkpoints:
         set_best_aside_after(self.folder, step)
         moved = []
         for later in [other for other in self.steps() if other > step]:
-            number = 1 + len(list(self.folder.glob(f"{later:08d}.aside-*")))
-            moved.append(self.folder / f"{later:08d}.aside-{number}")
+            moved.append(unused_aside(self.path(later)))
             if jax.process_index() == 0:
                 move(self.path(later), moved[-1])
         return moved
@@ -181,18 +199,19 @@ class Checkpoints:
         if bad := nonfinite(leaves):
             advice = "Nothing was written, and earlier checkpoints stay as they are"
             raise CheckpointError(f"{path} is not saved: NaN or infinite numbers in {named(bad)}. {advice}.")
-        header = {"format": FORMAT, "step": step, "meta": _as_json(meta)}
-        size = sum(leaf.nbytes for leaf in leaves.values())
+        header = {"format": FORMAT, "step": step, "meta": as_json(meta)}
+        forms = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+        size, sample = _size(forms), sample_of(leaves)
         clear_leftovers(path.parent)
         # Process 0 alone asks: the others might do so while it writes already.
-        problem = "" if jax.process_index() or "://" in str(path) else save_problem(Path(path), size)
+        problem = "" if jax.process_index() or is_remote(path) else save_problem(Path(path), size)
         if problem:
             raise CheckpointError(problem)
         with self._failing(path, size):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with _orbax():
-                response = ocp.save_async(path, leaves, custom_metadata=header)
-        self._pending = _Pending(path, size, response, after)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with orbax_context():
+                response = ocp.save_async(plain(path), leaves, custom_metadata=header)
+        self._pending = _Pending(path, forms, sample, response, after)
 
     @contextlib.contextmanager
     def _failing(self, path: epath.Path, size: int) -> Iterator[None]:
@@ -203,121 +222,29 @@ class Checkpoints:
             raise CheckpointError(self._why_not_saved(path, size, error)) from error
 
     def _why_not_saved(self, path: epath.Path, size: int, error: Exception) -> str:
-        text = f"saving {path} failed: {_first_line(error)}\n  It needs {size / 2**20:,.1f} MiB"
+        text = f"saving {path} failed: {first_line(error)}\n  It needs {size / 2**20:,.1f} MiB"
         with contextlib.suppress(OSError):
             text += f"; the disk has {shutil.disk_usage(self.folder).free / 2**20:,.1f} MiB free"
-        latest = self.latest()
+        latest = max((step for step in self.steps() if self.path(step) != path), default=None)
         kept = "There is no checkpoint yet" if latest is None else f"The last good checkpoint is {self.path(latest)}"
         return f"{text}. {kept}; nothing was deleted.\n  Make room if the disk is full, then go on with resume=latest."
 
 
-def restore(path: PathLike, abstract_state: State, partial: bool = False) -> tuple[State, dict[str, Any]]:
-    """Return (state, meta) of the checkpoint in this folder, in the structure and on the shardings of abstract_state.
+def _read_back(saved: _Pending) -> None:
+    """Raise CheckpointError unless a checkpoint holds what was saved: the form of every array, and a small one.
 
-    Leaves of abstract_state: jax.ShapeDtypeStruct with a sharding (without one: the first device) or a jax.Array give
-    a jax.Array; a NumPy array or scalar gives the same. With `partial`, what else is in the checkpoint is left unread.
-
-    Raises CheckpointError if there is no good checkpoint, if it is another model's (which names, shapes and dtypes
-    differ: the first few of each kind and how many), if its files are damaged, or if numbers in it are not finite.
+    Of several processes none reads an array, which would take all of them at a time when one may have failed.
     """
-    path = absolute(path)
-    saved, meta = _read_header(path)
-    wanted = abstract_leaves(abstract_state)
-    found = differences(saved, wanted, partial)
-    if found:
-        advice = "Give the configuration it was made with, or resume=none to begin anew."
-        raise CheckpointError("\n  ".join([f"{path} is a checkpoint of another model:", *found, advice]))
-    with _reading(path, partial):
-        loaded = ocp.load(path, wanted)
-    if bad := nonfinite(loaded):
-        raise CheckpointError(f"{path}: NaN or infinite numbers in {named(bad)}. Give an earlier checkpoint.")
-    scalars = [isinstance(leaf, np.generic) for leaf in jax.tree.leaves(abstract_state)]
-    leaves = [loaded[name][()] if scalar else loaded[name] for name, scalar in zip(wanted, scalars, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), meta
-
-
-def read_meta(path: PathLike) -> dict[str, Any]:
-    """Return the meta dictionary of the checkpoint in this folder; raise CheckpointError if there is none."""
-    return _read_header(absolute(path))[1]
-
-
-def resolve_resume(resume: str, folder: PathLike) -> epath.Path | None:
-    """Return the checkpoint to go on from, or None to begin anew.
-
-    resume: "none"; "latest", the newest good one in `folder`, None if there is none yet; or a path, to a checkpoint or
-    to a folder of checkpoints (a run's folder too), whose newest is taken. CheckpointError if the path has none.
-    """
-    if resume == "none":
-        return None
-    if resume == "latest":
-        return newest_of(absolute(folder))
-    path = absolute(resume)
-    if not path.exists():
-        raise CheckpointError(f"resume={resume}: no such folder. Give latest, none, or a checkpoint's folder")
-    if is_committed(path):
-        return path
-    newest = newest_of(path) or newest_of(path / "checkpoints")
-    if newest is None:
-        advice = f"A checkpoint is a folder such as {path / '00000040'} with {COMMITTED} in it"
-        raise CheckpointError(f"resume={resume}: neither a complete checkpoint nor a folder of some. {advice}")
-    return newest
-
-
-def check_same_run(meta: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
-    """Raise CheckpointError listing every field in which meta["fingerprint"] differs from this run's fingerprint."""
-    if "fingerprint" not in meta:
-        raise CheckpointError("the checkpoint's meta has no fingerprint, so it cannot be told which run it belongs to")
-    sides = (_as_json(meta["fingerprint"]), _as_json(fingerprint))
-    saved, now = (by_name(side, separator=".", is_leaf=lambda leaf: leaf is None) for side in sides)
-    lines = []
-    for name in sorted(saved.keys() | now.keys()):
-        was, is_now = (json.dumps(side[name]) if name in side else "absent" for side in (saved, now))
-        if was != is_now:
-            lines.append(f"{name}: saved {was}, now {is_now}")
+    found, _ = read_header(saved.path)
+    lines = differences(found, saved.leaves, partial=False)
+    if not lines and saved.sample and jax.process_count() == 1:
+        with reading(saved.path, partial=True):
+            loaded = ocp.load(plain(saved.path), {name: np.empty_like(value) for name, value in saved.sample.items()})
+        lines = [name for name, value in saved.sample.items() if loaded[name].tobytes() != value.tobytes()]
+        lines = [f"{name} has other values" for name in lines]
     if lines:
-        advice = "Set these fields back, or begin anew with resume=none in another output_dir."
-        raise CheckpointError("\n  ".join(["the checkpoint is of a run with another configuration:", *lines, advice]))
+        raise DamagedError(f"{saved.path} is damaged: {'; '.join(lines)}")
 
 
-def _read_header(path: epath.Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """Return what is known of each saved leaf (shape, dtype) by name, and the meta dictionary."""
-    if not is_committed(path):
-        raise CheckpointError(f"{path} is not a complete checkpoint" + ("" if path.exists() else " (no such folder)"))
-    with _reading(path):
-        header = ocp.metadata(path)
-        if not header.metadata:
-            raise ValueError("the arrays cannot be read")
-    ours = header.custom_metadata
-    if not isinstance(ours, dict) or ours.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is an Orbax checkpoint, but not one of this program in format {FORMAT}")
-    return header.metadata, ours["meta"]
-
-
-def _orbax(partial: bool = False) -> ocp.Context:
-    context = ocp.Context()
-    context.async_options.create_directories_asynchronously = False  # otherwise a failed save leaves threads waiting
-    context.array.saving.use_compression = False  # weights hardly shrink (8 %), and saving takes three times as long
-    context.pytree.loading.partial_load = partial
-    return context
-
-
-@contextlib.contextmanager
-def _reading(path: epath.Path, partial: bool = False) -> Iterator[None]:
-    try:
-        with _orbax(partial):
-            yield
-    except Exception as error:
-        raise CheckpointError(f"{path} is damaged: {_first_line(error)}\n  Resume from another checkpoint.") from error
-
-
-def _as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Return meta as it will be read back (tuples as lists); raise CheckpointError if JSON cannot hold it."""
-    try:
-        return json.loads(json.dumps(dict(meta), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"meta must be plain JSON (numbers other than NaN, texts, lists): {error}") from None
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).split(" [tensorstore_spec=")[0]  # which goes on for a screen
-    return f"{type(error).__name__}: {text.strip()[:600]}"
+def _size(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values())

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import jax
 from etils import epath
-from orbax.checkpoint import v1 as ocp
 
 from udm_grpo.host.buckets import copy_object, listing
+from udm_grpo.host.checkpoint_storage import is_remote
 from udm_grpo.host.places import with_home
 
 PathLike = str | os.PathLike[str]
@@ -23,7 +23,7 @@ COMMITTED = "commit_success.txt"
 
 def is_committed(path: epath.Path) -> bool:
     """Return whether a folder is a complete checkpoint."""
-    return (path / COMMITTED).exists() and ocp.is_orbax_checkpoint(path)
+    return (path / COMMITTED).exists()
 
 
 def committed_steps(folder: epath.Path) -> list[int]:
@@ -64,12 +64,6 @@ def step_of_best(path: epath.Path) -> int:
     return int(path.name.rpartition("-")[2])
 
 
-def newest_of(folder: epath.Path) -> epath.Path | None:
-    """Return the newest complete checkpoint in a folder."""
-    steps = committed_steps(folder)
-    return folder / f"{steps[-1]:08d}" if steps else None
-
-
 def clear_leftovers(folder: epath.Path) -> None:
     """Delete what killed or failed saves and deletions left in the folder."""
     for entry in list(folder.iterdir()) if folder.is_dir() else []:
@@ -90,7 +84,16 @@ def remove(path: epath.Path) -> None:
 def absolute(path: PathLike) -> epath.Path:
     """Return an absolute path, or an address as it is."""
     text = os.fspath(path)
-    return epath.Path(text if "://" in text else Path(with_home("the folder", text)).absolute())
+    return epath.Path(text if is_remote(text) else Path(with_home("the folder", text)).absolute())
+
+
+def unused_aside(path: epath.Path) -> epath.Path:
+    """Return the name that a checkpoint gets when it is set aside: NAME.aside-1, -2, ..., the first that is free."""
+    there = {entry.name for entry in path.parent.iterdir()}
+    number = 1
+    while f"{path.name}.aside-{number}" in there:
+        number += 1
+    return path.parent / f"{path.name}.aside-{number}"
 
 
 def move(path: epath.Path, target: epath.Path) -> None:
@@ -98,7 +101,7 @@ def move(path: epath.Path, target: epath.Path) -> None:
 
     A bucket has no renaming: its objects are copied one by one, the one that commits the checkpoint last.
     """
-    if "://" not in str(path):
+    if not is_remote(path):
         path.rename(target)
         return
     mark = (path / COMMITTED).read_bytes()

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 MOST_SHOWN = 5  # differences of a kind that an error spells out; further ones are counted
+SAMPLE_BYTES = 1 << 10
 State = Any  # a pytree of arrays
 
 
@@ -24,6 +25,20 @@ def savable_leaves(state: State) -> dict[str, Any]:
     if wrong:
         raise TypeError("\n  ".join(["only arrays can be saved:", *_some(wrong)]))
     return {name: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf for name, leaf in leaves.items()}
+
+
+def sample_of(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return a small one of some leaves as a copy on the host, by its name; none if it is spread over processes.
+
+    It is the smallest of those of SAMPLE_BYTES or more, which have files of their own, or else the largest.
+    """
+    large = [name for name, leaf in leaves.items() if leaf.nbytes >= SAMPLE_BYTES]
+    name = min(large, key=lambda name: leaves[name].nbytes, default="")
+    name = name or max(leaves, key=lambda name: leaves[name].nbytes, default="")
+    leaf = leaves.get(name)
+    if leaf is None or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+        return {}
+    return {name: np.array(leaf)}
 
 
 def abstract_leaves(state: State) -> dict[str, Any]:
