@@ -35,6 +35,7 @@ from pathlib import Path
 from rewards_bridge.scorers.text_match import ambiguity, target_text
 from udm_grpo.host import geneval_prompts
 from udm_grpo.host.atomic import replace_file
+from udm_grpo.host.folder_lock import lock_beside
 from udm_grpo.host.places import local_args
 from udm_grpo.host.prompt_dataset import write_dataset
 from udm_grpo.host.prompt_files import PROMPT, Parsed, Row, parse_file
@@ -229,7 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for what the user can mend, said without a traceback."""
     given = local_args(_parser(), argv)
     try:
-        given.run(given)
+        with lock_beside(given.output):
+            given.run(given)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -55,7 +55,7 @@ def bucket(tmp_path_factory):
 
 
 def put(address, content):
-    buckets._files().pipe_file(address.removeprefix("gs://"), content)
+    buckets.storage().pipe_file(address.removeprefix("gs://"), content)
 
 
 def put_folder(folder, address):
@@ -71,13 +71,13 @@ def test_a_folder_is_copied_once_and_again_when_it_changes(bucket, tmp_path, mon
     assert set(download("gs://bkt/one", target)) == {"a.txt", "deep/b.txt"}
     assert (target / "deep" / "b.txt").read_bytes() == b"b"
     fetched = []
-    files = buckets._files()
+    files = buckets.storage()
     get_file = files.get_file
     monkeypatch.setattr(files, "get_file", lambda *args: (fetched.append(args[0]), get_file(*args)))
     download("gs://bkt/one", target)
     assert fetched == []
     put("gs://bkt/one/a.txt", b"c")  # of the same size
-    buckets._files().rm_file("bkt/one/deep/b.txt")
+    buckets.storage().rm_file("bkt/one/deep/b.txt")
     download("gs://bkt/one", target)
     assert fetched == ["bkt/one/a.txt"]
     assert (target / "a.txt").read_bytes() == b"c"
@@ -149,7 +149,7 @@ def test_a_bucket_that_fails_is_a_warning_on_the_way_and_an_error_at_the_end(buc
         raise OSError("no route to host")
 
     mirror = Mirror("gs://bkt/failing")
-    monkeypatch.setattr(buckets._files(), "pipe_file", fail)
+    monkeypatch.setattr(buckets.storage(), "pipe_file", fail)
     monkeypatch.setattr(buckets, "PUSH_EVERY_S", 0)
     (mirror.folder / "x").write_text("x")
     mirror.push_when_due()
@@ -193,7 +193,7 @@ OVERRIDES = (
 
 def lines(address):
     found = listing(address)
-    text = buckets._files().cat_file(address.removeprefix("gs://")).decode() if found else ""
+    text = buckets.storage().cat_file(address.removeprefix("gs://")).decode() if found else ""
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -224,7 +224,7 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_elsewhere(bucket, tmp_path, cap
     after = lines(f"{RUN}/metrics.jsonl")
     assert [line["step"] for line in after] == [1, 2]
     assert after[0] == before  # brought back, not made again
-    assert len(json.loads(buckets._files().cat_file(f"{RUN[5:]}/environment.json"))["starts"]) == 2
+    assert len(json.loads(buckets.storage().cat_file(f"{RUN[5:]}/environment.json"))["starts"]) == 2
     monkeypatch.chdir(tmp_path)
     assert report.main([RUN]) == 0
     assert (tmp_path / "report.html").stat().st_size > 10_000

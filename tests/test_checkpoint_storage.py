@@ -8,7 +8,7 @@ from unittest import mock
 import jax.numpy as jnp
 import pytest
 
-from udm_grpo.host import checkpoint, checkpoint_fallback, checkpoint_storage
+from udm_grpo.host import checkpoint, checkpoint_fallback, checkpoint_storage, durable
 from udm_grpo.host.checkpoint import CheckpointError, Checkpoints, DamagedError, resolve_resume, restore
 from udm_grpo.host.checkpoint_fallback import restore_or_older
 
@@ -96,8 +96,8 @@ def test_what_cannot_be_read_back_does_not_count_and_deletes_nothing(tmp_path, m
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, STATE, {})
     checkpoints.save_best(1, STATE, {})
-    durable = checkpoint.make_durable
-    monkeypatch.setattr(checkpoint, "make_durable", lambda path: (DAMAGES[damage](Path(path)), durable(path)))
+    make_durable = checkpoint.make_durable
+    monkeypatch.setattr(checkpoint, "make_durable", lambda path: (DAMAGES[damage](Path(path)), make_durable(path)))
     for save in (checkpoints.save, checkpoints.save_best):
         with pytest.raises(CheckpointError, match="was written but cannot be read back") as caught:
             save(2, STATE, {})
@@ -118,11 +118,11 @@ def test_everything_is_on_the_disk_before_an_older_checkpoint_goes(tmp_path, mon
 
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, STATE, {})
-    monkeypatch.setattr(checkpoint_storage.os, "fsync", watch)
+    monkeypatch.setattr(durable.os, "fsync", watch)
     checkpoints.save(2, STATE, {})
     new = tmp_path / "00000002"
     assert set(synced) == {str(path) for path in (*new.rglob("*"), new, tmp_path)}
-    monkeypatch.setattr(checkpoint_storage.os, "fsync", mock.Mock(side_effect=OSError(5, "Input/output error")))
+    monkeypatch.setattr(durable.os, "fsync", mock.Mock(side_effect=OSError(5, "Input/output error")))
     with pytest.raises(CheckpointError, match="Input/output error"):
         checkpoints.save(3, STATE, {})
     assert (new / "commit_success.txt").exists()

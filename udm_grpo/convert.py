@@ -11,6 +11,7 @@ or as checkpoints/best. Exit status: 0; 1 if `verify` finds a difference; 2 for 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -27,6 +28,7 @@ from etils import epath
 
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.finite import finite_number
+from udm_grpo.host.folder_lock import lock_beside
 from udm_grpo.host.part_files import open_part
 from udm_grpo.host.peft_files import write_adapter
 from udm_grpo.host.places import check_flags
@@ -47,6 +49,8 @@ FORWARD_TOLERANCE = 1e-4
 """Of the largest logit."""
 BLOCK = 1 << 22
 """Numbers that are compared at a time."""
+TARGETS = ("output", "transformer_only", "adapter")
+"""Flags of what is written."""
 Tensors = tuple[Mapping[str, TensorInfo], Callable[[str], np.ndarray]]  # what is known by name, and what reads one
 
 
@@ -313,7 +317,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(argv)
     try:
         check_flags(given, ("checkpoint",) if given.run is to_pytorch else ())
-        return given.run(given)
+        target = next(filter(None, (vars(given).get(name) for name in TARGETS)), None)
+        with lock_beside(target) if target else contextlib.nullcontext():
+            return given.run(given)
     except (ValueError, KeyError, CheckpointError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)
         return 2

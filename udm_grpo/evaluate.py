@@ -27,6 +27,7 @@ from rewards_bridge.errors import BridgeError
 from udm_grpo.command_line import parse
 from udm_grpo.config import RewardsConfig, ScorerConfig
 from udm_grpo.host.atomic import replace_file
+from udm_grpo.host.bucket_lock import lock_output
 from udm_grpo.host.comparison import common_scorers, compare, draw_changed
 from udm_grpo.host.gpu_split import reserved
 from udm_grpo.host.metrics import write_json
@@ -273,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_flags(given)
         _check_numbers(given)
         named = RewardsConfig(read_scorers(given, overrides))
-        with reserved(named, trainer=False) as (placed, lines):
+        with lock_output(output), reserved(named, trainer=False) as (placed, lines):
             for line in lines:
                 _say(line)
             _run(placed.scorers, output, given)

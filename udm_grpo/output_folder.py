@@ -11,11 +11,13 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from udm_grpo import hosts
 from udm_grpo.config import ConfigError, RunConfig
+from udm_grpo.host.bucket_lock import lock_output
 from udm_grpo.host.buckets import Mirror, exists, staging
 from udm_grpo.host.places import is_bucket
 from udm_grpo.host.set_aside import RESULTS, RUN_FILES, set_aside
@@ -66,6 +68,11 @@ def check_inputs_stay(config: RunConfig, output: Path) -> None:
     ]
     if lines:
         raise ConfigError("\n".join(lines))
+
+
+def lock_for_all(folder: str) -> contextlib.AbstractContextManager[Any]:
+    """Hold the lock of an output folder, in process 0 for all of them; see `folder_lock.locked`."""
+    return lock_output(folder) if hosts.is_primary() else contextlib.nullcontext()
 
 
 def claim_output(config: RunConfig, stack: contextlib.ExitStack) -> Mirror | None:

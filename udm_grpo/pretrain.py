@@ -23,6 +23,7 @@ from udm_grpo.diffusion.path import Path
 from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.host.checkpoint import Checkpoints
 from udm_grpo.host.finite import finite_number
+from udm_grpo.host.folder_lock import lock_inside
 from udm_grpo.host.places import local_args
 from udm_grpo.host.weights import Checkpoint, load_folder, save_folder
 from udm_grpo.iteration_checks import DivergedError, check_finite
@@ -157,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = PretrainPlan(
         arguments.updates, arguments.batch, arguments.learning_rate, shift=arguments.shift, seed=arguments.seed
     )
-    with open(output / "pretrain.jsonl", "a", encoding="utf-8") as file:
+    with lock_inside(output), open(output / "pretrain.jsonl", "a", encoding="utf-8") as file:
 
         def log(row: dict[str, Any]) -> None:
             print(row, flush=True)

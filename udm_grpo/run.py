@@ -39,6 +39,7 @@ from udm_grpo.output_folder import (
     check_output,
     checkpoints_place,
     claim_output,
+    lock_for_all,
     output_path,
     set_aside_older,
 )
@@ -218,6 +219,7 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     Nothing is written: see `begin`. Raises ConfigError, MeshError, and the errors of the files that the config names.
     """
     check_output(config)
+    stack.enter_context(lock_for_all(config.output_dir))
     mesh = meshes.make_mesh(asdict(config.mesh))
     prompt_length = config.model.text_length or None
     trained_weights = config.model.transformer or None

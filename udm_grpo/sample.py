@@ -51,6 +51,7 @@ from udm_grpo.host.prompts import UNTAGGED, PromptSet, read_prompts
 from udm_grpo.host.weights import DTYPES, Checkpoint
 from udm_grpo.model.transformer import Execution
 from udm_grpo.models import Model, SampleError, open_folder, open_run, read_json
+from udm_grpo.output_folder import lock_for_all
 from udm_grpo.run import path_of
 
 MOST_PROMPTS, MOST_IMAGES = 2**20, 2**11
@@ -172,7 +173,7 @@ def sample(model: Model, settings: Settings, prompts: PromptSet, output: Path, b
     Raises what `open_output` and `drawer` raise, and OSError where a picture cannot be written.
     """
     draw = drawer(model.checkpoint, settings, prompts.prompts, batch, devices)
-    open_output(settings, model.source, prompts, output)
+    hosts.from_primary(lambda: open_output(settings, model.source, prompts, output))  # the others wait for its files
     names = file_names(settings.layout, prompts.metadata)
     files = picture_files(settings.layout, output, names, len(prompts), settings.images_per_prompt)
     files = files[jax.process_index() :: jax.process_count()]
@@ -335,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     expected = (CheckpointError, OSError, ValueError)  # ValueError: SampleError, WeightsError, MeshError, prompts
     try:
         check_flags(given, ("checkpoint", "run", "adapter", "prompts"))
-        with distributed.joined(DistributedConfig(), expected):
+        with distributed.joined(DistributedConfig(), expected), lock_for_all(given.output):
             draw_all(given)
     except expected as error:
         print(f"error: {error}", file=sys.stderr)

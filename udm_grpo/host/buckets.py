@@ -24,6 +24,7 @@ from typing import Any
 
 from udm_grpo.host.atomic import UNFINISHED, replace_file
 from udm_grpo.host.disk_space import free_bytes
+from udm_grpo.host.folder_lock import NAME as LOCK
 from udm_grpo.host.places import PlaceError, is_bucket, with_home
 from udm_grpo.host.progress import progress_bar
 
@@ -33,7 +34,7 @@ NOT_MIRRORED = ("wandb",)
 """Folders of a run that stay where they are: Weights & Biases uploads its own."""
 CHECKPOINTS, EXPORTS, OLDER = "checkpoints", "export", "older"
 """What of a run in a bucket is not brought back: checkpoints, folders whose names begin like the second, older runs."""
-NOT_BROUGHT_BACK = (f"{CHECKPOINTS}/", EXPORTS, f"{OLDER}/")
+NOT_BROUGHT_BACK = (f"{CHECKPOINTS}/", EXPORTS, f"{OLDER}/", LOCK)
 
 COMMIT_FILE = "commit_success.txt"
 """What Orbax writes into a checkpoint last."""
@@ -46,7 +47,8 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def _files() -> Any:
+def storage() -> Any:
+    """Return the client of Google Cloud Storage, one a process."""
     import fsspec
 
     # Other processes write to the bucket too, so listings are asked for anew each time.
@@ -55,7 +57,7 @@ def _files() -> Any:
 
 
 @contextlib.contextmanager
-def _talking(address: str) -> Iterator[None]:
+def talking(address: str) -> Iterator[None]:
     """Turn what the client library raises into a PlaceError with the address and what to check."""
     try:
         yield
@@ -72,10 +74,10 @@ def _talking(address: str) -> Iterator[None]:
 
 def listing(address: str) -> dict[str, dict[str, Any]]:
     """Return the objects at an address and below it: path relative to it ("" for the object itself) -> its details."""
-    with _talking(address):
+    with talking(address):
         root = address.removeprefix("gs://").rstrip("/")
         try:
-            found = _files().find(root, detail=True)
+            found = storage().find(root, detail=True)
         except FileNotFoundError:
             found = {}
     return {name.removeprefix(root).lstrip("/"): info for name, info in found.items() if not name.endswith("/")}
@@ -137,8 +139,8 @@ def download(address: str, target: Path, skip: tuple[str, ...] = ()) -> dict[str
     with progress_bar(len(missing), f"downloading {address}", "file") as bar:
         for name in missing:
             source = f"{address.rstrip('/')}/{name}".rstrip("/").removeprefix("gs://")
-            with _talking(address):
-                replace_file(files[name], lambda temporary, source=source: _files().get_file(source, str(temporary)))
+            with talking(address):
+                replace_file(files[name], lambda temporary, source=source: storage().get_file(source, str(temporary)))
             mark = _version(objects[name])
             replace_file(marks[name], partial(Path.write_text, data=mark, encoding="utf-8"))
             bar.update()
@@ -186,14 +188,14 @@ class Mirror:
     def push(self) -> None:
         """Upload every file that has changed, and delete in the bucket what was deleted here."""
         here = self._here()
-        with _talking(self.address):
+        with talking(self.address):
             for name in sorted(here):
                 if self._pushed.get(name) != here[name]:
                     self._upload(name)
                     self._pushed[name] = here[name]
             for name in sorted(self._pushed.keys() - here.keys()):
                 with contextlib.suppress(FileNotFoundError):
-                    _files().rm_file(self._remote(name))
+                    storage().rm_file(self._remote(name))
                 del self._pushed[name]
         self._last = time.monotonic()
 
@@ -223,9 +225,9 @@ class Mirror:
         path = self.folder / name
         try:
             if path.stat().st_size < 2**26:  # read first, since it may still grow
-                _files().pipe_file(self._remote(name), path.read_bytes())
+                storage().pipe_file(self._remote(name), path.read_bytes())
             else:
-                _files().put_file(str(path), self._remote(name))
+                storage().put_file(str(path), self._remote(name))
         except FileNotFoundError:  # it was replaced meanwhile; the next push has it
             if path.exists():
                 raise
@@ -250,8 +252,8 @@ def staging(address: str, process: int) -> Path:
 
 def copy_object(source: str, target: str) -> None:
     """Copy an object within the cloud."""
-    with _talking(source):
-        _files().cp_file(source.removeprefix("gs://"), target.removeprefix("gs://"))
+    with talking(source):
+        storage().cp_file(source.removeprefix("gs://"), target.removeprefix("gs://"))
 
 
 def move_objects(source: str, target: str) -> None:
@@ -262,6 +264,6 @@ def move_objects(source: str, target: str) -> None:
     names = sorted(listing(source), key=lambda name: name.endswith(COMMIT_FILE))
     for name in names:
         copy_object(f"{source}/{name}".rstrip("/"), f"{target}/{name}".rstrip("/"))
-    with _talking(source):
+    with talking(source):
         for name in reversed(names):
-            _files().rm_file(f"{source}/{name}".rstrip("/").removeprefix("gs://"))
+            storage().rm_file(f"{source}/{name}".rstrip("/").removeprefix("gs://"))

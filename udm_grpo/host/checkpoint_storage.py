@@ -7,7 +7,6 @@ them through a symbolic link of a plain name; the files themselves lie where the
 
 import atexit
 import contextlib
-import errno
 import functools
 import hashlib
 import os
@@ -18,9 +17,9 @@ from pathlib import Path
 
 from etils import epath
 
+from udm_grpo.host.durable import sync_path, sync_tree
+
 _ODD = re.compile(r"[*?\[\]\\\x00-\x1f]|:(/|$)")
-_NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EROFS, errno.EACCES, errno.EPERM)
-"""How file systems refuse to sync something, a folder above all, that they keep safe in their own way or not at all."""
 
 
 def is_remote(path: epath.Path | str) -> bool:
@@ -44,26 +43,8 @@ def make_durable(folder: epath.Path) -> None:
     """
     if is_remote(folder):
         return
-    top = Path(os.fspath(folder))
-    for where, _, files in os.walk(top, topdown=False):
-        for name in files:
-            _sync(Path(where) / name)
-        _sync(Path(where))
-    _sync(top.parent)
-
-
-def _sync(path: Path) -> None:
-    try:
-        opened = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:  # removed meanwhile, such as a temporary file of another process
-        return
-    try:
-        os.fsync(opened)
-    except OSError as error:
-        if error.errno not in _NO_FSYNC:
-            raise
-    finally:
-        os.close(opened)
+    sync_tree(Path(os.fspath(folder)))
+    sync_path(Path(os.fspath(folder.parent)))
 
 
 def _is_odd(text: str) -> bool:

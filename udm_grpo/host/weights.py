@@ -16,6 +16,7 @@ import numpy as np
 
 from udm_grpo.batches import Params
 from udm_grpo.host.atomic import replacing_folder
+from udm_grpo.host.folder_lock import FolderLockedError
 from udm_grpo.host.new_checkpoint import WEIGHTS_FILE, new_checkpoint
 from udm_grpo.host.part_files import size_differences, transformer_source
 from udm_grpo.host.places import PlaceError, with_home
@@ -205,7 +206,7 @@ def save_folder(
                 write_file(fresh / name, [content])
             for name, one in parts.items():
                 write_tensors(fresh / name, one.layout, one.infos, functools.partial(one.blocks, name))
-    except (FileExistsError, PlaceError):
+    except (FileExistsError, FolderLockedError, PlaceError):
         raise
     except OSError as error:
         advice = "what was there before is untouched; free some space or choose another folder"
