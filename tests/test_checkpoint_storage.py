@@ -1,5 +1,6 @@
 """Checkpoints in folders with odd names, read back before they count, and what resume does about damaged ones."""
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +15,14 @@ from udm_grpo.host.checkpoint_fallback import restore_or_older
 
 # Where a file is damaged, Orbax leaves a task of its event loop behind.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    """Let what Orbax left behind complain in the test that it is of."""
+    yield
+    gc.collect()
+
 
 STATE = {"x": jnp.arange(40_000.0), "y": jnp.ones((30, 30)), "step": jnp.int32(4)}
 ODD = (
