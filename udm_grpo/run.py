@@ -89,7 +89,7 @@ class Run:
         """Token ids of B prompts, spread over the devices; each host makes those of its own rows."""
 
         def ids(rows: Sequence[int]) -> np.ndarray:
-            return self.checkpoint.tokenizer([texts[row] for row in rows])
+            return self.checkpoint.tokenizer([texts[row] for row in rows], warn=False)  # start_notes told of all
 
         return hosts.put_rows(ids, len(texts), meshes.over_batch(self.mesh))
 

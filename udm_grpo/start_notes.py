@@ -1,18 +1,20 @@
-"""What a run says at its start of how it fits its devices: attention kernel, padded batches, parameters left whole."""
+"""What a run says at its start: how it fits its devices (kernel, padding, parameters left whole), doubtful prompts."""
 
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from udm_grpo import hosts
 from udm_grpo import mesh as meshes
 from udm_grpo.attention import choose
 from udm_grpo.batch_sizes import BatchSizes, batch_sizes
 from udm_grpo.batches import Params
 from udm_grpo.config import RunConfig
+from udm_grpo.host.prompt_warnings import cut_warnings, set_warnings, write_warnings
 from udm_grpo.mesh import Undivided
 from udm_grpo.model.transformer import TransformerConfig
-from udm_grpo.run import trained
+from udm_grpo.run import Run, trained
 
 MIN_BYTES = 2**20
 """Parameters that stay whole and are smaller than this are not worth a word."""
@@ -34,6 +36,19 @@ def start_notes(config: RunConfig, sizes: TransformerConfig, whole: Params, mesh
     width = jnp.dtype(config.model.dtype).itemsize
     notes += _left_whole(meshes.undivided(mesh, whole), width, width, "of the frozen model")
     return notes + _left_whole(meshes.undivided(mesh, adapter), 4, 16, "with moments and gradients")
+
+
+def prompt_notes(run: Run) -> list[str]:
+    """Return one warning of all that is doubtful about the run's prompts, kept for its report; none if nothing is.
+
+    Process 0 alone looks. It writes into the run's folder.
+    """
+    if not hosts.is_primary():
+        return []
+    found = set_warnings(run.train, run.heldout, run.config.rollout.prompts)
+    found += cut_warnings(run.train, run.heldout, run.checkpoint.tokenizer)
+    write_warnings(run.output, run.identity.id, found)
+    return ["\n  ".join(["warning: the prompts:", *found])] if found else []
 
 
 def _padding(config: RunConfig, sizes: BatchSizes, mesh: Mesh) -> list[str]:

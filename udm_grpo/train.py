@@ -42,7 +42,7 @@ from udm_grpo.iteration_checks import DivergedError
 from udm_grpo.mesh import MeshError
 from udm_grpo.run import Position, Run, Stage, open_run, save, start
 from udm_grpo.run_reports import Reports
-from udm_grpo.start_notes import start_notes
+from udm_grpo.start_notes import prompt_notes, start_notes
 
 
 def roll_out(
@@ -230,7 +230,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         run = take_over(run, abstract, position, stack)
         done = 0 if position is None else position.step
         reports = run_reports.open_reports(run, position, stack)
-        for note in notes:
+        for note in [*notes, *prompt_notes(run)]:
             reports.progress.message(note)
         if position is None:
             reports.progress.message("evaluating the start model")

@@ -15,7 +15,7 @@ the old epoch, once from the new.)
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -49,6 +49,12 @@ class PromptSet:
     metadata: tuple[dict[str, Any], ...]
     tags: tuple[str, ...]
     weights: Mapping[str, float] | None = None
+    places: tuple[str, ...] = field(default=(), compare=False)
+    """Where each prompt is in its file; without, their numbers from 1."""
+    unit: str = field(default="prompt", compare=False)
+    """What a place is: line, item, file or prompt."""
+    remarks: tuple[str, ...] = field(default=(), compare=False)
+    """What was passed over or changed in reading the file."""
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -132,12 +138,15 @@ def read_prompts(path: str | Path, weights: Mapping[str, float] | None = None, k
             keys = ", ".join(map(repr, dict.fromkeys(name for row in rows for name in row)))
             raise ValueError(f"{path}: no prompt has the key {key!r}; the keys are {keys}")
         rows = tuple(with_key(row, key) for row in rows)
+        origin: dict[str, Any] = {}
     else:
-        rows = parse_file(path, key=key).all_or_error()
+        parsed = parse_file(path, key=key)
+        rows = parsed.all_or_error()
+        origin = {"places": parsed.places, "unit": parsed.unit, "remarks": tuple(parsed.remarks())}
     prompts = tuple(row["prompt"] for row in rows)
     tags = tuple(row["tag"] for row in rows)
     try:
-        return PromptSet(prompts, rows, tags, weights)
+        return PromptSet(prompts, rows, tags, weights, **origin)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -63,6 +63,7 @@ def read_run(folder: str | Path) -> RunFolder:
     metrics = reader.lines("metrics.jsonl")
     last = metrics[-1]["step"] if metrics else 0
     summary = reader.summary(last)
+    reader.notes += reader.prompt_warnings()
     run = RunFolder(
         path=path,
         config=config,
@@ -129,6 +130,13 @@ class _Reader:
             self.problems.append(f"{path} holds {_kind(found)}, not an object; remove or mend it.")
             return None
         return found
+
+    def prompt_warnings(self) -> list[str]:
+        """Return what was doubtful about the prompts when the run was started."""
+        found = self.object("prompt_warnings.json") or {}
+        texts = found.get("warnings")
+        is_own = self.run is None or found.get("run") == self.run
+        return [f"prompts: {text}" for text in texts] if is_own and isinstance(texts, list) else []
 
     def starts(self) -> list[dict[str, Any]]:
         """The starts that environment.json lists."""

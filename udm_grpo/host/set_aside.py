@@ -18,7 +18,7 @@ RESULTS = (
 RUN_FILES = (
     *RESULTS,
     *("metrics.jsonl", "evaluations.jsonl", "pictures", "extremes", "kept_images", "tensorboard"),
-    *("wandb", "wandb_run_id.txt", CHECKPOINTS, "environment.json", CONFIG),
+    *("wandb", "wandb_run_id.txt", CHECKPOINTS, "environment.json", "prompt_warnings.json", CONFIG),
 )
 """What a run writes into its folder, in the order in which it is moved."""
 

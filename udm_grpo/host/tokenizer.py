@@ -39,8 +39,11 @@ class PromptTokenizer:
     pad_id: int
     vocabulary: int
 
-    def __call__(self, prompts: Sequence[str]) -> Int32[np.ndarray, "b l"]:
-        """Return the ids of prompts; those longer than L keep their first L, with one warning that counts them."""
+    def __call__(self, prompts: Sequence[str], warn: bool = True) -> Int32[np.ndarray, "b l"]:
+        """Return the ids of prompts; those longer than L keep their first L, with one warning that counts them.
+
+        warn: False where `cut` has told it of all prompts already.
+        """
         if isinstance(prompts, str):
             raise TypeError("prompts is one text; give a list of texts")
         made = np.full((len(prompts), self.length), self.pad_id, np.int32)
@@ -51,12 +54,17 @@ class PromptTokenizer:
         for row, ids in zip(made, rows, strict=True):
             kept = ids[: self.length]
             row[self.length - len(kept) :] = kept
-        if cut:
+        if cut and warn:
             advice = "the rest of them has no effect; shorten them"
             warnings.warn(
                 f"{cut} of {len(prompts)} prompts have more than {self.length} tokens: {advice}", stacklevel=2
             )
         return made
+
+    def cut(self, prompts: Sequence[str]) -> list[int]:
+        """Return which prompts are longer than L, by index."""
+        rows = self.backend.encode_batch(list(prompts), add_special_tokens=False) if len(prompts) else []
+        return [index for index, row in enumerate(rows) if len(row.ids) > self.length]
 
     def empty(self) -> Int32[np.ndarray, " l"]:
         """Return the ids of the empty prompt, which guidance contrasts with."""

@@ -1,0 +1,85 @@
+"""What a run says of its prompts at the start: few, equal, contradictory, leaked and cut ones, with their places."""
+
+import json
+from types import SimpleNamespace
+
+from udm_grpo.base_checkpoint import ASSETS
+from udm_grpo.host.prompt_warnings import cut_warnings, places, set_warnings, write_warnings
+from udm_grpo.host.prompts import read_prompts
+from udm_grpo.host.run_folder import read_run
+from udm_grpo.host.tokenizer import load_tokenizer
+from udm_grpo.start_notes import prompt_notes
+
+
+def sets(folder, train, heldout):
+    (folder / "train.jsonl").write_text(train)
+    (folder / "heldout.txt").write_text(heldout)
+    return read_prompts(folder / "train.jsonl"), read_prompts(folder / "heldout.txt")
+
+
+def geneval(prompt, count):
+    return json.dumps({"tag": "counting", "include": [{"class": "star", "count": count}], "prompt": prompt})
+
+
+def test_sets_without_doubts_give_no_warning(tmp_path):
+    train, heldout = sets(tmp_path, "\n".join([geneval("a star", 1), geneval("two stars", 2)]), "a circle\nthree stars")
+    assert set_warnings(train, heldout, 2) == []
+
+
+def test_few_equal_contradictory_and_leaked_prompts_are_told_with_their_lines(tmp_path):
+    lines = [geneval("two stars", 2), "", geneval("a star", 1), geneval("A  star", 1), geneval("Two stars ", 3)]
+    train, heldout = sets(tmp_path, "\n".join(lines), "a circle\n# mine\n\na circle\nTWO stars\n")
+    found = set_warnings(train, heldout, 3)
+    assert len(found) == 8
+    assert [text.rsplit(": ", 1)[1] for text in found[:3]] == ["1", "1", "1"]  # empty, empty, comment
+    assert found[3].startswith("prompts.train has 2 different prompts for the 3 of an iteration")
+    assert found[4] == "prompts.train has 1 prompts that repeat an earlier one: line 4"
+    assert found[5].startswith("prompts.train has 1 prompts that an earlier one contradicts")
+    assert "line 5, such as 'Two stars' (first at line 1)" in found[5]
+    assert found[6] == "prompts.heldout has 1 prompts that repeat an earlier one: line 4"
+    assert "1 of 3 prompts that are in prompts.train, too" in found[7]
+    assert "line 5, such as 'TWO stars' (line 1 of prompts.train)" in found[7]
+
+
+def test_prompts_longer_than_the_model_reads_are_counted_once_with_their_lines(tmp_path):
+    tokenizer = load_tokenizer(ASSETS / "ursa-shapes" / "tokenizer", 6)
+    train, heldout = sets(
+        tmp_path, json.dumps({"prompt": "a photo of " + "a star and " * 20}), "a star\n" + "red " * 30
+    )
+    found = cut_warnings(train, heldout, tokenizer)
+    assert [text.partition(" has ")[0] for text in found] == ["prompts.train", "prompts.heldout"]
+    assert "1 of 2 prompts with more than the 6 tokens that the model reads" in found[1]
+    assert found[1].endswith("line 2")
+    assert tokenizer(train.prompts, warn=False).shape == (1, 6)
+
+
+def test_places_beyond_ten_are_counted(tmp_path):
+    train, _ = sets(tmp_path, "\n".join(json.dumps({"prompt": str(i)}) for i in range(15)), "x")
+    assert places(train, list(range(15))) == "lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 5 more"
+
+
+def test_the_start_keeps_them_for_the_report(tmp_path):
+    train, heldout = sets(tmp_path, geneval("a star", 1), "a star")
+    run = SimpleNamespace(
+        train=train,
+        heldout=heldout,
+        config=SimpleNamespace(rollout=SimpleNamespace(prompts=1)),
+        checkpoint=SimpleNamespace(tokenizer=load_tokenizer(ASSETS / "ursa-shapes" / "tokenizer")),
+        output=tmp_path,
+        identity=SimpleNamespace(id="mine"),
+    )
+    (note,) = prompt_notes(run)
+    assert note.startswith("warning: the prompts:\n  prompts.heldout has 1 of 1 prompts that are in prompts.train, too")
+    kept = json.loads((tmp_path / "prompt_warnings.json").read_text())
+    assert kept == {"run": "mine", "warnings": [note.split("\n  ")[1]]}
+    write_warnings(tmp_path, "mine", [])
+    assert json.loads((tmp_path / "prompt_warnings.json").read_text()) == {"run": "mine", "warnings": []}
+
+
+def test_the_report_reads_those_of_its_own_run(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "config.json").write_text('{"run": "mine"}')
+    write_warnings(tmp_path, "mine", ["few"])
+    assert "prompts: few" in read_run(tmp_path).notes
+    write_warnings(tmp_path, "other", ["few"])
+    assert "prompts: few" not in read_run(tmp_path).notes
