@@ -1,5 +1,7 @@
 """A start or resume that is refused leaves output_dir byte for byte as it was, for whatever reason it is refused."""
 
+import os
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,8 +11,10 @@ from running import ROOT
 
 from udm_grpo import train
 from udm_grpo.command_line import parse
+from udm_grpo.fingerprint import fingerprint
 from udm_grpo.host.checkpoint import Checkpoints
-from udm_grpo.run import fingerprint
+from udm_grpo.host.prompts import read_prompts
+from udm_grpo.host.weights import load_folder
 
 SMOKE = ("--config", str(ROOT / "configs" / "shapes.py:smoke"))
 RESUME = "checkpoint.resume=latest"
@@ -20,7 +24,10 @@ RESUME = "checkpoint.resume=latest"
 def older(tmp_path: Path) -> Path:
     """The folder of an older run that has a checkpoint, whose arrays are no model's."""
     output = write_run(tmp_path / "run")
-    meta = {"fingerprint": fingerprint(parse(SMOKE)), "position": {}}
+    config = parse(SMOKE)
+    train_set, heldout = (read_prompts(file) for file in (config.prompts.train, config.prompts.heldout))
+    said = fingerprint(config, load_folder(config.model.path, read_transformer=False), train_set, heldout)
+    meta = {"fingerprint": said, "position": {}}
     Checkpoints(output / "checkpoints", keep=1).save(4, {"state": jnp.zeros(3)}, meta)
     return output
 
@@ -39,7 +46,10 @@ def refused(output: Path, *overrides: str) -> int:
     [
         ((RESUME, "seed=7"), "seed"),
         ((RESUME, "grpo.kl_weight=9.0"), "grpo.kl_weight"),
-        ((RESUME,), "is a checkpoint of another model"),
+        ((RESUME, "evaluation.steps=(10,25)"), "evaluation.steps"),
+        ((RESUME, "evaluation.final_prompts=13"), "evaluation.final_prompts: saved 12, now 13"),
+        ((RESUME, "iterations=5"), "iterations: saved 4, now 5"),
+        ((RESUME,), "is a checkpoint of another model"),  # so the fingerprint is the same
         (("checkpoint.resume=/nowhere",), "no such folder"),
         (("rollout.group_size=1",), "rollout.group_size is 1"),
         (("model.path=/nowhere",), "no such folder"),
@@ -54,6 +64,16 @@ def test_a_refused_start_changes_nothing(older: Path, capsys, overrides: tuple[s
     assert refused(older, *overrides) == 1
     assert message in capsys.readouterr().err
     assert contents(older) == before
+
+
+def test_places_and_the_way_a_scorer_is_run_may_change(older: Path, tmp_path: Path, capsys) -> None:
+    """The start is refused only later, by the arrays of a checkpoint that are no model's."""
+    model = shutil.copytree(parse(SMOKE).model.path, tmp_path / "moved")
+    prompts = shutil.copy(parse(SMOKE).prompts.train, tmp_path / "moved.jsonl")
+    moved = shutil.move(older, tmp_path / "elsewhere")
+    places = (f"model.path={os.path.relpath(model)}", f"prompts.train={prompts}")
+    assert refused(moved, RESUME, *places, "rewards.scorers.shapes.replicas=2", "evaluation.every=1") == 1
+    assert "is a checkpoint of another model" in capsys.readouterr().err
 
 
 def test_a_refused_first_start_makes_no_folder(tmp_path: Path, capsys) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from udm_grpo import hosts
 from udm_grpo.config import RunConfig
+from udm_grpo.fingerprint import comparable
 from udm_grpo.host.checkpoint import Checkpoints, check_same_run, read_meta, resolve_resume
 from udm_grpo.host.places import is_bucket
 
@@ -55,7 +56,11 @@ def identify(config: RunConfig, checkpoints: Checkpoints, fingerprint: Mapping[s
     if found is None:
         return Identity(hosts.from_primary(new_id), fingerprint)
     meta = read_meta(found)
-    check_same_run(meta, fingerprint)
+    if "fingerprint" in meta:
+        saved, now = comparable(meta["fingerprint"], fingerprint)
+        check_same_run({"fingerprint": saved}, now)
+    else:
+        check_same_run(meta, fingerprint)
     here = _same_place(folder_of(found), str(checkpoints.folder))
     known = meta.get("run") if here else None  # checkpoints of earlier versions have none
     return Identity(known or hosts.from_primary(new_id), fingerprint, found, here, meta)

@@ -21,13 +21,13 @@ from udm_grpo.config import ConfigError, RunConfig, as_dict
 from udm_grpo.diffusion.path import Path as NoisePath
 from udm_grpo.diffusion.path import make_path
 from udm_grpo.disk_check import check_space
+from udm_grpo.fingerprint import agreed, fingerprint
 from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.host import rewards
 from udm_grpo.host.buckets import Mirror, local, local_prompts
 from udm_grpo.host.checkpoint import Checkpoints, check_same_run
 from udm_grpo.host.checkpoint_fallback import restore_or_older
 from udm_grpo.host.metrics import write_json
-from udm_grpo.host.prompt_files import PROMPT
 from udm_grpo.host.prompts import PromptSet, read_prompts
 from udm_grpo.host.set_aside import CONFIG
 from udm_grpo.host.weights import Checkpoint, load_folder, load_transformer, transformer_path
@@ -112,32 +112,6 @@ class Position:
     """Best held-out score on the way, if there was an evaluation."""
     looked: bool = True
     """Whether the pictures and the evaluation that are due after this step have been made."""
-
-
-def fingerprint(config: RunConfig) -> dict[str, Any]:
-    """The fields that must be the same when a run goes on: all that decide its numbers."""
-    fields = as_dict(config)
-    for name in ("output_dir", "checkpoint", "logging", "evaluation", "mesh", "distributed"):
-        fields.pop(name)
-    if config.optimizer.schedule != "cosine":
-        fields.pop("iterations")  # only the cosine schedule looks at the end
-    names = ("dtype", "text_length", "height", "width", *(["transformer"] if config.model.transformer else []))
-    fields["model"] = {name: fields["model"][name] for name in names}
-    fields["rewards"] = {
-        part: {name: given[name] for name in ("scorer", "weight", "options")}
-        for part, given in fields["rewards"]["scorers"].items()
-    }
-    if not config.lora.rank:
-        fields.pop("lora")
-    if config.prompts.prompt_key == PROMPT:
-        fields["prompts"].pop("prompt_key")  # likewise below: checkpoints from before the field existed stay valid
-    fields["rollout"].pop("micro_batch")
-    fields["optimizer"].pop("micro_batch")
-    # Checkpoints from before these fields existed stay valid.
-    for part, name in (("optimizer", "ema_every"), ("grpo", "minibatches")):
-        if fields[part][name] == 1:
-            fields[part].pop(name)
-    return fields
 
 
 def _prompts(field: str, file: str, weights: dict[str, float], key: str) -> PromptSet:
@@ -233,7 +207,7 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     abstract = abstract_state(optimizer, learned, config.optimizer.ema_decay > 0, mesh)
     check_space(config, abstract, checkpoint.transformer)
     checkpoints = Checkpoints(checkpoints_place(config), config.checkpoint.keep)
-    identity = identify(config, checkpoints, fingerprint(config))
+    identity = identify(config, checkpoints, agreed(fingerprint(config, checkpoint, train, heldout)))
     output = output_path(config)
     check_inputs_stay(config, output)
     replicated = meshes.replicated(mesh)

@@ -1,0 +1,215 @@
+"""What may change when a run goes on, and what may not: every field, the contents of every file, no place."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from running import ROOT, SMOKE
+from safetensors.numpy import load_file, save_file
+
+from udm_grpo.command_line import parse
+from udm_grpo.config import RunConfig, ScorerConfig
+from udm_grpo.config_fields import field_values
+from udm_grpo.fingerprint import FREE, PLACE, comparable, fingerprint, free_fields, is_free
+from udm_grpo.host import digests
+from udm_grpo.host.checkpoint import CheckpointError, check_same_run
+from udm_grpo.host.prompts import read_prompts
+from udm_grpo.host.weights import load_folder
+
+CONFIG = parse(["--config", str(ROOT / SMOKE)])
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def fingerprint_of(config: RunConfig) -> dict[str, Any]:
+    """As a start makes it, from the files that the configuration names."""
+    trained = config.model.transformer or None
+    checkpoint = load_folder(config.model.path, read_transformer=False, transformer_weights=trained)
+    sets = (
+        read_prompts(file, key=config.prompts.prompt_key) for file in (config.prompts.train, config.prompts.heldout)
+    )
+    return fingerprint(config, checkpoint, *sets)
+
+
+@pytest.fixture(scope="module")
+def saved() -> dict[str, Any]:
+    return fingerprint_of(CONFIG)
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The names that a refusal gives."""
+    try:
+        check_same_run({"fingerprint": saved}, now)
+    except CheckpointError as error:
+        lines = str(error).splitlines()[1:-1]
+        return [line.strip().partition(":")[0] for line in lines]
+    return []
+
+
+def flipped(name: str, value: Any) -> Any:
+    """Another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, str):
+        return f"{value}x"
+    if isinstance(value, tuple):
+        return (*value, "7" if name.endswith(("addresses", "devices", "targets")) else 7)
+    assert isinstance(value, dict), name
+    return {**value, "colors": 99.0 if name.endswith("tag_weights") else "99"}
+
+
+def with_field(config: RunConfig, name: str, value: Any) -> RunConfig:
+    """A copy of a configuration with another value of a field."""
+    changed = copy.deepcopy(config)
+    node: Any = changed
+    *parts, last = name.split(".")
+    for part in parts:
+        node = node[part] if isinstance(node, dict) else getattr(node, part)
+    setattr(node, last, value)
+    return changed
+
+
+def configurations() -> Iterator[RunConfig]:
+    """The smoke run, and one of whose conditions all are the other way."""
+    yield CONFIG
+    other = copy.deepcopy(CONFIG)
+    other.optimizer.schedule, other.checkpoint.keep_best, other.lora.rank = "constant", True, 4
+    yield other
+
+
+@pytest.mark.parametrize("config", [*configurations()], ids=["smoke", "other"])
+def test_every_field_is_refused_by_name_or_listed_as_free(config: RunConfig) -> None:
+    checkpoint = load_folder(config.model.path, read_transformer=False)
+    sets = [read_prompts(file) for file in (config.prompts.train, config.prompts.heldout)]
+    before, free = fingerprint(config, checkpoint, *sets), free_fields(config)
+    values = field_values(config)
+    assert len(values) > 90
+    for name, value in values:
+        if FREE.get(name) == PLACE:
+            continue  # see below
+        found = differences(before, fingerprint(with_field(config, name, flipped(name, value)), checkpoint, *sets))
+        if is_free(name, free):
+            assert found == [], name
+        else:
+            assert [part for part in found if part == name or part.startswith(f"{name}.")], f"{name}: {found}"
+
+
+def test_all_free_fields_exist_and_the_readme_lists_them() -> None:
+    names = [name for name, _ in field_values(CONFIG)]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for pattern in (*free_fields(with_field(CONFIG, "optimizer.schedule", "constant")), *FREE):
+        assert any(is_free(name, {pattern: ""}) for name in names), pattern
+        assert f"`{pattern.replace('scorers.*', 'scorers.NAME')}`" in readme, pattern
+
+
+def weights(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
+    def apply(file: Path) -> None:
+        tensors = load_file(file)
+        name = sorted(tensors)[-1]
+        save_file({**tensors, name: change(tensors[name])}, file, metadata={"format": "pt"})
+
+    return apply
+
+
+def settings(**changes: Any) -> Callable[[Path], None]:
+    return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | changes)) and None
+
+
+ADD = weights(lambda tensor: tensor + np.asarray(1e-3, tensor.dtype))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "named"),
+    [
+        (f"transformer/{WEIGHTS}", ADD, ["model.transformer"]),
+        ("transformer/config.json", settings(rope_theta=5000), ["model.path.transformer"]),
+        (f"vae/{WEIGHTS}", ADD, ["model.path.vae"]),
+        ("scheduler/scheduler_config.json", settings(shift=1.25), ["model.path.scheduler"]),
+        ("tokenizer/tokenizer_config.json", settings(extra=1), ["model.path.tokenizer"]),
+        ("model_index.json", settings(extra=1), []),
+        ("README.md", lambda file: file.write_text("moved") and None, []),
+    ],
+)
+def test_a_models_files_count_by_what_they_hold(
+    saved: dict[str, Any], tmp_path: Path, file: str, change: Callable[[Path], None], named: list[str]
+) -> None:
+    folder = Path(shutil.copytree(CONFIG.model.path, tmp_path / "model"))
+    moved = with_field(CONFIG, "model.path", str(folder))
+    assert differences(saved, fingerprint_of(moved)) == []
+    change(folder / file)
+    assert differences(saved, fingerprint_of(moved)) == named
+
+
+def test_trained_weights_count_by_what_they_hold(saved: dict[str, Any], tmp_path: Path) -> None:
+    file = Path(shutil.copy(Path(CONFIG.model.path) / "transformer" / WEIGHTS, tmp_path / WEIGHTS))
+    changed = with_field(CONFIG, "model.transformer", str(file))
+    assert differences(saved, fingerprint_of(changed)) == []
+    ADD(file)
+    assert differences(saved, fingerprint_of(changed)) == ["model.transformer"]
+
+
+@pytest.mark.parametrize("which", ["train", "heldout"])
+def test_prompts_count_by_what_they_hold(saved: dict[str, Any], tmp_path: Path, which: str) -> None:
+    file = Path(shutil.copy(getattr(CONFIG.prompts, which), tmp_path / "prompts.jsonl"))
+    moved = with_field(CONFIG, f"prompts.{which}", str(file))
+    assert differences(saved, fingerprint_of(moved)) == []
+    lines = file.read_text().splitlines()
+    array = tmp_path / "prompts.json"
+    array.write_text(json.dumps([json.loads(line) for line in lines]))
+    assert differences(saved, fingerprint_of(with_field(CONFIG, f"prompts.{which}", str(array)))) == []
+    file.write_text("\n".join([lines[1], lines[0], *lines[2:]]))
+    assert differences(saved, fingerprint_of(moved)) == [f"prompts.{which}.contents"], "their order decides"
+
+
+def test_a_scorers_options_count_unless_they_are_places_or_how_it_is_run(tmp_path: Path) -> None:
+    def options(**given: str) -> dict[str, Any]:
+        return with_options(given)["rewards"]["scorers"]["g"]["options"]
+
+    def with_options(given: dict[str, str], *addresses: str) -> dict[str, Any]:
+        config = copy.deepcopy(CONFIG)
+        config.rewards.scorers["g"] = ScorerConfig(scorer="geneval", options=given, addresses=addresses)
+        return fingerprint(config, checkpoint, *sets)
+
+    checkpoint = load_folder(CONFIG.model.path, read_transformer=False)
+    sets = [read_prompts(CONFIG.prompts.train)] * 2
+    for folder in ("one", "two", "three"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "detector.pth").write_bytes(b"1" if folder != "three" else b"3")
+    first = options(detector=str(tmp_path / "one" / "detector.pth"), device="cuda:0", api_key="secret", dtype="float32")
+    assert first == options(detector=str(tmp_path / "two" / "detector.pth"), dtype="float32", cpu_threads="4")
+    assert first != options(detector=str(tmp_path / "three" / "detector.pth"), dtype="float32")
+    assert first != options(detector=str(tmp_path / "one" / "detector.pth"), dtype="bfloat16")
+    assert options(clip=str(tmp_path / "one")) == options(clip=str(tmp_path / "two")) != options(clip="openai/clip")
+    remote = with_options({"detector": "/on/the/server.pth", "dtype": "float32"}, "gpu-0:50051")
+    assert remote["rewards"]["scorers"]["g"]["options"] == {"dtype": "float32"}
+
+
+def test_a_checkpoint_of_an_earlier_version_is_compared_as_far_as_it_says(saved: dict[str, Any]) -> None:
+    old = {"seed": 0, "model": {"dtype": "float32"}, "prompts": {"train": "there.jsonl"}, "rewards": {"shapes": {}}}
+    with pytest.warns(UserWarning, match="earlier version"):
+        before, now = comparable(old, saved)
+    assert differences(before, now) == []
+    with pytest.warns(UserWarning, match="earlier version"):
+        before, now = comparable({**old, "seed": 1}, saved)
+    assert differences(before, now) == ["seed"]
+    assert comparable(saved, saved) == (saved, saved)
+
+
+def test_large_files_are_sampled_and_every_tensor_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WHOLE_BYTES", 0), ("EDGE_BYTES", 64), ("BLOCK_BYTES", 16), ("BLOCKS", 4)):
+        monkeypatch.setattr(digests, name, value)
+    tensors = {f"layer.{number}": np.full((50, 50), number, np.float32) for number in range(20)}
+    file = tmp_path / "x.safetensors"
+    save_file(tensors, file)
+    before = digests.digest_file(file)
+    save_file(tensors, tmp_path / "y.safetensors")
+    assert digests.digest_file(tmp_path / "y.safetensors") == before
+    for name, tensor in tensors.items():
+        save_file({**tensors, name: tensor + 1}, file)
+        assert digests.digest_file(file) != before, name
