@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hmac
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -15,20 +13,28 @@ from concurrent import futures
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from rewards_bridge import doctor, lifeline, transport
+from rewards_bridge.answers import AnswerError, encode_reply
 from rewards_bridge.errors import PromptError, UsageError
+from rewards_bridge.guard import Guard, Patience
+from rewards_bridge.listening import bind, remove_socket
 from rewards_bridge.protocol import bridge_pb2, messages
 from rewards_bridge.redaction import shown
+from rewards_bridge.room import Room
 from rewards_bridge.scorers import Scorer, Scores, default_options, load_scorer, with_given
 
-MAX_CALLS = 64  # at once; more are refused
-MAX_HELD_BATCHES = 8  # in memory at once; the senders of more wait
+MAX_SCORE_CALLS = 64  # batches and checks, at once; callers of more are told to come again
+MAX_CALLS = MAX_SCORE_CALLS + 16  # so that there is always room for the question how the server is
+MAX_HELD_BYTES = 1 << 30  # of pixels in memory at once; the senders of more wait
 STOP_GRACE_S = 1.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,10 @@ class _Bridge:
         self._scorer = scorer
         self._description = description
         self._worker = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="scorer")
-        self._held = threading.BoundedSemaphore(MAX_HELD_BATCHES)
+        self._held = Room(MAX_HELD_BYTES)
+        self._calls = threading.BoundedSemaphore(MAX_SCORE_CALLS)
+        self._began: float | None = None  # when the job that is being worked on was begun
+        self._progress = time.monotonic()  # when something was received or finished last
 
     def handlers(self) -> grpc.GenericRpcHandler:
         return grpc.method_handlers_generic_handler(
@@ -90,15 +99,31 @@ class _Bridge:
             bridge_pb2.DescribeRequest.FromString(message)
         except DecodeError as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no DescribeRequest: {error}")
-        return self._description
+        reply = bridge_pb2.DescribeReply()
+        reply.CopyFrom(self._description)
+        began = self._began
+        reply.seconds_without_progress = time.monotonic() - (self._progress if began is None else began)
+        return reply
 
     def check(self, message: bytes, context: grpc.ServicerContext) -> bridge_pb2.CheckReply:
         """What the scorer has against each prompt; nothing if it takes any."""
-        with _errors_as_status(context):
+        with _errors_as_status(context), self._place(context):
             prompts, metadata = messages.decode_check(message)
-            job = self._worker.submit(self._problems, prompts, metadata)
-            _cancel_with_call(job, context)
-            return bridge_pb2.CheckReply(problems=job.result())
+            return bridge_pb2.CheckReply(problems=self._in_turn(context, self._problems, prompts, metadata))
+
+    def _in_turn(self, context: grpc.ServicerContext, work: Callable[..., T], *arguments: Any) -> T:
+        """The result of work(*arguments), which is done after what has come before it."""
+
+        def timed() -> T:
+            self._began = time.monotonic()
+            try:
+                return work(*arguments)
+            finally:
+                self._began, self._progress = None, time.monotonic()
+
+        job = self._worker.submit(timed)
+        _cancel_with_call(job, context)
+        return job.result()
 
     def _problems(self, prompts: list[str], metadata: list[dict]) -> dict[int, str]:
         problem = getattr(self._scorer, "problem", None)
@@ -112,23 +137,29 @@ class _Bridge:
 
     def score(self, stream: Iterator[bytes], context: grpc.ServicerContext) -> bridge_pb2.ScoreReply:
         """Receive one batch, wait for its turn, score it; every error becomes a status."""
-        with _errors_as_status(context):
+        with _errors_as_status(context), self._place(context):
             started = time.monotonic()
             first = next(stream, None)
             if first is None:
                 raise messages.MalformedError("a batch starts with a header; the stream was empty")
             header = messages.decode_header(first)
-            with self._room_for_a_batch(context):
+            with self._room_for_a_batch(header.pixel_bytes, context):
                 batch = messages.decode_batch(header, stream)
-                received = time.monotonic()
-                job = self._worker.submit(self._score, batch)
-                _cancel_with_call(job, context)
-                scores, began, ended = job.result()
-            reply = _encode_reply(header.batch_id, scores)
+                self._progress = received = time.monotonic()
+                reply, began, ended = self._in_turn(context, self._answer, header.batch_id, batch)
             reply.seconds_receiving = received - started
             reply.seconds_queued = began - received
             reply.seconds_scoring = ended - began
             return reply
+
+    def _answer(self, batch_id: int, batch: messages.Batch) -> tuple[bridge_pb2.ScoreReply, float, float]:
+        scores, began, ended = self._score(batch)
+        try:
+            return encode_reply(batch_id, scores), began, ended
+        except AnswerError as error:
+            raise _ScorerRaisedError(f"its answer cannot be used: {error}") from error
+        except Exception as error:  # of a tensor that cannot be brought here, say
+            raise _ScorerRaisedError(traceback.format_exc()) from error
 
     def _score(self, batch: messages.Batch) -> tuple[Scores, float, float]:
         began = time.monotonic()
@@ -141,19 +172,28 @@ class _Bridge:
         return scores, began, time.monotonic()
 
     @contextmanager
-    def _room_for_a_batch(self, context: grpc.ServicerContext) -> Iterator[None]:
+    def _place(self, context: grpc.ServicerContext) -> Iterator[None]:
+        """One of the places for calls that the scorer is asked by; decided before anything of the call is read."""
         seconds = context.time_remaining()
         if seconds is None or seconds > messages.MAX_DEADLINE_S:
             raise messages.MalformedError(
                 f"a call needs a deadline of at most {messages.MAX_DEADLINE_S} s; it could hold its place forever"
             )
-        while not self._held.acquire(timeout=1.0):
-            if not context.is_active():  # its deadline passed, or it went away
-                raise futures.CancelledError
+        if not self._calls.acquire(blocking=False):
+            raise _BusyError(f"{MAX_SCORE_CALLS} calls are waiting here already; call again a little later")
         try:
             yield
         finally:
-            self._held.release()
+            self._calls.release()
+
+    @contextmanager
+    def _room_for_a_batch(self, size: int, context: grpc.ServicerContext) -> Iterator[None]:
+        if not self._held.enter(size, is_over=lambda: not context.is_active()):
+            raise futures.CancelledError  # its deadline passed, or it went away
+        try:
+            yield
+        finally:
+            self._held.leave(size)
 
     def finish(self) -> bool:
         """Take no more batches; whether the one being scored ended within the grace period."""
@@ -174,14 +214,11 @@ def _cancel_with_call(job: futures.Future, context: grpc.ServicerContext) -> Non
 
 
 class _ScorerRaisedError(Exception):
-    """Carries the traceback of a scorer."""
+    """Carries the traceback of a scorer, or what is wrong with its answer."""
 
 
-def _encode_reply(batch_id: int, scores: Scores) -> bridge_pb2.ScoreReply:
-    try:
-        return messages.encode_reply(batch_id, scores)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise _ScorerRaisedError(traceback.format_exc()) from error
+class _BusyError(Exception):
+    """There is no place for this call now."""
 
 
 @contextmanager
@@ -195,6 +232,8 @@ def _errors_as_status(context: grpc.ServicerContext) -> Iterator[None]:
     except _ScorerRaisedError as error:
         # ABORTED, since the gRPC library itself never answers it
         context.abort(grpc.StatusCode.ABORTED, transport.shorten(str(error)))
+    except (_BusyError, MemoryError) as error:
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error) or "no memory is left for this batch")
     except (futures.CancelledError, grpc.RpcError):
         seconds = context.time_remaining()
         if seconds is not None and seconds <= 0:
@@ -202,43 +241,19 @@ def _errors_as_status(context: grpc.ServicerContext) -> Iterator[None]:
         context.abort(grpc.StatusCode.CANCELLED, "the client went away")
 
 
-class _TokenCheck(grpc.ServerInterceptor):
-    """Refuses every call that does not carry the token."""
-
-    def __init__(self, token: str) -> None:
-        self._wanted = f"Bearer {token}".encode()
-        self._refusal = grpc.unary_unary_rpc_method_handler(self._refuse)
-
-    def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
-        for key, value in handler_call_details.invocation_metadata:
-            found = value if isinstance(value, bytes) else value.encode()
-            if key == transport.TOKEN_KEY and hmac.compare_digest(found, self._wanted):
-                return continuation(handler_call_details)
-        return self._refusal
-
-    def _refuse(self, request: bytes, context: grpc.ServicerContext) -> None:
-        context.abort(grpc.StatusCode.UNAUTHENTICATED, "this server wants its token, and this call has none or another")
-
-
 def serve(config: ServeConfig) -> int:
     """Load the scorer, serve until SIGTERM or SIGINT (or the parent's end), return the exit status."""
     stopped = threading.Event()
     if config.exit_with_parent:
         lifeline.exit_with_parent(lambda: _parent_is_gone(config.listen, stopped))
-    interceptors: list[grpc.ServerInterceptor] = []
-    if config.token_file:
-        interceptors.append(_TokenCheck(transport.read_token(config.token_file)))
+    token = transport.read_token(config.token_file) if config.token_file else None
     server = grpc.server(
         futures.ThreadPoolExecutor(max_workers=MAX_CALLS, thread_name_prefix="call"),
-        interceptors=interceptors,
+        interceptors=[Guard(token, Patience())],
         options=transport.SERVER_OPTIONS,
         maximum_concurrent_rpcs=MAX_CALLS,
     )
-    address = _bind(server, config)
+    address = bind(server, config.listen, config.tls_cert, config.tls_key)
     try:
         given = {"device": config.device, "deadline_s": f"{config.deadline_s:g}" if config.deadline_s else None}
         config = replace(config, options=with_given(config.scorer, config.options, given))
@@ -257,7 +272,7 @@ def serve(config: ServeConfig) -> int:
         status.enter_graceful_shutdown()
     finally:
         server.stop(STOP_GRACE_S).wait()
-        _remove_socket(config.listen)
+        remove_socket(config.listen)
     if not bridge.finish():
         # A thread that is still scoring cannot be ended, and Python would wait for it at exit.
         sys.stdout.flush()
@@ -305,39 +320,10 @@ def _description(config: ServeConfig, example_problem: str) -> bridge_pb2.Descri
     )
 
 
-def _bind(server: grpc.Server, config: ServeConfig) -> str:
-    """Take the address before the scorer is loaded, so that one in use is found at once; return it in full."""
-    if config.listen.startswith("unix:") and _answers(config.listen.removeprefix("unix:")):
-        raise UsageError(f"cannot listen on {config.listen}: another server does")
-    previous = os.umask(0o077)  # a unix socket is for its owner only
-    try:
-        if config.tls_cert and config.tls_key:
-            pair = (transport.read_file(config.tls_key), transport.read_file(config.tls_cert))
-            port = server.add_secure_port(config.listen, grpc.ssl_server_credentials([pair]))
-        else:
-            port = server.add_insecure_port(config.listen)
-    except RuntimeError as error:
-        raise UsageError(f"cannot listen on {config.listen}: {error}") from error
-    finally:
-        os.umask(previous)
-    return config.listen if config.listen.startswith("unix:") else f"{config.listen.rpartition(':')[0]}:{port}"
-
-
-def _answers(path: str) -> bool:
-    """Whether somebody listens on this unix socket; gRPC itself would silently take it over."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(path) == 0
-
-
 def _parent_is_gone(address: str, stopped: threading.Event) -> None:
     """Remove the socket and the folder that the parent made for it, then stop."""
-    _remove_socket(address)
+    remove_socket(address)
     if address.startswith("unix:"):
         with suppress(OSError):  # it is not empty, hence not a folder of a client's
             Path(address.removeprefix("unix:")).parent.rmdir()
     stopped.set()
-
-
-def _remove_socket(address: str) -> None:
-    if address.startswith("unix:"):
-        Path(address.removeprefix("unix:")).unlink(missing_ok=True)

@@ -13,16 +13,18 @@ class DescribeRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ...) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("protocol_version", "scorer", "setup", "example_problem")
+    __slots__ = ("protocol_version", "scorer", "setup", "example_problem", "seconds_without_progress")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SCORER_FIELD_NUMBER: _ClassVar[int]
     SETUP_FIELD_NUMBER: _ClassVar[int]
     EXAMPLE_PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_WITHOUT_PROGRESS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     scorer: str
     setup: Setup
     example_problem: str
-    def __init__(self, protocol_version: _Optional[int] = ..., scorer: _Optional[str] = ..., setup: _Optional[_Union[Setup, _Mapping]] = ..., example_problem: _Optional[str] = ...) -> None: ...
+    seconds_without_progress: float
+    def __init__(self, protocol_version: _Optional[int] = ..., scorer: _Optional[str] = ..., setup: _Optional[_Union[Setup, _Mapping]] = ..., example_problem: _Optional[str] = ..., seconds_without_progress: _Optional[float] = ...) -> None: ...
 
 class Setup(_message.Message):
     __slots__ = ("options", "defaults")

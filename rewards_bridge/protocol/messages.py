@@ -209,27 +209,6 @@ def _decode_metadata(index: int, text: str) -> dict:
     return value
 
 
-def encode_reply(batch_id: int, scores: Scores) -> bridge_pb2.ScoreReply:
-    """The scores as a scorer returned them, converted to f32; TypeError or ValueError if they are no Scores."""
-    if not isinstance(scores, Scores):
-        raise TypeError(f"a scorer has to return rewards_bridge.scorers.base.Scores; found {type(scores).__name__}")
-    reply = bridge_pb2.ScoreReply(batch_id=batch_id)
-    reply.score.extend(_numbers("score", scores.score))
-    for name, values in scores.raw.items():
-        reply.raw[name].values.extend(_numbers(f"raw[{name!r}]", values))
-    reply.reasons.extend(scores.reasons)
-    reply.details.extend(scores.details)
-    return reply
-
-
-def _numbers(name: str, values: object) -> list[float]:
-    array = np.asarray(values, np.float32)
-    if array.ndim != 1:
-        raise ValueError(f"a scorer's {name} has to be f32[B]; found shape {array.shape}")
-    numbers: list[float] = array.tolist()
-    return numbers
-
-
 def decode_reply(reply: bridge_pb2.ScoreReply) -> Scores:
     """The scores of a reply, counts and values still to be checked."""
     raw = {name: np.array(reply.raw[name].values, np.float32) for name in sorted(reply.raw)}
