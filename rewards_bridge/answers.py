@@ -49,8 +49,9 @@ def _numbers(name: str, values: Any) -> list[float]:
         raise AnswerError(f"{name} has to be f32[B], one number an image; found shape {array.shape}")
     if array.dtype.kind in "OSUMmc":  # bfloat16 of ml_dtypes has a kind of its own
         wrong = [index for index, value in enumerate(array.tolist()) if type(value) not in (int, float, bool)]
-        shown = f"{name}[{wrong[0]}] = {array[wrong[0]]!r:.100}" if wrong else f"{array.dtype}"
-        raise AnswerError(f"{name} has to be f32[B], one number an image; found {shown}")
+        if wrong or array.dtype.kind != "O":
+            shown = f"{name}[{wrong[0]}] = {array[wrong[0]]!r:.100}" if wrong else f"{array.dtype}"
+            raise AnswerError(f"{name} has to be f32[B], one number an image; found {shown}")
     try:
         exact = array.astype(np.float64)
     except (TypeError, ValueError, OverflowError) as error:

@@ -8,19 +8,20 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import grpc
 import numpy as np
 
-from rewards_bridge.connection import Connection, status_text
-from rewards_bridge.errors import BridgeError, DeadlineError, ScoreError, ScorerError
+from rewards_bridge.connection import Connection, StuckError, status_text
+from rewards_bridge.errors import BridgeError, DeadlineError, LostError, ScoreError, ScorerError
 from rewards_bridge.peer import BridgeConfig, Peer, examine
 from rewards_bridge.protocol import bridge_pb2, messages
+from rewards_bridge.room import Room
 from rewards_bridge.scorers.base import Scores
 from rewards_bridge.verdicts import check_scores
 
@@ -29,6 +30,7 @@ __all__ = [
     "BridgeError",
     "BridgeStats",
     "DeadlineError",
+    "LostError",
     "RewardsClient",
     "ScoreError",
     "ScorerError",
@@ -36,6 +38,19 @@ __all__ = [
 ]
 
 IN_FLIGHT = 2  # batches at the server at once: one arrives while another is scored
+MAX_WAITING_BYTES = 512 << 20  # of images that wait for their scores; who submits more waits
+BROKEN = (
+    *(grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED),
+    *(grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.DEADLINE_EXCEEDED),
+)
+"""Statuses of a call whose connection or server has failed, so that a new one may do."""
+BATCH_AT_FAULT = (
+    *(grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.OUT_OF_RANGE),
+    grpc.StatusCode.RESOURCE_EXHAUSTED,  # a message that is too large; what is only busy is called again
+)
+"""Statuses that any server would give this call."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,7 @@ class _Job:
     header: bytes
     batch: messages.Batch
     future: Future[Scores]
+    kept_images: str | None
 
 
 class RewardsClient:
@@ -65,6 +81,7 @@ class RewardsClient:
         self._config = config
         self._numbers = itertools.count()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._waiting = Room(MAX_WAITING_BYTES)
         self._lock = threading.Lock()
         self._closed = False
         self._stats = BridgeStats()
@@ -75,37 +92,64 @@ class RewardsClient:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Future[Scores]:
-        """Score images u8[B,H,W,3] (left unchanged until then); returns at once.
+    def submit(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict], wait: bool = True
+    ) -> Future[Scores]:
+        """Score images u8[B,H,W,3] (left unchanged until then); returns at once unless much is waiting already.
 
-        ValueError if they are not that or do not match prompts and metadata. The future's errors: DeadlineError,
-        ScorerError (it raised), ScoreError (wrong counts, NaN, infinity), BridgeError (it cannot be reached any more).
+        With MAX_WAITING_BYTES of images on their way it returns when there is room, so that a slow scorer does not
+        fill the memory; wait=False: at once whatever waits. ValueError if the arguments are not that or do not match.
+        The future's errors: DeadlineError and LostError (the scorer is given up), ScorerError (it raised), ScoreError
+        (wrong counts, NaN, infinity), BridgeError.
         """
+        return self._submit(images, prompts, metadata, wait, self._config.kept_images)
+
+    def try_out(self, prompt: str, metadata: dict, height: int, width: int) -> None:
+        """Have a scorer of the user's own ("module:Class") judge two test images of this size, then one of them.
+
+        Shows before anything else is loaded what a scorer returns that cannot be used, such as one number for all
+        images. Raises what the future of `submit` has; ScorerError for raw values that are not the same every time.
+        """
+        if ":" not in self._config.scorer:
+            return  # those that ship here have test images of their own
+        images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
+        names = []
+        for count in (2, 1):
+            job = self._submit(images[:count], [prompt] * count, [metadata] * count, False, None)
+            names.append(sorted(job.result().raw))
+        if names[0] != names[1]:
+            told = " and then ".join(str(each) for each in names)
+            raise ScorerError(
+                f"scorer {self._config.scorer!r} named its raw values {told}; return the same names for every batch"
+            )
+
+    def _submit(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict], wait: bool, kept_images: str | None
+    ) -> Future[Scores]:
         batch = messages.checked_batch(images, prompts, metadata)
         number = next(self._numbers)
-        job = _Job(number, messages.encode_header(batch, number), batch, Future())
+        job = _Job(number, messages.encode_header(batch, number), batch, Future(), kept_images)
+        if not wait:
+            self._waiting.squeeze_in(batch.images.nbytes)
+        elif not self._waiting.enter(batch.images.nbytes, is_over=lambda: self._closed):
+            raise BridgeError("the client was closed before this batch could be submitted")
         with self._lock:
             if self._closed:
                 raise BridgeError("the client is closed; no batch can be submitted")
             self._jobs.put(job)
+        job.future.add_done_callback(lambda _: self._waiting.leave(batch.images.nbytes))
         return job.future
 
     def check(self, prompts: Sequence[str], metadata: Sequence[dict]) -> dict[int, str]:
         """Why the scorer cannot score some of these prompts, by their index; empty if it can score all.
 
-        Raises ScorerError if it raised, BridgeError if it cannot be reached, ValueError for what cannot be sent.
+        Raises ScorerError if it raised, BridgeError as `submit`'s future, ValueError for what cannot be sent.
         """
         problems: dict[int, str] = {}
         for start in range(0, len(prompts), messages.CHECKED_AT_ONCE):
             part = slice(start, start + messages.CHECKED_AT_ONCE)
             request = messages.encode_check(prompts[part], metadata[part])
-            link = self._peer.link
-            try:
-                found = link.check(request, self._config.deadline_s)
-            except grpc.RpcError as error:
-                if error.code() is grpc.StatusCode.ABORTED:
-                    raise ScorerError(f"scorer {self._config.scorer!r} raised:\n{error.details()}") from None
-                raise BridgeError(f"{link.address} could not check the prompts: {status_text(error)}") from error
+            found = self._ask(lambda link, request=request: link.check(request, self._config.deadline_s))
             problems.update({start + index: text for index, text in found.items()})
         return dict(sorted(problems.items()))
 
@@ -124,6 +168,7 @@ class RewardsClient:
             if self._closed:
                 return
             self._closed = True
+        self._waiting.look()
         while not self._jobs.empty():
             try:
                 job = self._jobs.get_nowait()
@@ -165,34 +210,38 @@ class RewardsClient:
 
     def _score(self, job: _Job) -> Scores:
         """One batch to its scores, over as many processes as it takes and max_restarts allows."""
+        reply = self._ask(
+            lambda link: link.score(lambda: messages.encode(job.header, job.batch.images), self._config.deadline_s)
+        )
+        self._count(job, reply)
+        scores = messages.decode_reply(reply)
+        check_scores(scores, job.batch, job.number, self._config.scorer, job.kept_images)
+        return scores
+
+    def _ask(self, ask: Callable[[Connection], T]) -> T:
+        """What the server answers, or the one that takes its place; BridgeError if there is none any more."""
         while True:
             link = self._peer.link
             try:
-                reply = link.score(messages.encode(job.header, job.batch.images), self._config.deadline_s)
-            except grpc.RpcError as error:
+                return ask(link)
+            except (grpc.RpcError, StuckError) as error:
                 self._recover(link, error)
-                continue
-            self._count(job, reply)
-            scores = messages.decode_reply(reply)
-            check_scores(scores, job.batch, job.number, self._config.scorer, self._config.kept_images)
-            return scores
 
-    def _recover(self, link: Connection, error: grpc.RpcError) -> None:
-        """Return if the batch is to be sent again, raise if not."""
-        code = error.code()
-        scorer = self._config.scorer
-        if code is grpc.StatusCode.ABORTED:
-            raise ScorerError(f"scorer {scorer!r} raised:\n{error.details()}") from None
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            problem = f"scorer {scorer!r} at {link.address} gave no answer within {self._config.deadline_s:g} s"
-            if not self._peer.is_own:
+    def _recover(self, link: Connection, error: grpc.RpcError | StuckError) -> None:
+        """Return if the call is to be made again, raise if not."""
+        where = f"scorer {self._config.scorer!r} at {link.address}"
+        if isinstance(error, StuckError):
+            problem = f"{where} finished nothing within deadline_s, {self._config.deadline_s:g} s"
+            if not self._peer.is_own:  # it would be the same process again
                 raise DeadlineError(problem) from None
             self._peer.recover(link, DeadlineError, problem)
-        elif code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED) or self._peer.has_died():
-            problem = f"scorer {scorer!r} at {link.address} was lost ({status_text(error)})"
-            self._peer.recover(link, BridgeError, problem)
+        elif error.code() is grpc.StatusCode.ABORTED:
+            raise ScorerError(f"scorer {self._config.scorer!r} raised:\n{error.details()}") from None
+        elif error.code() in BROKEN or self._peer.has_died():
+            self._peer.recover(link, LostError, f"{where} was lost ({status_text(error)})")
         else:
-            raise BridgeError(f"scorer {scorer!r} at {link.address} refused a batch: {status_text(error)}") from error
+            kind = BridgeError if error.code() in BATCH_AT_FAULT else LostError
+            raise kind(f"{where} refused a batch: {status_text(error)}") from error
 
     def _count(self, job: _Job, reply: bridge_pb2.ScoreReply) -> None:
         with self._lock:

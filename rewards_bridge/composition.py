@@ -69,6 +69,11 @@ class Composition:
                 problems[index] = f"{problems[index]}; {name}: {text}" if index in problems else f"{name}: {text}"
         return dict(sorted(problems.items()))
 
+    def try_out(self, prompt: str, metadata: dict, height: int, width: int) -> None:
+        """Try out the scorers of the user's own on images of this size, as `RewardsClient.try_out`."""
+        for part in self._parts.values():
+            part.try_out(prompt, metadata, height, width)
+
     def warnings(self) -> tuple[str, ...]:
         """Return the warnings of all parts, as `RewardsClient.warnings`."""
         return tuple(f"{name}: {text}" for name, part in self._parts.items() for text in part.warnings())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -15,7 +17,15 @@ from rewards_bridge.protocol import bridge_pb2, messages
 
 _HEALTH_TIMEOUT_S = 1.0
 _HEALTH_PAUSE_S = 0.05
-_NOT_YET = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_DESCRIBE_TIMEOUT_S = 10.0
+_CALL_TIMEOUT_S = messages.MAX_DEADLINE_S - 60.0  # clocks differ a little; our own deadline is looked after here
+_NOT_YET = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 5.0
+"""Between the calls to a server that has no place for another one."""
+
+
+class StuckError(Exception):
+    """The server has finished nothing for too long while a call was waiting there."""
 
 
 class Connection:
@@ -23,6 +33,7 @@ class Connection:
 
     def __init__(self, address: str, tls_ca: str | None = None, token_file: str | None = None) -> None:
         self.address = address
+        self._answered = 0.0  # time.monotonic() of the last sign that the server gets on with its work
         # gRPC is used in no forked child here; without this it says so at every fork of the trainer, whatever for.
         os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         self._metadata = transport.call_metadata(transport.read_token(token_file) if token_file else None)
@@ -71,16 +82,26 @@ class Connection:
             time.sleep(_HEALTH_PAUSE_S)
         raise BridgeError(f"the scorer server at {self.address} was not serving after {timeout_s:g} s: {found}")
 
-    def describe(self, scorer: str) -> bridge_pb2.DescribeReply:
-        """Return what the server says of itself; BridgeError unless it speaks our version and holds this scorer."""
+    def describe(self, scorer: str, timeout_s: float = _DESCRIBE_TIMEOUT_S) -> bridge_pb2.DescribeReply:
+        """Return what the server says of itself; BridgeError unless it speaks our version and holds this scorer.
+
+        timeout_s: how long a server is called again that has no place for the call, or is not to be reached.
+        """
         request = bridge_pb2.DescribeRequest(protocol_version=messages.PROTOCOL_VERSION)
-        try:
-            reply: bridge_pb2.DescribeReply = self._describe(request, timeout=10.0, metadata=self._metadata)
-            messages.check_version(reply.protocol_version, f"the scorer server at {self.address}", "this client")
-        except grpc.RpcError as error:
-            raise BridgeError(f"{self.address} is no usable scorer server: {status_text(error)}") from error
-        except messages.VersionError as error:
-            raise BridgeError(str(error)) from error
+        end = time.monotonic() + timeout_s
+        while True:
+            try:
+                reply: bridge_pb2.DescribeReply = self._describe(
+                    request, timeout=_DESCRIBE_TIMEOUT_S, metadata=self._metadata
+                )
+                messages.check_version(reply.protocol_version, f"the scorer server at {self.address}", "this client")
+                break
+            except grpc.RpcError as error:
+                if error.code() not in _NOT_YET or time.monotonic() > end:
+                    raise BridgeError(f"{self.address} is no usable scorer server: {status_text(error)}") from error
+            except messages.VersionError as error:
+                raise BridgeError(str(error)) from error
+            time.sleep(_HEALTH_PAUSE_S)
         if reply.scorer != scorer:
             raise BridgeError(
                 f"the server at {self.address} holds scorer {reply.scorer!r}, the config wants {scorer!r}; change one"
@@ -88,17 +109,68 @@ class Connection:
         return reply
 
     def check(self, request: bridge_pb2.CheckRequest, deadline_s: float) -> dict[int, str]:
-        """Problem by index of the prompts that the scorer cannot score; grpc.RpcError if the call fails."""
-        reply = self._check(request, timeout=deadline_s, metadata=self._metadata)
+        """Problem by index of the prompts that the scorer cannot score; errors as `score`."""
+        reply = self._wait(
+            lambda: self._check.future(request, timeout=_CALL_TIMEOUT_S, metadata=self._metadata), deadline_s
+        )
         return dict(reply.problems)
 
-    def score(self, stream: Iterable[bytes], deadline_s: float) -> bridge_pb2.ScoreReply:
-        """Send one batch and wait for its reply; grpc.RpcError otherwise."""
+    def score(self, stream: Callable[[], Iterable[bytes]], deadline_s: float) -> bridge_pb2.ScoreReply:
+        """Send one batch, made anew by stream() for every try, and wait for its reply.
+
+        A server without a place for the call is called again later. Raises StuckError once the server has finished
+        nothing, of anybody's, for deadline_s; else grpc.RpcError; BridgeError if the connection is closed.
+        """
+        return self._wait(
+            lambda: self._score.future(iter(stream()), timeout=_CALL_TIMEOUT_S, metadata=self._metadata),
+            deadline_s,
+        )
+
+    def _wait(self, start: Callable[[], Any], deadline_s: float) -> Any:
+        began, pause_s = time.monotonic(), _FIRST_PAUSE_S
+        while True:
+            try:
+                return self._result(start(), began, deadline_s)
+            except (ValueError, grpc.FutureCancelledError) as error:  # what grpc says of a channel that was closed
+                raise BridgeError(f"the connection to {self.address} is closed") from error
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED or "larger than max" in str(error.details()):
+                    raise
+            if self._left_s(began, deadline_s) <= 0:
+                raise StuckError
+            time.sleep(pause_s * random.uniform(0.5, 1.0))
+            pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+
+    def _result(self, call: Any, began: float, deadline_s: float) -> Any:
+        """What a call gives; StuckError, and the call is cancelled, once the server does not get on."""
+        timeout_s = max(max(began, self._answered) + deadline_s - time.monotonic(), 0.0)
+        while True:
+            try:
+                reply = call.result(timeout=timeout_s)
+            except grpc.FutureTimeoutError:
+                timeout_s = self._left_s(began, deadline_s)
+                if timeout_s <= 0:
+                    call.cancel()
+                    raise StuckError from None
+            else:
+                self._answered = time.monotonic()
+                return reply
+
+    def _left_s(self, began: float, deadline_s: float) -> float:
+        """How long the server may still take to get on with its work, asked if that is not known to be in time."""
+        left_s = max(began, self._answered) + deadline_s - time.monotonic()
+        if left_s > 0:
+            return left_s
         try:
-            reply: bridge_pb2.ScoreReply = self._score(iter(stream), timeout=deadline_s, metadata=self._metadata)
-        except ValueError as error:  # what grpc says of a channel that was closed
-            raise BridgeError(f"the connection to {self.address} is closed") from error
-        return reply
+            request = bridge_pb2.DescribeRequest(protocol_version=messages.PROTOCOL_VERSION)
+            timeout_s = min(_DESCRIBE_TIMEOUT_S, deadline_s)
+            reply = self._describe(request, timeout=timeout_s, metadata=self._metadata)
+        except (grpc.RpcError, ValueError):
+            return 0.0
+        if not reply.HasField("seconds_without_progress"):
+            return 0.0
+        self._answered = time.monotonic() - reply.seconds_without_progress
+        return deadline_s - float(reply.seconds_without_progress)
 
     def close(self) -> None:
         """Cancel what is under way and forget the channel."""

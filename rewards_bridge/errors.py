@@ -15,8 +15,12 @@ class BridgeError(RuntimeError):
     """The scorer process cannot be started, reached or understood, or died more often than it may."""
 
 
-class DeadlineError(BridgeError, TimeoutError):
-    """A batch was not scored within its deadline."""
+class LostError(BridgeError):
+    """The scorer cannot be reached any more: its restarts or reconnections are used up, or it refuses this client."""
+
+
+class DeadlineError(LostError, TimeoutError):
+    """The scorer finished nothing within its deadline while a batch was waiting there."""
 
 
 class ScorerError(BridgeError):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,14 @@ from pathlib import Path
 from rewards_bridge import transport
 from rewards_bridge.connection import Connection
 from rewards_bridge.differences import differences
-from rewards_bridge.errors import BridgeError, UsageError
+from rewards_bridge.errors import BridgeError, LostError, UsageError
 from rewards_bridge.process import ScorerProcess, scorer_environment
 from rewards_bridge.protocol import messages
 
 _LOG = logging.getLogger("rewards_bridge")
 _STOP_GRACE_S = 3.0
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.5, 30.0
+"""From one attempt to start it or to connect to the next, doubling."""
 _MAX_SOCKET_PATH = 100  # the kernel allows 107 bytes
 
 
@@ -40,7 +43,7 @@ class BridgeConfig:
     environment: dict[str, str] = field(default_factory=dict)  # added for the started process
     device: str | None = None  # cuda:0 or cpu, say, for scorers that take a device, if the options name none
     memory_fraction: float | None = None  # largest part of the GPU's memory for PyTorch in the started process
-    deadline_s: float = 300.0  # from sending a batch to its scores, at most one other batch being scored in between
+    deadline_s: float = 300.0  # longest time in which the scorer finishes nothing, of anybody's, while a batch waits
     start_timeout_s: float = 300.0  # for loading the scorer
     max_restarts: int = 3  # of the process, or reconnections to the address, in the client's life
     kept_images: str | None = None  # folder for the images of bad scores
@@ -73,7 +76,7 @@ class Peer:
         self._config = config
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._failure: tuple[type[BridgeError], str] | None = None
+        self._failure: tuple[type[LostError], str] | None = None
         self._process: ScorerProcess | None = None
         self._links: list[Connection] = []
         self._folder = None if config.address else _private_folder()
@@ -96,7 +99,7 @@ class Peer:
         """How our process is and what it wrote last; "" for somebody else's."""
         return self._process.describe() if self._process else ""
 
-    def recover(self, link: Connection, kind: type[BridgeError], problem: str) -> None:
+    def recover(self, link: Connection, kind: type[LostError], problem: str) -> None:
         """Replace a link that failed, once for all who report it; raise kind if it has failed too often."""
         with self._lock:
             if self._closed.is_set():
@@ -107,20 +110,32 @@ class Peer:
                 return
             if self._process:
                 # A broken connection is noticed a moment before the process is gone; its own exit code says more.
-                if kind is BridgeError:
+                if kind is LostError:
                     self._process.exit_code(wait_s=1.0)
                 problem = f"{problem}; {self._process.describe()}"
                 self._process.stop(grace_s=0)
+            self._replace(kind, problem)
+
+    def _replace(self, kind: type[LostError], problem: str) -> None:
+        """Open new links until one serves; raise kind, now and at every later failure, when none may be opened."""
+        while True:
+            if self.restarts >= self._config.max_restarts:
+                self._failure = kind, f"{problem}\n(given up after {self.restarts} restarts, max_restarts)"
+                raise kind(self._failure[1])
+            self.restarts += 1
+            verb = "restarting it" if self.is_own else "connecting again"
+            _LOG.warning("%s (%s, %d of %d)", problem, verb, self.restarts, self._config.max_restarts)
+            began = time.monotonic()
             try:
-                if self.restarts >= self._config.max_restarts:
-                    raise kind(f"{problem}\n(given up after {self.restarts} restarts, max_restarts)")
-                self.restarts += 1
-                verb = "restarting it" if self.is_own else "connecting again"
-                _LOG.warning("%s (%s, %d of %d)", problem, verb, self.restarts, self._config.max_restarts)
                 self.link = self._open()
-            except BridgeError as error:
-                self._failure = (type(error), str(error))
-                raise
+                return
+            except BridgeError as error:  # such as a device whose memory the one before has not given back yet
+                kind, problem = LostError, str(error)
+                if self._process:
+                    self._process.stop(grace_s=0)
+            pause_s = min(_FIRST_PAUSE_S * 2**self.restarts, _LAST_PAUSE_S)
+            if self._closed.wait(max(began + pause_s - time.monotonic(), 0.0)):
+                raise BridgeError("the client was closed before this batch was scored")
 
     def close(self) -> None:
         """End our process, close the connections, remove the socket. Safe to call twice."""
@@ -166,7 +181,7 @@ class Peer:
 
         Whoever opened the client tells the first warnings; those of a server that has changed meanwhile are logged.
         """
-        config, reply = self._config, link.describe(self._config.scorer)
+        config, reply = self._config, link.describe(self._config.scorer, self._config.start_timeout_s)
         where = "" if self.is_own else f" at {link.address}"
         found = []
         if reply.example_problem:

@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 
 from rewards_bridge.client import BridgeConfig, BridgeStats, RewardsClient
-from rewards_bridge.errors import BridgeError, ScoreError, ScorerError, UsageError
+from rewards_bridge.errors import BridgeError, LostError, UsageError
 from rewards_bridge.scorers.base import Scores
 
 _LOG = logging.getLogger("rewards_bridge")
@@ -32,7 +32,7 @@ class Replicas:
     """Clients of one scorer that share its batches; as good as one client while any of them is left.
 
     A replica that is lost (its own restarts or reconnections used up, or its deadline passed) gets no more batches, and
-    what it held is scored by another. An error of the scorer itself is not: it would come again.
+    what it held is scored by another. An error of the scorer itself, or of the batch, is not: it would come again.
     """
 
     def __init__(self, configs: Sequence[BridgeConfig]) -> None:
@@ -47,12 +47,18 @@ class Replicas:
     def submit(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Future[Scores]:
         """Score images u8[B,H,W,3] as `RewardsClient.submit` does, by whichever replica has least to do."""
         batch = _Batch(images, prompts, metadata, Future())
-        self._send(batch)
+        self._send(batch, wait=True)
         return batch.future
 
     def check(self, prompts: Sequence[str], metadata: Sequence[dict]) -> dict[int, str]:
         """Why the scorer cannot score some of these prompts, as `RewardsClient.check` says it."""
-        return self._clients[0].check(prompts, metadata)
+        with self._lock:
+            first = self._alive()[0]
+        return self._clients[first].check(prompts, metadata)
+
+    def try_out(self, prompt: str, metadata: dict, height: int, width: int) -> None:
+        """Try out a scorer of the user's own, as `RewardsClient.try_out`; all replicas hold the same one."""
+        self._clients[0].try_out(prompt, metadata, height, width)
 
     def warnings(self) -> tuple[str, ...]:
         """Return the warnings of all replicas, as `RewardsClient.warnings`, each once."""
@@ -76,13 +82,18 @@ class Replicas:
     ) -> None:
         self.close()
 
-    def _send(self, batch: _Batch) -> None:
+    def _alive(self) -> list[int]:
+        """The replicas that are not lost; all of them if none is left, for each says best what has become of it."""
+        return [index for index in range(len(self._clients)) if index not in self._lost] or [*range(len(self._clients))]
+
+    def _send(self, batch: _Batch, wait: bool) -> None:
+        """Give a batch to a replica; wait: for room there."""
         with self._lock:
-            alive = [index for index in range(len(self._clients)) if index not in self._lost]
+            alive = self._alive()
             index = min(alive, key=lambda index: self._waiting[index])
             self._waiting[index] += 1
         try:
-            ticket = self._clients[index].submit(batch.images, batch.prompts, batch.metadata)
+            ticket = self._clients[index].submit(batch.images, batch.prompts, batch.metadata, wait)
         except BaseException:
             with self._lock:
                 self._waiting[index] -= 1
@@ -99,13 +110,13 @@ class Replicas:
             batch.future.set_exception(error)
         else:
             try:
-                self._send(batch)
+                self._send(batch, wait=False)
             except BaseException as problem:
                 batch.future.set_exception(problem)
 
     def _may_leave_out(self, index: int, error: BaseException) -> bool:
         """Whether the replica is lost and another is left to do its work."""
-        if not isinstance(error, BridgeError) or isinstance(error, ScorerError | ScoreError):
+        if not isinstance(error, LostError):
             return False
         with self._lock:
             if index not in self._lost:

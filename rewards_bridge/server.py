@@ -239,6 +239,8 @@ def _errors_as_status(context: grpc.ServicerContext) -> Iterator[None]:
         if seconds is not None and seconds <= 0:
             context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the batch was scored")
         context.abort(grpc.StatusCode.CANCELLED, "the client went away")
+    except Exception:  # a fault of ours; it would come again, like one of the scorer's
+        context.abort(grpc.StatusCode.ABORTED, transport.shorten(traceback.format_exc()))
 
 
 def serve(config: ServeConfig) -> int:

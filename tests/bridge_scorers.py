@@ -88,6 +88,16 @@ class Crash:
         return Echo().score(images, prompts, metadata)
 
 
+class FailsToLoadAgain(Crash):
+    """Crashes where Crash does; the next process of it that is started cannot load, and all others can."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(f"{folder}/crashed")
+        if self.flag.exists() and not Path(f"{folder}/failed").exists():
+            Path(f"{folder}/failed").touch()
+            raise RuntimeError("the card's memory is not free yet")
+
+
 class Hang:
     """Never answers a batch whose metadata says "hang"; with a flag file, only the first."""
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from rewards_bridge import verdicts
-from rewards_bridge.client import BridgeError, DeadlineError, RewardsClient, ScoreError, ScorerError
+from rewards_bridge.client import BridgeError, DeadlineError, LostError, RewardsClient, ScoreError, ScorerError
 
 
 @pytest.mark.parametrize("how", ["exit", "kill"])
@@ -46,6 +46,35 @@ def test_a_scorer_that_always_crashes_is_given_up(caplog):
     assert time.monotonic() - begun < 15
 
 
+def test_a_restart_that_fails_is_not_the_last_one(tmp_path, caplog):
+    config = helpers.config("FailsToLoadAgain", options={"folder": str(tmp_path)}, max_restarts=2)
+    with RewardsClient(config) as client:
+        futures = [client.submit(*helpers.batch(10 * i, 5, **({"crash": 1} if i == 1 else {}))) for i in range(4)]
+        for i, future in enumerate(futures):
+            np.testing.assert_array_equal(future.result(20).score, np.arange(10 * i, 10 * i + 5))
+        assert client.stats().restarts == 2
+    first, second = caplog.messages
+    assert "the card is on fire" in first
+    assert "the card's memory is not free yet" in second
+    assert "restarting it, 2 of 2" in second
+
+
+def test_a_restart_that_always_fails_is_given_up_with_its_reason(tmp_path):
+    config = helpers.config("FailsToLoadAgain", options={"folder": str(tmp_path)}, max_restarts=1)
+    with RewardsClient(config) as client:
+        for _ in range(2):
+            with pytest.raises(LostError, match=r"(?s)memory is not free yet.*given up after 1 restarts"):
+                client.submit(*helpers.batch(0, 2, crash=1)).result(20)
+
+
+def test_a_scorer_slower_than_half_its_deadline_is_not_killed():
+    """Two batches are with it at a time, so that each takes 1.6 of the 1.2 s from when it was sent."""
+    with RewardsClient(helpers.config("Echo", options={"delay": "0.8"}, deadline_s=1.2)) as client:
+        futures = [client.submit(*helpers.batch(i, 2)) for i in range(4)]
+        assert [future.result(20).score[0] for future in futures] == [0, 1, 2, 3]
+        assert client.stats().restarts == 0
+
+
 def test_a_hanging_scorer_is_killed_and_the_batch_scored_again(tmp_path):
     config = helpers.config("Hang", options={"flag": str(tmp_path / "hung")}, deadline_s=1.0)
     with RewardsClient(config) as client:
@@ -58,7 +87,8 @@ def test_a_hanging_scorer_is_killed_and_the_batch_scored_again(tmp_path):
 def test_a_scorer_that_always_hangs_is_given_up():
     with RewardsClient(helpers.config("Hang", deadline_s=0.7)) as client:
         begun = time.monotonic()
-        with pytest.raises(DeadlineError, match=r"no answer within 0.7 s.*\n.*\n.*given up after 1 restart"):
+        expected = r"finished nothing within deadline_s, 0.7 s.*\n.*\n.*given up after 1 restart"
+        with pytest.raises(DeadlineError, match=expected):
             client.submit(*helpers.batch(0, 1, hang=True)).result(20)
         assert time.monotonic() - begun < 2 * 0.7 + 5
 
@@ -149,7 +179,7 @@ def test_a_full_disk_does_not_hide_the_error(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("scorer", "fields", "match"),
     [
-        ("FailsToLoad", {}, "(?s)exit code 1.*Traceback.*no weights in /nowhere"),
+        ("FailsToLoad", {}, "(?s)exit code [12].*Traceback.*no weights in /nowhere"),
         ("NotAScorer", {}, "(?s)exit code 2.*no method score"),
         ("Missing", {}, "(?s)exit code 2.*has no 'Missing'"),
         ("Echo", {"options": {"colour": "red"}}, r"(?s)unexpected keyword argument 'colour'; its options: delay"),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import itertools
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
 
@@ -20,11 +24,13 @@ import pytest
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from rewards_bridge import guard
 from rewards_bridge.__main__ import main
 from rewards_bridge.client import BridgeError, DeadlineError, RewardsClient
 from rewards_bridge.errors import UsageError
 from rewards_bridge.protocol import bridge_pb2, messages
 from rewards_bridge.scorers import load_scorer
+from rewards_bridge.server import MAX_SCORE_CALLS
 
 BAD_REQUEST = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION}
 
@@ -250,7 +256,7 @@ def test_a_server_that_is_not_there_or_too_slow(tmp_path):
         RewardsClient(helpers.config("Echo", address=f"unix:{tmp_path}/none", start_timeout_s=0.5))
     with helpers.running_server("Hang", f"unix:{tmp_path}/socket") as (process, address):
         client = RewardsClient(helpers.config("Hang", address=address, deadline_s=0.5))
-        with client, pytest.raises(DeadlineError, match=r"no answer within 0.5 s"):
+        with client, pytest.raises(DeadlineError, match=r"finished nothing within deadline_s, 0.5 s"):
             client.submit(*helpers.batch(0, 1, hang=True)).result(5)
         assert process.poll() is None, "somebody else's process is not ours to kill"
         process.send_signal(signal.SIGTERM)
@@ -341,6 +347,104 @@ def test_neither_side_imports_jax_or_torch():
     assert not {"jax", "flax", "torch", "udm_grpo", "PIL"} & set(done.stdout.split())
     sources = Path(messages.__file__).parents[1].rglob("*.py")
     assert not [path for path in sources if "import pickle" in path.read_text()]
+
+
+def test_batches_of_other_trainers_do_not_count_against_the_deadline(tmp_path):
+    """Each of 4 clients has 2 batches there; the last of the 8 is scored after 2.4 s."""
+    with helpers.running_server("Echo", f"unix:{tmp_path}/s", "--option", "delay=0.3") as (_, address):
+
+        def train(first: int) -> list[float]:
+            with RewardsClient(helpers.config("Echo", address=address, deadline_s=0.8)) as client:
+                jobs = [client.submit(*helpers.batch(first + i, 1)) for i in range(2)]
+                return [float(job.result(20).score[0]) for job in jobs]
+
+        with futures.ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(train, [0, 10, 20, 30])) == [[0, 1], [10, 11], [20, 21], [30, 31]]
+
+
+def test_more_clients_than_the_server_has_places_for(tmp_path):
+    """Those for whom there is no place come again; the server can be asked how it is all the time."""
+    gate = tmp_path / "gate"
+    count = MAX_SCORE_CALLS // 2 + 8
+    with (
+        helpers.running_server("Gate", f"unix:{tmp_path}/s", "--option", f"gate={gate}") as (_, address),
+        contextlib.ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(RewardsClient(helpers.config("Gate", address=address))) for _ in range(count)]
+        jobs = [client.submit(*helpers.batch(index, 1)) for index, client in enumerate(clients) for _ in range(2)]
+        time.sleep(1.0)  # so that all places are taken
+        with pytest.raises(grpc.RpcError, match="64 calls are waiting here already; call again a little later"):
+            call_raw(address, good_stream())
+        with RewardsClient(helpers.config("Gate", address=address)):
+            gate.touch()
+        assert [job.result(20).score[0] for job in jobs] == [index for index in range(count) for _ in range(2)]
+
+
+def silent(gone: threading.Event) -> Iterator[bytes]:
+    """A stream that sends nothing."""
+    gone.wait(60)
+    yield from ()
+
+
+@contextlib.contextmanager
+def silent_calls(address: str, tls: dict[str, Path] | None, count: int, timeout: float | None) -> Iterator[list]:
+    """Calls of every method that send nothing, over one connection."""
+    gone = threading.Event()
+    if tls:
+        credentials = grpc.ssl_channel_credentials(tls["--tls-cert"].read_bytes())
+        channel = grpc.secure_channel(address, credentials)
+    else:
+        channel = grpc.insecure_channel(address)
+    health_check = "/grpc.health.v1.Health/Check"
+    with channel:
+        methods = [messages.SCORE_METHOD, messages.DESCRIBE_METHOD, messages.CHECK_METHOD, health_check]
+        calls = [channel.stream_unary(method, request_serializer=bytes) for method in methods]
+        yield [calls[index % 4].future(silent(gone), timeout=timeout) for index in range(count)]
+        gone.set()
+
+
+def test_silent_calls_without_a_token_are_refused_before_they_are_read(tls):
+    arguments = [part for name, path in tls.items() for part in (name, str(path))]
+    with helpers.running_server("Echo", "localhost:0", *arguments) as (_, address):
+        secrets = {"tls_ca": str(tls["--tls-cert"]), "token_file": str(tls["--token-file"])}
+        with silent_calls(address, tls, 200, None) as calls:
+            with RewardsClient(helpers.config("Echo", address=address, **secrets)) as client:
+                assert client.submit(*helpers.batch(3, 2)).result(20).score[1] == 4
+            assert {call.exception(10).code() for call in calls} == {grpc.StatusCode.UNAUTHENTICATED}
+
+
+def test_silent_calls_without_a_deadline_are_refused_before_they_are_read(address):
+    with silent_calls(address, None, 64, None) as calls:
+        assert_it_still_answers(address)
+        for call in calls[::4]:  # those that score
+            assert call.exception(10).code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "deadline of at most" in call.exception(10).details()
+
+
+def test_a_silent_call_is_ended_and_watching_is_not_offered(monkeypatch):
+    monkeypatch.setattr(guard, "FIRST_MESSAGE_S", 0.2)
+    monkeypatch.setattr(guard, "NEXT_MESSAGE_S", 0.2)
+    server = grpc.server(futures.ThreadPoolExecutor(2), interceptors=[guard.Guard(None, guard.Patience())])
+    handlers = {"Score": grpc.stream_unary_rpc_method_handler(lambda stream, _: b"".join(stream))}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(messages.SERVICE, handlers),))
+    health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with silent_calls(f"127.0.0.1:{port}", None, 1, None) as calls:
+            assert calls[0].exception(10).code() is grpc.StatusCode.CANCELLED
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            score = channel.stream_unary(messages.SCORE_METHOD)
+            with pytest.raises(grpc.RpcError) as caught:
+                score(itertools.chain([b"1"], endless()), timeout=20)
+            assert caught.value.code() is grpc.StatusCode.CANCELLED
+            assert score(iter([b"1", b"2"]), timeout=20) == b"12"
+            watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=5)
+            with pytest.raises(grpc.RpcError) as caught:
+                next(iter(watched))
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    finally:
+        server.stop(0).wait()
 
 
 def test_many_clients_wait_for_room(address):

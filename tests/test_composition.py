@@ -13,7 +13,7 @@ import pytest
 
 from rewards_bridge.client import BridgeConfig, RewardsClient
 from rewards_bridge.composition import Composition, Part, apart, compose
-from rewards_bridge.errors import BridgeError, DeadlineError, ScorerError, UsageError
+from rewards_bridge.errors import BridgeError, DeadlineError, LostError, ScoreError, ScorerError, UsageError
 from rewards_bridge.replicas import Replicas
 from rewards_bridge.scorers.base import Scores
 
@@ -143,6 +143,25 @@ def test_an_error_of_the_scorer_is_not_tried_on_another_replica():
         assert sum(stats.batches for stats in replicas.stats()) == 0
         with pytest.raises(ScorerError):  # and none is left out
             replicas.submit(*helpers.batch(0, 1)).result(20)
+
+
+def test_a_replica_whose_answer_cannot_be_used_is_not_lost():
+    with Replicas([helpers.config("Wrong")] * 2) as replicas:
+        for wish, error in [("no Scores", ScorerError), ("nan", ScoreError)]:
+            with pytest.raises(error):
+                replicas.submit(*helpers.batch(0, 5, wish=wish)).result(20)
+        assert replicas._lost == {}
+        replicas.submit(*helpers.batch(0, 5)).result(20)
+        assert sum(stats.batches for stats in replicas.stats()) == 2
+
+
+def test_batches_after_the_last_replica_is_lost_say_why_too():
+    with Replicas([helpers.config("Crash", max_restarts=0)] * 2) as replicas:
+        for _ in range(3):
+            with pytest.raises(LostError, match="the card is on fire"):
+                replicas.submit(*helpers.batch(0, 1, crash=True)).result(20)
+        with pytest.raises(LostError, match="the card is on fire"):
+            replicas.check(["x"], [{}])
 
 
 def test_closing_fails_what_is_not_scored():
