@@ -6,17 +6,18 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import numpy as np
 
 from rewards_bridge import doctor
 from rewards_bridge.client import BridgeConfig, RewardsClient
 from rewards_bridge.errors import BridgeError, PromptError, UsageError
-from rewards_bridge.scorers import KNOWN, load_scorer
-from rewards_bridge.scorers.base import Scores
+from rewards_bridge.protocol.messages import MalformedError
+from rewards_bridge.scorers import KNOWN
 from rewards_bridge.server import ServeConfig, serve
+
+CONNECT_S, LOAD_S, SCORE_S = 10.0, 3600.0, 3600.0
+"""How long score waits for a server, for a scorer that it loads, and for the score of one image."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,9 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
         if parsed.command == "doctor":
             return _doctor(parsed, rest)
         return _score(parsed)
-    except (UsageError, BridgeError) as error:
+    except (UsageError, BridgeError, MalformedError) as error:
         print(f"rewards_bridge {parsed.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _doctor(parsed: argparse.Namespace, rest: list[str]) -> int:
@@ -76,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--token-file", type=_path, metavar="FILE", help="callers have to know this token")
     serving.add_argument("--exit-with-parent", action="store_true", help="end when standard input ends")
     scoring.add_argument("--prompt", required=True)
-    scoring.add_argument("--address", help="of a running server of this scorer; empty: score in this process")
+    scoring.add_argument("--address", help="of a running server of this scorer; empty: start one for these images")
     scoring.add_argument(
         "--tls-ca", type=_path, metavar="PEM", help="what a server on another machine is checked against"
     )
@@ -127,9 +130,15 @@ def _score(parsed: argparse.Namespace) -> int:
     if not isinstance(metadata, dict):
         raise UsageError(f"--metadata has to be a JSON object; found {parsed.metadata}")
     pictures = [_read_picture(path) for path in parsed.images]
-    with _judge(parsed, metadata) as score:
+    with RewardsClient(_client_config(parsed)) as client:
+        for text in client.warnings():
+            print(f"rewards_bridge score: warning: {text}", file=sys.stderr)
+        problem = client.check([parsed.prompt], [metadata]).get(0)
+        if problem:
+            raise PromptError(f"the prompt and its --metadata cannot be scored: {problem}")
+        client.try_out(parsed.prompt, metadata, *pictures[0].shape[:2])
         for path, pixels in zip(parsed.images, pictures, strict=True):
-            scores = score(pixels[None], [parsed.prompt], [metadata])
+            scores = client.submit(pixels[None], [parsed.prompt], [metadata]).result()
             line = {
                 "image": path,
                 "scorer": parsed.scorer,
@@ -153,39 +162,20 @@ def _read_picture(path: str) -> np.ndarray:
     return picture.pixels
 
 
-def _refuse(problem: str) -> None:
-    """Raise PromptError for a prompt that the scorer cannot judge, as training does before it starts."""
-    if problem:
-        raise PromptError(f"the prompt and its --metadata cannot be scored: {problem}")
-
-
-@contextmanager
-def _judge(
-    parsed: argparse.Namespace, metadata: dict
-) -> Iterator[Callable[[np.ndarray, list[str], list[dict]], Scores]]:
-    """The scorer in this process, or the one behind --address; PromptError for a prompt that it cannot judge."""
-    options = _options(parsed.option)
-    if not parsed.address:
-        scorer = load_scorer(parsed.scorer, options)
-        problem: Callable[[str, dict], str] = getattr(scorer, "problem", lambda prompt, metadata: "")
-        _refuse(problem(parsed.prompt, metadata))
-        yield scorer.score
-        return
-    config = BridgeConfig(
+def _client_config(parsed: argparse.Namespace) -> BridgeConfig:
+    """The server at --address, or a process of our own, as training starts it: what it refuses is refused here too."""
+    timeout_s = CONNECT_S if parsed.address else LOAD_S
+    return BridgeConfig(
         scorer=parsed.scorer,
-        options=options,
-        address=parsed.address,
-        start_timeout_s=10.0,
+        options=_options(parsed.option),
+        address=parsed.address or None,
+        deadline_s=SCORE_S,
+        start_timeout_s=timeout_s,
         max_restarts=0,
         tls_ca=parsed.tls_ca,
         token_file=parsed.token_file,
         check_example=not parsed.no_check_example,
     )
-    with RewardsClient(config) as client:
-        for text in client.warnings():
-            print(f"rewards_bridge score: warning: {text}", file=sys.stderr)
-        _refuse(client.check([parsed.prompt], [metadata]).get(0, ""))
-        yield lambda images, prompts, metadata: client.submit(images, prompts, metadata).result()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from concurrent import futures
 from pathlib import Path
@@ -152,3 +153,23 @@ def test_a_wrong_scorer_of_our_own_is_an_error(tmp_path: Path):
     config.check_example = False
     with connect(RewardsConfig({"jpeg": config}), tmp_path) as client, pytest.warns(UserWarning, match="5.1 kilo"):
         warn_of([client])
+
+
+BAD = {"OneForAll": "1 score for 2 images", "ChangesNames": r"named its raw values \['extra'\] and then \[\]"}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_scorer_of_ones_own_is_tried_before_anything_else_and_refused_in_the_same_words(name, tmp_path: Path, capsys):
+    """By a process of its own, by a server, and by the command, with the first prompt and its metadata."""
+    Image.fromarray(np.zeros((8, 6, 3), np.uint8)).save(tmp_path / "a.png")
+    words, said = ["score", "--scorer", f"bridge_scorers:{name}", "--prompt", "x", str(tmp_path / "a.png")], []
+    with helpers.running_server(name, f"unix:{tmp_path}/s") as (_, address):
+        assert main([*words, "--address", address]) == 2
+        said.append(capsys.readouterr().err.removeprefix("rewards_bridge score: ").strip())
+    config = ScorerConfig(scorer=f"bridge_scorers:{name}", environment=helpers.ENVIRONMENT)
+    with connect(RewardsConfig({"mine": config}), tmp_path / "kept") as client, pytest.raises(BridgeError) as caught:
+        client.try_out("x", {}, 8, 6)
+    said.append(str(caught.value))
+    assert re.search(BAD[name], said[0])
+    assert said[0] == said[1]
+    assert not (tmp_path / "kept").exists()

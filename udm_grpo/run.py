@@ -216,6 +216,7 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     rewards.warn_of([client])
     _check_prompts(client, "prompts.train", train)
     _check_prompts(client, "prompts.heldout", heldout)
+    client.try_out(train.prompts[0], train.metadata[0], config.model.height, config.model.width)
     stack.callback(checkpoints.finish)  # what has begun becomes good also if the run fails
     run = Run(
         config=config,

@@ -82,6 +82,7 @@ def score_folder(
             needed = {name: given for name, given in scorers.items() if any(name in names for names, _ in todo)}
             clients = _open_scorers(needed, output / "kept_images", stack)
             _check_prompts(clients, folder.prompts)
+            _try_out(clients, folder)
             file = stack.enter_context((output / "scores.jsonl").open("a", encoding="utf-8"))
             total = len(folder.pictures) * len(scorers)
             bar = stack.enter_context(progress_bar(total, "scoring", "score", len(marks)))
@@ -260,6 +261,14 @@ def _check_prompts(clients: Mapping[str, Composition], prompts: Mapping[int, Map
     if problems:
         heading = f"{len(problems)} prompts cannot be scored; mend them, or leave that scorer out:"
         raise ScoringError("\n  ".join([heading, *problems]))
+
+
+def _try_out(clients: Mapping[str, Composition], folder: SampleFolder) -> None:
+    """Have scorers of the user's own judge test images of the first picture's size and prompt."""
+    width, height = folder.pictures[0].size
+    metadata = dict(folder.prompts[folder.pictures[0].prompt])
+    for client in clients.values():
+        client.try_out(metadata["prompt"], metadata, height, width)
 
 
 def _score_parts(
