@@ -133,7 +133,10 @@ def _score(parsed: argparse.Namespace) -> int:
     with RewardsClient(_client_config(parsed)) as client:
         for text in client.warnings():
             print(f"rewards_bridge score: warning: {text}", file=sys.stderr)
-        problem = client.check([parsed.prompt], [metadata]).get(0)
+        try:
+            problem = client.check([parsed.prompt], [metadata]).get(0)
+        except ValueError as error:  # what cannot be sent
+            raise UsageError(str(error)) from error
         if problem:
             raise PromptError(f"the prompt and its --metadata cannot be scored: {problem}")
         client.try_out(parsed.prompt, metadata, *pictures[0].shape[:2])
