@@ -184,17 +184,6 @@ class OneForAll:
         return Scores(np.array([images.mean()], np.float32), {}, [""] * len(prompts))
 
 
-class ChangesNames:
-    """Returns a raw value for every other batch."""
-
-    batches = 0
-
-    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
-        self.batches += 1
-        score = images.mean((1, 2, 3))
-        return Scores(score, {"extra": score} if self.batches % 2 else {}, [""] * len(prompts))
-
-
 class WithSecrets(Echo):
     """Takes options of which some are nobody's business."""
 
