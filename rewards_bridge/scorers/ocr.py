@@ -30,7 +30,7 @@ from PIL import Image
 
 from rewards_bridge.errors import PromptError, UsageError
 from rewards_bridge.scorers.base import Scores, check_batch
-from rewards_bridge.scorers.text_match import ambiguity, check_prompts, is_exact, join_lines, match, target_text
+from rewards_bridge.scorers.text_match import check_prompts, is_exact, join_lines, match, target_text
 
 PINS = {
     "paddleocr": "paddleocr==3.7.0",
@@ -153,10 +153,6 @@ class OcrScorer:
         except ValueError as error:
             return str(error)
         return ""
-
-    def notes(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Return why the text of each prompt may not be what was meant, and which one is used; "" for plain ones."""
-        return ["" if self.problem(prompt, {}) else ambiguity(prompt, self._every) for prompt in prompts]
 
     def close(self) -> None:
         """End the processes; nothing can be scored after it if there are several."""
