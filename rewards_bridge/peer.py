@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +50,7 @@ class BridgeConfig:
     tls_ca: str | None = None  # PEM
     token_file: str | None = None
     check_example: bool = True  # a wrong verdict on the scorer's test images is an error; False: a warning
+    cancelled: Callable[[], bool] | None = None  # asked while the scorer loads first; True ends that with an error
 
     def __post_init__(self) -> None:
         if not 0 < self.deadline_s <= messages.MAX_DEADLINE_S or self.start_timeout_s <= 0 or self.max_restarts < 0:
@@ -202,6 +203,8 @@ class Peer:
     def _check_alive(self) -> None:
         if self._closed.is_set():
             raise BridgeError("the client was closed while its scorer started")
+        if self._config.cancelled and not self.restarts and self._config.cancelled():
+            raise BridgeError(f"scorer {self._config.scorer!r} was no longer wanted while it loaded")
         if self.has_died():
             raise BridgeError(f"scorer {self._config.scorer!r} could not be started: {self.describe_process()}")
 

@@ -102,7 +102,7 @@ def test_a_field_is_overridden(file, argument, section, field, wanted):
         ("shapes.environment.CUDA_VISIBLE_DEVICES=0", "shapes", "environment", {"CUDA_VISIBLE_DEVICES": "0"}),
         ("shapes.addresses=unix:/a,unix:/b", "shapes", "addresses", ("unix:/a", "unix:/b")),
         ("jpeg.weight=0.5", "jpeg", "weight", 0.5),
-        ("mine.options.a.b=c", "mine", "options", {"a.b": "c"}),
+        ("mine={'options': {'a.b': 'c'}}", "mine", "options", {"a.b": "c"}),
     ],
 )
 def test_a_scorer_is_changed_or_added_by_its_name(file, argument, part, field, wanted):
@@ -110,6 +110,19 @@ def test_a_scorer_is_changed_or_added_by_its_name(file, argument, part, field, w
     assert getattr(config.rewards.scorers[part], field) == wanted
     assert set(config.rewards.scorers) == {"shapes", part}
     validate(config)
+
+
+def test_a_setting_of_a_scorer_that_the_config_lacks_does_not_add_it(file):
+    """Only its weight or its scorer does, before or after."""
+    with pytest.raises(ConfigError, match=r"scorers\.ocr\.devices: .* no rewards\.scorers\.ocr; it has shapes\."):
+        parse([f"--config={file}", "--config.rewards.scorers.ocr.devices=7", "--config.seed=1"])
+    with pytest.raises(ConfigError, match=r"no rewards\.scorers\.shape; it has shapes"):
+        parse([f"--config={file}", "--config.rewards.scorers.shape.options.threshold=0.5"])
+    with pytest.raises(ConfigError, match=r"no rewards\.scorers\.shapes; it has none"):
+        parse([f"--config={file}", "--config.rewards.scorers={}", "--config.rewards.scorers.shapes.replicas=2"])
+    for settings in (["options.a=b", "scorer=jpeg"], ["weight=0", "options.a=b"]):
+        words = [f"--config.rewards.scorers.more.{setting}" for setting in settings]
+        assert parse([f"--config={file}", *words]).rewards.scorers["more"].options == {"a": "b"}
 
 
 @pytest.mark.parametrize(

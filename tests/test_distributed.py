@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 from checkpoint_helpers import ROOT
 
+from udm_grpo import distributed
 from udm_grpo.config import ConfigError, DistributedConfig
-from udm_grpo.distributed import interruption, joined
+from udm_grpo.distributed import joined
 from udm_grpo.host import peers as peers_module
 from udm_grpo.host.handshake import Line, Member, hello
 from udm_grpo.host.peers import Peers, PeersError, meet
@@ -208,6 +209,27 @@ def test_all_processes_meet_and_leave_in_peace():
     meeting = Meeting([(member(i), 4) for i in (2, 0, 3, 1)], silence_s=2.0)
     time.sleep(2.5)  # longer than the silence that counts as death
     assert all(isinstance(peers, Peers) for peers in meeting.found)
+    meeting.close()
+    assert meeting.wait(0) == {}
+
+
+def test_no_process_goes_before_all_have_finished():
+    meeting = Meeting([(member(i), 3) for i in range(3)])
+    gone: list[int] = []
+
+    def finish(process: int) -> None:
+        meeting.found[process].wait_for_all()
+        gone.append(process)
+
+    threads = [threading.Thread(target=finish, args=(process,)) for process in (1, 2, 0)]
+    for thread in threads[:2]:
+        thread.start()
+    time.sleep(0.6)  # longer than the silence that counts as death
+    assert gone == []
+    threads[2].start()
+    for thread in threads:
+        thread.join()
+    assert sorted(gone) == [0, 1, 2]
     meeting.close()
     assert meeting.wait(0) == {}
 
@@ -423,15 +445,6 @@ def test_one_process_joins_nothing(monkeypatch):
         raise KeyError("passes through")
 
 
-def test_sigterm_is_a_wish_inside_the_block_only():
-    before = signal.getsignal(signal.SIGTERM)
-    with interruption() as asked:
-        assert not asked.requested
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert asked.requested
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
 def start(what: str, count: int, tmp: Path) -> list[subprocess.Popen]:
     """Start `count` processes of this file that work together until one of them does WHAT."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "JAX_PLATFORMS": "cpu"}
@@ -467,13 +480,22 @@ def test_the_end_of_a_process_ends_the_others_with_an_error_that_names_it(tmp_pa
         assert "\nerror: process 1 (host " in (tmp_path / "1.log").read_text()
 
 
+def test_a_long_end_of_process_0_is_no_abort_of_the_others(tmp_path):
+    """It writes an export for longer than jax's barrier waits, which is 1 s here."""
+    processes = start("0 exports", 2, tmp_path)
+    logs = [tmp_path / f"{process}.log" for process in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0], [log.read_text() for log in logs]
+
+
 def work(what: str, port: str, process: str, count: str) -> None:
     """Gather numbers with the others until it is time."""
     config = DistributedConfig(f"127.0.0.1:{port}", int(count), int(process), 60.0, 60.0)
     act: dict[str, Callable[[], None]] = {
         f"{process} dies": lambda: os.kill(os.getpid(), signal.SIGKILL),
         f"{process} raises": fail,
+        f"{process} exports": lambda: None,
     }
+    distributed.SHUTDOWN_S = 1
     with joined(config, (KeyError,)):
         from udm_grpo import hosts
 
@@ -481,6 +503,9 @@ def work(what: str, port: str, process: str, count: str) -> None:
             assert hosts.gather([turn, int(process)]) == [[turn, i] for i in range(int(count))]
             if turn == 2 and what in act:
                 act[what]()
+            if turn == 2 and what.endswith("exports"):
+                time.sleep(4.0 * (what in act))
+                return
 
 
 def fail() -> None:

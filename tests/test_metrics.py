@@ -159,25 +159,37 @@ def test_tensorboard_gets_the_numbers_and_pictures(tmp_path):
     assert b"note" not in events
 
 
-@pytest.mark.parametrize(("tool", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
-def test_a_tool_that_is_not_installed_is_named_with_the_command(tmp_path, monkeypatch, tool, package):
-    monkeypatch.setitem(sys.modules, package, None)
+def test_a_tool_that_is_not_installed_is_named_with_the_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
     MetricsWriter(tmp_path).close()
     check_tools(LoggingConfig())
-    logging = LoggingConfig(**{tool: True})
+    logging = LoggingConfig(tensorboard=True)
     for attempt in (lambda: check_tools(logging), lambda: MetricsWriter(tmp_path, logging, resume_after=3)):
-        with pytest.raises(ConfigError, match=f"logging.{tool} is True, but {package} is not installed: pip install"):
+        with pytest.raises(ConfigError, match=r"logging\.tensorboard is True, but tensorboardX is not installed: pip"):
             attempt()
+
+
+def test_a_run_without_the_wandb_package_warns_before_it_loads_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    check_tools(LoggingConfig(wandb=True))
+    assert "warning: logging.wandb is True, but wandb is not installed" in capsys.readouterr().err
+    with MetricsWriter(tmp_path, LoggingConfig(wandb=True)) as writer:
+        writer.write(1, {"reward": 0.5})
+        writer.picture(1, "samples", tmp_path / "none.png")
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
 
 class FakeRun:
     def __init__(self, options: dict[str, Any], identity: str):
         self.options, self.logged, self.finished, self.id = options, [], False, identity
+        self.failure: Exception | None = None
 
     def define_metric(self, name: str, step_metric: str) -> None:
         self.metric = (name, step_metric)
 
     def log(self, values: dict[str, Any]) -> None:
+        if self.failure:
+            raise self.failure
         self.logged.append(values)
 
     def finish(self) -> None:
@@ -190,11 +202,11 @@ class FakeWandb(types.ModuleType):
     def __init__(self, failure: Exception | None = None):
         super().__init__("wandb")
         self.runs: list[FakeRun] = []
-        self.failure = failure
-        self.errors = types.SimpleNamespace(Error=ArithmeticError)
+        self.failure, self.broken = failure, False
+        self.api = types.SimpleNamespace(api_key="sesame")
 
     def init(self, **options: Any) -> FakeRun:
-        if self.failure:
+        if self.failure and (self.broken or options.get("mode") != "offline"):
             raise self.failure
         self.runs.append(FakeRun(options, options["id"] or f"fresh-{len(self.runs)}"))
         return self.runs[-1]
@@ -262,10 +274,42 @@ def test_weights_and_biases_gets_no_secrets_and_leaves_no_key(tmp_path, wandb, m
     assert all("sesame" not in path.read_text() for path in tmp_path.iterdir())
 
 
-def test_a_run_that_weights_and_biases_refuses_is_a_clear_error(tmp_path, wandb):
-    wandb.failure = ArithmeticError("api_key not configured (no-tty)")
-    with pytest.raises(ConfigError, match=r"'udm-grpo': api_key not configured.*\n.*`wandb login`"):
-        MetricsWriter(tmp_path, LoggingConfig(wandb=True))
+def test_a_run_without_a_key_is_kept_offline(tmp_path, wandb, monkeypatch, capsys):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    wandb.api.api_key = None
+    check_tools(LoggingConfig(wandb=True))
+    assert "no API key is known" in capsys.readouterr().err
+    MetricsWriter(tmp_path, LoggingConfig(wandb=True)).close()
+    assert [run.options.get("mode") for run in wandb.runs] == ["offline"]
+    monkeypatch.setenv("WANDB_API_KEY", "sesame")
+    check_tools(LoggingConfig(wandb=True))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_run_that_weights_and_biases_refuses_goes_on(tmp_path, wandb, capsys, broken):
+    """Offline where that is possible."""
+    wandb.failure, wandb.broken = ArithmeticError("no connection"), broken
+    with MetricsWriter(tmp_path, LoggingConfig(wandb=True)) as writer:
+        writer.write(1, {"reward": 0.5})
+    said = capsys.readouterr().err
+    assert "'udm-grpo' (ArithmeticError: no connection)" in said
+    assert ("not even offline" in said) == broken
+    assert [run.options["mode"] for run in wandb.runs] == ([] if broken else ["offline"])
+    assert all(run.logged and run.finished for run in wandb.runs)
+
+
+def test_weights_and_biases_that_dies_is_one_warning(tmp_path, wandb, capsys):
+    with MetricsWriter(tmp_path, LoggingConfig(wandb=True)) as writer:
+        writer.write(1, {"reward": 0.5})
+        wandb.runs[0].failure = ConnectionError("gone")
+        writer.write(2, {"reward": 0.5})
+        writer.write(3, {"reward": 0.5})
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1
+    assert "ConnectionError: gone" in said
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_progress_is_plain_lines_when_it_is_no_terminal():

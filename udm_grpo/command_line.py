@@ -37,6 +37,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     unexpected = _read(rest, overrides)
     if unexpected:
         raise ConfigError(f"unexpected {' '.join(unexpected)}; every setting is --config.field=value.")
+    overrides.check_entries()
     return _parsed(config, overrides)
 
 

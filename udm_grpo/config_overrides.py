@@ -12,6 +12,8 @@ from typing import Any, get_args, get_origin
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.config_fields import field_names, field_type, part_type, type_name, unknown_field
 
+ADDING = ("weight", "scorer")
+"""Fields of an entry of a dict of configurations whose setting adds it; others only change one that is there."""
 _TRUTH = {"yes": "true", "no": "false"}
 
 
@@ -33,6 +35,8 @@ class Overrides:
         self.config = config
         self._settings: dict[str, _Setting] = {}
         """By the library's path of the field, as in prompts.tag_weights['counting']."""
+        self._absent: dict[str, tuple[str, list[str]]] = {}
+        """Path of an entry that the configuration lacks -> (the first setting of a field of it, the entries it has)."""
 
     def is_bool(self, name: str) -> bool:
         """Return whether this is the dotted name of a bool."""
@@ -67,8 +71,12 @@ class Overrides:
             if is_dataclass(annotation):
                 section = getattr(section, part)
             elif held and len(parts) > 1:
-                section = getattr(section, part).setdefault(parts[0], held())
-                path = _entry(path, parts.pop(0))
+                entries, path = getattr(section, part), _entry(path, parts[0])
+                if parts[0] not in entries:
+                    self._absent[path] = name, list(entries)
+                if parts[1] in ADDING:
+                    self._absent.pop(path, None)
+                section = entries.setdefault(parts.pop(0), held())
             elif held:
                 return self._set_parts(getattr(section, part), path, _Setting(name, text, held), *parts)
             elif get_origin(annotation) is dict:
@@ -76,12 +84,23 @@ class Overrides:
             else:
                 return self._set(path, _Setting(name, text, annotation))
 
+    def check_entries(self) -> None:
+        """Raise ConfigError for a setting of an entry (a scorer) that the configuration lacks and that nothing adds."""
+        for name, known in self._absent.values():
+            entry = ".".join(name.split(".")[:3])
+            raise ConfigError(
+                f"--config.{name}: this configuration has no {entry}; it has {', '.join(known) or 'none'}. Correct the "
+                f"name, or add the entry knowingly, by --config.{entry}.{ADDING[0]}=... or {ADDING[1]}=..."
+            )
+
     def _set(self, path: str, setting: _Setting) -> None:
         self._settings.pop(path, None)  # the order is that of the last settings
         self._settings[path] = setting
 
     def _forget(self, path: str) -> None:
         """Drop earlier settings of what is below a path, which is set anew."""
+        for other in [other for other in self._absent if other.startswith(path)]:
+            del self._absent[other]
         for other in [other for other in self._settings if other.startswith((f"{path}.", f"{path}["))]:
             del self._settings[other]
 

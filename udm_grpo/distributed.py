@@ -12,14 +12,11 @@ the prompt files; each starts or reaches its own scorers.
 
 import contextlib
 import os
-import signal
 import socket
 import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import jax
 
@@ -30,6 +27,8 @@ from udm_grpo.process_place import Place, find_place
 
 BACKSTOP = 2
 """jax's own watch, which ends processes without a clear message, waits this many times as long as ours."""
+SHUTDOWN_S = 300
+"""How long the processes, which have all finished by then, may take to leave jax's coordinator; more is an abort."""
 GRACE_S = 3.0
 """An error of one process often comes of another's death; so long the news of that may take."""
 
@@ -67,6 +66,7 @@ def joined(config: DistributedConfig, expected: tuple[type[Exception], ...] = ()
     try:
         _initialize(place, config)
         yield
+        peers.wait_for_all()  # process 0 may have files to write for longer than the barrier in `shutdown` waits
         jax.distributed.shutdown()
         peers.close()
     except BaseException as error:
@@ -83,32 +83,8 @@ def _initialize(place: Place, config: DistributedConfig) -> None:
         cluster_detection_method="deactivate",
         initialization_timeout=int(config.initialization_timeout_s),
         heartbeat_timeout_seconds=max(int(BACKSTOP * config.silence_s), 10),
+        shutdown_timeout_seconds=SHUTDOWN_S,
     )
-
-
-@dataclass
-class Interruption:
-    """Whether this process has been asked to stop."""
-
-    requested: bool = False
-
-
-@contextlib.contextmanager
-def interruption() -> Iterator[Interruption]:
-    """Take SIGTERM (a preemption, a scheduler's time limit) for a wish to stop, for the length of the block."""
-    asked = Interruption()
-
-    def ask(_number: int, _frame: Any) -> None:
-        asked.requested = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # only the main thread may take signals
-        return
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _end_with_the_others(reason: str) -> None:

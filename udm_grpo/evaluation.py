@@ -1,7 +1,8 @@
 """Held-out evaluation and sample pictures, drawn from the same noise each time."""
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from rewards_bridge.composition import apart
 from udm_grpo import hosts, shared_rewards
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params
+from udm_grpo.host.evaluation_parts import Part, part_file, read_part, write_part
 from udm_grpo.host.extremes import Extremes
 from udm_grpo.host.raw_values import means, missing
+from udm_grpo.host.rewards import Rewards
+from udm_grpo.interruption import StopRequestedError
 from udm_grpo.run import Run, Stage
 
 COLUMNS = ("score", "tags", "prompts", "images", "missing", "step", "run", "nonfinite")
@@ -32,13 +36,16 @@ class Drawn:
     """Which of the prompts each picture is of, without padding."""
 
 
-def draw(run: Run, policy: Params, texts: Sequence[str], copies: int, steps: int) -> Iterator[Drawn]:
-    """`copies` pictures of every prompt in `steps` steps, prompt-major; CFG-free and from the same noise each time."""
+def draw(run: Run, policy: Params, texts: Sequence[str], copies: int, steps: int, first: int = 0) -> Iterator[Drawn]:
+    """`copies` pictures of every prompt in `steps` steps, prompt-major; CFG-free and from the same noise each time.
+
+    first: the number of the first picture that is drawn; those before it are left out.
+    """
     rollout = run.steps.rollout_in(steps)
     batch = run.steps.sizes.evaluation
     wanted = np.repeat(np.arange(len(texts)), copies)
-    padded = np.pad(wanted, (0, -len(wanted) % batch), mode="edge")
-    for at in range(0, len(padded), batch):
+    padded = np.pad(wanted, (0, (first - len(wanted)) % batch), mode="edge")
+    for at in range(first, len(padded), batch):
         rows = padded[at : at + batch]
         index = hosts.put(np.arange(at, at + batch, dtype=np.int32), meshes.over_batch(run.mesh))
         prompt_ids = run.prompt_ids([texts[row] for row in rows])
@@ -46,40 +53,122 @@ def draw(run: Run, policy: Params, texts: Sequence[str], copies: int, steps: int
         yield Drawn(run.steps.decode(run.vq_params, rolled.clean), at, rows[: len(wanted) - at])
 
 
-def evaluate(run: Run, policy: Params, count: int, steps: int, extremes: Path | None = None) -> dict[str, Any]:
-    """Means over `count` held-out prompts (all, if there are fewer), balanced over tags.
+def evaluate(
+    run: Run, policy: Params, count: int, steps: int, step: int, extremes: Path | None = None
+) -> dict[str, Any]:
+    """Means over `count` held-out prompts (all, if there are fewer) after `step` iterations, balanced over tags.
 
     {"score": what is optimised, each raw score by its name, "tags": {tag: the same}, "prompts", "images"}. A raw value
     whose name is one of COLUMNS has "raw/" before it. A value that some images lack is the mean over the others, and
     "missing" then says how many lack it: {name: images}.
     extremes: the file for the best and the worst of the images, of those that process 0 scores.
+
+    Raises StopRequestedError when the run is asked to stop before all images are drawn, and what a scorer raised. The
+    images that are scored by then are kept (see evaluation_parts.py), and the same evaluation continues after them.
     """
     texts, metadata, indices = run.heldout.fixed(min(count, len(run.heldout)), run.config.seed)
     copies = run.config.evaluation.images_per_prompt
     total = len(texts) * copies
+    most = run.config.evaluation.extremes if extremes else 0
+    identity = {"steps": steps, "prompts": len(texts), "copies": copies, "extremes": most}
+    parts = Parts(run, step, identity)
+    known = parts.read()
+    kept = Extremes(most if hosts.is_primary() else 0, total, known.done, known.best, known.worst)
     tickets: list[shared_rewards.Ticket] = []
-    kept = Extremes(run.config.evaluation.extremes if extremes and hosts.is_primary() else 0, total)
-    for drawn in draw(run, policy, texts, copies, steps):
+    end = known.done
+    drawing = draw(run, policy, texts, copies, steps, end) if end < total else iter(())
+    stopped = end < total and hosts.any_process(run.asked.requested)
+    while end < total and not stopped:
+        drawn = next(drawing)
         asked, about = [texts[row] for row in drawn.rows], [metadata[row] for row in drawn.rows]
         for ticket in shared_rewards.submit(run.client, drawn.images, drawn.first, asked, about):
             mine = ticket.rows - drawn.first
             kept.watch(hosts.take(drawn.images, mine), [asked[row] for row in mine], ticket.scores)
             tickets.append(ticket)
+        end += len(drawn.rows)
+        stopped = end < total and hosts.any_process(run.asked.requested or shared_rewards.failed(tickets))
+    columns = parts.collect(known, tickets, end, kept)
+    if stopped:
+        raise StopRequestedError
     if extremes and hosts.is_primary():
         kept.write(extremes, run.identity.id)
-    rewards = shared_rewards.collect(tickets, total)
-    parts = {"score": rewards.score, **apart(rewards.raw, COLUMNS)}
+    scores = {"score": columns.pop("score"), **apart(columns, COLUMNS)}
     tags = np.repeat([run.heldout.tags[index] for index in indices], copies)
-    result: dict[str, Any] = {**means(parts)}
+    result: dict[str, Any] = {**means(scores)}
     result["tags"] = {
-        str(tag): means({name: values[tags == tag] for name, values in parts.items()}) for tag in sorted(set(tags))
+        str(tag): means({name: values[tags == tag] for name, values in scores.items()}) for tag in sorted(set(tags))
     }
-    lacking = missing(parts)
+    lacking = missing(scores)
     return {**result, "prompts": len(texts), "images": len(tags)} | ({"missing": lacking} if lacking else {})
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The finished part of one evaluation of a run, read and written by process 0."""
+
+    run: Run
+    step: int
+    """Iterations done."""
+    identity: dict[str, Any]
+    """What else, beside the run's fingerprint, makes two evaluations the same."""
+
+    def read(self) -> Part:
+        """Return what an earlier start has finished; only process 0 gets the images of it."""
+        part = read_part(self._file(), self._identity()) if hosts.is_primary() else Part()
+        shared = hosts.from_primary(lambda: {name: values.tolist() for name, values in part.columns.items()})
+        return replace(part, columns={name: np.asarray(values, np.float32) for name, values in shared.items()})
+
+    def collect(
+        self, known: Part, tickets: Sequence[shared_rewards.Ticket], end: int, kept: Extremes
+    ) -> dict[str, np.ndarray]:
+        """Return f32[end] by name: of the images that were known and those of the tickets; all of it is written.
+
+        Raises what a scorer raised, when what comes before its batch is written (with one process).
+        """
+        if end == known.done:
+            return known.columns
+        try:
+            found = shared_rewards.collect(tickets, end - known.done, known.done)
+        except Exception:
+            whole = list(itertools.takewhile(lambda ticket: ticket.scores.exception() is None, tickets))
+            if whole and jax.process_count() == 1:
+                end = int(whole[-1].rows[-1]) + 1
+                found = shared_rewards.collect(whole, end - known.done, known.done)
+                self._write(_joined(known, found), kept)
+            raise
+        columns = _joined(known, found)
+        self._write(columns, kept)
+        return columns
+
+    def _write(self, columns: dict[str, np.ndarray], kept: Extremes) -> None:
+        if hosts.is_primary():
+            write_part(self._file(), self._identity(), Part(columns, *kept.so_far()))
+
+    def _file(self) -> Path:
+        return part_file(self.run.output, self.step, self.identity["steps"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {"fingerprint": self.run.identity.fingerprint, "step": self.step, **self.identity}
+
+
+def _joined(known: Part, found: Rewards) -> dict[str, np.ndarray]:
+    columns = {"score": found.score, **found.raw}
+    if not known.done:
+        return columns
+    counts = known.done, len(found.score)
+    sides = [
+        [side.get(name, np.full(count, np.nan, np.float32)) for name in {**known.columns, **columns}]
+        for side, count in zip((known.columns, columns), counts, strict=True)
+    ]  # a raw value that some images lack is NaN there
+    return {name: np.concatenate(pair) for name, *pair in zip({**known.columns, **columns}, *sides, strict=True)}
+
+
 def pictures(run: Run, policy: Params) -> tuple[np.ndarray, list[str]]:
-    """(u8[n, H, W, 3], captions): one picture of each of the first held-out prompts, always from the same noise."""
+    """(u8[n, H, W, 3], captions): one picture of each of the first held-out prompts, always from the same noise.
+
+    Raises StopRequestedError when the run is asked to stop before they are drawn.
+    """
+    run.asked.check()
     count = min(run.config.evaluation.picture_prompts, len(run.heldout))
     texts, _, _ = run.heldout.fixed(count, run.config.seed)
     steps = run.config.evaluation.steps[0]
@@ -99,7 +188,7 @@ def evaluate_all(run: Run, policy: Params, step: int) -> dict[str, Any]:
     """
     given, file = run.config.evaluation, extremes_file(run, step)
     return {
-        str(steps): evaluate(run, policy, given.final_prompts, steps, file if steps == given.steps[0] else None)
+        str(steps): evaluate(run, policy, given.final_prompts, steps, step, file if steps == given.steps[0] else None)
         for steps in given.steps
     }
 

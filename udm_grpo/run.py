@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int32, Key
 
 from rewards_bridge.composition import Composition
+from rewards_bridge.errors import BridgeError
 from udm_grpo import hosts
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params, TrainState
@@ -27,11 +28,13 @@ from udm_grpo.host import rewards
 from udm_grpo.host.buckets import Mirror, local, local_prompts
 from udm_grpo.host.checkpoint import Checkpoints, check_same_run
 from udm_grpo.host.checkpoint_fallback import restore_or_older
+from udm_grpo.host.evaluation_parts import remove_parts
 from udm_grpo.host.metrics import write_json
 from udm_grpo.host.prompts import PromptSet, read_prompts
 from udm_grpo.host.set_aside import CONFIG
 from udm_grpo.host.weights import Checkpoint, load_folder, load_transformer, transformer_path
 from udm_grpo.identity import Identity, identify
+from udm_grpo.interruption import Interruption
 from udm_grpo.model import lora, transformer
 from udm_grpo.model.transformer import TransformerConfig
 from udm_grpo.output_folder import (
@@ -77,6 +80,8 @@ class Run:
     """The run's folder; for one in a bucket, the local folder that stands for it."""
     identity: Identity
     """Its id, and what it goes on from."""
+    asked: Interruption
+    """Whether it is to stop."""
     mirror: Mirror | None = None
     """Of process 0 of a run in a bucket."""
 
@@ -187,10 +192,11 @@ def optimizer_of(config: RunConfig) -> Any:
     return adamw(rate, given.beta1, given.beta2, given.weight_decay, given.max_grad_norm)
 
 
-def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, TrainState]:
+def open_run(config: RunConfig, asked: Interruption, stack: contextlib.ExitStack) -> tuple[Run, TrainState]:
     """Load and check everything before the first rollout; `stack` closes it. Returns the run and its abstract state.
 
-    Nothing is written: see `begin`. Raises ConfigError, MeshError, and the errors of the files that the config names.
+    Nothing is written: see `begin`. Raises ConfigError, MeshError, and the errors of the files that the config names;
+    StopRequestedError when the run is asked to stop before its scorers are loaded.
     """
     check_output(config)
     stack.enter_context(lock_for_all(config.output_dir))
@@ -212,7 +218,7 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
     check_inputs_stay(config, output)
     replicated = meshes.replicated(mesh)
     path = jax.tree.map(lambda leaf: hosts.put(leaf, replicated), path_of(checkpoint))
-    client = stack.enter_context(rewards.connect(config.rewards, output / "kept_images"))
+    client = _connect(config, asked, stack)
     rewards.warn_of([client])
     _check_prompts(client, "prompts.train", train)
     _check_prompts(client, "prompts.heldout", heldout)
@@ -230,8 +236,23 @@ def open_run(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Run, Train
         checkpoints=checkpoints,
         output=output,
         identity=identity,
+        asked=asked,
     )
     return run, abstract
+
+
+def _connect(config: RunConfig, asked: Interruption, stack: contextlib.ExitStack) -> Composition:
+    """Load the scorers; raises StopRequestedError, in all processes alike, if the run is asked to stop meanwhile."""
+    asked.check()
+    try:
+        client = rewards.connect(config.rewards, output_path(config) / "kept_images", lambda: asked.requested)
+    except BridgeError:
+        if not asked.requested:
+            raise
+    else:
+        stack.enter_context(client)
+    asked.check()
+    return client
 
 
 def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position | None]:
@@ -271,6 +292,8 @@ def begin(run: Run, position: Position | None, stack: contextlib.ExitStack) -> R
         run.checkpoints.set_aside_after(own_step)
     hosts.from_primary(lambda: set_aside_older(run.config, run.output, own_step))
     if hosts.is_primary():
+        if position is None:
+            remove_parts(run.output)
         write_json(run.output / CONFIG, {"run": run.identity.id, **as_dict(run.config)})
     if run.mirror:
         run.mirror.push()

@@ -9,10 +9,18 @@ import jax
 import numpy as np
 
 from rewards_bridge.composition import Composition
+from rewards_bridge.errors import BridgeError
 from rewards_bridge.scorers.base import Scores
 from udm_grpo import hosts
 from udm_grpo.host import rewards
 from udm_grpo.host.rewards import Rewards
+
+MAX_TEXT = 4000
+"""Characters of a scorer's error that the other processes are told."""
+
+
+class ScoringFailedError(BridgeError):
+    """The scorers of one of several processes failed; all processes raise this at the same point."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +47,37 @@ def submit(
     return [Ticket(first + rows, client.submit(mine, [texts[row] for row in rows], [metadata[row] for row in rows]))]
 
 
-def collect(tickets: Sequence[Ticket], count: int) -> Rewards:
-    """Wait for this host's scores and join those of all hosts, which are of `count` pictures."""
-    rows = np.concatenate([ticket.rows for ticket in tickets]) if tickets else np.zeros(0, np.int64)
+def failed(tickets: Sequence[Ticket]) -> bool:
+    """Return whether the scorers of this host are known to have failed at one of the tickets."""
+    return any(ticket.scores.done() and ticket.scores.exception() is not None for ticket in tickets)
+
+
+def collect(tickets: Sequence[Ticket], count: int, first: int = 0) -> Rewards:
+    """Wait for this host's scores and join those of all hosts, which are of the `count` pictures from `first` on.
+
+    Raises what a scorer of this host raised, or, with several processes, ScoringFailedError in all of them.
+    """
+    rows = np.concatenate([ticket.rows for ticket in tickets]) - first if tickets else np.zeros(0, np.int64)
     columns: dict[str, np.ndarray] = {}
-    if tickets:
-        mine = rewards.collect([ticket.scores for ticket in tickets])
-        columns = {"score": mine.score} | {f"raw/{name}": values for name, values in mine.raw.items()}
+    problem: Exception | None = None
+    try:
+        if tickets:
+            mine = rewards.collect([ticket.scores for ticket in tickets])
+            columns = {"score": mine.score} | {f"raw/{name}": values for name, values in mine.raw.items()}
+    except Exception as error:
+        problem = error
+    _agree(problem)
     found = hosts.gather_rows(columns, rows, count)
     return Rewards(found.pop("score"), {name.removeprefix("raw/"): values for name, values in found.items()})
+
+
+def _agree(problem: Exception | None) -> None:
+    """Raise in all processes if there is a problem in one: none may wait for scores that do not come."""
+    if jax.process_count() == 1:
+        if problem is not None:
+            raise problem
+        return
+    texts = hosts.gather(None if problem is None else str(problem)[:MAX_TEXT])
+    lines = [f"process {process}: {text}" for process, text in enumerate(texts) if text is not None]
+    if lines:
+        raise ScoringFailedError("\n  ".join(["the pictures cannot be scored:", *lines])) from problem

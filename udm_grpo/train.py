@@ -9,6 +9,11 @@ An iteration, as `train` below reads: prompts, rollout, pictures to the scorer, 
 scores, advantages, update(s).
 """
 
+from udm_grpo.host.terminal import lasting_streams, prepare_streams
+
+if __name__ == "__main__":
+    prepare_streams()  # before the imports, which take seconds
+
 import contextlib
 import sys
 import time
@@ -21,23 +26,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from rewards_bridge.errors import BridgeError, UsageError
-from udm_grpo import compile_only, distributed, hosts, run_reports, shared_rewards
+from udm_grpo import compile_only, distributed, endings, hosts, run_reports, shared_rewards
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params, Rollout, TrainState
 from udm_grpo.best_weights import best_or_last, judged, save_best, take_over
 from udm_grpo.command_line import parse, usage
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.config_checks import validate
+from udm_grpo.endings import Standing
 from udm_grpo.evaluation import change_in_words, evaluate, evaluate_all, extremes_file, pictures
 from udm_grpo.export import digest_exports, export
 from udm_grpo.grpo.minibatches import split_images
 from udm_grpo.host.checkpoint import CheckpointError
+from udm_grpo.host.evaluation_parts import remove_parts
 from udm_grpo.host.gpu_split import reserved
 from udm_grpo.host.idle_gpus import idle_gpus
 from udm_grpo.host.metrics import StageTimer, check_tools, write_json
 from udm_grpo.host.pictures import before_after, image_grid
 from udm_grpo.host.rewards import Rewards
 from udm_grpo.host.weights import WeightsError
+from udm_grpo.interruption import StopRequestedError, interruption
 from udm_grpo.iteration_checks import DivergedError
 from udm_grpo.mesh import MeshError
 from udm_grpo.run import Position, Run, Stage, open_run, save, start
@@ -142,7 +150,7 @@ def evaluate_on_the_way(
     given, step = run.config.evaluation, position.step
     params = judged(state)
     policy = run.steps.compute_copy(params, reference)
-    found = evaluate(run, policy, given.prompts, given.steps[0], extremes_file(run, step))
+    found = evaluate(run, policy, given.prompts, given.steps[0], step, extremes_file(run, step))
     if reports.evaluations:
         reports.evaluations.append(step, found)
     means = {name: round(value, 4) for name, value in found.items() if isinstance(value, float)}
@@ -153,12 +161,23 @@ def evaluate_on_the_way(
     return position
 
 
+def evaluate_start(run: Run, reports: Reports, reference: Params, position: Position) -> Position:
+    """The evaluation of the start model. Returns the position."""
+    reports.progress.message("evaluating the start model")
+    position = replace(position, base=evaluate_all(run, reference, 0))
+    if reports.evaluations:
+        reports.evaluations.append(0, position.base[str(run.config.evaluation.steps[0])])
+    return position
+
+
 def look(run: Run, reports: Reports, state: TrainState, reference: Params, position: Position) -> Position:
     """Draw pictures and evaluate when it is time; after the last iteration `finish` evaluates."""
     given, step = run.config.evaluation, position.step
+    if step == 0:
+        position = evaluate_start(run, reports, reference, position)
     if given.picture_every and step % given.picture_every == 0:
         draw_samples(run, reports, state, reference, step)
-    if given.every and step % given.every == 0 and step < run.config.iterations:
+    if given.every and step and step % given.every == 0 and step < run.config.iterations:
         position = evaluate_on_the_way(run, reports, state, reference, position)
     return replace(position, looked=True)
 
@@ -187,6 +206,7 @@ def finish(run: Run, reports: Reports, state: TrainState, reference: Params, pos
     if hosts.is_primary():
         before_after(before, after, captions, run.output / "before_after.png", run=run.identity.id)
         write_json(run.output / "summary.json", summary)
+        remove_parts(run.output)
     for steps, pair in summary["by_steps"].items():
         reports.progress.message(f"held-out, {steps} steps: {change_in_words(**pair)}")
     if reports.signal.skipped:
@@ -197,68 +217,72 @@ def finish(run: Run, reports: Reports, state: TrainState, reference: Params, pos
     return summary
 
 
-def stop(run: Run, reports: Reports, position: Position) -> dict[str, Any]:
-    """The end of a run that was asked to stop, once its checkpoint is good; returns how far it came."""
-    run.checkpoints.finish()
-    reports.progress.message(
-        f"stopped by SIGTERM after {position.step} of {run.config.iterations} iterations; go on with "
-        "--config.checkpoint.resume=latest"
-    )
-    return {"iterations": position.step, "seconds": position.seconds, "stopped": True}
-
-
 def train(config: RunConfig) -> dict[str, Any]:
     """Run a whole training and return its summary; raises ConfigError before anything is started.
 
     Raises DivergedError at the first iteration with a number that is not finite, before anything of it is saved.
 
-    SIGTERM ends it after the iteration that is being made, with a checkpoint to go on from. With several processes all
-    of them call this inside of `distributed.joined`.
+    SIGTERM ends it after the iteration or the evaluation's batch that is being made, with everything saved to continue;
+    interruption.py has the other signals. With several processes all of them call this inside of `distributed.joined`.
     """
     validate(config)
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
-        asked = stack.enter_context(distributed.interruption())
+        asked = stack.enter_context(interruption())
         placed, lines = stack.enter_context(reserved(config.rewards))
         config = replace(config, rewards=placed)
         print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr, flush=True)
         if hosts.is_primary():
             check_tools(config.logging)
-        run, abstract = open_run(config, stack)
-        state, reference, position = start(run, abstract)
+        try:
+            run, abstract = open_run(config, asked, stack)
+            state, reference, position = start(run, abstract)
+            asked.check()
+        except StopRequestedError:
+            return endings.stopped_early(asked)
         notes = start_notes(config, run.checkpoint.transformer_config, run.checkpoint.transformer, run.mesh)
         run = take_over(run, abstract, position, stack)
-        done = 0 if position is None else position.step
         reports = run_reports.open_reports(run, position, stack)
         for note in [*notes, *prompt_notes(run)]:
             reports.progress.message(note)
-        if position is None:
-            reports.progress.message("evaluating the start model")
-            position = Position(step=0, seconds=0.0, base=evaluate_all(run, reference, 0), best=None)
-            if reports.evaluations:
-                reports.evaluations.append(0, position.base[str(config.evaluation.steps[0])])
-            if config.evaluation.picture_every:
-                draw_samples(run, reports, state, reference, 0)
-        spent = position.seconds
-        if not position.looked:
-            position = look(run, reports, state, reference, position)
-        for step in range(done, config.iterations):
-            state, rewards, metrics = iterate(run, state, reference, step, reports.timer)
-            run_reports.write_iteration(reports, config, step + 1, rewards, metrics)
-            if run.mirror:
-                run.mirror.push_when_due()
-            position = replace(position, step=step + 1, seconds=spent + time.monotonic() - began, looked=False)
-            if step + 1 < config.iterations and hosts.any_process(asked.requested):
-                save(run, state, reference, position)
-                return stop(run, reports, position)
-            position = look(run, reports, state, reference, position)
-            every = config.checkpoint.every
-            if step + 1 == config.iterations or (every and (step + 1) % every == 0):
-                save(run, state, reference, position)
-        summary = finish(run, reports, state, reference, position)
+        position = position or Position(step=0, seconds=0.0, base={}, best=None, looked=False)
+        standing = Standing(state, position, hosts.from_primary(run.checkpoints.latest))
+        del state  # the standing holds the one reference
+        try:
+            summary = advance(run, reports, reference, standing, began)
+        except StopRequestedError:
+            return endings.stop(run, reports, reference, standing)
+        except Exception as error:
+            endings.save_after(error, run, reports, reference, standing)
+            raise
         if hosts.is_primary():
             run_reports.write_page(reports, run.output)
         return summary
+
+
+def advance(run: Run, reports: Reports, reference: Params, standing: Standing, began: float) -> dict[str, Any]:
+    """Go on from where the run stands to its end; returns the summary.
+
+    began: when this start did. Raises StopRequestedError once the run is asked to stop and its standing can be saved.
+    """
+    config, spent = run.config, standing.position.seconds
+    if not standing.position.looked:
+        standing.position = look(run, reports, standing.state, reference, standing.position)
+    for step in range(standing.position.step, config.iterations):
+        run.asked.check()
+        standing.state, rewards, metrics = iterate(run, standing.state, reference, step, reports.timer)
+        seconds = spent + time.monotonic() - began
+        standing.position = replace(standing.position, step=step + 1, seconds=seconds, looked=False)
+        run_reports.write_iteration(reports, config, step + 1, rewards, metrics)
+        if run.mirror:
+            run.mirror.push_when_due()
+        run.asked.check()
+        standing.position = look(run, reports, standing.state, reference, standing.position)
+        every = config.checkpoint.every
+        if step + 1 == config.iterations or (every and (step + 1) % every == 0):
+            save(run, standing.state, reference, standing.position)
+            standing.saved = step + 1
+    return finish(run, reports, standing.state, reference, standing.position)
 
 
 def _help(words: Sequence[str]) -> int:
@@ -275,6 +299,11 @@ def _help(words: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status. What the user can mend is said in a line, without a traceback."""
+    with lasting_streams():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):
         return _help(words)

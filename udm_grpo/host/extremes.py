@@ -31,22 +31,31 @@ class Extremes:
     """Looks at images as they are scored and keeps `most` best and `most` worst, of a prompt only its best and worst.
 
     images: how many the evaluation has; any further one is padding. What is kept does not depend on the batches: of
-    equal scores the earlier image counts.
+    equal scores the earlier image counts. seen, best, worst: what an earlier start has looked at, and kept of it.
     """
 
-    def __init__(self, most: int, images: int):
-        self._most, self._left, self._seen = most, images, 0
+    def __init__(
+        self, most: int, images: int, seen: int = 0, best: Sequence[Judged] = (), worst: Sequence[Judged] = ()
+    ):
+        self._most, self._left, self._seen = most, images - seen, seen
         self._waiting: list[tuple[np.ndarray, Sequence[str], Future[Scores]]] = []
-        self._best: dict[str, Judged] = {}
-        self._worst: dict[str, Judged] = {}
+        self._best = {judged.prompt: judged for judged in best}
+        self._worst = {judged.prompt: judged for judged in worst}
 
     def watch(self, images: UInt8[np.ndarray, "B H W 3"], prompts: Sequence[str], ticket: Future[Scores]) -> None:
-        """Look at a batch once it is scored; batches come in order. Raises what the scorer raised."""
+        """Look at a batch once it is scored; batches come in order, and one whose scorer failed is the last."""
         if not self._most:
             return
         self._waiting.append((images, prompts, ticket))
-        while self._waiting and self._waiting[0][2].done():  # so that no more images are held than wait for scores
+        # At once, so that no more images are held than wait for scores.
+        while self._waiting and self._waiting[0][2].done() and self._waiting[0][2].exception() is None:
             self._look(*self._waiting.pop(0))
+
+    def so_far(self) -> tuple[tuple[Judged, ...], tuple[Judged, ...]]:
+        """The best and the worst of the batches before the first whose scorer failed; waits for the scores."""
+        while self._waiting and self._waiting[0][2].exception() is None:
+            self._look(*self._waiting.pop(0))
+        return tuple(self._best.values()), tuple(self._worst.values())
 
     def best(self) -> list[Judged]:
         """The best first; waits for the scores. Raises what the scorer raised."""

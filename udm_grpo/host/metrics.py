@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from udm_grpo.config import ConfigError, LoggingConfig
 from udm_grpo.host.atomic import replace_file
-from udm_grpo.host.wandb_run import import_wandb, open_wandb
+from udm_grpo.host.wandb_run import open_wandb, wandb_problem
 
 
 class JsonLines:
@@ -86,7 +86,7 @@ class MetricsWriter:
     resume_after: see JsonLines. config: shown in Weights & Biases, without secrets.
     primary: False in all processes but one; then nothing is written. run: the id in every line, and in TensorBoard.
 
-    Raises ConfigError saying what to do when a tool that was asked for is missing or cannot be used.
+    Raises ConfigError if TensorBoard was asked for and is not installed; what Weights & Biases lacks is a warning.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class MetricsWriter:
         if self._tensorboard is not None:
             self._tensorboard.add_image(name, np.asarray(Image.open(path)), step, dataformats="HWC")
         if self._wandb is not None:
-            self._wandb.log({"step": step, name: import_wandb().Image(str(path))})
+            self._wandb.log({"step": step}, (name, Path(path)))
 
     def close(self) -> None:
         """Close all files."""
@@ -150,11 +150,11 @@ class MetricsWriter:
 
 
 def check_tools(logging: LoggingConfig) -> None:
-    """Raise ConfigError if a tool that was asked for is not installed."""
+    """Raise ConfigError if TensorBoard was asked for and is not installed; warn of what W&B lacks."""
     if logging.tensorboard:
         _summary_writer()
-    if logging.wandb:
-        import_wandb()
+    if logging.wandb and (problem := wandb_problem()):
+        print(f"warning: logging.wandb is True, but {problem}", file=sys.stderr, flush=True)
 
 
 def _summary_writer() -> Any:

@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from udm_grpo.host.handshake import Line, Member, answer, hello, read_answer, read_hello
@@ -49,6 +49,8 @@ class _Connection:
     """Of a caller: how many processes it says there are."""
     left: bool = False
     """It has said that it leaves."""
+    finished: threading.Event = field(default_factory=threading.Event)
+    """It has said that it (process 0: that everybody) has finished."""
 
 
 class Peers:
@@ -70,6 +72,19 @@ class Peers:
         """Tell the others that this process ends, and why."""
         self._closed.set()
         self._leave(failed=f"{self._me} failed: {reason}")
+
+    def wait_for_all(self) -> None:
+        """Return once all processes have called this, however long that takes: process 0 may export for an hour.
+
+        Meanwhile a process that fails, dies or falls silent ends the others as ever.
+        """
+        if self._me.process != 0:
+            self._connections[0].line.send(finished=True)
+        for connection in self._connections:
+            connection.finished.wait()
+        if self._me.process == 0:
+            for connection in self._connections:
+                connection.line.send(finished=True)
 
     def close(self) -> None:
         """Leave in peace; the others are not told that anything is wrong."""
@@ -103,6 +118,8 @@ class Peers:
             while True:
                 message = connection.line.read(self._silence_s)
                 connection.left |= "leaves" in message
+                if "finished" in message:
+                    connection.finished.set()
                 if "failed" in message:
                     return str(message["failed"])
         except EOFError:

@@ -1,7 +1,7 @@
 """From pictures to rewards: the trainer's side of the bridge."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +28,15 @@ class Rewards:
     """f32[B] each, what is logged; NaN for an image that its scorer gave no such value."""
 
 
-def connect(config: RewardsConfig, kept_images: Path) -> Composition:
+def connect(config: RewardsConfig, kept_images: Path, cancelled: Callable[[], bool] | None = None) -> Composition:
     """Start every scorer's processes, or reach its servers; images of a batch that fails go to `kept_images`/part.
 
+    cancelled: asked again and again while a scorer loads; True ends the waiting with a BridgeError.
     Raises BridgeError for a scorer that gets its test images wrong, unless its check_example is off.
     """
     return Composition(
         {
-            name: Part(given.weight, bridge_configs(name, given, kept_images / name))
+            name: Part(given.weight, bridge_configs(name, given, kept_images / name, cancelled))
             for name, given in config.scorers.items()
         }
     )
@@ -49,7 +50,9 @@ def warn_of(clients: Iterable[Composition]) -> None:
         warnings.warn("\n  ".join([heading, *found]), stacklevel=2)
 
 
-def bridge_configs(name: str, given: ScorerConfig, kept_images: Path | None) -> tuple[BridgeConfig, ...]:
+def bridge_configs(
+    name: str, given: ScorerConfig, kept_images: Path | None, cancelled: Callable[[], bool] | None = None
+) -> tuple[BridgeConfig, ...]:
     """Return what each process or server of a scorer is to the bridge; its devices are ids, or "cpu"."""
     places: list[dict[str, Any]] = [{"environment": dict(given.environment)}] * given.replicas
     if given.addresses:
@@ -70,6 +73,7 @@ def bridge_configs(name: str, given: ScorerConfig, kept_images: Path | None) -> 
             tls_ca=given.tls_ca or None,
             token_file=given.token_file or None,
             check_example=given.check_example,
+            cancelled=cancelled,
         )
         for index, place in enumerate(places)
     )
