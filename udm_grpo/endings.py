@@ -29,8 +29,9 @@ class Standing:
 
 def stopped_early(asked: Interruption) -> dict[str, Any]:
     """Return the summary of a run that was asked to stop before anything was made that could be saved."""
+    who = _who(asked)
     if hosts.is_primary():
-        text = f"stopped by {_who(asked)} before the first iteration; nothing was there to be saved"
+        text = f"stopped by {who} before the first iteration; nothing was there to be saved"
         print(text, file=sys.stderr, flush=True)
     return {"iterations": 0, "seconds": 0.0, "stopped": True}
 
@@ -78,4 +79,5 @@ def _save(run: Run, reference: Params, standing: Standing) -> None:
 
 
 def _who(asked: Interruption) -> str:
-    return asked.by or "a signal to another process"
+    """The signal that asked the run to stop, of the first process that got one; all processes call this alike."""
+    return next(filter(None, hosts.gather(asked.by)), "a signal")

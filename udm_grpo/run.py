@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int32, Key
 
 from rewards_bridge.composition import Composition
-from rewards_bridge.errors import BridgeError
-from udm_grpo import hosts
+from udm_grpo import hosts, shared_rewards
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params, TrainState
 from udm_grpo.config import ConfigError, RunConfig, as_dict
@@ -218,7 +217,7 @@ def open_run(config: RunConfig, asked: Interruption, stack: contextlib.ExitStack
     check_inputs_stay(config, output)
     replicated = meshes.replicated(mesh)
     path = jax.tree.map(lambda leaf: hosts.put(leaf, replicated), path_of(checkpoint))
-    client = _connect(config, asked, stack)
+    client = shared_rewards.connect(config.rewards, output / "kept_images", asked, stack)
     rewards.warn_of([client])
     _check_prompts(client, "prompts.train", train)
     _check_prompts(client, "prompts.heldout", heldout)
@@ -239,20 +238,6 @@ def open_run(config: RunConfig, asked: Interruption, stack: contextlib.ExitStack
         asked=asked,
     )
     return run, abstract
-
-
-def _connect(config: RunConfig, asked: Interruption, stack: contextlib.ExitStack) -> Composition:
-    """Load the scorers; raises StopRequestedError, in all processes alike, if the run is asked to stop meanwhile."""
-    asked.check()
-    try:
-        client = rewards.connect(config.rewards, output_path(config) / "kept_images", lambda: asked.requested)
-    except BridgeError:
-        if not asked.requested:
-            raise
-    else:
-        stack.enter_context(client)
-    asked.check()
-    return client
 
 
 def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position | None]:

@@ -1,8 +1,10 @@
 """Pictures to this host's scorers, scores from all hosts."""
 
+import contextlib
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,8 +14,10 @@ from rewards_bridge.composition import Composition
 from rewards_bridge.errors import BridgeError
 from rewards_bridge.scorers.base import Scores
 from udm_grpo import hosts
+from udm_grpo.config import RewardsConfig
 from udm_grpo.host import rewards
 from udm_grpo.host.rewards import Rewards
+from udm_grpo.interruption import Interruption
 
 MAX_TEXT = 4000
 """Characters of a scorer's error that the other processes are told."""
@@ -21,6 +25,21 @@ MAX_TEXT = 4000
 
 class ScoringFailedError(BridgeError):
     """The scorers of one of several processes failed; all processes raise this at the same point."""
+
+
+def connect(config: RewardsConfig, kept_images: Path, asked: Interruption, stack: contextlib.ExitStack) -> Composition:
+    """Load the scorers as `rewards.connect` does; `stack` closes them.
+
+    Raises StopRequestedError, in all processes alike, if the run is asked to stop meanwhile.
+    """
+    asked.check()
+    try:
+        client = stack.enter_context(rewards.connect(config, kept_images, lambda: asked.requested))
+    except BridgeError:
+        if not asked.requested:
+            raise
+    asked.check()
+    return client
 
 
 @dataclass(frozen=True)
