@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -16,9 +17,11 @@ import pytest
 import running
 
 from udm_grpo import report, sample
-from udm_grpo.host import buckets
+from udm_grpo.host import buckets, folder_lock
+from udm_grpo.host.bucket_lock import LockObject, lock_output
 from udm_grpo.host.buckets import Mirror, download, listing, local, local_prompts
 from udm_grpo.host.checkpoint import Checkpoints, resolve_resume
+from udm_grpo.host.folder_lock import FolderLockedError
 from udm_grpo.host.places import PlaceError
 from udm_grpo.host.set_aside import set_aside
 
@@ -175,6 +178,32 @@ def test_checkpoints_in_a_bucket(bucket):
     assert checkpoints.steps() == []
     assert "00000002.aside-1/commit_success.txt" in listing(folder)
     assert not any(name.startswith("00000002/") for name in listing(folder))
+
+
+def test_a_lock_in_a_bucket_keeps_others_out_and_goes(bucket, monkeypatch):
+    for name in ("POLL_S", "BUSY_S", "SETTLE_S"):
+        monkeypatch.setattr(folder_lock, name, 0.05)
+    monkeypatch.setattr(LockObject, "beat_s", 0.05)
+    refused = []
+
+    def enter():
+        try:
+            with lock_output("gs://bkt/locked"):
+                pass
+        except FolderLockedError as error:
+            refused.append(str(error))
+
+    with lock_output("gs://bkt/locked"):
+        other = threading.Thread(target=enter)
+        other.start()
+        other.join()
+        content = buckets.storage().cat_file("bkt/locked/.lock")
+    assert "remove gs://bkt/locked/.lock" in refused[0]
+    assert not listing("gs://bkt/locked")
+    put("gs://bkt/locked/.lock", content.replace(b'"started": "', b'"started": "0'))  # of a process that has ended
+    enter()
+    assert len(refused) == 1
+    assert not listing("gs://bkt/locked")
 
 
 RUN = "gs://bkt/runs/first"
