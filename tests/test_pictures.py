@@ -1,9 +1,13 @@
 """Labelled PNGs: places, sizes and pixels of the pictures in them, captions, and bad input."""
 
+import time
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
+from udm_grpo.host import pictures
+from udm_grpo.host.grid_file import read_grid
 from udm_grpo.host.pictures import SMALLEST_CELL, before_after, image_grid
 
 
@@ -65,7 +69,26 @@ def test_captions_are_drawn_below_wrapped_and_cut(tmp_path):
         assert below[:, 108:204].any()
         assert not below[:, 204:].any()
     assert wrapped.shape[0] == short.shape[0] + 2 * 14
-    assert word.shape == short.shape
+    assert word.shape == wrapped.shape  # broken over three lines
+
+
+def test_captions_of_any_length_and_script_are_quick_and_readable(tmp_path):
+    images = np.full((1, 96, 96, 3), 200, np.uint8)
+    began = time.process_time()
+    image_grid(images, ["x" * 1_000_000], 1, tmp_path / "long.png")
+    assert time.process_time() - began < 2
+    (cell,) = read_grid(tmp_path / "long.png")
+    assert cell.caption == "x" * pictures.MAX_CAPTION + "..."
+    image_grid(images, ["日本 a\u200b\tb"], 1, tmp_path / "script.png")
+    image_grid(images, ["?? a? b"], 1, tmp_path / "replaced.png")
+    np.testing.assert_array_equal(load(tmp_path / "script.png"), load(tmp_path / "replaced.png"))
+    font = ImageFont.load_default(size=11)
+    lines = pictures._wrap("an " + "extraordinarily" * 20, font, 96)
+    assert lines[0].startswith("an")
+    assert len(lines) == 3
+    assert lines[-1].endswith("...")
+    assert all(font.getlength(line) <= 96 for line in lines)
+    assert pictures._wrap("é ü ñ ß", font, 96) == ["é ü ñ ß"]
 
 
 def test_before_and_after_stand_side_by_side(tmp_path):

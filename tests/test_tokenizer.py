@@ -133,6 +133,12 @@ def test_a_folder_that_cannot_be_read_says_why(tmp_path: Path):
         load_tokenizer(tmp_path)
 
 
+def test_the_text_of_special_tokens_is_warned_of():
+    tokenizer = load_tokenizer(ASSETS / "ursa-shapes" / "tokenizer")
+    with pytest.warns(UserWarning, match=r"1 of 2 prompts contain the text of a special token, such as '\[PAD\]'"):
+        tokenizer(["a photo of a [PAD] circle", "a photo of a zebra"])
+
+
 def test_no_prompt_is_no_rows():
     tokenizer = load_tokenizer(ASSETS / "ursa-shapes" / "tokenizer")
     assert tokenizer([]).shape == (0, 10)

@@ -95,6 +95,11 @@ def test_bad_sizes_are_named() -> None:
         TransformerConfig.from_json(raw | {"lm_head_size": 21})
     with pytest.raises(ValueError, match=r"not a multiple"):
         TransformerConfig.from_json(raw | {"num_attention_heads": 3, "num_key_value_heads": 2})
+    bad = {"num_hidden_layers": 300_000, "hidden_size": 0, "lm_head_size": True, "vocab_size": "30", "rope_theta": "x"}
+    with pytest.raises(ValueError, match="damaged or not of this model") as caught:
+        TransformerConfig.from_json(raw | bad)
+    for name, value in bad.items():
+        assert f"{name} is {value!r}, expected" in str(caught.value)
     params = init(TINY, jax.random.key(0))
     with pytest.raises(ValueError, match=r"grid is 2 x 3"):
         hidden_states(TINY, params, jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 4), jnp.int32), (2, 3))

@@ -3,6 +3,7 @@
 A PNG also says in a text chunk where its pictures are and what belongs to each: `grid_file.py` takes it apart again.
 """
 
+import bisect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,13 @@ _GAP = 6  # pixels around a picture
 _LINE = 14  # pixels a line of text takes
 _CAPTION_LINES = 3
 _FONT_SIZE = 11
+_NO_CHARACTER = "\uffff"
+REPLACEMENT = "?"
+"""Stands for a character that the font of captions lacks."""
+MAX_CAPTION = 2000
+"""Characters of a caption that are kept in the file; three lines of them are drawn."""
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def image_grid(
@@ -94,6 +102,7 @@ def _write_grid(
     columns = min(columns, count)
     rows = -(-count // columns)
     font = ImageFont.load_default(size=_FONT_SIZE)
+    captions = [caption if len(caption) <= MAX_CAPTION else f"{caption[:MAX_CAPTION]}..." for caption in captions]
     wrapped = [_wrap(caption, font, width) for caption in captions]
     header = _LINE if marks else 0
     pitch = header + height + _LINE * max(len(lines) for lines in wrapped) + _GAP
@@ -112,19 +121,37 @@ def _write_grid(
     replace_file(path, lambda temporary: sheet.save(temporary, format="PNG", pnginfo=said))
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Return the text in lines no wider than `width` pixels; what does not fit ends in three dots."""
+def _wrap(text: str, font: Font, width: int) -> list[str]:
+    """Return the text in at most three lines no wider than `width` pixels; what does not fit ends in three dots.
+
+    Words that are wider than a line are broken, characters that the font lacks are replaced.
+    """
+    rest = _drawable(" ".join(text[:MAX_CAPTION].split()), font)
     lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    if len(lines) > _CAPTION_LINES:
-        lines[_CAPTION_LINES - 1 :] = [f"{lines[_CAPTION_LINES - 1]}..."]
-    for i, line in enumerate(lines):
-        cut = line
-        while font.getlength(cut) > width and len(cut) > 4:
-            cut = cut.removesuffix("...")[:-1] + "..."
-        lines[i] = cut
+    while rest and len(lines) < _CAPTION_LINES:
+        count = _fitting(rest, font, width)
+        if count < len(rest):
+            space = rest.rfind(" ", 0, count + 1)
+            count = space if space > 0 else count
+        lines.append(rest[:count].rstrip())
+        rest = rest[count:].lstrip()
+    if rest or len(text) > MAX_CAPTION:
+        last = lines[-1]
+        lines[-1] = last[: _fitting(last, font, width - int(font.getlength("...")))].rstrip() + "..."
     return lines
+
+
+def _fitting(text: str, font: Font, width: int) -> int:
+    """The number of characters, at least 1, that fit into a line."""
+    counts = range(1, min(len(text), max(1, width)) + 1)  # no character that is drawn is narrower than a pixel
+    return max(1, bisect.bisect_right(counts, width, key=lambda count: font.getlength(text[:count])))
+
+
+def _drawable(text: str, font: Font) -> str:
+    """Replace characters that the font lacks or that draw nothing by themselves."""
+    lacking = bytes(font.getmask(_NO_CHARACTER))
+    has = {
+        character: character.isprintable() and (character == " " or bytes(font.getmask(character)) != lacking)
+        for character in set(text)
+    }
+    return "".join(character if has[character] else REPLACEMENT for character in text)

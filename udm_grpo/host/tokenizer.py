@@ -38,6 +38,8 @@ class PromptTokenizer:
     length: int
     pad_id: int
     vocabulary: int
+    special: frozenset[int] = frozenset()
+    """Ids that mark something else than text."""
 
     def __call__(self, prompts: Sequence[str], warn: bool = True) -> Int32[np.ndarray, "b l"]:
         """Return the ids of prompts; those longer than L keep their first L, with one warning that counts them.
@@ -54,6 +56,13 @@ class PromptTokenizer:
         for row, ids in zip(made, rows, strict=True):
             kept = ids[: self.length]
             row[self.length - len(kept) :] = kept
+        marked = sum(not self.special.isdisjoint(ids) for ids in rows)
+        if marked and warn:
+            warnings.warn(
+                f"{marked} of {len(prompts)} prompts contain the text of a special token, such as "
+                f"{self.backend.id_to_token(self.pad_id)!r}, which the model reads as that token; reword them",
+                stacklevel=2,
+            )
         if cut and warn:
             advice = "the rest of them has no effect; shorten them"
             warnings.warn(
@@ -109,7 +118,10 @@ def load_tokenizer(folder: Path, length: int | None = None) -> PromptTokenizer:
         length = int(min(config.get("model_max_length") or MAX_LENGTH, MAX_LENGTH))
     if length < 1:
         raise WeightsError(f"{folder}: prompts cannot be {length} tokens long; give a length of at least 1.")
-    return PromptTokenizer(backend, length, pad_id, backend.get_vocab_size(with_added_tokens=True))
+    tokens = backend.get_added_tokens_decoder().items()
+    unknown = special.get("unk_token")  # also what words outside of the vocabulary become
+    special_ids = frozenset(number for number, token in tokens if token.special and token.content != unknown)
+    return PromptTokenizer(backend, length, pad_id, backend.get_vocab_size(with_added_tokens=True), special_ids)
 
 
 def tokenizer_class(folder: Path) -> str:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Int32
 from udm_grpo.batches import Params
 from udm_grpo.model import splash
 from udm_grpo.model.rope import HEAD_DIM, positions, rotary_table, rotate
+from udm_grpo.model.sizes import check_sizes
 
 RMS_NORM_EPS = 1e-6
 """Fixed by the checkpoint format."""
@@ -54,6 +55,7 @@ class TransformerConfig:
         missing = [field.name for field in fields(cls) if field.name not in config]
         if missing:
             raise ValueError(f"transformer config.json lacks {', '.join(missing)}; found {', '.join(sorted(config))}.")
+        check_sizes(config)
         made = cls(**{field.name: config[field.name] for field in fields(cls)})
         if made.vocab_size != made.lm_vocab_size + made.lm_head_size:
             raise ValueError(
