@@ -87,6 +87,8 @@ def checked_wish(prompt: Any, steps: Any, guidance: Any, seed: Any, negative: An
 
 
 def _text(name: str, value: Any) -> str:
+    if isinstance(value, str) and len(value) > 10 * MOST_CHARACTERS:
+        raise DemoError(f"The {name} has {len(value)} characters. Write at most {MOST_CHARACTERS}.")
     words = " ".join(str(value or "").split())
     if len(words) > MOST_CHARACTERS:
         raise DemoError(f"The {name} has {len(words)} characters. Write at most {MOST_CHARACTERS}.")

@@ -13,6 +13,7 @@ import numpy as np
 from fastapi import FastAPI
 from PIL import Image
 
+from scripts.demo_guard import Guard
 from scripts.demo_models import (
     MOST_CHARACTERS,
     MOST_GUIDANCE,
@@ -74,7 +75,7 @@ def make_app(demo: Demo, examples: Iterable[str], steps: int, users: list[tuple[
         theme=theme(),
         css=STYLE,
     )
-    return OwnLoadsOnly(app)
+    return OwnLoadsOnly(Guard(app, only_local=not users))
 
 
 def make_page(demo: Demo, examples: Iterable[str], steps: int) -> gr.Blocks:
