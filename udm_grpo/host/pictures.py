@@ -7,6 +7,7 @@ import bisect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import category, combining, normalize
 
 import numpy as np
 from jaxtyping import UInt8
@@ -148,10 +149,16 @@ def _fitting(text: str, font: Font, width: int) -> int:
 
 
 def _drawable(text: str, font: Font) -> str:
-    """Replace characters that the font lacks or that draw nothing by themselves."""
+    """Replace characters that the font lacks or that draw nothing: by their letters without accents, or by "?"."""
     lacking = bytes(font.getmask(_NO_CHARACTER))
-    has = {
-        character: character.isprintable() and (character == " " or bytes(font.getmask(character)) != lacking)
-        for character in set(text)
-    }
-    return "".join(character if has[character] else REPLACEMENT for character in text)
+
+    def has(text: str) -> bool:
+        return text.isprintable() and all(each == " " or bytes(font.getmask(each)) != lacking for each in text)
+
+    def drawn(character: str) -> str:
+        plain = "".join(each for each in normalize("NFKD", character) if not combining(each))
+        choices = (character, plain, "-" if category(character) == "Pd" else "")
+        return next((choice for choice in choices if choice and has(choice)), REPLACEMENT)
+
+    known = {character: drawn(character) for character in set(text)}
+    return "".join(known[character] for character in text)
