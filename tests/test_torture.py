@@ -1,0 +1,40 @@
+"""scripts/torture.py: its moments, what it calls a difference, and one trial with real processes."""
+
+import itertools
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from scripts.torture import PHASES, SIGNALS, TARGETS, differences, main, strikes
+
+
+def test_moments_are_decided_by_the_seed_and_cover_every_combination():
+    first, again, other = (list(itertools.islice(strikes(seed), 54)) for seed in (0, 0, 1))
+    assert first == again != other
+    assert len({(one.phase, one.signal, one.target) for one in first}) == 54 == 6 * len(SIGNALS) * len(TARGETS)
+    assert {one.phase for one in first} == set(PHASES)
+
+
+def test_every_byte_and_every_line_counts(tmp_path: Path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    (one / "export").mkdir(parents=True)
+    (one / "export" / "weights").write_bytes(b"12")
+    (one / "metrics.jsonl").write_text('{"step": 1, "seconds": 1}\n')
+    shutil.copytree(one, other)
+    (other / "metrics.jsonl").write_text('{"step": 1, "seconds": 2, "run": "b"}\n')
+    assert differences(one, other) == []
+    (other / "export" / "weights").write_bytes(b"13")
+    (other / "export" / "more").touch()
+    (other / "metrics.jsonl").write_text('{"step": 2}\n')
+    assert differences(one, other) == ["export/more is in excess", "export/weights differs", "metrics.jsonl differs"]
+
+
+def test_a_run_that_is_killed_and_resumed_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Four starts of a small run, since two of them are what it is compared with."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ["UDM_GRPO_COMPILED"])
+    words = ["--output", str(tmp_path), "--trials", "1", "--seed", "0"]
+    assert main(words) == 0
+    assert "trial 1/1: SIGKILL to both at 33% of save 3" in capsys.readouterr().out
+    assert main(words) == 0  # the result is there already
