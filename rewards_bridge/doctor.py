@@ -16,6 +16,7 @@ from rewards_bridge.errors import UsageError
 from rewards_bridge.process import scorer_environment
 from rewards_bridge.scorers import KNOWN, Scorer, load_scorer, with_device
 from rewards_bridge.scorers.torchvision_ops import declare_operators
+from rewards_bridge.surroundings import environment_advice
 
 _REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 _TORCH = ("torch", "transformers", "safetensors", "skimage")  # the last for the photographs of examples.py
@@ -91,11 +92,9 @@ def hint(name: str, options: Mapping[str, str]) -> list[str]:
 
 def examine(name: str, options: Mapping[str, str], checks: Checks = Checks()) -> tuple[bool, list[str]]:
     """Return (whether the scorer is ready, a line for every step up to the first that fails, with its remedy)."""
-    missing = missing_packages(name)
-    if missing:
-        pins = [pin(module) for module in missing]
-        command = shlex.join([sys.executable, "-m", "pip", "install", *pins])
-        return False, [f"packages: {', '.join(missing)} cannot be imported", f"  fix: {command}"]
+    failed = failed_imports(name)
+    if failed:
+        return False, _import_lines(failed)
     enough, lines = _memory(name, options, checks.memory_gib)
     lines = ["packages: all there", *lines]
     if not enough or not checks.load:
@@ -105,7 +104,9 @@ def examine(name: str, options: Mapping[str, str], checks: Checks = Checks()) ->
         scorer = load_scorer(name, options)
     except Exception as error:  # of any library underneath
         said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
-        return False, [*lines, f"weights: {said}", *hint(name, options)]
+        advice = environment_advice(error)
+        remedy = [f"  fix: {advice}"] if advice else hint(name, options)
+        return False, [*lines, f"weights: {said}", *remedy]
     lines += ["weights: loaded", *_room(options.get("device", "cpu"))]
     try:
         right, said = check_example(name, scorer)
@@ -146,9 +147,9 @@ def check_example(name: str, scorer: Scorer) -> tuple[bool, str]:
     return False, f"expected that {known.expected}; the scores are {marks}, raw {raw}"
 
 
-def missing_packages(name: str) -> list[str]:
-    """The scorer's modules that this interpreter cannot import."""
-    missing = []
+def failed_imports(name: str) -> dict[str, Exception]:
+    """The scorer's modules that this interpreter cannot import, with what they raise."""
+    failed: dict[str, Exception] = {}
     for module in PACKAGES.get(name, ()):
         try:
             with warnings.catch_warnings():
@@ -156,9 +157,27 @@ def missing_packages(name: str) -> list[str]:
                 if module == "torchvision":
                     declare_operators()
                 importlib.import_module(module)
-        except Exception:  # a package that is there and broken is as good as missing
-            missing.append(module)
-    return missing
+        except Exception as error:  # of any type: a package may be there and broken
+            failed[module] = error
+    return failed
+
+
+def _import_lines(failed: Mapping[str, Exception]) -> list[str]:
+    """What is missing, broken, or kept from its work by the environment, with the remedy of each."""
+
+    def install(modules: Sequence[str]) -> str:
+        return shlex.join([sys.executable, "-m", "pip", "install", *(pin(module) for module in modules)])
+
+    lines = []
+    missing = [name for name, error in failed.items() if isinstance(error, ModuleNotFoundError) and error.name == name]
+    if missing:
+        lines += [f"packages: {', '.join(missing)} cannot be imported: not installed", f"  fix: {install(missing)}"]
+    for module, error in failed.items():
+        if module not in missing:
+            reason = (str(error).splitlines() or [""])[0][:300]
+            lines.append(f"packages: {module} is installed but cannot be imported ({type(error).__name__}: {reason})")
+            lines.append(f"  fix: {environment_advice(error) or install([module])}")
+    return lines
 
 
 def pin(module: str) -> str:

@@ -25,6 +25,7 @@ from rewards_bridge.client import BridgeError
 from rewards_bridge.scorers import KNOWN
 from scripts.demo_models import Demo, DemoError, Drawer, sharing_programs
 from udm_grpo.config import RewardsConfig, ScorerConfig
+from udm_grpo.devices import check_devices, prepare
 from udm_grpo.host import shapes
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.gpu_split import reserved
@@ -199,6 +200,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for what the user can mend, said without a traceback."""
+    prepare()
     given = _parser().parse_args(argv)
     try:
         check_flags(given, ("base", "trained", "run"))
@@ -206,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         scorer = {given.scorer: read_scorer(given)}
         with reserved(RewardsConfig(scorer)) as (placed, lines), _listening(given.host, given.port) as listener:
             print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr)
+            check_devices()
             drawers, size = open_models(given)
             (config,) = bridge_configs(given.scorer, placed.scorers[given.scorer], None)
             with closing(Demo(drawers, size, config)) as demo:

@@ -26,6 +26,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from udm_grpo.devices import device_errors, prepare
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.finite import finite_number
 from udm_grpo.host.folder_lock import lock_beside
@@ -314,11 +315,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    prepare()
     given = _parser().parse_args(argv)
     try:
         check_flags(given, ("checkpoint",) if given.run is to_pytorch else ())
         target = next(filter(None, (vars(given).get(name) for name in TARGETS)), None)
-        with lock_beside(target) if target else contextlib.nullcontext():
+        with lock_beside(target) if target else contextlib.nullcontext(), device_errors():
             return given.run(given)
     except (ValueError, KeyError, CheckpointError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)

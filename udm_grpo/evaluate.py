@@ -26,6 +26,7 @@ from typing import Any
 from rewards_bridge.errors import BridgeError
 from udm_grpo.command_line import parse
 from udm_grpo.config import RewardsConfig, ScorerConfig
+from udm_grpo.devices import prepare
 from udm_grpo.host.atomic import replace_file
 from udm_grpo.host.bucket_lock import lock_output
 from udm_grpo.host.comparison import common_scorers, compare, draw_changed
@@ -264,6 +265,7 @@ def _run(scorers: dict[str, ScorerConfig], output: Path, given: argparse.Namespa
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for what the user can mend, said without a traceback."""
+    prepare()
     parser = _parser()
     given, rest = parser.parse_known_args(argv)
     overrides = [word for word in rest if word.startswith("--config.")]

@@ -37,6 +37,7 @@ from udm_grpo import distributed, hosts, steps
 from udm_grpo import mesh as meshes
 from udm_grpo.batch_sizes import padded
 from udm_grpo.config import DistributedConfig, MeshConfig
+from udm_grpo.devices import on_devices, prepare
 from udm_grpo.diffusion.rollout import RolloutPlan
 from udm_grpo.host.atomic import remove_unfinished, replace_file
 from udm_grpo.host.buckets import local_prompts
@@ -332,11 +333,12 @@ def draw_all(given: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for what the user can mend, said without a traceback."""
+    prepare()
     given = _parser().parse_args(argv)
     expected = (CheckpointError, OSError, ValueError)  # ValueError: SampleError, WeightsError, MeshError, prompts
     try:
         check_flags(given, ("checkpoint", "run", "adapter", "prompts"))
-        with distributed.joined(DistributedConfig(), expected), lock_for_all(given.output):
+        with distributed.joined(DistributedConfig(), expected), on_devices(), lock_for_all(given.output):
             draw_all(given)
     except expected as error:
         print(f"error: {error}", file=sys.stderr)

@@ -33,6 +33,7 @@ from udm_grpo.best_weights import best_or_last, judged, save_best, take_over
 from udm_grpo.command_line import parse, usage
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.config_checks import validate
+from udm_grpo.devices import check_devices, device_errors, prepare
 from udm_grpo.endings import Standing
 from udm_grpo.evaluation import change_in_words, evaluate, evaluate_all, extremes_file, pictures
 from udm_grpo.export import digest_exports, export
@@ -40,7 +41,6 @@ from udm_grpo.grpo.minibatches import split_images
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.evaluation_parts import remove_parts
 from udm_grpo.host.gpu_split import reserved
-from udm_grpo.host.idle_gpus import idle_gpus
 from udm_grpo.host.metrics import StageTimer, check_tools, write_json
 from udm_grpo.host.pictures import before_after, image_grid
 from udm_grpo.host.rewards import Rewards
@@ -232,6 +232,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         placed, lines = stack.enter_context(reserved(config.rewards))
         config = replace(config, rewards=placed)
         print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr, flush=True)
+        check_devices()
         if hosts.is_primary():
             check_tools(config.logging)
         try:
@@ -299,6 +300,7 @@ def _help(words: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status. What the user can mend is said in a line, without a traceback."""
+    prepare()
     with lasting_streams():
         return _main(argv)
 
@@ -313,10 +315,7 @@ def _main(argv: Sequence[str] | None) -> int:
     try:
         config = parse(words)
         validate(config)
-        with distributed.joined(config.distributed, expected):
-            warning = idle_gpus(jax.default_backend())
-            if warning:
-                print(f"warning: {warning}", file=sys.stderr)
+        with distributed.joined(config.distributed, expected), device_errors():
             summary = train(config)
     except expected as error:
         print(f"error: {error}", file=sys.stderr)

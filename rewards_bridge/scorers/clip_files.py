@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from rewards_bridge.errors import UsageError
+from rewards_bridge.surroundings import environment_advice
 
 PROCESSOR_FILES = ("--include", "*.json", "--include", "merges.txt")
 """What of a hub repository is its processor, without weights, as arguments of `hf download`."""
@@ -96,6 +97,8 @@ class Source:
         except UsageError:
             raise
         except OSError as error:
+            if advice := environment_advice(error):
+                raise self.wrong(f"the {what} cannot be loaded: {advice}") from error
             raise self.missing(what, error) from error
         except Exception as error:  # of many types, for a file may be damaged in many ways
             if re.search(r"Unsupported (global|class|operand)", str(error)):

@@ -1,0 +1,117 @@
+"""What a command does about its surroundings before and while it computes: terminal, JAX's variables, devices.
+
+prepare()                     first of all: a terminal that is not UTF-8, variables that would change results
+with device_errors(): ...     around all that computes: an error of a device is one line
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.errors import JaxRuntimeError
+
+from udm_grpo.host.idle_gpus import idle_gpus
+
+SETTINGS: dict[str, Any] = {
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_enable_x64": False,
+    "jax_random_seed_offset": 0,
+    "jax_threefry_partitionable": True,
+    "jax_transfer_guard": None,
+    "jax_transfer_guard_device_to_device": None,
+    "jax_transfer_guard_device_to_host": None,
+    "jax_transfer_guard_host_to_device": None,
+}
+"""Settings of JAX that a run's numbers or its working depend on -> the value with which a command computes."""
+MAX_REASON = 300
+"""Characters of an error of JAX that are shown."""
+
+
+class DeviceError(OSError):
+    """A device that cannot be used or gave up; the message is one line that says what to change."""
+
+
+def prepare() -> None:
+    """Let the terminal show any text, and put back settings of JAX that would change results, with a line on each."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")  # what a terminal cannot show is shown as \u00e9
+    for name, value in SETTINGS.items():
+        current = getattr(jax.config, name, value)
+        if current != value and not (value is None and current == "allow"):
+            jax.config.update(name, value)
+            variable = name.upper()
+            print(
+                f"warning: {variable}={os.environ.get(variable, current)} is not used: this command computes with "
+                f"{'the default' if value is None else value}, so that its results do not depend on the environment.",
+                file=sys.stderr,
+            )
+
+
+@contextlib.contextmanager
+def device_errors() -> Iterator[None]:
+    """Turn an error of a device, or of finding one, into a DeviceError."""
+    try:
+        yield
+    except JaxRuntimeError as error:
+        raise DeviceError(explain(error)) from error
+    except RuntimeError as error:
+        if "Unable to initialize backend" not in str(error):
+            raise
+        raise DeviceError(_no_backend(error)) from error
+
+
+def check_devices() -> None:
+    """Make JAX look for its devices, and warn of GPUs that it does not use; raises DeviceError if there are none.
+
+    Must come after the GPUs of scorers have been hidden from JAX and processes have joined.
+    """
+    try:
+        backend = jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # an AssertionError for cuda without its plugin
+        raise DeviceError(_no_backend(error)) from error
+    if warning := idle_gpus(backend):
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def on_devices() -> Iterator[None]:
+    """Look for devices as `check_devices` does, and turn their errors into a DeviceError inside the block."""
+    with device_errors():
+        check_devices()
+        yield
+
+
+def explain(error: Exception) -> str:
+    """Return one line on an error of a device: what happened, and what to change."""
+    reason = _first_line(error)
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            f"the device has too little memory ({reason}). Lower rollout.micro_batch, optimizer.micro_batch and "
+            "evaluation.batch (or --batch), or use more devices (mesh.fsdp=-1, mesh.data=1); --compile_only says what "
+            "is needed."
+        )
+    return (
+        f"a device failed ({reason}). If it happens again, look at the machine's own log (nvidia-smi, dmesg) and try "
+        "another device; a training goes on from its last checkpoint with --config.checkpoint.resume=latest."
+    )
+
+
+def _no_backend(error: Exception) -> str:
+    platforms, visible = os.environ.get("JAX_PLATFORMS", ""), os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [f"JAX_PLATFORMS={platforms}"] if platforms else []
+    names += [f"CUDA_VISIBLE_DEVICES={visible!r}"] if visible is not None else []
+    where = f" (the environment has {', '.join(names)})" if names else ""
+    advice = "unset JAX_PLATFORMS or set it to cpu" if platforms else "set JAX_PLATFORMS=cpu to compute without it"
+    return (
+        f"JAX finds no device that it may use{where}: {_first_line(error) or 'the platform is not installed'}; {advice}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:MAX_REASON] if lines else ""
