@@ -174,9 +174,8 @@ def _flag(name: str) -> str:
 def _flag_with_home(flag: str, value: Any) -> Any:
     if isinstance(value, list):
         return [_flag_with_home(flag, part) for part in value]
-    if isinstance(value, os.PathLike):
-        text = os.fspath(value)
-        return type(value)(with_home(flag, text)) if isinstance(text, str) and _HOME.match(text) else value
+    if isinstance(value, Path):
+        return Path(with_home(flag, str(value))) if _HOME.match(str(value)) else value
     if not isinstance(value, str):
         return value
     left, equals, right = value.partition("=")  # NAME.KEY=VALUE

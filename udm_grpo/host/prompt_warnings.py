@@ -50,7 +50,8 @@ def set_warnings(train: PromptSet, heldout: PromptSet, per_iteration: int) -> li
 def _repeats(name: str, prompts: PromptSet) -> list[str]:
     """Warnings of prompts that come several times in a set, apart those whose pictures are to show different things."""
     first: dict[str, int] = {}
-    equal, contradictory = [], []
+    equal: list[int] = []
+    contradictory: list[int] = []
     for index, prompt in enumerate(prompts.prompts):
         earlier = first.setdefault(same_text(prompt), index)
         if earlier != index:

@@ -73,7 +73,7 @@ class TensorFiles:
         """Return the same tensors under other names: name in the file -> name from now on."""
         readers: dict[str, Reader] = {}
         for name, read in self.readers.items():
-            readers[names[name]] = lambda _, rows, name=name, read=read: read(name, rows)  # type: ignore[misc]
+            readers[names[name]] = lambda _, rows, name=name, read=read: read(name, rows)
         files = {file: tuple(names[name] for name in members) for file, members in self.layout.files.items()}
         dtypes = {names[name]: dtype for name, dtype in self.layout.dtypes.items()}
         infos = {names[name]: info for name, info in self.infos.items()}
