@@ -152,7 +152,7 @@ class Parts:
 
 
 def _joined(known: Part, found: Rewards) -> dict[str, np.ndarray]:
-    columns = {"score": found.score, **found.raw}
+    columns = {"score": found.score, **apart(found.raw, ("score",))}
     if not known.done:
         return columns
     counts = known.done, len(found.score)
