@@ -152,6 +152,21 @@ def test_an_address_in_a_bucket_needs_a_path_and_a_package(gcsfs, monkeypatch):
     assert "pip install" in problem("output_dir", "gs://bucket/run", True)
 
 
+@pytest.mark.usefixtures("gcsfs")
+@pytest.mark.parametrize("letter", ["[", "]", "*", "?", "\\"])
+def test_an_address_in_a_bucket_has_no_letters_of_patterns(letter):
+    address = f"gs://bucket/runs/lr={letter}1e-4/a"
+    for field in SUPPORTED_FIELDS:
+        config = shapes.get_config("smoke")
+        section, name = next(found[1:] for found in text_fields(config) if found[0] == field)
+        setattr(section, name, address)
+        with pytest.raises(ConfigError) as caught:
+            validate(config)
+        assert f"{field} is {address!r}, with {letter} in it" in str(caught.value)
+        assert "mount the bucket" in str(caught.value)
+    assert problem("output_dir", f"outputs/lr={letter}1e-4", True) == ""
+
+
 HERE = {
     "--leave-out": "x",
     "--train": "x",

@@ -28,6 +28,8 @@ _HOW = {
 }
 SUPPORTED_FIELDS = ("output_dir", "model.path", "prompts.train", "prompts.heldout", "checkpoint.resume")
 """Fields of a config that take an address in a bucket."""
+_PATTERN_LETTERS = "*?[]\\"
+"""Characters that no address in a bucket may have; in local paths they work."""
 _HOME = re.compile(r"~[\w.-]*(/|$)")
 _NO_PATHS = ("environment", "addresses", "coordinator")
 """Fields that hold no paths, whatever they look like (unix:/path is an address)."""
@@ -66,6 +68,12 @@ def problem(name: str, text: str | Path, supported: bool = False) -> str:
     if kind == BUCKET and supported:
         if not is_bucket(text) or not bucket or not rest.strip("/"):
             return f"{name} is {str(text)!r}; an address in a bucket is written gs://BUCKET/PATH."
+        if odd := sorted(set(_PATTERN_LETTERS) & set(found[2])):
+            return (
+                f"{name} is {str(text)!r}, with {' '.join(odd)} in it, which the storage libraries take for a pattern: "
+                "files would not be found again. Choose an address without these characters (gcloud storage mv renames "
+                "what is there), or mount the bucket with gcsfuse and give the local path."
+            )
         if importlib.util.find_spec("gcsfs") is None:
             return f'{name} is {str(text)!r}, which needs the package gcsfs: pip install "udm-grpo[gcs]" or gcsfs.'
         return ""
