@@ -82,7 +82,9 @@ def test_a_node_gives_its_last_gpus_to_the_scorers(tools: Path) -> None:
     ],
 )
 def test_several_scorers_take_the_gpus_in_turn(tools: Path, words: tuple[str, ...], expected: list[str]) -> None:
-    done = launch(tools, "launch_gpu_node.sh", *words, "--dry-run", "--", *CONFIG, CUDA_VISIBLE_DEVICES="4,5,6,7")
+    added = [f"--config.rewards.scorers.{name}.weight=1" for name in words[1].split(",")]
+    words = (*words, "--dry-run", "--", *CONFIG, *added)
+    done = launch(tools, "launch_gpu_node.sh", *words, CUDA_VISIBLE_DEVICES="4,5,6,7")
     (command,) = printed(done)
     assert [word.rpartition("=")[2] for word in command if ".devices=" in word] == expected
     trainer(command)
