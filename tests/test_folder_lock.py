@@ -12,8 +12,8 @@ import time
 import pytest
 from running import ROOT
 
-from scripts import prepare_prompts
-from udm_grpo import convert, evaluate, sample
+from scripts import prepare_prompts, pretrain_shapes
+from udm_grpo import convert, evaluate, pretrain, sample, train
 from udm_grpo.host import folder_lock, process_identity
 from udm_grpo.host.folder_lock import FolderLockedError, LockFile, lock_beside, lock_inside, locked
 from udm_grpo.host.process_identity import runs_here
@@ -100,6 +100,23 @@ def test_a_process_that_ends_meanwhile_is_waited_for(tmp_path, holder, monkeypat
     threading.Timer(0.3, holder.kill).start()
     with lock_inside(tmp_path / "run"):
         holder.wait()
+
+
+def test_a_run_that_waits_for_a_folder_hears_that_it_is_to_stop(tmp_path, holder, monkeypatch, capsys):
+    """A training, in-process: it notes its signals itself, so the wait has to look at them."""
+    monkeypatch.setenv(folder_lock.WAIT_VARIABLE, "60")
+    monkeypatch.setattr(folder_lock, "POLL_S", 30)
+    before = sorted(tmp_path.rglob("*"))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        began = time.monotonic()
+        threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+        words = ["--config=configs/shapes.py:smoke", f"--config.output_dir={tmp_path / 'run'}"]
+        assert train.main([*words, "--config.checkpoint.stopped_status=75"]) == 75
+        assert 0.5 <= time.monotonic() - began < 5
+        said = capsys.readouterr().err
+        assert f"is in use by -c (process {holder.pid} on" in said
+        assert f"stopped by {signal.Signals(number).name} before the first iteration" in said
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_another_machine_keeps_the_lock_while_it_changes_it(tmp_path, capsys):
@@ -237,5 +254,12 @@ def test_every_command_that_writes_a_folder_waits_for_its_lock(tmp_path, holder,
         assert main(words) == 2, words
         said = " ".join(capsys.readouterr().err.split())
         assert f"is in use by -c (process {holder.pid} on" in said, said
+    pretraining = {
+        pretrain.main: ["--checkpoint", base, "--data", "tokens.npz", "--output", run, "--updates", "1"],
+        pretrain_shapes.main: ["--output", run],
+    }
+    for main, words in pretraining.items():
+        with pytest.raises(SystemExit, match=f"error: {run} is in use by -c .process {holder.pid} on"):
+            main(words)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".run2.lock", "run", "train.txt"]
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]

@@ -159,6 +159,15 @@ def test_slurm_starts_one_process_a_node_and_warns_before_the_time_limit() -> No
     assert {"--ntasks-per-node=1", "--signal=B:TERM@300", "--requeue"} <= options
 
 
+@pytest.mark.parametrize(("variables", "seconds"), [({}, "300"), ({"UDM_GRPO_LOCK_WAIT_S": "20"}, "20")])
+def test_a_job_that_was_queued_again_waits_for_its_old_process(tools: Path, variables, seconds) -> None:
+    """As long as the notice before the time limit, which the other test reads off the same file."""
+    (tools / "srun").write_text('#!/usr/bin/env bash\necho "$UDM_GRPO_LOCK_WAIT_S"\n')
+    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7"}
+    done = launch(tools, "launch_slurm.sbatch", "--", *CONFIG, **job, **variables)
+    assert (done.returncode, done.stdout) == (0, f"{seconds}\n"), done.stderr
+
+
 def test_slurm_starts_one_task_a_node_though_the_job_has_more(tools: Path) -> None:
     variables = {"SLURM_NNODES": "3", "SLURM_NTASKS": "24"}
     (dry,) = printed(launch(tools, "launch_slurm.sbatch", "--dry-run", "--", *CONFIG, **variables))

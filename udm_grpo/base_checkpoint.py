@@ -22,7 +22,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from udm_grpo import pretrain, steps
 from udm_grpo.batches import Params
+from udm_grpo.devices import on_devices, prepare
 from udm_grpo.host.checkpoint import Checkpoints
+from udm_grpo.host.checkpoint_fallback import restore_newest
+from udm_grpo.host.folder_lock import lock_inside
 from udm_grpo.host.new_checkpoint import new_checkpoint
 from udm_grpo.host.places import local_args
 from udm_grpo.host.weights import Checkpoint, Scheduler, save_folder
@@ -130,12 +133,13 @@ class TokenizerTraining:
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, 0.9, 0.95, weight_decay=1e-4))
         step = steps.tokenizer_step(self.config, optimizer, quantized)
         opt_state, start = optimizer.init(params), 0
-        states = Checkpoints(self.output / f"tokenizer_{name}", keep=1)
-        latest = states.latest()
-        if latest is not None:
-            (params, opt_state), meta = states.restore(latest, (params, opt_state))
+        states = Checkpoints(self.output / f"tokenizer_{name}", keep=2)
+        saved = restore_newest(states.folder, (params, opt_state))
+        if saved is not None:
+            (params, opt_state), meta = saved
             self.rng.bit_generator.state = meta["random"]
-            start = latest
+            start = meta["updates"]
+            states.set_aside_after(start)
         for update in range(start, updates):
             params, opt_state, metrics = step(params, opt_state, self.batch(self.plan.tokenizer_batch))
             done = update + 1
@@ -149,7 +153,7 @@ class TokenizerTraining:
                 with (self.output / "tokenizer.jsonl").open("a", encoding="utf-8") as log:
                     print(json.dumps(row), file=log)
             if saves:
-                states.save(done, (params, opt_state), {"random": self.rng.bit_generator.state})
+                states.save(done, (params, opt_state), {"random": self.rng.bit_generator.state, "updates": done})
         return params
 
     def codebook(self, params: Params) -> np.ndarray:
@@ -162,7 +166,7 @@ class TokenizerTraining:
     def run(self) -> Params:
         """Both phases, with the codebook set between them."""
         params = self.phase("continuous", vq.init(self.config, jax.random.key(0)), self.plan.continuous_updates, False)
-        if Checkpoints(self.output / "tokenizer_quantized", keep=1).latest() is None:
+        if Checkpoints(self.output / "tokenizer_quantized", keep=2).latest() is None:
             params["codebook"] = {"embedding": jnp.asarray(self.codebook(params))}
         return self.phase("quantized", params, self.plan.quantized_updates, True)
 
@@ -290,8 +294,10 @@ def command_line(world: World, plan: Plan, argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=f"Make the base checkpoint of the {world.name} world.")
     parser.add_argument("--output", required=True, help="folder for the checkpoint, its logs and its saved states")
     parser.add_argument("--install", action="store_true", help="put the result into udm_grpo/assets")
+    prepare()
     arguments = local_args(parser, argv)
     output = Path(arguments.output)
-    make_base(world, plan, output)
-    if arguments.install:
-        install(world, output)
+    with pretrain.errors_in_words(), on_devices(), lock_inside(output):
+        make_base(world, plan, output)
+        if arguments.install:
+            install(world, output)

@@ -19,8 +19,10 @@ from udm_grpo import hosts
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.host.bucket_lock import lock_output
 from udm_grpo.host.buckets import Mirror, exists, staging
+from udm_grpo.host.folder_lock import WaitStoppedError
 from udm_grpo.host.places import is_bucket
 from udm_grpo.host.set_aside import RESULTS, RUN_FILES, set_aside
+from udm_grpo.interruption import Interruption
 
 SEEN_WITHIN_S = 20.0
 """How long a file of process 0 may take to show on the other hosts."""
@@ -73,6 +75,14 @@ def check_inputs_stay(config: RunConfig, output: Path) -> None:
 def lock_for_all(folder: str) -> contextlib.AbstractContextManager[Any]:
     """Hold the lock of an output folder, in process 0 for all of them; see `folder_lock.locked`."""
     return lock_output(folder) if hosts.is_primary() else contextlib.nullcontext()
+
+
+def lock_for_run(folder: str, asked: Interruption, stack: contextlib.ExitStack) -> None:
+    """`lock_for_all` until `stack` closes; raises StopRequestedError in all processes if one is asked to stop."""
+    if hosts.is_primary():
+        with contextlib.suppress(WaitStoppedError):  # the check below tells all of them
+            stack.enter_context(lock_output(folder, lambda: asked.requested))
+    asked.check()
 
 
 def claim_output(config: RunConfig, stack: contextlib.ExitStack) -> Mirror | None:

@@ -7,8 +7,9 @@ and images i32[M,h,w]. A killed run goes on where it stopped, from its last save
 """
 
 import argparse
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
@@ -19,9 +20,11 @@ import numpy as np
 
 from udm_grpo import steps
 from udm_grpo.batches import Params
+from udm_grpo.devices import on_devices, prepare
 from udm_grpo.diffusion.path import Path
 from udm_grpo.grpo.optimizer import adamw, learning_rate
-from udm_grpo.host.checkpoint import Checkpoints
+from udm_grpo.host.checkpoint import CheckpointError, Checkpoints
+from udm_grpo.host.checkpoint_fallback import restore_newest
 from udm_grpo.host.finite import finite_number
 from udm_grpo.host.folder_lock import lock_inside
 from udm_grpo.host.places import local_args
@@ -92,10 +95,11 @@ def pretrain(
     params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), checkpoint.transformer)
     opt_state = optimizer.init(params)
     start = 0
-    latest = None if states is None else states.latest()
-    if states is not None and latest is not None:
-        (params, opt_state), meta = states.restore(latest, (params, opt_state))
+    saved = None if states is None else restore_newest(states.folder, (params, opt_state))
+    if states is not None and saved is not None:
+        (params, opt_state), meta = saved
         start = meta["updates"]
+        states.set_aside_after(start)
     clean = data.image_ids.reshape(len(data.image_ids), -1)
     root = jax.random.key(plan.seed)
     recent: list[dict[str, jax.Array]] = []
@@ -151,24 +155,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning_rate", type=finite_number, default=PretrainPlan.learning_rate)
     parser.add_argument("--shift", type=finite_number, default=PretrainPlan.shift, help="0: the checkpoint's own")
     parser.add_argument("--seed", type=int, default=0)
+    prepare()
     arguments = local_args(parser, argv)
-    output = FilePath(arguments.output)
-    output.mkdir(parents=True, exist_ok=True)
-    checkpoint = load_folder(arguments.checkpoint)
     plan = PretrainPlan(
         arguments.updates, arguments.batch, arguments.learning_rate, shift=arguments.shift, seed=arguments.seed
     )
-    with lock_inside(output), open(output / "pretrain.jsonl", "a", encoding="utf-8") as file:
+    output = FilePath(arguments.output)
+    with errors_in_words(), on_devices(), lock_inside(output):
+        _pretrain_folder(load_folder(arguments.checkpoint), FilePath(arguments.data), output, plan)
+
+
+@contextlib.contextmanager
+def errors_in_words() -> Iterator[None]:
+    """End the command with status 1 and a line for what the user can change, without a traceback."""
+    try:
+        yield
+    except (DivergedError, CheckpointError, OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def _pretrain_folder(checkpoint: Checkpoint, tokens: FilePath, output: FilePath, plan: PretrainPlan) -> None:
+    """Pre-train with log, states and result in `output`, whose lock is held."""
+    with open(output / "pretrain.jsonl", "a", encoding="utf-8") as file:
 
         def log(row: dict[str, Any]) -> None:
             print(row, flush=True)
             print(json.dumps(row), file=file, flush=True)
 
-        data, states = read_tokens(FilePath(arguments.data), checkpoint), Checkpoints(output / "states", keep=1)
-        try:
-            params = pretrain(checkpoint, path_of(checkpoint), data, plan, states, log)
-        except DivergedError as error:
-            raise SystemExit(f"error: {error}") from None
+        data, states = read_tokens(tokens, checkpoint), Checkpoints(output / "states", keep=2)
+        params = pretrain(checkpoint, path_of(checkpoint), data, plan, states, log)
     save_folder(replace(checkpoint, transformer=params), output / "checkpoint")
 
 

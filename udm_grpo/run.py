@@ -41,7 +41,7 @@ from udm_grpo.output_folder import (
     check_output,
     checkpoints_place,
     claim_output,
-    lock_for_all,
+    lock_for_run,
     output_path,
     set_aside_older,
 )
@@ -198,7 +198,7 @@ def open_run(config: RunConfig, asked: Interruption, stack: contextlib.ExitStack
     StopRequestedError when the run is asked to stop before its scorers are loaded.
     """
     check_output(config)
-    stack.enter_context(lock_for_all(config.output_dir))
+    lock_for_run(config.output_dir, asked, stack)
     mesh = meshes.make_mesh(asdict(config.mesh))
     prompt_length = config.model.text_length or None
     trained_weights = config.model.transformer or None

@@ -1,6 +1,7 @@
 """The lock of a run in a bucket: an object that its holder changes; see folder_lock.py."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 from udm_grpo.host import buckets
@@ -63,8 +64,10 @@ class LockObject:
                     buckets.storage().rm_file(self._path)
 
 
-def lock_output(place: str | Path) -> contextlib.AbstractContextManager[Lock]:
+def lock_output(
+    place: str | Path, stopped: Callable[[], bool] = lambda: False
+) -> contextlib.AbstractContextManager[Lock]:
     """Hold the lock of an output folder, which may be in a bucket; see `folder_lock.locked`."""
     if is_bucket(place):
-        return locked(LockObject(f"{str(place).rstrip('/')}/{NAME}"), str(place))
-    return lock_inside(Path(place))
+        return locked(LockObject(f"{str(place).rstrip('/')}/{NAME}"), str(place), stopped=stopped)
+    return lock_inside(Path(place), stopped)

@@ -37,5 +37,14 @@ def restore_or_older(
             path = older
 
 
+def restore_newest(folder: PathLike, abstract_state: State) -> tuple[State, dict[str, Any]] | None:
+    """Return (state, meta) of the newest checkpoint in a folder that is whole; None if there is none at all.
+
+    Warns of each newer one that is damaged. Raises CheckpointError if all are.
+    """
+    newest = newest_readable(absolute(folder))
+    return None if newest is None else restore_or_older(newest, abstract_state, "latest", lambda meta: None)
+
+
 def _older(path: epath.Path) -> epath.Path | None:
     return newest_readable(path.parent, before=int(path.name)) if path.name.isdecimal() else None

@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,8 @@ NAME = ".lock"
 """Name of the lock file in a folder."""
 POLL_S = 1.0
 """Seconds between two looks at a lock that is held."""
+LISTEN_S = 0.1
+"""Seconds between two looks at whether this process was asked to stop, while it waits."""
 BUSY_S = 30.0
 """How long a process that is known to run may take to end."""
 SILENT_S = 60.0
@@ -46,6 +48,10 @@ _threads: dict[str, int] = {}
 
 class FolderLockedError(OSError):
     """Another process writes to the folder; the message says which, and what to do."""
+
+
+class WaitStoppedError(Exception):
+    """This process was asked to stop while it waited for another one to release a folder."""
 
 
 class LockPlace(Protocol):
@@ -183,14 +189,16 @@ class Lock:
 
 
 @contextlib.contextmanager
-def locked(place: LockPlace, folder: str, end: bool = True) -> Iterator[Lock]:
+def locked(
+    place: LockPlace, folder: str, end: bool = True, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[Lock]:
     """Hold the lock of a folder for the length of the block; a thread that holds it already just goes on.
 
     folder: what messages call it. end: whether this process ends, with status 1, should the lock be taken away from it;
-    if not, `Lock.check` says so.
+    if not, `Lock.check` says so. stopped: whether this process was asked to stop, for one that only notes its signals.
 
-    Waits BUSY_S (UDM_GRPO_LOCK_WAIT_S) for a process that runs. Raises FolderLockedError if it is still there then, and
-    OSError where nothing can be written.
+    Waits BUSY_S (UDM_GRPO_LOCK_WAIT_S) for a process that runs. Raises FolderLockedError if it is still there then,
+    WaitStoppedError once `stopped` says so during the wait, and OSError where nothing can be written.
     """
     token = secrets.token_hex(16).encode()
     lock = Lock(place, folder, token)
@@ -198,22 +206,22 @@ def locked(place: LockPlace, folder: str, end: bool = True) -> Iterator[Lock]:
         yield lock
         return
     identity = process_identity()
-    _acquire(lock, _content(identity, token, 0))
+    _acquire(lock, _content(identity, token, 0), stopped)
     _threads[place.name] = threading.get_ident()
-    stopped = threading.Event()
-    beating = threading.Thread(target=_beat, args=(lock, identity, stopped, end), daemon=True, name="folder-lock")
+    released = threading.Event()
+    beating = threading.Thread(target=_beat, args=(lock, identity, released, end), daemon=True, name="folder-lock")
     beating.start()
     try:
         yield lock
     finally:
-        stopped.set()
+        released.set()
         beating.join()
         _threads.pop(place.name, None)
         with contextlib.suppress(OSError):  # it will be taken over
             place.remove(token)
 
 
-def _acquire(lock: Lock, content: bytes) -> None:
+def _acquire(lock: Lock, content: bytes, stopped: Callable[[], bool]) -> None:
     """Wait until the lock is ours; see `locked`."""
     busy_s = _busy_s()
     before: bytes | None = None
@@ -239,7 +247,16 @@ def _acquire(lock: Lock, content: bytes) -> None:
             print(f"{lock.folder} is in use by {_name(holder)}; waiting for up to {wait:g} s", file=sys.stderr)
             said = True
         polls += 1
-        time.sleep(POLL_S)
+        _pause(POLL_S, stopped)
+
+
+def _pause(seconds: float, stopped: Callable[[], bool]) -> None:
+    """Sleep, and look every LISTEN_S whether this process was asked to stop; raises WaitStoppedError then."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if stopped():
+            raise WaitStoppedError
+        time.sleep(min(left, LISTEN_S))
 
 
 def _take_over(lock: Lock, content: bytes, seen: bytes, why: str) -> bool:
@@ -254,10 +271,10 @@ def _take_over(lock: Lock, content: bytes, seen: bytes, why: str) -> bool:
     return True
 
 
-def _beat(lock: Lock, identity: dict[str, Any], stopped: threading.Event, end: bool) -> None:
+def _beat(lock: Lock, identity: dict[str, Any], released: threading.Event, end: bool) -> None:
     """Change the lock again and again, and notice when it is another's."""
     count = 0
-    while not stopped.wait(lock.place.beat_s):
+    while not released.wait(lock.place.beat_s):
         count += 1
         try:
             ours = lock.place.refresh(lock.token, _content(identity, lock.token, count))
@@ -321,7 +338,7 @@ def lock_beside(target: Path, end: bool = True) -> contextlib.AbstractContextMan
     return locked(LockFile(target.with_name(f".{short_name(target)}{NAME}")), str(target), end)
 
 
-def lock_inside(folder: Path) -> contextlib.AbstractContextManager[Lock]:
-    """Hold the lock of a folder to which files are added."""
+def lock_inside(folder: Path, stopped: Callable[[], bool] = lambda: False) -> contextlib.AbstractContextManager[Lock]:
+    """Hold the lock of a folder to which files are added; `stopped` is that of `locked`."""
     folder = Path(os.path.realpath(folder))
-    return locked(LockFile(folder / NAME), str(folder))
+    return locked(LockFile(folder / NAME), str(folder), stopped=stopped)
