@@ -12,7 +12,9 @@ import numpy as np
 from rewards_bridge import doctor
 from rewards_bridge.client import BridgeConfig, RewardsClient
 from rewards_bridge.errors import BridgeError, PromptError, UsageError
+from rewards_bridge.options import parse_pairs, read_file
 from rewards_bridge.protocol.messages import MalformedError
+from rewards_bridge.redaction import guarded, redacted
 from rewards_bridge.scorers import KNOWN
 from rewards_bridge.server import ServeConfig, serve
 
@@ -34,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _doctor(parsed, rest)
         return _score(parsed)
     except (UsageError, BridgeError, MalformedError) as error:
-        print(f"rewards_bridge {parsed.command}: {error}", file=sys.stderr)
+        print(redacted(f"rewards_bridge {parsed.command}: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -42,11 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _doctor(parsed: argparse.Namespace, rest: list[str]) -> int:
     if parsed.config:
-        if parsed.scorer or parsed.option or parsed.device:
+        if parsed.scorer or parsed.option or parsed.options_file or parsed.device:
             raise UsageError("--config says which scorers, options and devices; leave --scorer, --option, --device out")
         return doctor.hand_over(parsed.config, rest)
     checks = doctor.Checks(parsed.device, parsed.memory, not parsed.no_load, not parsed.no_check_example)
-    return doctor.report(parsed.scorer, _options(parsed.option), checks)
+    return doctor.report(parsed.scorer, _options(parsed), checks)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the scorer"
         )
+        what = "further options as a JSON object of texts, which no other user can list; -: a line of standard input"
+        command.add_argument("--options-file", metavar="FILE", help=what)
     for command in (serving, examining):
         command.add_argument("--device", help="cuda:0, say, for scorers that take a device, if no option names one")
     serving.add_argument("--memory-fraction", type=float, metavar="PART", help="of a GPU's memory, for PyTorch here")
@@ -101,7 +105,7 @@ def _serve_config(parsed: argparse.Namespace) -> ServeConfig:
     return ServeConfig(
         scorer=parsed.scorer,
         listen=parsed.listen,
-        options=_options(parsed.option),
+        options=_options(parsed),
         tls_cert=parsed.tls_cert,
         tls_key=parsed.tls_key,
         token_file=parsed.token_file,
@@ -112,14 +116,9 @@ def _serve_config(parsed: argparse.Namespace) -> ServeConfig:
     )
 
 
-def _options(pairs: list[str]) -> dict[str, str]:
-    options = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise UsageError(f"--option {pair!r}: wanted KEY=VALUE")
-        options[key] = os.path.expanduser(value)  # a shell leaves the ~ of KEY=~/x alone
-    return options
+def _options(parsed: argparse.Namespace) -> dict[str, str]:
+    """The options of --options-file and --option; the latter take precedence."""
+    return {**(read_file(parsed.options_file) if parsed.options_file else {}), **parse_pairs(parsed.option)}
 
 
 def _score(parsed: argparse.Namespace) -> int:
@@ -170,7 +169,7 @@ def _client_config(parsed: argparse.Namespace) -> BridgeConfig:
     timeout_s = CONNECT_S if parsed.address else LOAD_S
     return BridgeConfig(
         scorer=parsed.scorer,
-        options=_options(parsed.option),
+        options=_options(parsed),
         address=parsed.address or None,
         deadline_s=SCORE_S,
         start_timeout_s=timeout_s,
@@ -182,4 +181,4 @@ def _client_config(parsed: argparse.Namespace) -> BridgeConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rewards_bridge import transport
 from rewards_bridge.errors import BridgeError
 from rewards_bridge.protocol import bridge_pb2, messages
+from rewards_bridge.redaction import redacted
 
 _HEALTH_TIMEOUT_S = 1.0
 _HEALTH_PAUSE_S = 0.05
@@ -179,4 +180,4 @@ class Connection:
 
 def status_text(error: grpc.RpcError) -> str:
     """A status as text: its code and what the other side said."""
-    return f"{error.code().name}: {error.details()}"
+    return redacted(f"{error.code().name}: {error.details()}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import shlex
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rewards_bridge.errors import UsageError
-from rewards_bridge.process import scorer_environment
+from rewards_bridge.process import with_package
 from rewards_bridge.scorers import KNOWN, Scorer, load_scorer, with_device
 from rewards_bridge.scorers.torchvision_ops import declare_operators
 from rewards_bridge.surroundings import environment_advice
@@ -220,4 +221,4 @@ def hand_over(config: str, rest: Sequence[str]) -> int:
     if importlib.util.find_spec("udm_grpo") is None:
         raise UsageError(f"--config is looked at by udm_grpo, which {sys.executable} does not have; use the trainer's")
     command = [sys.executable, "-m", "udm_grpo.doctor", "--config", config, *rest]
-    return subprocess.run(command, env=scorer_environment({})).returncode
+    return subprocess.run(command, env=with_package(os.environ)).returncode

@@ -18,8 +18,10 @@ from rewards_bridge import transport
 from rewards_bridge.connection import Connection
 from rewards_bridge.differences import differences
 from rewards_bridge.errors import BridgeError, LostError, UsageError
+from rewards_bridge.options import STDIN, as_line
 from rewards_bridge.process import ScorerProcess, scorer_environment
 from rewards_bridge.protocol import messages
+from rewards_bridge.redaction import redacted, remember
 
 _LOG = logging.getLogger("rewards_bridge")
 _STOP_GRACE_S = 3.0
@@ -53,6 +55,8 @@ class BridgeConfig:
     cancelled: Callable[[], bool] | None = None  # asked while the scorer loads first; True ends that with an error
 
     def __post_init__(self) -> None:
+        remember(self.options)
+        remember(self.environment)
         if not 0 < self.deadline_s <= messages.MAX_DEADLINE_S or self.start_timeout_s <= 0 or self.max_restarts < 0:
             raise UsageError(
                 f"deadline_s has to be in (0, {messages.MAX_DEADLINE_S}], start_timeout_s positive, max_restarts not "
@@ -161,7 +165,7 @@ class Peer:
                 words.append(f"--deadline={config.deadline_s:g}")
                 if config.memory_fraction:
                     words.append(f"--memory-fraction={config.memory_fraction:g}")
-                self._process = ScorerProcess(words, config.interpreter, config.environment)
+                self._process = ScorerProcess(words, config.interpreter, config.environment, config.options)
             except OSError as error:
                 raise BridgeError(
                     f"cannot start the scorer with interpreter {config.interpreter!r}: {error}"
@@ -210,10 +214,8 @@ class Peer:
 
 
 def scorer_arguments(config: BridgeConfig) -> list[str]:
-    """Return what says on a command line of rewards_bridge which scorer, with which options and device."""
-    words = ["--scorer", config.scorer]
-    for key, value in config.options.items():
-        words += ["--option", f"{key}={value}"]
+    """Return what says on a command line of rewards_bridge which scorer and device; options follow on stdin."""
+    words = ["--scorer", config.scorer, "--options-file", STDIN]
     return [*words, *(["--device", config.device] if config.device else [])]
 
 
@@ -233,8 +235,8 @@ def examine(config: BridgeConfig, flags: Sequence[str] = ()) -> tuple[bool, str]
     try:
         done = subprocess.run(
             command,
-            env=scorer_environment(config.environment),
-            stdin=subprocess.DEVNULL,
+            env=scorer_environment(config.environment, config.options),
+            input=as_line(config.options).decode(),
             capture_output=True,
             text=True,
             timeout=config.start_timeout_s,
@@ -244,7 +246,7 @@ def examine(config: BridgeConfig, flags: Sequence[str] = ()) -> tuple[bool, str]
     except subprocess.TimeoutExpired:
         return False, f"was not loaded after start_timeout_s, {config.start_timeout_s:g} s"
     said = "\n".join(line.removeprefix("  ") for line in done.stdout.splitlines()[1:])
-    return done.returncode == 0, said or transport.shorten(done.stderr.strip(), 2000)
+    return done.returncode == 0, redacted(said or transport.shorten(done.stderr.strip(), 2000))
 
 
 def _private_folder() -> str:

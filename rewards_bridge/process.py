@@ -15,6 +15,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rewards_bridge.environment import allowed_environment
+from rewards_bridge.options import as_line
+from rewards_bridge.redaction import redacted
+
 TAIL_BYTES = 16 << 10
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -25,7 +29,15 @@ class ScorerProcess:
     The words are its arguments, with which it has to serve until its standard input ends.
     """
 
-    def __init__(self, words: Sequence[str], interpreter: str | None, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        words: Sequence[str],
+        interpreter: str | None,
+        environment: Mapping[str, str],
+        options: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start it; options: of the scorer, which it is handed over standard input."""
+        line = as_line(options or {})
         self._tail = b""
         # No preexec_fn: Python then runs no fork handlers, which the threads of JAX and gRPC would not survive.
         self._process = subprocess.Popen(
@@ -33,9 +45,13 @@ class ScorerProcess:
             stdin=subprocess.PIPE,  # its end tells the server that we are gone
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=scorer_environment(environment),
+            env=scorer_environment(environment, options or {}),
             start_new_session=True,
         )
+        if self._process.stdin:
+            with contextlib.suppress(BrokenPipeError):  # it has ended already, and is found dead soon
+                self._process.stdin.write(line)
+                self._process.stdin.flush()
         self._reader = threading.Thread(target=self._read_output, name="scorer-output", daemon=True)
         self._reader.start()
 
@@ -65,7 +81,7 @@ class ScorerProcess:
         """The last of what the process wrote to stdout and stderr."""
         if self.exit_code() is not None:
             self._reader.join(1.0)
-        text = self._tail.decode(errors="replace").rstrip()
+        text = redacted(self._tail.decode(errors="replace").rstrip())
         return f"the end of its output:\n{text}" if text else "it wrote nothing"
 
     def stop(self, grace_s: float) -> None:
@@ -78,7 +94,8 @@ class ScorerProcess:
         self._process.wait()
         self._reader.join(1.0)
         if self._process.stdin:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
 
     def _read_output(self) -> None:
         stream = self._process.stdout
@@ -89,13 +106,18 @@ class ScorerProcess:
                 self._tail = (self._tail + chunk)[-TAIL_BYTES:]
 
 
-def scorer_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a scorer's process: ours, with this package to import, and `extra`."""
+def scorer_environment(extra: Mapping[str, str], options: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a scorer's process: what it may have of ours, this package to import, and `extra`."""
     # Idle threads leave the cores to XLA and busy ones take at most half of them, unless the environment says more.
     threads = str(max(1, (os.cpu_count() or 1) // 2))
-    merged = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": threads, **os.environ, **extra}
-    merged["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_import_folder()), merged.get("PYTHONPATH"))))
-    return merged
+    merged = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": threads, **allowed_environment(extra, options)}
+    return with_package(merged)
+
+
+def with_package(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in which this package can be imported."""
+    path = os.pathsep.join(filter(None, (str(_import_folder()), environment.get("PYTHONPATH"))))
+    return {**environment, "PYTHONPATH": path}
 
 
 @functools.cache

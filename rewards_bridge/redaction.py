@@ -1,13 +1,31 @@
-"""What no output may show: values of names that hold secrets, logins in addresses."""
+"""What no output may show: values that were given as secrets, whatever shows them, and logins in addresses.
+
+A secret is known by the name of its option, field or variable (api_key, HF_TOKEN), or is the login in an address. Its
+value is remembered by the process it was given to and taken out of every text that leaves it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import re
+import sys
+import traceback
+import urllib.parse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO, cast
 
 HIDDEN = "***"
+MIN_REMEMBERED = 6
+"""Characters; shorter values are hidden where they stand, but not elsewhere: they could be a part of any word."""
+MAX_SECRET_BYTES = 64 << 10
 
 _SECRET = re.compile(r"(?:^|[._-]|api)(?:key|token|secret|passwd|password|credentials?)$", re.IGNORECASE)
-_LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_LOGIN = re.compile(r"""(?<=://)[^/@\s"']+(?=@)""")
+_PLACES = ("_env", "_file")
+_remembered: set[str] = set()  # of this process: whatever module prints, it must not print these
 
 
 def is_secret(name: str) -> bool:
@@ -23,3 +41,99 @@ def hide_logins(text: str) -> str:
 def shown(name: str, value: str) -> str:
     """Return the value as it may be shown: *** for a secret, else the value without logins in addresses."""
     return HIDDEN if is_secret(name) else hide_logins(value)
+
+
+def all_shown(values: Mapping[str, str]) -> dict[str, str]:
+    """Return options or variables as they may be shown."""
+    return {name: shown(name, value) for name, value in values.items()}
+
+
+def remember(values: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> None:
+    """Take the secrets among options or variables out of every later text of this process.
+
+    The values of *_env (a variable of `environment`) and *_file (a path) options are secrets where the rest of the name
+    is that of one; what cannot be read is left for whoever needs it to complain of.
+    """
+    for name, value in values.items():
+        for login in _LOGIN.findall(value):
+            _remember_value(login)
+            _remember_value(login.partition(":")[2])
+        stem = next((name.removesuffix(place) for place in _PLACES if name.endswith(place)), name)
+        if not is_secret(stem):
+            continue
+        if stem == name:
+            _remember_value(value)
+        elif name.endswith("_env"):
+            _remember_value(environment.get(value, ""))
+        else:
+            with contextlib.suppress(OSError, ValueError):
+                _remember_value(_first_bytes(value).decode())
+
+
+def remember_start(environment: Mapping[str, str] = os.environ, words: Sequence[str] = tuple(sys.argv)) -> None:
+    """Take the values of variables and arguments whose names are those of secrets (HF_TOKEN) out of later texts."""
+    pairs = (word.partition("=") for word in words)
+    remember({name: value for name, equals, value in pairs if equals}, environment)
+    remember({name: value for name, value in environment.items() if is_secret(name) and not value.startswith("/")})
+
+
+def redacted(text: str) -> str:
+    """Return the text with *** for every remembered secret and for logins in addresses."""
+    for value in sorted(_remembered, key=len, reverse=True):
+        text = text.replace(value, HIDDEN)
+    return hide_logins(text)
+
+
+def redacted_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings with *** for every secret, by its name or by its value."""
+    return {name: _redacted_value(str(name), value) for name, value in values.items()}
+
+
+def _redacted_value(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return redacted_values(value)
+    if isinstance(value, str):
+        return HIDDEN if value and is_secret(name) else redacted(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_redacted_value(name, each) for each in value)
+    return value
+
+
+def guarded(main: Callable[[], int]) -> int:
+    """Run a command and return its exit status; what it prints, logs and raises is shown without secrets."""
+    remember_start()
+    out, err = cast(TextIO, _Redacting(sys.stdout)), cast(TextIO, _Redacting(sys.stderr))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            return main()
+        except Exception:
+            traceback.print_exc()
+            return 1
+
+
+def _remember_value(value: str) -> None:
+    value = value.strip()
+    if len(value) >= MIN_REMEMBERED and value != HIDDEN:
+        _remembered.update((value, json.dumps(value)[1:-1], repr(value)[1:-1], urllib.parse.quote(value, safe="")))
+
+
+def _first_bytes(path: str) -> bytes:
+    with Path(path).expanduser().open("rb") as file:
+        return file.read(MAX_SECRET_BYTES)
+
+
+class _Redacting:
+    """A stream that writes to another one, without secrets."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(redacted(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -25,7 +25,7 @@ from rewards_bridge.errors import PromptError, UsageError
 from rewards_bridge.guard import Guard, Patience
 from rewards_bridge.listening import bind, remove_socket
 from rewards_bridge.protocol import bridge_pb2, messages
-from rewards_bridge.redaction import shown
+from rewards_bridge.redaction import redacted, shown
 from rewards_bridge.room import Room
 from rewards_bridge.scorers import Scorer, Scores, default_options, load_scorer, with_given
 
@@ -133,7 +133,7 @@ class _Bridge:
             texts = [problem(prompt, item) for prompt, item in zip(prompts, metadata, strict=True)]
         except BaseException as error:
             raise _ScorerRaisedError(traceback.format_exc()) from error
-        return {index: text for index, text in enumerate(texts) if text}
+        return {index: redacted(text) for index, text in enumerate(texts) if text}
 
     def score(self, stream: Iterator[bytes], context: grpc.ServicerContext) -> bridge_pb2.ScoreReply:
         """Receive one batch, wait for its turn, score it; every error becomes a status."""
@@ -155,7 +155,10 @@ class _Bridge:
     def _answer(self, batch_id: int, batch: messages.Batch) -> tuple[bridge_pb2.ScoreReply, float, float]:
         scores, began, ended = self._score(batch)
         try:
-            return encode_reply(batch_id, scores), began, ended
+            reply = encode_reply(batch_id, scores)
+            for texts in (reply.reasons, reply.details):
+                texts[:] = [redacted(text) for text in texts]
+            return reply, began, ended
         except AnswerError as error:
             raise _ScorerRaisedError(f"its answer cannot be used: {error}") from error
         except Exception as error:  # of a tensor that cannot be brought here, say
@@ -214,7 +217,10 @@ def _cancel_with_call(job: futures.Future, context: grpc.ServicerContext) -> Non
 
 
 class _ScorerRaisedError(Exception):
-    """Carries the traceback of a scorer, or what is wrong with its answer."""
+    """Carries the traceback of a scorer, or what is wrong with its answer, without secrets."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(redacted(text))
 
 
 class _BusyError(Exception):
@@ -318,7 +324,7 @@ def _description(config: ServeConfig, example_problem: str) -> bridge_pb2.Descri
         protocol_version=messages.PROTOCOL_VERSION,
         scorer=config.scorer,
         setup=setup,
-        example_problem=transport.shorten(example_problem),
+        example_problem=redacted(transport.shorten(example_problem)),
     )
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from rewards_bridge import transport
 from rewards_bridge.client import BridgeError
+from rewards_bridge.redaction import guarded
 from rewards_bridge.scorers import KNOWN
 from scripts.demo_models import Demo, DemoError, Drawer, sharing_programs
 from udm_grpo.config import RewardsConfig, ScorerConfig
@@ -222,4 +223,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -208,3 +208,20 @@ class Slow:
     def __init__(self) -> None:
         print("reading many weights", flush=True)
         time.sleep(1000)
+
+
+class Leaking(Echo):
+    """Has a key, and shows it wherever it can."""
+
+    def __init__(self, api_key: str, dies: bool = False) -> None:
+        super().__init__()
+        self._api_key = api_key
+        if dies:
+            print(f"dying with {api_key}", flush=True)
+            os._exit(3)
+
+    def score(self, images, prompts, metadata):
+        if metadata[0].get("fail"):
+            raise RuntimeError(f"the judge refused {self._api_key}")
+        found = {"key": self._api_key, "key_length": len(self._api_key), "environment": dict(os.environ)}
+        return Scores(super().score(images, prompts, metadata).score, {}, [json.dumps(found)] * len(prompts))

@@ -239,7 +239,7 @@ def test_a_device_is_for_scorers_that_take_one_and_name_none():
     assert with_device("jpeg", {}, "cuda:0") == {}
     assert with_device("imagereward", {}, None) == {}
     words = scorer_arguments(BridgeConfig(scorer="jpeg", options={"quality": "3"}, device="cuda:0"))
-    assert words == ["--scorer", "jpeg", "--option", "quality=3", "--device", "cuda:0"]
+    assert words == ["--scorer", "jpeg", "--options-file", "-", "--device", "cuda:0"]
 
 
 def test_memory_is_limited_on_every_gpu_that_the_scorer_sees(monkeypatch):

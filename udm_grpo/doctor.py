@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rewards_bridge.redaction import guarded
+
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER = (
     *("absl", "flax", "grpc", "jax", "jaxtyping", "ml_collections", "numpy", "optax", "orbax", "PIL", "safetensors"),
@@ -50,4 +52,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

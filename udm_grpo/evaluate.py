@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards_bridge.errors import BridgeError
+from rewards_bridge.redaction import guarded
 from udm_grpo.command_line import parse
 from udm_grpo.config import RewardsConfig, ScorerConfig
 from udm_grpo.devices import prepare
@@ -291,4 +292,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

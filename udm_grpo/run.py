@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int32, Key
 
 from rewards_bridge.composition import Composition
+from rewards_bridge.redaction import redacted_values
 from udm_grpo import hosts, shared_rewards
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params, TrainState
@@ -279,7 +280,7 @@ def begin(run: Run, position: Position | None, stack: contextlib.ExitStack) -> R
     if hosts.is_primary():
         if position is None:
             remove_parts(run.output)
-        write_json(run.output / CONFIG, {"run": run.identity.id, **as_dict(run.config)})
+        write_json(run.output / CONFIG, {"run": run.identity.id, **redacted_values(as_dict(run.config))})
     if run.mirror:
         run.mirror.push()
     return run

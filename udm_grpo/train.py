@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rewards_bridge.errors import BridgeError, UsageError
+from rewards_bridge.redaction import guarded
 from udm_grpo import compile_only, distributed, endings, hosts, run_reports, shared_rewards
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params, Rollout, TrainState
@@ -324,4 +325,4 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Mapping
 
 from rewards_bridge.errors import UsageError
+from rewards_bridge.options import resolve_secrets
+from rewards_bridge.redaction import shown
 from rewards_bridge.scorers.base import Scorer, Scores
 
 __all__ = ["KNOWN", "Scorer", "Scores", "default_options", "load_scorer", "with_device", "with_given"]
@@ -34,7 +36,7 @@ def load_scorer(name: str, options: Mapping[str, str]) -> Scorer:
     as int, float or bool.
     """
     scorer = _find_class(name)
-    made = scorer(**_convert(name, scorer, options))
+    made = scorer(**_convert(name, scorer, resolve_secrets(name, options, inspect.signature(scorer).parameters)))
     if not callable(getattr(made, "score", None)):
         raise UsageError(f"scorer {name!r}: {_target(name)} has no method score(images, prompts, metadata)")
     return made
@@ -112,5 +114,5 @@ def _convert_one(name: str, key: str, value: str, wanted: object) -> object:
                 raise ValueError(value)
             return number
     except (ValueError, KeyError):
-        raise UsageError(f"scorer {name!r}: option {key}={value!r} is no {wanted}") from None
+        raise UsageError(f"scorer {name!r}: option {key}={shown(key, value)!r} is no {wanted}") from None
     return value

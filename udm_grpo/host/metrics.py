@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from rewards_bridge.redaction import redacted
 from udm_grpo.config import ConfigError, LoggingConfig
 from udm_grpo.host.atomic import replace_file
 from udm_grpo.host.wandb_run import open_wandb, wandb_problem
@@ -240,11 +241,14 @@ class StageTimer:
 
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
-    """Write a dictionary as JSON, all of it or nothing; a number that is not finite becomes null (see the top)."""
+    """Write a dictionary as JSON, all of it or nothing; a number that is not finite becomes null (see the top).
+
+    Secrets are replaced by ***.
+    """
     clean, nonfinite = to_json(value)
     if nonfinite:
         clean["nonfinite"] = nonfinite
-    text = json.dumps(clean, indent=2, allow_nan=False) + "\n"
+    text = redacted(json.dumps(clean, indent=2, allow_nan=False)) + "\n"
     replace_file(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

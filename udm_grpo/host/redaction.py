@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from rewards_bridge.redaction import HIDDEN, hide_logins, is_secret
+from rewards_bridge.redaction import HIDDEN, hide_logins, is_secret, redacted
 
 __all__ = ["HIDDEN", "hide_logins", "is_secret", "without_secrets"]
 
@@ -27,6 +27,6 @@ def without_secrets(words: Sequence[str]) -> list[str]:
         elif secret_next and not is_flag:
             shown.append(HIDDEN)
         else:
-            shown.append(hide_logins(word))
+            shown.append(redacted(word))
         secret_next = is_flag and not equals and is_secret(word)
     return shown

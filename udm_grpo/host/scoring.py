@@ -23,6 +23,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from rewards_bridge.composition import Composition
+from rewards_bridge.redaction import all_shown, redacted, redacted_values
 from rewards_bridge.scorers.base import Scores
 from udm_grpo.config import RewardsConfig, ScorerConfig
 from udm_grpo.host.atomic import remove_unfinished, replace_file
@@ -97,8 +98,10 @@ def score_folder(
 
 
 def made_by(scorers: Mapping[str, ScorerConfig]) -> dict[str, dict[str, Any]]:
-    """{name: {"scorer", "options"}}: of a configuration, what decides its scores."""
-    return {name: {"scorer": given.scorer or name, "options": given.options} for name, given in scorers.items()}
+    """{name: {"scorer", "options"}}: of a configuration, what decides its scores, without secrets."""
+    return {
+        name: {"scorer": given.scorer or name, "options": all_shown(given.options)} for name, given in scorers.items()
+    }
 
 
 def load_scored(output: Path) -> Scored:
@@ -166,10 +169,14 @@ def _compare_settings(output: Path, there: dict[str, Any], now: dict[str, Any]) 
     for name in now:
         for key, value in now[name].items():
             if name in there and there[name].get(key) != value:
-                lines.append(f"{key} of {name}: there {there[name].get(key)!r}, now {value!r}")
+                lines.append(f"{key} of {name}: there {_shown(there[name].get(key))!r}, now {value!r}")
     if lines:
         lines.append("Set these back to go on there, or give another folder as --output.")
         raise ScoringError("\n  ".join([f"{output} holds scores of other settings:", *lines]))
+
+
+def _shown(value: Any) -> Any:
+    return redacted_values(value) if isinstance(value, Mapping) else value
 
 
 def _compare_pictures(output: Path, marks: Mapping[tuple[str, str], Mark], folder: SampleFolder) -> None:
@@ -210,7 +217,7 @@ def _write_all(path: Path, marks: Sequence[Mark]) -> None:
 
 
 def _write(file: TextIO, marks: Sequence[Mark]) -> None:
-    file.write("".join(json.dumps(asdict(mark), allow_nan=False) + "\n" for mark in marks))
+    file.write("".join(redacted(json.dumps(asdict(mark), allow_nan=False)) + "\n" for mark in marks))
     file.flush()
 
 

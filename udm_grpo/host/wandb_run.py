@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rewards_bridge.redaction import redacted_values
 from udm_grpo.config import LoggingConfig
 from udm_grpo.host.atomic import replace_file
-from udm_grpo.host.redaction import HIDDEN, hide_logins, is_secret
 
 FILE = "wandb_run_id.txt"
 """In output_dir: the id of its run, by which a resumed training continues it."""
@@ -79,7 +79,7 @@ def open_wandb(
         "project": logging.wandb_project,
         "name": name or None,
         "dir": str(output_dir),
-        "config": _without_secrets(config or {}),
+        "config": redacted_values(config or {}),
         "id": logging.wandb_id or stored or None,
         "resume": "allow",
     }
@@ -130,15 +130,3 @@ def _warn(text: str) -> None:
 
 def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-
-
-def _without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _shown(str(name), value) for name, value in values.items()}
-
-
-def _shown(name: str, value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return _without_secrets(value)
-    if isinstance(value, str):
-        return HIDDEN if value and is_secret(name) else hide_logins(value)
-    return value
