@@ -1,7 +1,9 @@
 """What no output may show: values that were given as secrets, whatever shows them, and logins in addresses.
 
 A secret is known by the name of its option, field or variable (api_key, HF_TOKEN), or is the login in an address. Its
-value is remembered by the process it was given to and taken out of every text that leaves it.
+value is remembered by the process it was given to and taken out of every text that leaves it. The replacement is ***
+and not a digest of the value: short passwords can be guessed from their digests, and texts with and without a changed
+secret stay the same.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ MIN_REMEMBERED = 6
 MAX_SECRET_BYTES = 64 << 10
 
 _SECRET = re.compile(r"(?:^|[._-]|api)(?:key|token|secret|passwd|password|credentials?)$", re.IGNORECASE)
+_NO_SECRET = re.compile(r"(?:prompt|tls)[_-]key$", re.IGNORECASE)  # the name of a field of prompts, a path
 _LOGIN = re.compile(r"""(?<=://)[^/@\s"']+(?=@)""")
 _PLACES = ("_env", "_file")
 _remembered: set[str] = set()  # of this process: whatever module prints, it must not print these
@@ -30,7 +33,12 @@ _remembered: set[str] = set()  # of this process: whatever module prints, it mus
 
 def is_secret(name: str) -> bool:
     """Return whether an option, field or variable of this name holds a secret; a *_file or *_env only names a place."""
-    return bool(_SECRET.search(name))
+    return bool(_SECRET.search(name)) and not _NO_SECRET.search(name)
+
+
+def concerns_secret(name: str) -> bool:
+    """Return whether an option or field of this name holds a secret or names the variable or file that does."""
+    return is_secret(_stem(name))
 
 
 def hide_logins(text: str) -> str:
@@ -43,26 +51,20 @@ def shown(name: str, value: str) -> str:
     return HIDDEN if is_secret(name) else hide_logins(value)
 
 
-def all_shown(values: Mapping[str, str]) -> dict[str, str]:
-    """Return options or variables as they may be shown."""
-    return {name: shown(name, value) for name, value in values.items()}
-
-
 def remember(values: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> None:
     """Take the secrets among options or variables out of every later text of this process.
 
     The values of *_env (a variable of `environment`) and *_file (a path) options are secrets where the rest of the name
     is that of one; what cannot be read is left for whoever needs it to complain of.
     """
-    for name, value in values.items():
+    for name, value in ((name, str(value)) for name, value in values.items()):
         for login in _LOGIN.findall(value):
             _remember_value(login)
             _remember_value(login.partition(":")[2])
-        stem = next((name.removesuffix(place) for place in _PLACES if name.endswith(place)), name)
-        if not is_secret(stem):
+        if not concerns_secret(name):
             continue
-        if stem == name:
-            _remember_value(value)
+        if _stem(name) == name:
+            _remember_value(environment.get(value[1:].strip("{}"), value) if value.startswith("$") else value)
         elif name.endswith("_env"):
             _remember_value(environment.get(value, ""))
         else:
@@ -72,8 +74,10 @@ def remember(values: Mapping[str, str], environment: Mapping[str, str] = os.envi
 
 def remember_start(environment: Mapping[str, str] = os.environ, words: Sequence[str] = tuple(sys.argv)) -> None:
     """Take the values of variables and arguments whose names are those of secrets (HF_TOKEN) out of later texts."""
-    pairs = (word.partition("=") for word in words)
-    remember({name: value for name, equals, value in pairs if equals}, environment)
+    for word in words:  # --option=vlm.api_key=VALUE has two names
+        parts = word.split("=")
+        for at in range(1, len(parts)):
+            remember({parts[at - 1]: "=".join(parts[at:])}, environment)
     remember({name: value for name, value in environment.items() if is_secret(name) and not value.startswith("/")})
 
 
@@ -82,6 +86,15 @@ def redacted(text: str) -> str:
     for value in sorted(_remembered, key=len, reverse=True):
         text = text.replace(value, HIDDEN)
     return hide_logins(text)
+
+
+def redacted_texts(value: Any) -> Any:
+    """Return nested JSON values with redacted texts; numbers that look like a secret stay numbers."""
+    if isinstance(value, Mapping):
+        return {redacted_texts(name): redacted_texts(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted_texts(each) for each in value]
+    return redacted(value) if isinstance(value, str) else value
 
 
 def redacted_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,6 +122,10 @@ def guarded(main: Callable[[], int]) -> int:
         except Exception:
             traceback.print_exc()
             return 1
+
+
+def _stem(name: str) -> str:
+    return next((name.removesuffix(place) for place in _PLACES if name.endswith(place)), name)
 
 
 def _remember_value(value: str) -> None:

@@ -19,6 +19,7 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+from rewards_bridge import redaction
 from rewards_bridge.scorers.torchvision_ops import declare_operators
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -35,6 +36,12 @@ def pytest_pycollect_makemodule(module_path: Path) -> None:
     """Declare torchvision's operators before a test module imports models of libraries that import torchvision."""
     if TORCH_MODELS.search(module_path.read_text(encoding="utf-8")):
         declare_operators()
+
+
+@pytest.fixture(autouse=True)
+def forgotten_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test knows the secrets of another."""
+    monkeypatch.setattr(redaction, "_remembered", set())
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,19 @@ def test_secrets_are_hidden_however_a_command_line_sets_them(words, shown):
     assert " ".join(without_secrets(words)) == shown
 
 
-@pytest.mark.parametrize("name", ["token_file", "api_key_env", "model.text_length", "tokens", "monkey", "seed"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "token_file",
+        "api_key_env",
+        "prompts.prompt_key",
+        "server.tls_key",
+        "model.text_length",
+        "tokens",
+        "monkey",
+        "seed",
+    ],
+)
 def test_names_of_no_secrets(name):
     assert not is_secret(name)
     assert without_secrets([f"--config.{name}=3"]) == [f"--config.{name}=3"]

@@ -186,6 +186,10 @@ def test_a_scorers_options_count_unless_they_are_places_or_how_it_is_run(tmp_pat
     assert first != options(detector=str(tmp_path / "three" / "detector.pth"), dtype="float32")
     assert first != options(detector=str(tmp_path / "one" / "detector.pth"), dtype="bfloat16")
     assert options(clip=str(tmp_path / "one")) == options(clip=str(tmp_path / "two")) != options(clip="openai/clip")
+    (tmp_path / "key").write_text("sesame")
+    assert options(endpoint="https://me:sesame@host", api_key_file=str(tmp_path / "key")) == {
+        "endpoint": "https://***@host"
+    }
     remote = with_options({"detector": "/on/the/server.pth", "dtype": "float32"}, "gpu-0:50051")
     assert remote["rewards"]["scorers"]["g"]["options"] == {"dtype": "float32"}
 
@@ -199,6 +203,8 @@ def test_a_checkpoint_of_an_earlier_version_is_compared_as_far_as_it_says(saved:
         before, now = comparable({**old, "seed": 1}, saved)
     assert differences(before, now) == ["seed"]
     assert comparable(saved, saved) == (saved, saved)
+    with_login = {"version": 2, "rewards": {"endpoint": "https://me:sesame@host"}}
+    assert comparable(with_login, saved)[0]["rewards"] == {"endpoint": "https://***@host"}
 
 
 def test_large_files_are_sampled_and_every_tensor_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

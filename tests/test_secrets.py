@@ -18,15 +18,8 @@ from rewards_bridge.scorers import load_scorer
 from udm_grpo.config import RunConfig, ScorerConfig, as_dict
 from udm_grpo.host.metrics import write_json
 from udm_grpo.host.scoring import made_by
-from udm_grpo.run import fingerprint
 
 KEY = "sesame-open-4711"
-
-
-@pytest.fixture(autouse=True)
-def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test knows the secrets of another."""
-    monkeypatch.setattr(redaction, "_remembered", set())
 
 
 def test_a_scorer_gets_its_key_unseen_and_tells_nobody(monkeypatch: pytest.MonkeyPatch):
@@ -125,9 +118,17 @@ def test_texts_are_shown_without_what_was_given_as_a_secret():
     redaction.remember({"api_key": KEY, "token": "abc", "url": "https://me:opensesame@host/v1", "password": odd})
     text = f"key {KEY}, at https://me:opensesame@host/v1, opensesame, abc, {json.dumps(odd)}, pass%22word%2F4711"
     assert redaction.redacted(text) == 'key ***, at https://***@host/v1, ***, abc, "***", ***'
+    redaction.remember({"API_TOKEN": "$JUDGE_TOKEN"}, {"JUDGE_TOKEN": "from-a-variable"})
+    assert redaction.redacted("from-a-variable, $JUDGE_TOKEN") == "***, $JUDGE_TOKEN"
     nested = {"a": {"api_key": "abc", "list": [f"x{KEY}"], "pair": (KEY, 3)}, "api_key_env": "JUDGE_KEY"}
     shown = {"a": {"api_key": "***", "list": ["x***"], "pair": ("***", 3)}, "api_key_env": "JUDGE_KEY"}
     assert redaction.redacted_values(nested) == shown
+
+
+def test_a_key_of_prompts_or_the_place_of_a_certificate_is_no_secret():
+    redaction.remember_start({}, ["--config.prompts.prompt_key=caption", "--prompt-key=caption", "--tls-key=/etc/tls"])
+    assert redaction.redacted("caption of /etc/tls") == "caption of /etc/tls"
+    assert redaction.redacted_values({"prompt_key": "caption"}) == {"prompt_key": "caption"}
 
 
 def test_no_file_of_a_run_has_the_key(tmp_path: Path):
@@ -136,14 +137,12 @@ def test_no_file_of_a_run_has_the_key(tmp_path: Path):
         options={"api_key": KEY, "endpoint": f"https://me:{KEY}@host"}, environment={"JUDGE_TOKEN": KEY}
     )
     BridgeConfig(options=config.rewards.scorers["shapes"].options)  # as a scorer that is started
-    meta = json.dumps(fingerprint(config))
-    assert KEY not in meta
-    assert '"api_key": "***"' in meta
     assert KEY not in json.dumps(made_by(config.rewards.scorers))
     write_json(tmp_path / "config.json", as_dict(config))
-    write_json(tmp_path / "summary.json", {"said": f"401 for {KEY}"})
     assert KEY not in (tmp_path / "config.json").read_text()
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"said": "401 for ***"}
+    redaction.remember({"password": "123456"})
+    write_json(tmp_path / "summary.json", {"said": f"401 for {KEY}, 123456", "score": 0.123456})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"said": "401 for ***, ***", "score": 0.123456}
 
 
 def test_a_command_prints_logs_and_raises_without_secrets():

@@ -13,6 +13,7 @@ from typing import Any, cast
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+from rewards_bridge.redaction import remember
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.config_fields import fill, help_text, settle
 from udm_grpo.config_overrides import Overrides
@@ -145,6 +146,8 @@ def _parsed(config: RunConfig, overrides: Overrides) -> RunConfig:
         raise overrides.explained(error) from None
     parsed: Any = values["config"].value
     settle(parsed)
+    for scorer in parsed.rewards.scorers.values():
+        remember({**scorer.options, **scorer.environment})
     try:
         places.expand_config(parsed)
     except places.PlaceError as error:

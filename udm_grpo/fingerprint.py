@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rewards_bridge.redaction import concerns_secret, redacted_values
 from udm_grpo import hosts
 from udm_grpo.config import ConfigError, RunConfig, ScorerConfig
 from udm_grpo.config_fields import field_values
@@ -26,7 +27,6 @@ from udm_grpo.host.buckets import local
 from udm_grpo.host.digests import digest_array, digest_files, digest_json, digest_path
 from udm_grpo.host.part_files import open_part
 from udm_grpo.host.prompts import PromptSet
-from udm_grpo.host.redaction import is_secret
 from udm_grpo.host.weights import Checkpoint, transformer_path
 
 VERSION = 2
@@ -58,7 +58,7 @@ FREE_OPTIONS = (
     *("device", "batch_size", "threads", "cpu_threads", "processes", "concurrency", "timeout_s", "retries"),
     *("url", "api_key_env"),
 )
-"""Options of scorers that may change; so may secrets, and the place of files that an option names."""
+"""Options of scorers that may change; so may secrets, where they are, and the place of files that an option names."""
 
 
 def free_fields(config: RunConfig) -> dict[str, str]:
@@ -114,8 +114,9 @@ def comparable(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[dict[s
 
     Then only the fields that both name count, and a warning says that contents of files could not be compared.
     """
+    saved = redacted_values(saved)  # those of earlier versions have logins in them
     if "version" in saved:
-        return dict(saved), dict(now)
+        return saved, dict(now)
     warnings.warn(
         "the checkpoint is of an earlier version, which did not note what its model, prompts and scorers' files hold; "
         "they are taken to be those that it was trained with",
@@ -164,7 +165,8 @@ def _arrays(tree: Any) -> list[list[Any]]:
 
 def _options(scorer: ScorerConfig) -> dict[str, Any]:
     """Return the options that decide what a scorer says; files by what they hold."""
-    decide = {name: value for name, value in scorer.options.items() if name not in FREE_OPTIONS and not is_secret(name)}
+    free = {name for name in scorer.options if name in FREE_OPTIONS or concerns_secret(name)}
+    decide = {name: value for name, value in redacted_values(scorer.options).items() if name not in free}
     found: dict[str, Any] = {}
     for name, value in sorted(decide.items()):
         path = Path(value).expanduser()

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from rewards_bridge.redaction import redacted
+from rewards_bridge.redaction import redacted_texts
 from udm_grpo.config import ConfigError, LoggingConfig
 from udm_grpo.host.atomic import replace_file
 from udm_grpo.host.wandb_run import open_wandb, wandb_problem
@@ -248,7 +248,7 @@ def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     clean, nonfinite = to_json(value)
     if nonfinite:
         clean["nonfinite"] = nonfinite
-    text = redacted(json.dumps(clean, indent=2, allow_nan=False)) + "\n"
+    text = json.dumps(redacted_texts(clean), indent=2, allow_nan=False) + "\n"
     replace_file(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from rewards_bridge.composition import Composition
-from rewards_bridge.redaction import all_shown, redacted, redacted_values
+from rewards_bridge.redaction import redacted_texts, redacted_values
 from rewards_bridge.scorers.base import Scores
 from udm_grpo.config import RewardsConfig, ScorerConfig
 from udm_grpo.host.atomic import remove_unfinished, replace_file
@@ -100,7 +100,8 @@ def score_folder(
 def made_by(scorers: Mapping[str, ScorerConfig]) -> dict[str, dict[str, Any]]:
     """{name: {"scorer", "options"}}: of a configuration, what decides its scores, without secrets."""
     return {
-        name: {"scorer": given.scorer or name, "options": all_shown(given.options)} for name, given in scorers.items()
+        name: {"scorer": given.scorer or name, "options": redacted_values(given.options)}
+        for name, given in scorers.items()
     }
 
 
@@ -168,8 +169,8 @@ def _compare_settings(output: Path, there: dict[str, Any], now: dict[str, Any]) 
         lines.append(f"scorers: there {', '.join(there)}, now {', '.join(now)}")
     for name in now:
         for key, value in now[name].items():
-            if name in there and there[name].get(key) != value:
-                lines.append(f"{key} of {name}: there {_shown(there[name].get(key))!r}, now {value!r}")
+            if name in there and (before := _shown(there[name].get(key))) != value:
+                lines.append(f"{key} of {name}: there {before!r}, now {value!r}")
     if lines:
         lines.append("Set these back to go on there, or give another folder as --output.")
         raise ScoringError("\n  ".join([f"{output} holds scores of other settings:", *lines]))
@@ -217,7 +218,7 @@ def _write_all(path: Path, marks: Sequence[Mark]) -> None:
 
 
 def _write(file: TextIO, marks: Sequence[Mark]) -> None:
-    file.write("".join(redacted(json.dumps(asdict(mark), allow_nan=False)) + "\n" for mark in marks))
+    file.write("".join(json.dumps(redacted_texts(asdict(mark)), allow_nan=False) + "\n" for mark in marks))
     file.flush()
 
 
