@@ -113,10 +113,10 @@ def examine(name: str, options: Mapping[str, str], checks: Checks = Checks()) ->
         right, said = check_example(name, scorer)
     except Exception as error:
         return False, [*lines, f"test images: {type(error).__name__}: {error}"]
-    advice = [] if right else ["  fix: these are other weights, or another version of a package, than it is made for"]
+    remedy = [] if right else ["  fix: these are other weights, or another version of a package, than it is made for"]
     if not checks.example and not right:
-        advice = ["  a warning only, for check_example is off"]
-    return right or not checks.example, [*lines, f"test images: {said}", *advice]
+        remedy = ["  a warning only, for check_example is off"]
+    return right or not checks.example, [*lines, f"test images: {said}", *remedy]
 
 
 def _memory(name: str, options: Mapping[str, str], memory_gib: float | None) -> tuple[bool, list[str]]:
