@@ -68,6 +68,10 @@ def test_the_start_keeps_them_for_the_report(tmp_path):
         output=tmp_path,
         identity=SimpleNamespace(id="mine"),
     )
+    marked = sets(tmp_path, geneval("a star", 1), "a [PAD]\nzebra")[1]
+    (special,) = prompt_notes(SimpleNamespace(**{**vars(run), "heldout": marked}))
+    assert "prompts.heldout has 1 of 2 prompts with the text of a special token, such as '[PAD]'" in special
+    assert special.endswith("reads as that token: line 1")
     (note,) = prompt_notes(run)
     assert note.startswith("warning: the prompts:\n  prompts.heldout has 1 of 1 prompts that are in prompts.train, too")
     kept = json.loads((tmp_path / "prompt_warnings.json").read_text())

@@ -1,5 +1,6 @@
 """Prompts as ids: the same as transformers' AutoTokenizer has, for every form in which tokenizer folders come."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from golden_data import golden_paths
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from udm_grpo.host.tokenizer import load_tokenizer, tokenizer_class
+from udm_grpo.host.tokenizer import MAX_CHARACTERS, load_tokenizer, tokenizer_class
 from udm_grpo.host.torch_files import WeightsError
 
 ASSETS = Path(__file__).resolve().parent.parent / "udm_grpo" / "assets"
@@ -137,6 +138,25 @@ def test_the_text_of_special_tokens_is_warned_of():
     tokenizer = load_tokenizer(ASSETS / "ursa-shapes" / "tokenizer")
     with pytest.warns(UserWarning, match=r"1 of 2 prompts contain the text of a special token, such as '\[PAD\]'"):
         tokenizer(["a photo of a [PAD] circle", "a photo of a zebra"])
+
+
+def test_a_prompt_of_any_length_ends_quickly_and_counts_as_cut():
+    tokenizer = load_tokenizer(ASSETS / "ursa-shapes" / "tokenizer")
+    given = []
+
+    class Backend:
+        def encode_batch(self, texts, **options):
+            given.extend(map(len, texts))
+            return tokenizer.backend.encode_batch(texts, **options)
+
+    watched = dataclasses.replace(tokenizer, backend=Backend())
+    long = "a photo of a red circle " * 50_000
+    with pytest.warns(UserWarning, match="2 of 3 prompts have more than 10 tokens"):
+        ids = watched([long, "x" * 10**6, "a photo"])
+    assert max(given) <= MAX_CHARACTERS
+    np.testing.assert_array_equal(ids[:1], tokenizer([long[:200]], warn=False))
+    assert watched.cut([long, "x" * 10**6, "a photo"]) == [0, 1]
+    assert tokenizer.marked(["a photo", "a [PAD] circle", "zebra"]) == [1]
 
 
 def test_no_prompt_is_no_rows():

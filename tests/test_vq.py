@@ -108,6 +108,17 @@ def test_bfloat16_parameters_give_float32_pixels_near_the_float32_ones():
     assert vq.encode(TINY, half, wanted).shape == ids.shape
 
 
+def test_sizes_that_no_image_tokenizer_has_are_named():
+    bad = {"num_vq_embeddings": 2**40, "layers_per_block": 300_000, "block_out_channels": [32 * 10**9]}
+    with pytest.raises(ValueError, match="damaged or not of this model") as caught:
+        vq.VQConfig.from_json(bad | {"vq_embed_dim": 10**4000})
+    for name, value in bad.items():
+        assert f"{name} is {value[0] if isinstance(value, list) else value}, expected at most" in str(caught.value)
+    assert "vq_embed_dim is a number of 13288 bits" in str(caught.value)
+    with pytest.raises(ValueError, match="block_out_channels has 1000 values, expected at most 10"):
+        vq.VQConfig.from_json({"block_out_channels": [32] * 1000})
+
+
 def test_sizes_that_the_stride_does_not_divide_are_refused():
     params = vq.init(TINY, jax.random.key(4))
     with pytest.raises(ValueError, match=r"5x8.*multiples of 2"):

@@ -139,6 +139,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     ),
     "frames in a token": ("vae/config.json", lambda file: edit_json(file, temporal_stride=4), "of a video model"),
     "negative alpha": ("scheduler/scheduler_config.json", lambda file: edit_json(file, alpha=-1), "alpha is -1"),
+    "a huge c": ("scheduler/scheduler_config.json", lambda file: edit_json(file, c=10**400), "c is 1000"),
     "text for a shift": ("scheduler/scheduler_config.json", lambda file: edit_json(file, shift="1"), "shift is '1'"),
 }
 

@@ -11,7 +11,7 @@ from udm_grpo.attention import choose
 from udm_grpo.batch_sizes import BatchSizes, batch_sizes
 from udm_grpo.batches import Params
 from udm_grpo.config import RunConfig
-from udm_grpo.host.prompt_warnings import cut_warnings, set_warnings, write_warnings
+from udm_grpo.host.prompt_warnings import cut_warnings, set_warnings, special_warnings, write_warnings
 from udm_grpo.mesh import Undivided
 from udm_grpo.model.transformer import TransformerConfig
 from udm_grpo.run import Run, trained
@@ -47,6 +47,7 @@ def prompt_notes(run: Run) -> list[str]:
         return []
     found = set_warnings(run.train, run.heldout, run.config.rollout.prompts)
     found += cut_warnings(run.train, run.heldout, run.checkpoint.tokenizer)
+    found += special_warnings(run.train, run.heldout, run.checkpoint.tokenizer)
     write_warnings(run.output, run.identity.id, found)
     return ["\n  ".join(["warning: the prompts:", *found])] if found else []
 

@@ -87,6 +87,19 @@ def cut_warnings(train: PromptSet, heldout: PromptSet, tokenizer: PromptTokenize
     return found
 
 
+def special_warnings(train: PromptSet, heldout: PromptSet, tokenizer: PromptTokenizer) -> list[str]:
+    """Return how many prompts have the text of a special token, which the model reads as that token, and which."""
+    found = []
+    for name, prompts in zip(NAMES, (train, heldout), strict=True):
+        if marked := tokenizer.marked(prompts.prompts):
+            found.append(
+                f"{name} has {len(marked)} of {len(prompts)} prompts with the text of a special token, such as "
+                f"{tokenizer.backend.id_to_token(tokenizer.pad_id)!r}, which the model reads as that token: "
+                f"{places(prompts, marked)}"
+            )
+    return found
+
+
 def places(prompts: PromptSet, indices: Sequence[int]) -> str:
     """Return where prompts are: "line 3", "lines 3, 7 and 12 more"."""
     named = ", ".join(prompts.places[index] if prompts.places else str(index + 1) for index in indices[:MAX_PLACES])

@@ -27,6 +27,8 @@ CODEBOOK_NAME = "path.emb"
 MAX_SHOWN = 24
 """Tensors of a kind of problem that an error names."""
 CONFIG_FILES = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+MAX_SCHEDULE = {"alpha": 100.0, "c": 1e6, "eps": 1.0, "shift": 1e4}
+"""Largest value of each number of a schedule; the released ones are 0.9, 3, 1e-5 and 1 to 3."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,11 @@ class Scheduler:
             value = raw.get(name)
             if value is None:
                 continue
-            if not is_number(value) or not 0 < value < float("inf"):
-                raise ValueError(f"scheduler_config.json: {name} is {value!r}; wanted a number above 0")
+            most = MAX_SCHEDULE[name]
+            if not is_number(value) or not 0 < value <= most:
+                raise ValueError(
+                    f"scheduler_config.json: {name} is {value!r:.40}; wanted a number above 0 and at most {most:g}"
+                )
             values[name] = float(value)
         return cls(**values)  # type: ignore[arg-type]
 

@@ -17,6 +17,8 @@ from udm_grpo.host.torch_files import WeightsError, read_json
 
 MAX_LENGTH = 320
 """L of the released models, whatever longer length their tokenizers allow."""
+MAX_CHARACTERS = 2**16
+"""Of a prompt, what is given to the tokenizer: 200 a token at least, so that a text of any length ends quickly."""
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 QWEN = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 QWEN_END = "<|endoftext|>"
@@ -51,8 +53,8 @@ class PromptTokenizer:
         made = np.full((len(prompts), self.length), self.pad_id, np.int32)
         if not len(prompts):
             return made
-        rows = [encoded.ids for encoded in self.backend.encode_batch(list(prompts), add_special_tokens=False)]
-        cut = sum(len(ids) > self.length for ids in rows)
+        rows = self._ids(prompts)
+        cut = len(self._longer(prompts, rows))
         for row, ids in zip(made, rows, strict=True):
             kept = ids[: self.length]
             row[self.length - len(kept) :] = kept
@@ -72,8 +74,23 @@ class PromptTokenizer:
 
     def cut(self, prompts: Sequence[str]) -> list[int]:
         """Return which prompts are longer than L, by index."""
-        rows = self.backend.encode_batch(list(prompts), add_special_tokens=False) if len(prompts) else []
-        return [index for index, row in enumerate(rows) if len(row.ids) > self.length]
+        return self._longer(prompts, self._ids(prompts))
+
+    def marked(self, prompts: Sequence[str]) -> list[int]:
+        """Return which prompts have the text of a special token, such as "[PAD]", by index."""
+        return [index for index, ids in enumerate(self._ids(prompts)) if not self.special.isdisjoint(ids)]
+
+    def _ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of the first MAX_CHARACTERS of each prompt."""
+        texts = [prompt[:MAX_CHARACTERS] for prompt in prompts]
+        return [row.ids for row in self.backend.encode_batch(texts, add_special_tokens=False)] if texts else []
+
+    def _longer(self, prompts: Sequence[str], rows: Sequence[Sequence[int]]) -> list[int]:
+        return [
+            index
+            for index, (prompt, ids) in enumerate(zip(prompts, rows, strict=True))
+            if len(ids) > self.length or len(prompt) > MAX_CHARACTERS
+        ]
 
     def empty(self) -> Int32[np.ndarray, " l"]:
         """Return the ids of the empty prompt, which guidance contrasts with."""

@@ -1,4 +1,4 @@
-"""The sizes that a transformer's config.json may ask for; a hostile or damaged one ends here, not in memory."""
+"""The sizes that the config.json of a part may ask for; a hostile or damaged one ends here, not in memory."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +14,37 @@ MAX_SIZES = {
     "lm_head_size": 2**24,
 }
 """Largest value of each field; the released model has 28 layers of 2048."""
+
+MAX_VQ_SIZES = {
+    "in_channels": 64,
+    "out_channels": 64,
+    "block_out_channels": 2**14,
+    "layers_per_block": 64,
+    "latent_channels": 2**14,
+    "num_vq_embeddings": 2**24,
+    "vq_embed_dim": 2**12,
+}
+"""Largest value of each field of an image tokenizer, of lists in each place; released: at most 131,072 codes."""
+MAX_RESOLUTIONS = 10
+"""Of an image tokenizer: 512 pixels a token along each axis. Released ones have 5."""
+
+
+def check_vq_sizes(config: Mapping[str, Any]) -> None:
+    """Raise ValueError naming the fields of a vae/config.json that no image tokenizer has."""
+    wrong = []
+    for name, most in MAX_VQ_SIZES.items():
+        values = config[name] if isinstance(config[name], tuple) else (config[name],)
+        if len(values) > MAX_RESOLUTIONS:
+            wrong.append(f"{name} has {len(values)} values, expected at most {MAX_RESOLUTIONS}")
+        elif large := [value for value in values if value > most]:
+            wrong.append(f"{name} is {_shown(large[0])}, expected at most {most}")
+    if wrong:
+        raise ValueError(f"vae config.json: {'; '.join(wrong)}. The file is damaged or not of this model.")
+
+
+def _shown(number: int) -> str:
+    """Return a number for an error; one of thousands of digits, which Python does not print, by its length."""
+    return f"{number}" if number.bit_length() < 128 else f"a number of {number.bit_length()} bits"
 
 
 def check_sizes(config: Mapping[str, Any]) -> None:

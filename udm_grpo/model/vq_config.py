@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from udm_grpo.model.quantizers import FSQ_LEVELS
+from udm_grpo.model.sizes import check_vq_sizes
 
 GROUPS = 32
 """Of every group norm; the release computes with it whatever the file says."""
@@ -39,6 +40,7 @@ class VQConfig:
             raise ValueError(f"_quantizer_name is {self.quantizer_name!r}; known are {', '.join(QUANTIZERS)}")
         if not self.block_out_channels:
             raise ValueError("block_out_channels is empty; give one channel count per resolution")
+        check_vq_sizes(vars(self))
         uneven = [channels for channels in self.block_out_channels if channels % GROUPS]
         if uneven:
             raise ValueError(f"block_out_channels {uneven} are no multiples of the {GROUPS} groups of the group norm")
@@ -81,5 +83,5 @@ class VQConfig:
             numbers = value if isinstance(value, tuple) else (value,) if kind is int else ()
             if type(value) is not kind or any(type(number) is not int or number < 1 for number in numbers):
                 wanted = f"{kind.__name__} of integers above 0" if kind is tuple else f"{kind.__name__} above 0"
-                raise ValueError(f"{names[name]} is {value!r}; wanted {wanted}")
+                raise ValueError(f"{names[name]} is {value!r:.60}; wanted {wanted}")
         return cls(**values)
