@@ -24,6 +24,10 @@ CONNECT_S, LOAD_S, SCORE_S = 10.0, 3600.0, 3600.0
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 2 and one line on stderr if its arguments cannot work."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")  # what a terminal cannot show is shown as \u00e9
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     of_a_training = parsed.command == "doctor" and parsed.config

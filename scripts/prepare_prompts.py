@@ -33,6 +33,7 @@ from functools import partial
 from pathlib import Path
 
 from rewards_bridge.scorers.text_match import ambiguity, target_text
+from udm_grpo import devices
 from udm_grpo.host import geneval_prompts
 from udm_grpo.host.atomic import replace_file
 from udm_grpo.host.folder_lock import lock_beside
@@ -228,6 +229,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for what the user can mend, said without a traceback."""
+    devices.prepare()
     given = local_args(_parser(), argv)
     try:
         with lock_beside(given.output):

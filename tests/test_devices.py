@@ -1,5 +1,6 @@
 """Terminals that are not UTF-8, JAX's variables, and devices that fail: it works, or one line says what to change."""
 
+import contextlib
 import io
 import os
 import subprocess
@@ -15,7 +16,9 @@ from rewards_bridge.__main__ import main as bridge
 from rewards_bridge.errors import UsageError
 from rewards_bridge.scorers.clip_files import Source
 from rewards_bridge.surroundings import environment_advice
-from udm_grpo import devices, train
+from scripts import demo, prepare_prompts, pretrain_shapes
+from udm_grpo import convert, devices, evaluate, pretrain, report, run_needs, sample, train
+from udm_grpo import doctor as trainer_doctor
 from udm_grpo.devices import DeviceError, check_devices, device_errors, prepare
 
 
@@ -28,6 +31,29 @@ def test_a_terminal_that_is_not_utf_8_shows_every_text(monkeypatch):
     sys.stdout.flush()
     assert sys.stdout.buffer.getvalue() == b"caf\\xe9\n"
     assert sys.stderr.buffer.getvalue() == b"\\u5b57\n"
+
+
+COMMANDS = [train, sample, evaluate, convert, report, pretrain, prepare_prompts, pretrain_shapes, demo, trainer_doctor]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+def test_every_command_prepares_its_surroundings(command, monkeypatch, capsys):
+    monkeypatch.setattr(run_needs, "report", lambda words, environment: 0)
+    jax.config.update("jax_enable_x64", True)
+    try:
+        with contextlib.suppress(SystemExit):
+            command.main(["--config=configs/shapes.py:smoke"] if command is trainer_doctor else ["--help"])
+        assert not jax.config.jax_enable_x64
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert "is not used: this command computes with False" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_bridge_show_every_text_too(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert bridge(["score", "--scorer", "jpeg", "--prompt", "x", "caf\u00e9.png"]) == 2
+    sys.stderr.flush()
+    assert b"cannot score caf\\xe9.png" in sys.stderr.buffer.getvalue()
 
 
 @pytest.mark.parametrize(("name", "value"), [("jax_enable_x64", True), ("jax_random_seed_offset", 3)])

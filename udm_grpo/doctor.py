@@ -43,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = dict(os.environ)
     os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: files are read without taking a device
     try:
-        from udm_grpo import run_needs  # it needs the packages that were looked for above
+        from udm_grpo import devices, run_needs  # they need the packages that were looked for above
 
+        devices.prepare()
         return run_needs.report(words, environment)
     finally:
         os.environ.pop("JAX_PLATFORMS")

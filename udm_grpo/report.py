@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from udm_grpo.devices import prepare
 from udm_grpo.host.atomic import replace_file
 from udm_grpo.host.buckets import NOT_BROUGHT_BACK, local
 from udm_grpo.host.places import check_flags, is_bucket
@@ -41,6 +42,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for what the user can mend, said without a traceback."""
+    prepare()
     parser = argparse.ArgumentParser(
         prog="python -m udm_grpo.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
