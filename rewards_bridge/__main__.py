@@ -142,6 +142,8 @@ def _score(parsed: argparse.Namespace) -> int:
             raise UsageError(str(error)) from error
         if problem:
             raise PromptError(f"the prompt and its --metadata cannot be scored: {problem}")
+        for note in client.notes([parsed.prompt], [metadata]).values():
+            print(f"rewards_bridge score: warning: the prompt: {note}", file=sys.stderr)
         client.try_out(parsed.prompt, metadata, *pictures[0].shape[:2])
         for path, pixels in zip(parsed.images, pictures, strict=True):
             scores = client.submit(pixels[None], [parsed.prompt], [metadata]).result()

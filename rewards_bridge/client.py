@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -138,12 +138,29 @@ class RewardsClient:
         Raises ScorerError if it raised, BridgeError as `submit`'s future, ValueError for what cannot be sent.
         """
         problems: dict[int, str] = {}
+        for start, reply in self._check_parts(prompts, metadata, with_notes=False):
+            problems.update({start + index: text for index, text in reply.problems.items()})
+        return dict(sorted(problems.items()))
+
+    def notes(self, prompts: Sequence[str], metadata: Sequence[dict]) -> dict[int, str]:
+        """Return in what the scorer does not score some of these prompts as one may think, by their index.
+
+        Of a prompt that it reads only the beginning of, say. Empty also for a server of a version without notes. Raises
+        as `check`.
+        """
+        notes: dict[int, str] = {}
+        for start, reply in self._check_parts(prompts, metadata, with_notes=True):
+            notes.update({start + index: text for index, text in reply.notes.items()})
+        return dict(sorted(notes.items()))
+
+    def _check_parts(
+        self, prompts: Sequence[str], metadata: Sequence[dict], with_notes: bool
+    ) -> Iterator[tuple[int, bridge_pb2.CheckReply]]:
+        """What the server says of the prompts part by part, each with the index of its first prompt."""
         for start in range(0, len(prompts), messages.CHECKED_AT_ONCE):
             part = slice(start, start + messages.CHECKED_AT_ONCE)
-            request = messages.encode_check(prompts[part], metadata[part])
-            found = self._ask(lambda link, request=request: link.check(request, self._config.deadline_s))
-            problems.update({start + index: text for index, text in found.items()})
-        return dict(sorted(problems.items()))
+            request = messages.encode_check(prompts[part], metadata[part], with_notes)
+            yield start, self._ask(lambda link, request=request: link.check(request, self._config.deadline_s))
 
     def warnings(self) -> tuple[str, ...]:
         """Return how the server differs from the configuration, and what was let pass; empty if there is nothing."""

@@ -69,6 +69,10 @@ class Composition:
                 problems[index] = f"{problems[index]}; {name}: {text}" if index in problems else f"{name}: {text}"
         return dict(sorted(problems.items()))
 
+    def notes(self, prompts: Sequence[str], metadata: Sequence[dict]) -> dict[str, dict[int, str]]:
+        """Return what each part says of prompts as `RewardsClient.notes` does, by the part's name."""
+        return {name: part.notes(prompts, metadata) for name, part in self._parts.items()}
+
     def try_out(self, prompt: str, metadata: dict, height: int, width: int) -> None:
         """Try out the scorers of the user's own on images of this size, as `RewardsClient.try_out`."""
         for part in self._parts.values():

@@ -109,12 +109,11 @@ class Connection:
             )
         return reply
 
-    def check(self, request: bridge_pb2.CheckRequest, deadline_s: float) -> dict[int, str]:
-        """Problem by index of the prompts that the scorer cannot score; errors as `score`."""
-        reply = self._wait(
+    def check(self, request: bridge_pb2.CheckRequest, deadline_s: float) -> bridge_pb2.CheckReply:
+        """Return the problems, and the notes if asked for, of prompts by their index; errors as `score`."""
+        return self._wait(
             lambda: self._check.future(request, timeout=_CALL_TIMEOUT_S, metadata=self._metadata), deadline_s
         )
-        return dict(reply.problems)
 
     def score(self, stream: Callable[[], Iterable[bytes]], deadline_s: float) -> bridge_pb2.ScoreReply:
         """Send one batch, made anew by stream() for every try, and wait for its reply.

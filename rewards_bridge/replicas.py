@@ -52,9 +52,11 @@ class Replicas:
 
     def check(self, prompts: Sequence[str], metadata: Sequence[dict]) -> dict[int, str]:
         """Why the scorer cannot score some of these prompts, as `RewardsClient.check` says it."""
-        with self._lock:
-            first = self._alive()[0]
-        return self._clients[first].check(prompts, metadata)
+        return self._first_alive().check(prompts, metadata)
+
+    def notes(self, prompts: Sequence[str], metadata: Sequence[dict]) -> dict[int, str]:
+        """In what the scorer does not score prompts as one may think, as `RewardsClient.notes` says it."""
+        return self._first_alive().notes(prompts, metadata)
 
     def try_out(self, prompt: str, metadata: dict, height: int, width: int) -> None:
         """Try out a scorer of the user's own, as `RewardsClient.try_out`; all replicas hold the same one."""
@@ -81,6 +83,10 @@ class Replicas:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _first_alive(self) -> RewardsClient:
+        with self._lock:
+            return self._clients[self._alive()[0]]
 
     def _alive(self) -> list[int]:
         """The replicas that are not lost; all of them if none is left, for each says best what has become of it."""

@@ -106,10 +106,13 @@ class _Bridge:
         return reply
 
     def check(self, message: bytes, context: grpc.ServicerContext) -> bridge_pb2.CheckReply:
-        """What the scorer has against each prompt; nothing if it takes any."""
+        """What the scorer has against each prompt, nothing if it takes any, and what else it says if that is asked."""
         with _errors_as_status(context), self._place(context):
-            prompts, metadata = messages.decode_check(message)
-            return bridge_pb2.CheckReply(problems=self._in_turn(context, self._problems, prompts, metadata))
+            prompts, metadata, with_notes = messages.decode_check(message)
+            reply = bridge_pb2.CheckReply(problems=self._in_turn(context, self._said, "problem", prompts, metadata))
+            if with_notes:
+                reply.notes.update(self._in_turn(context, self._said, "note", prompts, metadata))
+            return reply
 
     def _in_turn(self, context: grpc.ServicerContext, work: Callable[..., T], *arguments: Any) -> T:
         """The result of work(*arguments), which is done after what has come before it."""
@@ -125,12 +128,13 @@ class _Bridge:
         _cancel_with_call(job, context)
         return job.result()
 
-    def _problems(self, prompts: list[str], metadata: list[dict]) -> dict[int, str]:
-        problem = getattr(self._scorer, "problem", None)
-        if problem is None:
+    def _said(self, method: str, prompts: list[str], metadata: list[dict]) -> dict[int, str]:
+        """What one of the scorer's optional methods, problem or note, says of each prompt, by index."""
+        say = getattr(self._scorer, method, None)
+        if say is None:
             return {}
         try:
-            texts = [problem(prompt, item) for prompt, item in zip(prompts, metadata, strict=True)]
+            texts = [say(prompt, item) for prompt, item in zip(prompts, metadata, strict=True)]
         except BaseException as error:
             raise _ScorerRaisedError(traceback.format_exc()) from error
         return {index: redacted(text) for index, text in enumerate(texts) if text}

@@ -41,6 +41,11 @@ class Picky(Echo):
             raise LookupError("thirteen")
         return f"{metadata['number']} is odd" if metadata["number"] % 2 else ""
 
+    def note(self, prompt: str, metadata: dict) -> str:
+        if metadata["number"] == 26:
+            raise LookupError("twenty-six")
+        return "divisible by four" if metadata["number"] % 4 == 0 else ""
+
 
 class First:
     """Looks at one byte an image: what is measured with it is the bridge."""

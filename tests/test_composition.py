@@ -186,5 +186,13 @@ def test_prompts_are_checked_by_the_scorer_in_its_own_process():
             client.check([""], [{"number": 13}])
         with pytest.raises(ValueError, match="cannot be sent"):
             client.check([""], [{"number": object()}])
+        with pytest.raises(ScorerError, match="LookupError: twenty-six"):
+            client.notes([""], [{"number": 26}])
+        assert client.check([""], [{"number": 26}]) == {}, "notes are not asked for by a check"
+        evens = [{"number": number} for number in range(30, 2500, 2)]
+        expected = dict.fromkeys(range(1, len(evens), 2), "divisible by four")
+        assert client.notes([""] * len(evens), evens) == expected
     with Composition({"a": part(1.0, helpers.config("Picky")), "b": part(1.0, helpers.config("Echo"))}) as both:
         assert both.check(["x"] * 2, [{"number": 2}, {"number": 3}]) == {1: "a: 3 is odd"}
+        found = both.notes(["x"] * 2, [{"number": 2}, {"number": 4}])
+        assert found == {"a": {1: "divisible by four"}, "b": {}}

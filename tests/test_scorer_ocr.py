@@ -312,6 +312,17 @@ def test_what_cannot_be_judged_is_refused(scorer, images, prompts, words):
     assert [bool(scorer.problem(prompt, {})) for prompt in prompts] == ['"' not in prompt for prompt in prompts]
 
 
+def test_ambiguous_prompts_are_noted_with_the_target():
+    scorer = OcrScorer.__new__(OcrScorer)  # no models are needed to look at a prompt
+    scorer._every = False
+    assert scorer.note('a sign "OPEN"', {}) == ""
+    assert scorer.note("no quotes", {}) == ""  # it has a problem
+    assert scorer.note('a sign "OPEN" and "SHUT"', {}).endswith("the text that is looked for is 'OPEN'")
+    assert "no partner" in scorer.note('a sign "OPEN" and "', {})
+    scorer._every = True
+    assert scorer.note('a sign "OPEN" and "SHUT"', {}) == ""
+
+
 # ---------------------------------------------------------------- the model folders
 
 

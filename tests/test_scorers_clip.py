@@ -91,6 +91,17 @@ def test_aesthetic_marks_are_those_of_the_published_head(clip: Path, tmp_path: P
     np.testing.assert_allclose(scores.score, wanted / 10, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["pickscore", "clipscore", "hpsv2"])
+def test_prompts_that_the_model_cuts_are_noted(clip: Path, name: str) -> None:
+    scorer = make(name, model=clip)
+    assert [scorer.note("a " * words, {}) for words in (1, 75)] == ["", ""]  # start and end are tokens, too
+    cut = scorer.note("a " * 76, {})
+    assert cut == "more than the 77 tokens that it reads, the rest of which has no effect"
+    texts = scorer.clip.embed_texts(["a " * 75, "a " * 75 + "b", "a " * 75 + "cat", "a " * 74 + "b"])
+    np.testing.assert_allclose(texts[1:3], texts[[0, 0]], atol=1e-5)  # which is so
+    assert np.abs(texts[3] - texts[0]).max() > 1e-3
+
+
 def test_neither_batch_size_nor_order_nor_neighbours_change_a_score(clip: Path) -> None:
     images = np.concatenate([make_images(), make_images()[:1]])
     prompts = [*PROMPTS, PROMPTS[0]]

@@ -184,7 +184,13 @@ def test_jpeg_is_the_size_in_kilobytes_of_1000() -> None:
 
 
 def _fake_imagereward(marks: list[tuple[str, tuple[int, int]]]) -> SimpleNamespace:
+    def tokenizer(prompt: str, truncation: bool, verbose: bool) -> dict[str, list[int]]:
+        assert not truncation
+        return {"input_ids": [101, *range(len(prompt.split())), 102]}
+
     class Model:
+        blip = SimpleNamespace(tokenizer=tokenizer)
+
         def score(self, prompt: str, image: Image.Image) -> float:
             assert isinstance(image, Image.Image)
             marks.append((prompt, image.size))
@@ -203,7 +209,10 @@ def test_imagereward_asks_its_package_image_by_image(monkeypatch: pytest.MonkeyP
     seen: list[tuple[str, tuple[int, int]]] = []
     monkeypatch.setitem(sys.modules, "ImageReward", _fake_imagereward(seen))
     images = make_images()
-    scores = run(make("imagereward"), images)
+    scorer = make("imagereward")
+    scores = run(scorer, images)
+    assert scorer.note("a " * 33, {}) == ""
+    assert scorer.note("a " * 34, {}).startswith("more than the 35 tokens")
     np.testing.assert_allclose(scores.score, images.mean((1, 2, 3)), rtol=1e-6)
     np.testing.assert_array_equal(scores.raw["imagereward"], scores.score)
     assert seen == [(prompt, (70, 50)) for prompt in PROMPTS]

@@ -88,6 +88,12 @@ def test_scores_are_those_of_open_clip_itself(pair: tuple[Path, Path, str]) -> N
     np.testing.assert_allclose(raw, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_prompts_that_the_model_cuts_are_noted_alike(pair: tuple[Path, Path, str]) -> None:
+    for folder in pair[:2]:
+        scorer = make("clipscore", model=folder)
+        assert [bool(scorer.note("a " * words, {})) for words in (75, 76)] == [False, True]
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 0.002), ("bfloat16", 0.02)])
 def test_half_precision_moves_cosines_little(quick: Path, tmp_path: Path, dtype: str, tolerance: float) -> None:
     folder = make_open_clip_folder(tmp_path, quick, "quick_gelu")
@@ -153,6 +159,8 @@ def test_without_a_tokenizer_the_one_of_open_clip_is_used(tmp_path: Path) -> Non
     torch.save(open_clip.CLIP(**config["model_cfg"]).state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     towers, _ = load_folder(Source("clipscore", "model", str(tmp_path), "x/y"))
+    assert (towers.text_tokens, towers.count_tokens("a photo of a cat")) == (77, 7)
+    assert towers.count_tokens("“curly” quotes " + "long " * 90) == 96
     ids = towers.tokenize(["a photo of a cat", "“curly” quotes " + "long " * 90])
     assert ids[0, :7].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert ids[1, -1] == 49407

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$rewards_bridge/protocol/bridge.proto\x12\x0erewards_bridge\"+\n\x0f\x44\x65scribeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"\xbc\x01\n\rDescribeReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06scorer\x18\x02 \x01(\t\x12$\n\x05setup\x18\x03 \x01(\x0b\x32\x15.rewards_bridge.Setup\x12\x17\n\x0f\x65xample_problem\x18\x04 \x01(\t\x12%\n\x18seconds_without_progress\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x1b\n\x19_seconds_without_progress\"\xd4\x01\n\x05Setup\x12\x33\n\x07options\x18\x01 \x03(\x0b\x32\".rewards_bridge.Setup.OptionsEntry\x12\x35\n\x08\x64\x65\x66\x61ults\x18\x02 \x03(\x0b\x32#.rewards_bridge.Setup.DefaultsEntry\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a/\n\rDefaultsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"6\n\x0c\x43heckRequest\x12\x0f\n\x07prompts\x18\x01 \x03(\t\x12\x15\n\rmetadata_json\x18\x02 \x03(\t\"y\n\nCheckReply\x12:\n\x08problems\x18\x01 \x03(\x0b\x32(.rewards_bridge.CheckReply.ProblemsEntry\x1a/\n\rProblemsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"R\n\x0cScoreRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.rewards_bridge.HeaderH\x00\x12\x10\n\x06pixels\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x9f\x01\n\x06Header\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08\x62\x61tch_id\x18\x02 \x01(\x04\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\r\n\x05width\x18\x05 \x01(\r\x12\x13\n\x0bpixel_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07prompts\x18\x07 \x03(\t\x12\x15\n\rmetadata_json\x18\x08 \x03(\t\"\x94\x02\n\nScoreReply\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12\r\n\x05score\x18\x02 \x03(\x02\x12\x30\n\x03raw\x18\x03 \x03(\x0b\x32#.rewards_bridge.ScoreReply.RawEntry\x12\x0f\n\x07reasons\x18\x04 \x03(\t\x12\x19\n\x11seconds_receiving\x18\x05 \x01(\x01\x12\x16\n\x0eseconds_queued\x18\x06 \x01(\x01\x12\x17\n\x0fseconds_scoring\x18\x07 \x01(\x01\x12\x0f\n\x07\x64\x65tails\x18\x08 \x03(\t\x1a\x45\n\x08RawEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12(\n\x05value\x18\x02 \x01(\x0b\x32\x19.rewards_bridge.FloatList:\x02\x38\x01\"\x1b\n\tFloatList\x12\x0e\n\x06values\x18\x01 \x03(\x02\x32\xe3\x01\n\rRewardsBridge\x12J\n\x08\x44\x65scribe\x12\x1f.rewards_bridge.DescribeRequest\x1a\x1d.rewards_bridge.DescribeReply\x12\x41\n\x05\x43heck\x12\x1c.rewards_bridge.CheckRequest\x1a\x1a.rewards_bridge.CheckReply\x12\x43\n\x05Score\x12\x1c.rewards_bridge.ScoreRequest\x1a\x1a.rewards_bridge.ScoreReply(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$rewards_bridge/protocol/bridge.proto\x12\x0erewards_bridge\"+\n\x0f\x44\x65scribeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"\xbc\x01\n\rDescribeReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06scorer\x18\x02 \x01(\t\x12$\n\x05setup\x18\x03 \x01(\x0b\x32\x15.rewards_bridge.Setup\x12\x17\n\x0f\x65xample_problem\x18\x04 \x01(\t\x12%\n\x18seconds_without_progress\x18\x05 \x01(\x01H\x00\x88\x01\x01\x42\x1b\n\x19_seconds_without_progress\"\xd4\x01\n\x05Setup\x12\x33\n\x07options\x18\x01 \x03(\x0b\x32\".rewards_bridge.Setup.OptionsEntry\x12\x35\n\x08\x64\x65\x66\x61ults\x18\x02 \x03(\x0b\x32#.rewards_bridge.Setup.DefaultsEntry\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a/\n\rDefaultsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"J\n\x0c\x43heckRequest\x12\x0f\n\x07prompts\x18\x01 \x03(\t\x12\x15\n\rmetadata_json\x18\x02 \x03(\t\x12\x12\n\nwith_notes\x18\x03 \x01(\x08\"\xdd\x01\n\nCheckReply\x12:\n\x08problems\x18\x01 \x03(\x0b\x32(.rewards_bridge.CheckReply.ProblemsEntry\x12\x34\n\x05notes\x18\x02 \x03(\x0b\x32%.rewards_bridge.CheckReply.NotesEntry\x1a/\n\rProblemsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a,\n\nNotesEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"R\n\x0cScoreRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.rewards_bridge.HeaderH\x00\x12\x10\n\x06pixels\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x9f\x01\n\x06Header\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x10\n\x08\x62\x61tch_id\x18\x02 \x01(\x04\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\r\n\x05width\x18\x05 \x01(\r\x12\x13\n\x0bpixel_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07prompts\x18\x07 \x03(\t\x12\x15\n\rmetadata_json\x18\x08 \x03(\t\"\x94\x02\n\nScoreReply\x12\x10\n\x08\x62\x61tch_id\x18\x01 \x01(\x04\x12\r\n\x05score\x18\x02 \x03(\x02\x12\x30\n\x03raw\x18\x03 \x03(\x0b\x32#.rewards_bridge.ScoreReply.RawEntry\x12\x0f\n\x07reasons\x18\x04 \x03(\t\x12\x19\n\x11seconds_receiving\x18\x05 \x01(\x01\x12\x16\n\x0eseconds_queued\x18\x06 \x01(\x01\x12\x17\n\x0fseconds_scoring\x18\x07 \x01(\x01\x12\x0f\n\x07\x64\x65tails\x18\x08 \x03(\t\x1a\x45\n\x08RawEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12(\n\x05value\x18\x02 \x01(\x0b\x32\x19.rewards_bridge.FloatList:\x02\x38\x01\"\x1b\n\tFloatList\x12\x0e\n\x06values\x18\x01 \x03(\x02\x32\xe3\x01\n\rRewardsBridge\x12J\n\x08\x44\x65scribe\x12\x1f.rewards_bridge.DescribeRequest\x1a\x1d.rewards_bridge.DescribeReply\x12\x41\n\x05\x43heck\x12\x1c.rewards_bridge.CheckRequest\x1a\x1a.rewards_bridge.CheckReply\x12\x43\n\x05Score\x12\x1c.rewards_bridge.ScoreRequest\x1a\x1a.rewards_bridge.ScoreReply(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,6 +37,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SETUP_DEFAULTSENTRY']._serialized_options = b'8\001'
   _globals['_CHECKREPLY_PROBLEMSENTRY']._loaded_options = None
   _globals['_CHECKREPLY_PROBLEMSENTRY']._serialized_options = b'8\001'
+  _globals['_CHECKREPLY_NOTESENTRY']._loaded_options = None
+  _globals['_CHECKREPLY_NOTESENTRY']._serialized_options = b'8\001'
   _globals['_SCOREREPLY_RAWENTRY']._loaded_options = None
   _globals['_SCOREREPLY_RAWENTRY']._serialized_options = b'8\001'
   _globals['_DESCRIBEREQUEST']._serialized_start=56
@@ -50,21 +52,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SETUP_DEFAULTSENTRY']._serialized_start=458
   _globals['_SETUP_DEFAULTSENTRY']._serialized_end=505
   _globals['_CHECKREQUEST']._serialized_start=507
-  _globals['_CHECKREQUEST']._serialized_end=561
-  _globals['_CHECKREPLY']._serialized_start=563
-  _globals['_CHECKREPLY']._serialized_end=684
-  _globals['_CHECKREPLY_PROBLEMSENTRY']._serialized_start=637
-  _globals['_CHECKREPLY_PROBLEMSENTRY']._serialized_end=684
-  _globals['_SCOREREQUEST']._serialized_start=686
-  _globals['_SCOREREQUEST']._serialized_end=768
-  _globals['_HEADER']._serialized_start=771
-  _globals['_HEADER']._serialized_end=930
-  _globals['_SCOREREPLY']._serialized_start=933
-  _globals['_SCOREREPLY']._serialized_end=1209
-  _globals['_SCOREREPLY_RAWENTRY']._serialized_start=1140
-  _globals['_SCOREREPLY_RAWENTRY']._serialized_end=1209
-  _globals['_FLOATLIST']._serialized_start=1211
-  _globals['_FLOATLIST']._serialized_end=1238
-  _globals['_REWARDSBRIDGE']._serialized_start=1241
-  _globals['_REWARDSBRIDGE']._serialized_end=1468
+  _globals['_CHECKREQUEST']._serialized_end=581
+  _globals['_CHECKREPLY']._serialized_start=584
+  _globals['_CHECKREPLY']._serialized_end=805
+  _globals['_CHECKREPLY_PROBLEMSENTRY']._serialized_start=712
+  _globals['_CHECKREPLY_PROBLEMSENTRY']._serialized_end=759
+  _globals['_CHECKREPLY_NOTESENTRY']._serialized_start=761
+  _globals['_CHECKREPLY_NOTESENTRY']._serialized_end=805
+  _globals['_SCOREREQUEST']._serialized_start=807
+  _globals['_SCOREREQUEST']._serialized_end=889
+  _globals['_HEADER']._serialized_start=892
+  _globals['_HEADER']._serialized_end=1051
+  _globals['_SCOREREPLY']._serialized_start=1054
+  _globals['_SCOREREPLY']._serialized_end=1330
+  _globals['_SCOREREPLY_RAWENTRY']._serialized_start=1261
+  _globals['_SCOREREPLY_RAWENTRY']._serialized_end=1330
+  _globals['_FLOATLIST']._serialized_start=1332
+  _globals['_FLOATLIST']._serialized_end=1359
+  _globals['_REWARDSBRIDGE']._serialized_start=1362
+  _globals['_REWARDSBRIDGE']._serialized_end=1589
 # @@protoc_insertion_point(module_scope)

@@ -49,15 +49,17 @@ class Setup(_message.Message):
     def __init__(self, options: _Optional[_Mapping[str, str]] = ..., defaults: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class CheckRequest(_message.Message):
-    __slots__ = ("prompts", "metadata_json")
+    __slots__ = ("prompts", "metadata_json", "with_notes")
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     METADATA_JSON_FIELD_NUMBER: _ClassVar[int]
+    WITH_NOTES_FIELD_NUMBER: _ClassVar[int]
     prompts: _containers.RepeatedScalarFieldContainer[str]
     metadata_json: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, prompts: _Optional[_Iterable[str]] = ..., metadata_json: _Optional[_Iterable[str]] = ...) -> None: ...
+    with_notes: bool
+    def __init__(self, prompts: _Optional[_Iterable[str]] = ..., metadata_json: _Optional[_Iterable[str]] = ..., with_notes: _Optional[bool] = ...) -> None: ...
 
 class CheckReply(_message.Message):
-    __slots__ = ("problems",)
+    __slots__ = ("problems", "notes")
     class ProblemsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -65,9 +67,18 @@ class CheckReply(_message.Message):
         key: int
         value: str
         def __init__(self, key: _Optional[int] = ..., value: _Optional[str] = ...) -> None: ...
+    class NotesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: str
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[str] = ...) -> None: ...
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     problems: _containers.ScalarMap[int, str]
-    def __init__(self, problems: _Optional[_Mapping[int, str]] = ...) -> None: ...
+    notes: _containers.ScalarMap[int, str]
+    def __init__(self, problems: _Optional[_Mapping[int, str]] = ..., notes: _Optional[_Mapping[int, str]] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
     __slots__ = ("header", "pixels")

@@ -131,23 +131,25 @@ def _varint(number: int) -> bytes:
     return bytes(encoded)
 
 
-def encode_check(prompts: Sequence[str], metadata: Sequence[dict]) -> bridge_pb2.CheckRequest:
+def encode_check(prompts: Sequence[str], metadata: Sequence[dict], with_notes: bool) -> bridge_pb2.CheckRequest:
     """Prompts to be checked, with their metadata; ValueError if one cannot be sent."""
     try:
-        return bridge_pb2.CheckRequest(prompts=prompts, metadata_json=[json.dumps(item) for item in metadata])
+        texts = [json.dumps(item) for item in metadata]
+        return bridge_pb2.CheckRequest(prompts=prompts, metadata_json=texts, with_notes=with_notes)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"prompts or metadata that cannot be sent: {error}") from error
 
 
-def decode_check(message: bytes) -> tuple[list[str], list[dict]]:
-    """Prompts to be checked and their metadata; MalformedError for anything else."""
+def decode_check(message: bytes) -> tuple[list[str], list[dict], bool]:
+    """Prompts to be checked, their metadata, and whether notes are wanted too; MalformedError for anything else."""
     try:
         request = bridge_pb2.CheckRequest.FromString(message)
     except DecodeError as error:
         raise MalformedError(f"a message of {len(message)} bytes is no CheckRequest: {error}") from error
     if len(request.prompts) != len(request.metadata_json):
         raise MalformedError(f"{len(request.prompts)} prompts came with {len(request.metadata_json)} metadata objects")
-    return list(request.prompts), [_decode_metadata(index, text) for index, text in enumerate(request.metadata_json)]
+    metadata = [_decode_metadata(index, text) for index, text in enumerate(request.metadata_json)]
+    return list(request.prompts), metadata, request.with_notes
 
 
 def decode_header(message: bytes) -> bridge_pb2.Header:

@@ -26,12 +26,19 @@ class Scorer(Protocol):
     """A judge. Order is kept: entry b of everything returned belongs to image b.
 
     One that cannot score every prompt also has `problem(prompt, metadata) -> str`: what keeps it from scoring this one,
-    "" if nothing does. It is asked about all prompts before training starts.
+    "" if nothing does. One that scores some prompts otherwise than one may think, such as by their beginning alone,
+    also has `note(prompt, metadata) -> str`: in what, "" if in nothing. Both are asked about all prompts before
+    training starts; notes become warnings, those of the same text together.
     """
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
         """Judge images u8[B,H,W,3] (RGB) of these prompts; every number is finite, "" is a reason not given."""
         ...
+
+
+def cut_text(tokens: int) -> str:
+    """Return what a scorer's note says of a prompt with more than the tokens that it reads."""
+    return f"more than the {tokens} tokens that it reads, the rest of which has no effect"
 
 
 def check_batch(scorer: str, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> None:

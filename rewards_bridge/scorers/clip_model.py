@@ -17,6 +17,7 @@ import torch
 
 from rewards_bridge.errors import UsageError
 from rewards_bridge.scorers import clip_open
+from rewards_bridge.scorers.base import cut_text
 from rewards_bridge.scorers.clip_files import Source
 from rewards_bridge.scorers.clip_transformers import TransformersTowers, load_model, load_pixels, load_tokenizer
 
@@ -35,6 +36,8 @@ class Towers(Protocol):
     """Pixels along an edge of the square images that the model takes."""
     logit_scale: float
     """What cosines are multiplied by."""
+    text_tokens: int
+    """Tokens of the longest text, with those for its start and its end; longer ones are cut."""
 
     @property
     def device(self) -> torch.device:
@@ -51,6 +54,10 @@ class Towers(Protocol):
 
     def text_features(self, prompts: Sequence[str]) -> torch.Tensor:
         """Return the projected features [b,E], of any length, of b prompts."""
+        ...
+
+    def count_tokens(self, prompt: str) -> int:
+        """Return the tokens of a whole prompt, with those for its start and its end."""
         ...
 
     def tokenizer_fit(self) -> Mapping[str, tuple[object, object]]:
@@ -96,7 +103,7 @@ class Clip:
         return self._in_parts(features, images)
 
     def embed_texts(self, prompts: Sequence[str]) -> np.ndarray:
-        """Embeddings f32[B,E] of B prompts, each cut to 77 tokens; equal prompts are embedded once."""
+        """Embeddings f32[B,E] of B prompts, each cut to the model's tokens; equal prompts are embedded once."""
         rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         return self._in_parts(self._towers.text_features, list(rows))[[rows[prompt] for prompt in prompts]]
 
@@ -104,6 +111,11 @@ class Clip:
         """exp(logit_scale) * cos(image, its prompt), f32[B]: between -exp(logit_scale) and exp(logit_scale)."""
         cosines = np.einsum("be,be->b", self.embed_images(images), self.embed_texts(prompts))
         return cosines * np.float32(self.logit_scale)
+
+    def cut(self, prompt: str) -> str:
+        """Return that the end of a prompt is cut off, if it is; "" if not."""
+        most = self._towers.text_tokens
+        return cut_text(most) if self._towers.count_tokens(prompt) > most else ""
 
     @torch.inference_mode()
     def _in_parts(self, features: Callable[..., torch.Tensor], items: np.ndarray | Sequence[str]) -> np.ndarray:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from PIL import Image
 
 from rewards_bridge.errors import UsageError
 from rewards_bridge.scorers.clip_files import Source, load_tensors, refuse_differences
-from rewards_bridge.scorers.clip_transformers import has_tokenizer, load_tokenizer
+from rewards_bridge.scorers.clip_transformers import count_tokens, has_tokenizer, load_tokenizer
 from rewards_bridge.scorers.torchvision_ops import declare_operators
 
 if TYPE_CHECKING:
@@ -48,14 +49,18 @@ TIMM_TENSOR = "patch_embed.proj.weight"
 
 Tokenize = Callable[[Sequence[str]], torch.Tensor]
 """Prompts -> token numbers i64[b,context length], zeros after the end of each text."""
+Count = Callable[[str], int]
+"""A prompt -> its tokens before it is cut, with those for its start and its end."""
 
 
 class OpenClipTowers:
     """The encoders of an open_clip.CLIP with its tokenizer; see clip_model.Towers."""
 
-    def __init__(self, model: open_clip.CLIP, tokenize: Tokenize, fit: Mapping[str, tuple[object, object]]) -> None:
-        self.model, self.tokenize, self.fit = model.eval().requires_grad_(False), tokenize, fit
-        self.side = _side(model)
+    def __init__(
+        self, model: open_clip.CLIP, tokenize: Tokenize, count: Count, fit: Mapping[str, tuple[object, object]]
+    ) -> None:
+        self.model, self.tokenize, self.count, self.fit = model.eval().requires_grad_(False), tokenize, count, fit
+        self.side, self.text_tokens = _side(model), int(model.context_length)
         self.logit_scale = float(model.logit_scale.detach().exp())  # before any cast: bfloat16 is too coarse
 
     @property
@@ -74,6 +79,10 @@ class OpenClipTowers:
     def text_features(self, prompts: Sequence[str]) -> torch.Tensor:
         """Return the projected features [b,E] of prompts, cut to the model's context length."""
         return self.model.encode_text(self.tokenize(prompts).to(self.device))
+
+    def count_tokens(self, prompt: str) -> int:
+        """Return the tokens of a whole prompt, with those for its start and its end."""
+        return self.count(prompt)
 
     def tokenizer_fit(self) -> Mapping[str, tuple[object, object]]:
         """Return what the tokenizer and the model have to agree about: (the tokenizer's, the model's)."""
@@ -192,14 +201,19 @@ def _towers(model: open_clip.CLIP, own: Source, named: Source | None) -> OpenCli
     length = model.context_length
     if named is None and not has_tokenizer(own):
         simple = _library(own).SimpleTokenizer(context_length=length)
-        return OpenClipTowers(model, simple, _fit(model, simple.vocab_size, simple.eot_token_id))
+
+        def count(prompt: str) -> int:
+            return len(simple.encode(prompt)) + 2
+
+        return OpenClipTowers(model, simple, count, _fit(model, simple.vocab_size, simple.eot_token_id))
     tokenizer = load_tokenizer(named or own)
 
     def tokenize(prompts: Sequence[str]) -> torch.Tensor:
         tokens = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return tokens["input_ids"] * tokens["attention_mask"]
 
-    return OpenClipTowers(model, tokenize, _fit(model, len(tokenizer), tokenizer.eos_token_id))
+    fit = _fit(model, len(tokenizer), tokenizer.eos_token_id)
+    return OpenClipTowers(model, tokenize, partial(count_tokens, tokenizer), fit)
 
 
 def _fit(model: open_clip.CLIP, size: int, last: int) -> dict[str, tuple[object, object]]:

@@ -32,6 +32,7 @@ class TransformersTowers:
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.side = cast(int, model.vision_model.config.image_size)
+        self.text_tokens = TEXT_TOKENS
         # Read before any cast: in bfloat16 ln(100) is off by so much that every score would be 1 % too high or low.
         self.logit_scale = float(model.logit_scale.detach().exp())
 
@@ -55,6 +56,10 @@ class TransformersTowers:
         ).to(self.device)
         return cast(torch.Tensor, self.model.get_text_features(**tokens).pooler_output)
 
+    def count_tokens(self, prompt: str) -> int:
+        """Return the tokens of a whole prompt, with those for its start and its end."""
+        return count_tokens(self.tokenizer, prompt)
+
     def tokenizer_fit(self) -> Mapping[str, tuple[object, object]]:
         """Return what the tokenizer and the model have to agree about: (the tokenizer's, the model's)."""
         text = self.model.text_model.config
@@ -64,6 +69,11 @@ class TransformersTowers:
             "the number of the last token of a text": (self.tokenizer.eos_token_id, last),
             "tokens of the longest text": (TEXT_TOKENS, text.max_position_embeddings),
         }
+
+
+def count_tokens(tokenizer: Any, prompt: str) -> int:
+    """Return the tokens of a whole prompt, with those for its start and its end, by a tokenizer of transformers."""
+    return len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
 
 
 def load_model(source: Source) -> CLIPModel:

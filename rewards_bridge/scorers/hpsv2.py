@@ -5,8 +5,9 @@ The published files are those of open_clip's ViT-H-14, and open_clip reads them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +65,10 @@ class HpsV2Scorer:
         check_batch("hpsv2", images, prompts, metadata)
         raw = self.clip.logits(images, prompts)
         return Scores(score=raw / np.float32(SCALE), raw={"hpsv2": raw}, reasons=[""] * len(raw))
+
+    def note(self, prompt: str, metadata: Mapping[str, Any]) -> str:
+        """Return that only the beginning of a prompt counts, if it is longer than the model reads."""
+        return self.clip.cut(prompt)
 
 
 def letterbox(side: int, antialias: bool) -> Pixels:

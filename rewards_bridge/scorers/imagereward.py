@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from rewards_bridge.errors import UsageError
-from rewards_bridge.scorers.base import Scores, check_batch
+from rewards_bridge.scorers.base import Scores, check_batch, cut_text
 
 MODEL = "ImageReward-v1.0"
 PACKAGES = (
@@ -27,6 +28,8 @@ PACKAGES = (
     "torch==2.10.0",  # later ones want a newer setuptools
     "torchvision==0.25.0",
 )
+TEXT_TOKENS = 35
+"""To which the package cuts prompts, with those for the start and the end."""
 SAFE_TORCH = (2, 6)
 """The first torch that loads with weights_only unless told otherwise; the package does not tell it."""
 
@@ -35,8 +38,9 @@ class ImageRewardScorer:
     """Scores images by ImageReward: score = raw "imagereward" = its reward, of mean 0 and deviation 1 on its own data.
 
     model: ImageReward-v1.0, to be downloaded, or its file ImageReward.pt; med_config: its file med_config.json, empty:
-    to be downloaded. device: cpu, cuda:0, ... Only the first 35 tokens of a prompt count. Raises UsageError, with the
-    command that mends it, if the package is missing or does not load.
+    to be downloaded. device: cpu, cuda:0, ... Only the first 35 tokens of a prompt count, those for its
+    start and end among them. Raises UsageError, with the command that mends it, if the package is missing or does not
+    load.
 
     Source: Xu et al. 2023, "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation".
     """
@@ -54,6 +58,11 @@ class ImageRewardScorer:
                 "the tokenizer bert-base-uncased in the cache: "
                 "hf download bert-base-uncased --include '*.txt' --include '*.json'"
             ) from error
+
+    def note(self, prompt: str, metadata: Mapping[str, Any]) -> str:
+        """Return that only the beginning of a prompt counts, if it is longer than the model reads."""
+        tokens = self._model.blip.tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
+        return cut_text(TEXT_TOKENS) if len(tokens) > TEXT_TOKENS else ""
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
         """Judge images u8[B,H,W,3] of any size for their prompts, one by one; ValueError for another form."""

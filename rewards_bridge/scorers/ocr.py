@@ -30,7 +30,7 @@ from PIL import Image
 
 from rewards_bridge.errors import PromptError, UsageError
 from rewards_bridge.scorers.base import Scores, check_batch
-from rewards_bridge.scorers.text_match import check_prompts, is_exact, join_lines, match, target_text
+from rewards_bridge.scorers.text_match import ambiguity, check_prompts, is_exact, join_lines, match, target_text
 
 PINS = {
     "paddleocr": "paddleocr==3.7.0",
@@ -153,6 +153,13 @@ class OcrScorer:
         except ValueError as error:
             return str(error)
         return ""
+
+    def note(self, prompt: str, metadata: Mapping[str, Any]) -> str:
+        """Return why the text that a prompt asks for may not be what was meant, and which text is looked for."""
+        try:
+            return ambiguity(prompt, self._every)
+        except ValueError:
+            return ""  # `problem` has it
 
     def close(self) -> None:
         """End the processes; nothing can be scored after it if there are several."""

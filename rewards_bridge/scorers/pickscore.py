@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -49,3 +50,7 @@ class PickScoreScorer:
         check_batch("pickscore", images, prompts, metadata)
         raw = self.clip.logits(images, prompts)
         return Scores(score=raw / np.float32(SCALE), raw={"pickscore": raw}, reasons=[""] * len(raw))
+
+    def note(self, prompt: str, metadata: Mapping[str, Any]) -> str:
+        """Return that only the beginning of a prompt counts, if it is longer than the model reads."""
+        return self.clip.cut(prompt)
