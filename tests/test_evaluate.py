@@ -335,6 +335,20 @@ def test_prompts_that_cannot_be_scored_are_all_named_before(tmp_path: Path, caps
     assert not (tmp_path / "scores" / "scores.jsonl").exists()
 
 
+def test_what_a_scorer_says_of_prompts_is_told_at_the_start_and_kept(tmp_path: Path, capsys) -> None:
+    prompts, pictures = numbered(9, 1)
+    write_flat(tmp_path / "pictures", prompts[::2], pictures[::2])
+    words = ("--scorer=even=bridge_scorers:Picky", f"--environment=even.PYTHONPATH={TESTS}")
+    note = "prompts, scorer even: 3 of 5 prompts (prompts 0, 2, 4): divisible by four"
+    for _ in range(2):  # the second time nothing is left to be asked
+        assert run(tmp_path / "pictures", tmp_path / "scores", *words) == 0
+        assert capsys.readouterr().err.count(f"warning: {note}\n") == 1
+        assert note in json.loads((tmp_path / "scores" / "summary.json").read_text())["warnings"]
+    (tmp_path / "scores" / "prompt_notes.json").write_text("[]")
+    assert run(tmp_path / "pictures", tmp_path / "scores", *words) == 2
+    assert "prompt_notes.json is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

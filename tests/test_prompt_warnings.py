@@ -3,10 +3,12 @@
 import json
 from types import SimpleNamespace
 
+from rewards_bridge.errors import ScorerError
 from udm_grpo.base_checkpoint import ASSETS
 from udm_grpo.host.prompt_warnings import cut_warnings, places, set_warnings, write_warnings
 from udm_grpo.host.prompts import read_prompts
 from udm_grpo.host.run_folder import read_run
+from udm_grpo.host.scorer_notes import note_warnings
 from udm_grpo.host.tokenizer import load_tokenizer
 from udm_grpo.start_notes import prompt_notes
 
@@ -67,6 +69,7 @@ def test_the_start_keeps_them_for_the_report(tmp_path):
         checkpoint=SimpleNamespace(tokenizer=load_tokenizer(ASSETS / "ursa-shapes" / "tokenizer")),
         output=tmp_path,
         identity=SimpleNamespace(id="mine"),
+        client=SimpleNamespace(notes=lambda prompts, metadata: {"ocr": {}}),
     )
     marked = sets(tmp_path, geneval("a star", 1), "a [PAD]\nzebra")[1]
     (special,) = prompt_notes(SimpleNamespace(**{**vars(run), "heldout": marked}))
@@ -78,6 +81,41 @@ def test_the_start_keeps_them_for_the_report(tmp_path):
     assert kept == {"run": "mine", "warnings": [note.split("\n  ")[1]]}
     write_warnings(tmp_path, "mine", [])
     assert json.loads((tmp_path / "prompt_warnings.json").read_text()) == {"run": "mine", "warnings": []}
+
+
+def test_what_scorers_say_is_counted_with_the_lines_of_the_file(tmp_path):
+    train, heldout = sets(tmp_path, "\n".join(["", *(geneval(f"star {i}", 1) for i in range(3))]), "a circle")
+
+    def notes(prompts, metadata):
+        if len(prompts) == 1:
+            raise ScorerError("scorer 'ocr' raised")
+        return {"pickscore": {0: "cut", 2: "cut"}, "ocr": {1: "the text that is looked for is 'OPEN'"}}
+
+    tokenizer = load_tokenizer(ASSETS / "ursa-shapes" / "tokenizer")
+    run = SimpleNamespace(
+        train=train,
+        heldout=heldout,
+        config=SimpleNamespace(rollout=SimpleNamespace(prompts=1)),
+        checkpoint=SimpleNamespace(tokenizer=tokenizer),
+        output=tmp_path,
+        identity=SimpleNamespace(id="mine"),
+        client=SimpleNamespace(notes=notes),
+    )
+    (note,) = prompt_notes(run)
+    assert note.split("\n  ")[-3:] == [
+        "prompts.train, scorer pickscore: 2 of 3 prompts (lines 2, 4): cut",
+        "prompts.train, scorer ocr: 1 of 3 prompts (line 3): the text that is looked for is 'OPEN'",
+        "the scorers could not say which prompts they cut or find ambiguous: scorer 'ocr' raised",
+    ]
+    assert json.loads((tmp_path / "prompt_warnings.json").read_text())["warnings"][-3:] == note.split("\n  ")[-3:]
+
+
+def test_notes_beyond_fifty_are_counted(tmp_path):
+    notes = {"ocr": {index: f"target {index % 52}" for index in range(53)}}
+    found = note_warnings("prompts", 60, notes, lambda indices: f"lines {indices}")
+    assert len(found) == 51
+    assert found[0] == "prompts, scorer ocr: 2 of 60 prompts (lines [0, 52]): target 0"
+    assert found[-1] == "prompts, scorer ocr: 2 of 60 prompts (lines [50, 51]): 2 more notes of this kind"
 
 
 def test_the_report_reads_those_of_its_own_run(tmp_path):

@@ -11,6 +11,7 @@ The output has
 
     scores.jsonl                     a line a picture and scorer; the same command again goes on where it stopped
     summary.json, summary.md         means with bootstrap intervals over prompts; GenEval's per-task table
+    prompt_notes.json                what the scorers say of the prompts: those that they cut, ambiguous texts
     results.jsonl                    what GenEval's evaluate_images.py writes, for its summary_scores.py
     comparison.json, .md, .png       with --compare: differences, and the prompts that changed most
 """
@@ -77,9 +78,9 @@ def evaluate(
 
     Raises what `score_folder` raises.
     """
-    scored, warnings = score_folder(folder, scorers, output, given.batch)
+    scored, warnings = score_folder(folder, scorers, output, given.batch, _warn)
     summary = summarize(scored, [*folder.warnings, *warnings], given.resamples, given.seed)
-    _warn(summary["warnings"][len(folder.warnings) :])
+    _warn(summary["warnings"][len(folder.warnings) + len(warnings) :])  # those before have been told of
     text = summary_text(summary)
     write_official(scored, output)
     replace_file(output / "summary.md", lambda path: path.write_text(text, encoding="utf-8"))

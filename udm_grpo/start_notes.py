@@ -1,17 +1,27 @@
 """What a run says at its start: how it fits its devices (kernel, padding, parameters left whole), doubtful prompts."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from rewards_bridge.errors import BridgeError
 from udm_grpo import hosts
 from udm_grpo import mesh as meshes
 from udm_grpo.attention import choose
 from udm_grpo.batch_sizes import BatchSizes, batch_sizes
 from udm_grpo.batches import Params
 from udm_grpo.config import RunConfig
-from udm_grpo.host.prompt_warnings import cut_warnings, set_warnings, special_warnings, write_warnings
+from udm_grpo.host.prompt_warnings import (
+    NAMES,
+    cut_warnings,
+    places,
+    set_warnings,
+    special_warnings,
+    write_warnings,
+)
+from udm_grpo.host.scorer_notes import note_warnings
 from udm_grpo.mesh import Undivided
 from udm_grpo.model.transformer import TransformerConfig
 from udm_grpo.run import Run, trained
@@ -48,8 +58,21 @@ def prompt_notes(run: Run) -> list[str]:
     found = set_warnings(run.train, run.heldout, run.config.rollout.prompts)
     found += cut_warnings(run.train, run.heldout, run.checkpoint.tokenizer)
     found += special_warnings(run.train, run.heldout, run.checkpoint.tokenizer)
+    found += _scorer_notes(run)
     write_warnings(run.output, run.identity.id, found)
     return ["\n  ".join(["warning: the prompts:", *found])] if found else []
+
+
+def _scorer_notes(run: Run) -> list[str]:
+    """What the scorers say of the prompts: which they cut, and which they may understand otherwise than was meant."""
+    found = []
+    try:
+        for name, prompts in zip(NAMES, (run.train, run.heldout), strict=True):
+            notes = run.client.notes(prompts.prompts, prompts.metadata)
+            found += note_warnings(name, len(prompts), notes, partial(places, prompts))
+    except BridgeError as error:  # not worth ending a training, and the other processes do not ask
+        found.append(f"the scorers could not say which prompts they cut or find ambiguous: {error}")
+    return found
 
 
 def _padding(config: RunConfig, sizes: BatchSizes, mesh: Mesh) -> list[str]:

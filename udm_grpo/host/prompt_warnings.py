@@ -102,9 +102,13 @@ def special_warnings(train: PromptSet, heldout: PromptSet, tokenizer: PromptToke
 
 def places(prompts: PromptSet, indices: Sequence[int]) -> str:
     """Return where prompts are: "line 3", "lines 3, 7 and 12 more"."""
-    named = ", ".join(prompts.places[index] if prompts.places else str(index + 1) for index in indices[:MAX_PLACES])
-    more = f" and {len(indices) - MAX_PLACES} more" if len(indices) > MAX_PLACES else ""
-    return f"{prompts.unit}{'s' if len(indices) > 1 else ''} {named}{more}"
+    return listed(prompts.unit, [prompts.places[index] if prompts.places else str(index + 1) for index in indices])
+
+
+def listed(unit: str, numbers: Sequence[str]) -> str:
+    """Return places as `places` does, of a unit such as line."""
+    more = f" and {len(numbers) - MAX_PLACES} more" if len(numbers) > MAX_PLACES else ""
+    return f"{unit}{'s' if len(numbers) > 1 else ''} {', '.join(numbers[:MAX_PLACES])}{more}"
 
 
 def write_warnings(folder: Path, run: str, warnings: Iterable[str]) -> None:

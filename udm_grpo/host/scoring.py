@@ -13,7 +13,7 @@ import collections
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -31,6 +31,7 @@ from udm_grpo.host.metrics import write_json
 from udm_grpo.host.progress import progress_bar
 from udm_grpo.host.rewards import connect, warn_of
 from udm_grpo.host.sample_folder import MOST_SHOWN, Picture, SampleFolder, load_picture
+from udm_grpo.host.scorer_notes import notes_of_prompts
 
 LARGEST_BATCH = 2**28
 """Bytes of pixels that are sent together at most."""
@@ -65,9 +66,15 @@ class Scored:
 
 
 def score_folder(
-    folder: SampleFolder, scorers: Mapping[str, ScorerConfig], output: Path, batch: int
+    folder: SampleFolder,
+    scorers: Mapping[str, ScorerConfig],
+    output: Path,
+    batch: int,
+    warn: Callable[[Sequence[str]], None],
 ) -> tuple[Scored, list[str]]:
     """Score every picture by every scorer, at most `batch` at a time; returns all marks in order, and warnings.
+
+    warn: is called with the same warnings before anything is scored.
 
     Raises ScoringError for an output of something else or of other settings, for pictures that have changed since
     they were scored, and for prompts that a scorer cannot judge (all of them); BridgeError as the scorers fail.
@@ -78,12 +85,16 @@ def score_folder(
     text = "".join(f"{line}\n" for line in lines)
     replace_file(output / "prompts.jsonl", partial(Path.write_text, data=text, encoding="utf-8"))
     todo = _parts(folder, scorers, marks, batch)
-    if todo:
-        with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        clients: dict[str, Composition] = {}
+        if todo:
             needed = {name: given for name, given in scorers.items() if any(name in names for names, _ in todo)}
             clients = _open_scorers(needed, output / "kept_images", stack)
             _check_prompts(clients, folder.prompts)
             _try_out(clients, folder)
+        warnings += notes_of_prompts(clients, folder.prompts, output)
+        warn(warnings)
+        if todo:
             file = stack.enter_context((output / "scores.jsonl").open("a", encoding="utf-8"))
             total = len(folder.pictures) * len(scorers)
             bar = stack.enter_context(progress_bar(total, "scoring", "score", len(marks)))
