@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import warnings
 
 import jax
 import pytest
@@ -69,6 +70,30 @@ def test_settings_that_change_results_are_put_back_with_a_line(name, value, monk
     assert line.startswith(f"warning: {name.upper()}={value} is not used")
     prepare()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_for_compiled_programs_that_cannot_be_written_is_one_line(tmp_path, exists, monkeypatch, capsys):
+    before = jax.config.jax_compilation_cache_dir
+    (tmp_path / "file").touch()
+    place = str(tmp_path) if exists else str(tmp_path / "file" / "cache")
+    if exists:
+        monkeypatch.setattr(devices.os, "access", lambda *_: False)
+    jax.config.update("jax_compilation_cache_dir", place)
+    try:
+        with warnings.catch_warnings():
+            prepare()
+            warnings.warn("Error writing persistent compilation cache entry for 'x': no", stacklevel=1)
+        assert jax.config.jax_compilation_cache_dir == (place if exists else None)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"warning: JAX_COMPILATION_CACHE_DIR={place} keeps no compiled programs (")
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "new"))
+        monkeypatch.undo()
+        prepare()
+        assert (tmp_path / "new").is_dir()
+        assert capsys.readouterr().err == ""
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_an_error_of_a_device_is_one_line(monkeypatch, capsys):

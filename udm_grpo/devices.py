@@ -7,6 +7,7 @@ with device_errors(): ...     around all that computes: an error of a device is 
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 from jax.errors import JaxRuntimeError
 
 from udm_grpo.host.idle_gpus import idle_gpus
+from udm_grpo.host.places import is_bucket
 
 SETTINGS: dict[str, Any] = {
     "jax_default_prng_impl": "threefry2x32",
@@ -40,6 +42,7 @@ def prepare() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")  # what a terminal cannot show is shown as \u00e9
+    _check_cache()
     for name, value in SETTINGS.items():
         current = getattr(jax.config, name, value)
         if current != value and not (value is None and current == "allow"):
@@ -50,6 +53,26 @@ def prepare() -> None:
                 f"{'the default' if value is None else value}, so that its results do not depend on the environment.",
                 file=sys.stderr,
             )
+
+
+def _check_cache() -> None:
+    """Warn once of a folder for compiled programs that cannot be written; JAX would do so for each program."""
+    place = getattr(jax.config, "jax_compilation_cache_dir", None)
+    if not place or is_bucket(place):
+        return
+    try:
+        os.makedirs(place, exist_ok=True)
+        usable, reason = os.access(place, os.W_OK | os.X_OK), "this user may not write there"
+    except OSError as error:
+        jax.config.update("jax_compilation_cache_dir", None)  # there is nothing to read, either
+        usable, reason = False, error.strerror or type(error).__name__
+    if not usable:
+        warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
+        print(
+            f"warning: JAX_COMPILATION_CACHE_DIR={place} keeps no compiled programs ({reason}); set it to a folder "
+            "that can be written, or unset it.",
+            file=sys.stderr,
+        )
 
 
 @contextlib.contextmanager
