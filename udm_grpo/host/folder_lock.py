@@ -89,7 +89,10 @@ class LockFile:
     def create(self, content: bytes) -> bool:
         """Make the file and the folder that it is in; a link is atomic also on NFS."""
         missing = [folder for folder in self.path.parents if not folder.exists()]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(f"{self.path.parent}: Not a directory; give a folder for the results") from None
         self._made = self._made or missing
         draft = self._draft(content)
         try:
