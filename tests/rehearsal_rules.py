@@ -54,6 +54,7 @@ INLINE = {
     r"^pip wheel \.$": "tests/test_install.py",
     r"^pip install torch==\S+ --index-url ": "tests/test_install.py",
     r"^pip install .?jax\[cuda13\]": "tests/test_cuda_compiler.py",
+    r"^python -m scripts\.torture$": "tests/test_torture.py",
     r"^python -m udm_grpo\.doctor$": "tests/test_run_needs.py",
 }
 """Commands in running text that are no part of a command of a page -> what runs them or holds them right."""
