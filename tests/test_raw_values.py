@@ -1,7 +1,6 @@
 """Raw values whose names differ between batches, or are those of columns that a run has of its own."""
 
 import json
-import types
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ import numpy as np
 import pytest
 
 from rewards_bridge.scorers.base import Scores
-from udm_grpo import evaluation, run_reports
+from udm_grpo import run_reports
 from udm_grpo.config import RunConfig
-from udm_grpo.evaluation import COLUMNS, change_in_words
+from udm_grpo.evaluation import COLUMNS, change_in_words, joined, summarize
 from udm_grpo.host import rewards
+from udm_grpo.host.evaluation_parts import Part
 from udm_grpo.host.metrics import JsonLines, MetricsWriter, Progress, StageTimer
 from udm_grpo.host.rewards import Rewards
 
@@ -40,15 +40,9 @@ def some() -> Rewards:
     return Rewards(np.float32([0.5, 1, 0.5, 0]), raw | {"few": np.float32([nan, nan, 3, 5]), "no": np.full(4, nan)})
 
 
-def test_an_evaluation_keeps_its_own_columns(some: Rewards, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_evaluation_keeps_its_own_columns(some: Rewards, tmp_path: Path) -> None:
     """A scorer's raw values named like them stay too, under another name."""
-    monkeypatch.setattr(evaluation, "draw", lambda *_: iter([]))
-    monkeypatch.setattr(evaluation.shared_rewards, "collect", lambda *_: some)
-    heldout = _Prompts(fixed=lambda *_: (["p", "q"], [{}, {}], [0, 1]), tags=["one", "two"])
-    config = RunConfig()
-    config.evaluation.images_per_prompt = 2
-    run: Any = types.SimpleNamespace(config=config, heldout=heldout)
-    found = evaluation.evaluate(run, {}, 2, 10)
+    found = summarize(joined(Part(), some), ["one", "two"], 2)
     assert (found["score"], found["prompts"], found["images"]) == (0.5, 2, 4)
     assert {found[f"raw/{name}"] for name in COLUMNS} == {1.5}
     assert found["few"] == 4
@@ -60,11 +54,6 @@ def test_an_evaluation_keeps_its_own_columns(some: Rewards, monkeypatch: pytest.
     lines.close()
     (line,) = [json.loads(text) for text in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert (line["step"], line["raw/step"], line.get("nonfinite")) == (7, 1.5, None)
-
-
-class _Prompts(types.SimpleNamespace):
-    def __len__(self) -> int:
-        return 2
 
 
 def test_before_and_after_may_have_other_values() -> None:

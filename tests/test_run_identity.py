@@ -26,7 +26,7 @@ from udm_grpo.identity import Identity, identify
 from udm_grpo.output_folder import check_inputs_stay, set_aside_older
 from udm_grpo.run import Position
 
-SAME = {"seed": 0}
+SAME = {"version": 1, "seed": 0}
 
 
 def names(folder: Path) -> set[str]:
@@ -107,7 +107,7 @@ def test_an_id_is_kept_in_its_own_folder_and_new_in_another(tmp_path: Path) -> N
     assert branch.id != first.id
     assert branch.origin == {"run": first.id, "checkpoint": str(path)}
     with pytest.raises(CheckpointError, match="seed: saved 0, now 1"):
-        identify(config_in(tmp_path / "run", "latest"), own, {"seed": 1})
+        identify(config_in(tmp_path / "run", "latest"), own, {**SAME, "seed": 1})
 
 
 def test_lines_of_another_run_are_dropped_on_resume(tmp_path: Path) -> None:

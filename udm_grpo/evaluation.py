@@ -1,7 +1,7 @@
 """Held-out evaluation and sample pictures, drawn from the same noise each time."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,14 +92,20 @@ def evaluate(
         raise StopRequestedError
     if extremes and hosts.is_primary():
         kept.write(extremes, run.identity.id)
-    scores = {"score": columns.pop("score"), **apart(columns, COLUMNS)}
-    tags = np.repeat([run.heldout.tags[index] for index in indices], copies)
+    return summarize(columns, [run.heldout.tags[index] for index in indices], copies)
+
+
+def summarize(columns: Mapping[str, np.ndarray], prompt_tags: Sequence[str], copies: int) -> dict[str, Any]:
+    """Return what `evaluate` returns, of f32[prompts * copies] by name, prompt-major, and the tag of each prompt."""
+    raw = {name: values for name, values in columns.items() if name != "score"}
+    scores = {"score": columns["score"], **apart(raw, COLUMNS)}
+    tags = np.repeat(prompt_tags, copies)
     result: dict[str, Any] = {**means(scores)}
     result["tags"] = {
         str(tag): means({name: values[tags == tag] for name, values in scores.items()}) for tag in sorted(set(tags))
     }
     lacking = missing(scores)
-    return {**result, "prompts": len(texts), "images": len(tags)} | ({"missing": lacking} if lacking else {})
+    return {**result, "prompts": len(prompt_tags), "images": len(tags)} | ({"missing": lacking} if lacking else {})
 
 
 @dataclass(frozen=True)
@@ -134,9 +140,9 @@ class Parts:
             if whole and jax.process_count() == 1:
                 end = int(whole[-1].rows[-1]) + 1
                 found = shared_rewards.collect(whole, end - known.done, known.done)
-                self._write(_joined(known, found), kept)
+                self._write(joined(known, found), kept)
             raise
-        columns = _joined(known, found)
+        columns = joined(known, found)
         self._write(columns, kept)
         return columns
 
@@ -151,7 +157,8 @@ class Parts:
         return {"fingerprint": self.run.identity.fingerprint, "step": self.step, **self.identity}
 
 
-def _joined(known: Part, found: Rewards) -> dict[str, np.ndarray]:
+def joined(known: Part, found: Rewards) -> dict[str, np.ndarray]:
+    """Return the columns of the images that were known and then of those that were scored now, by name."""
     columns = {"score": found.score, **apart(found.raw, ("score",))}
     if not known.done:
         return columns
