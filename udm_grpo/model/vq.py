@@ -10,7 +10,8 @@ Source: the diffusers VAE family as used by URSA (arXiv 2510.24717); the quantiz
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ from udm_grpo.model.vq_modules import AutoencoderVQ
 @functools.lru_cache(maxsize=16)
 def _structure(config: VQConfig) -> tuple[nnx.GraphDef, Params]:
     """Return the graph of the modules and their parameters' shapes."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: AutoencoderVQ(config, nnx.Rngs(0))))
+    no_keys = cast(nnx.Rngs, SimpleNamespace(params=lambda: None))  # to trace a key for each of 160 takes a second
+    graph, state = nnx.split(nnx.eval_shape(lambda: AutoencoderVQ(config, no_keys)))
     return graph, _string_keys(nnx.to_pure_dict(state))
 
 

@@ -4,6 +4,7 @@ Source: the diffusers VAE family as used by URSA (arXiv 2510.24717).
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,11 @@ from jaxtyping import Array
 from udm_grpo.model.vq_config import GROUPS, VQConfig
 
 NORM_EPS = 1e-6
+# vq.init draws the parameters. Here they only have shapes, and zeros are traced fastest.
+_ZEROS = nnx.initializers.zeros
+Conv = partial(nnx.Conv, kernel_init=_ZEROS)
+Linear = partial(nnx.Linear, kernel_init=_ZEROS)
+Embed = partial(nnx.Embed, embedding_init=_ZEROS)
 
 
 class GroupNorm(nnx.Module):
@@ -47,7 +53,7 @@ class ResBlock(nnx.Module):
         self.norm2 = GroupNorm(out_channels)
         self.conv2 = _conv3x3(out_channels, out_channels, rngs)
         if channels != out_channels:
-            self.conv_shortcut = nnx.Conv(channels, out_channels, (1, 1), rngs=rngs)
+            self.conv_shortcut = Conv(channels, out_channels, (1, 1), rngs=rngs)
         self.has_shortcut = channels != out_channels
 
     def __call__(self, x: Array) -> Array:
@@ -63,10 +69,10 @@ class Attention(nnx.Module):
 
     def __init__(self, channels: int, rngs: nnx.Rngs):
         self.group_norm = GroupNorm(channels)
-        self.to_q = nnx.Linear(channels, channels, rngs=rngs)
-        self.to_k = nnx.Linear(channels, channels, rngs=rngs)
-        self.to_v = nnx.Linear(channels, channels, rngs=rngs)
-        self.to_out = nnx.List([nnx.Linear(channels, channels, rngs=rngs)])
+        self.to_q = Linear(channels, channels, rngs=rngs)
+        self.to_k = Linear(channels, channels, rngs=rngs)
+        self.to_v = Linear(channels, channels, rngs=rngs)
+        self.to_out = nnx.List([Linear(channels, channels, rngs=rngs)])
 
     def __call__(self, x: Array) -> Array:
         """Return x plus what its pixels attend to."""
@@ -82,7 +88,7 @@ class Downsample(nnx.Module):
     """A convolution of stride 2, padded by one pixel on the right and at the bottom."""
 
     def __init__(self, channels: int, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(channels, channels, (3, 3), strides=2, padding=((0, 1), (0, 1)), rngs=rngs)
+        self.conv = Conv(channels, channels, (3, 3), strides=2, padding=((0, 1), (0, 1)), rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """Return [B, H/2, W/2, C]."""
@@ -191,11 +197,11 @@ class AutoencoderVQ(nnx.Module):
     def __init__(self, config: VQConfig, rngs: nnx.Rngs):
         self.encoder = Encoder(config, rngs)
         self.decoder = Decoder(config, rngs)
-        self.quant_conv = nnx.Conv(config.latent_channels, config.vq_embed_dim, (1, 1), rngs=rngs)
-        self.post_quant_conv = nnx.Conv(config.vq_embed_dim, config.latent_channels, (1, 1), rngs=rngs)
+        self.quant_conv = Conv(config.latent_channels, config.vq_embed_dim, (1, 1), rngs=rngs)
+        self.post_quant_conv = Conv(config.vq_embed_dim, config.latent_channels, (1, 1), rngs=rngs)
         if config.quantizer_name == "VQuantizer":
-            self.codebook = nnx.Embed(config.num_vq_embeddings, config.vq_embed_dim, rngs=rngs)
+            self.codebook = Embed(config.num_vq_embeddings, config.vq_embed_dim, rngs=rngs)
 
 
 def _conv3x3(channels: int, out_channels: int, rngs: nnx.Rngs) -> nnx.Conv:
-    return nnx.Conv(channels, out_channels, (3, 3), padding=1, rngs=rngs)
+    return Conv(channels, out_channels, (3, 3), padding=1, rngs=rngs)
