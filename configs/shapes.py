@@ -69,6 +69,6 @@ def _cut_down(config: RunConfig) -> None:
     config.evaluation.prompts = 6
     config.evaluation.final_prompts = 12
     config.evaluation.images_per_prompt = 2
-    config.evaluation.batch = 24
+    config.evaluation.batch = 8  # that of a rollout: one program does for both
     config.evaluation.picture_prompts = 8
     config.checkpoint.every = 2

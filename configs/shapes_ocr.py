@@ -76,5 +76,5 @@ def _cut_down(config: RunConfig) -> None:
     config.evaluation.picture_every = 1
     config.evaluation.final_prompts = 6
     config.evaluation.images_per_prompt = 1
-    config.evaluation.batch = 6
+    config.evaluation.batch = 8
     config.evaluation.picture_prompts = 6

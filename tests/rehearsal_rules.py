@@ -20,11 +20,12 @@ TRAINED = 'cp -r "$STANDINS/checkpoint-100" .'
 """What the public release has trained."""
 LAUNCHES = Rule(r"(^|\s)(scripts/launch_|sbatch )", how="elsewhere", test="tests/test_launch.py")
 SHAPES = (
-    "--config.iterations={} --config.optimizer.schedule=constant --config.rollout.prompts=4"
-    " --config.rollout.micro_batch=32 --config.optimizer.micro_batch=32 --config.evaluation.final_prompts=6"
-    " --config.evaluation.images_per_prompt=1 --config.evaluation.batch=6 --config.evaluation.picture_prompts=4"
+    "--config.iterations={} --config.optimizer.schedule=constant --config.optimizer.warmup_updates=1"
+    " --config.rollout.prompts=4 --config.rollout.group_size=4 --config.rollout.micro_batch=8"
+    " --config.optimizer.micro_batch=16 --config.evaluation.final_prompts=6"
+    " --config.evaluation.images_per_prompt=1 --config.evaluation.batch=8 --config.evaluation.picture_prompts=4"
 )
-"""Sizes for the worlds of shapes and signs."""
+"""Sizes for the worlds of shapes and signs: those of the smoke run, whose programs the other tests have compiled."""
 CIRCLE = """python -c "from PIL import Image, ImageDraw
 image = Image.new('RGB', (224, 224), (228, 228, 228))
 ImageDraw.Draw(image).ellipse((50, 50, 170, 170), (214, 40, 44))

@@ -17,6 +17,11 @@ TOGETHER = (
     "python -m udm_grpo.train --config configs/shapes.py"
 )
 """The README's way to start one of several processes."""
+ONE_AVERAGED = (
+    *("iterations=1", "optimizer.schedule=constant", "optimizer.warmup_updates=0", "optimizer.ema_decay=0.5"),
+    *("evaluation.every=0", "evaluation.picture_every=0", "evaluation.final_prompts=4", "evaluation.picture_prompts=1"),
+)
+"""One iteration with a moving average, whose programs are those of the smoke run but for the update."""
 COMPILED_QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 """For programs over several devices or processes: to optimize them takes longer than to run them."""
 
@@ -33,7 +38,7 @@ def environment(devices: int = 1, quickly: bool | None = None) -> dict[str, str]
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": os.environ["UDM_GRPO_COMPILED"],
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
             "PYTHONWARNINGS": "error::UserWarning:udm_grpo",
         }

@@ -213,9 +213,7 @@ OVERRIDES = (
     "prompts.heldout=gs://bkt/prompts/heldout.jsonl",
     "iterations=2",
     "checkpoint.every=1",
-    "rollout.prompts=2",
-    "rollout.micro_batch=8",
-    "optimizer.micro_batch=8",
+    "optimizer.schedule=constant",
     "evaluation.final_prompts=3",
 )
 

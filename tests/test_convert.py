@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from golden_data import GoldenCase, assert_close, first_case, golden_cases, golden_paths
-from running import train
+from running import ONE_AVERAGED, train
 from safetensors.numpy import load_file
 
 from scripts.torch_reference import load_reference
@@ -26,9 +26,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one iteration with a moving average, whose export holds that average."""
     output = tmp_path_factory.mktemp("convert") / "run"
-    constant = ("iterations=1", "optimizer.schedule=constant", "optimizer.warmup_updates=0", "optimizer.ema_decay=0.5")
-    short = ("evaluation.picture_every=0", "evaluation.every=0", "evaluation.final_prompts=6", "rollout.steps=4")
-    done = train(output, *constant, *short, "evaluation.steps=(4,)", "grpo.window_starts=1")
+    done = train(output, *ONE_AVERAGED)
     assert done.returncode == 0, done.stderr
     return output
 

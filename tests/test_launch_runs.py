@@ -24,7 +24,7 @@ ASSETS = ROOT / "udm_grpo" / "assets"
 CONFIG = (
     *("--config", SMOKE, f"--config.iterations={ITERATIONS}", "--config.optimizer.schedule=constant"),
     *("--config.checkpoint.every=0", "--config.evaluation.every=0", "--config.evaluation.picture_every=0"),
-    *("--config.evaluation.final_prompts=4", "--config.evaluation.images_per_prompt=2", "--config.evaluation.batch=8"),
+    *("--config.evaluation.final_prompts=4", "--config.evaluation.images_per_prompt=2"),
     "--config.evaluation.picture_prompts=8",
 )
 SLICE = {"TPU_NAME": "udm", "ZONE": "us-east5-a"}

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from running import ROOT, environment, together, train
+from running import ONE_AVERAGED, ROOT, environment, together, train
 
 from udm_grpo import sample
 from udm_grpo.host.atomic import UNFINISHED
@@ -32,12 +32,6 @@ LINES = [
     {"tag": "counting", "include": [{"class": "star", "count": 2}], "prompt": "a photo of two stars"},
     {"tag": "single_object", "include": [{"class": "square", "count": 1}], "prompt": "a photo of a square"},
 ]
-TINY_RUN = (
-    *("iterations=1", "optimizer.ema_decay=0.5", "evaluation.every=0", "evaluation.picture_every=0"),
-    *("evaluation.final_prompts=1", "evaluation.picture_prompts=1", "rollout.prompts=2", "rollout.group_size=2"),
-    *("rollout.micro_batch=4", "rollout.steps=4", "grpo.window_starts=1", "optimizer.micro_batch=12"),
-    "evaluation.batch=4",
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -252,7 +246,7 @@ def test_two_processes_share_the_work(whole: Path, prompts: Path, tmp_path: Path
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training run of one iteration that keeps a moving average."""
     output = tmp_path_factory.mktemp("train") / "run"
-    done = train(output, *TINY_RUN)
+    done = train(output, *ONE_AVERAGED)
     assert done.returncode == 0, done.stderr
     return output
 

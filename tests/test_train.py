@@ -21,7 +21,7 @@ from udm_grpo.host.weights import load_folder
 
 SHORT = (
     *("iterations=2", "optimizer.schedule=constant", "checkpoint.every=1"),
-    *("evaluation.every=0", "evaluation.picture_every=0", "evaluation.batch=8"),
+    *("evaluation.every=0", "evaluation.picture_every=0"),
     *("evaluation.final_prompts=4", "evaluation.images_per_prompt=2", "evaluation.picture_prompts=8"),
 )
 GRADIENT_TOLERANCE = 1e-4

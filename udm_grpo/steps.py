@@ -214,12 +214,12 @@ def build(
     grpo, sizes = config.grpo, batch_sizes(config, mesh)
     factor = lora.factor(config.lora) if config.lora.rank else 1.0
 
+    @cache  # a second evaluation with these steps compiles nothing, nor one whose plan is the rollout's own
     def rollout_step(plan: RolloutPlan) -> RolloutStep:
         kept: Any = meshes.over_second(mesh) if plan.keep_trajectory else None
         first: Any = over_batch
         return free_rollout(plans.transformer, plans.execution, path, plan, Rollout(first, kept, kept))
 
-    @cache  # a second evaluation with these steps compiles nothing
     def evaluation_step(steps: int) -> RolloutStep:
         return rollout_step(
             RolloutPlan(grid=plans.rollout.grid, steps=steps, shift=plans.rollout.shift, rows=plans.rollout.rows)

@@ -10,8 +10,7 @@ Source: the diffusers VAE family as used by URSA (arXiv 2510.24717); the quantiz
 import functools
 import math
 from collections.abc import Mapping
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +26,7 @@ from udm_grpo.model.vq_modules import AutoencoderVQ
 @functools.lru_cache(maxsize=16)
 def _structure(config: VQConfig) -> tuple[nnx.GraphDef, Params]:
     """Return the graph of the modules and their parameters' shapes."""
-    no_keys = cast(nnx.Rngs, SimpleNamespace(params=lambda: None))  # to trace a key for each of 160 takes a second
-    graph, state = nnx.split(nnx.eval_shape(lambda: AutoencoderVQ(config, no_keys)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: AutoencoderVQ(config)))
     return graph, _string_keys(nnx.to_pure_dict(state))
 
 

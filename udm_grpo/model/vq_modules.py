@@ -5,6 +5,8 @@ Source: the diffusers VAE family as used by URSA (arXiv 2510.24717).
 
 import math
 from functools import partial
+from types import SimpleNamespace
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +16,13 @@ from jaxtyping import Array
 from udm_grpo.model.vq_config import GROUPS, VQConfig
 
 NORM_EPS = 1e-6
-# vq.init draws the parameters. Here they only have shapes, and zeros are traced fastest.
+# vq.init draws the parameters. Here they only have shapes: zeros without keys, since to trace a draw for each of them
+# takes a second at every start.
+_NO_KEYS = cast(nnx.Rngs, SimpleNamespace(params=lambda: None))
 _ZEROS = nnx.initializers.zeros
-Conv = partial(nnx.Conv, kernel_init=_ZEROS)
-Linear = partial(nnx.Linear, kernel_init=_ZEROS)
-Embed = partial(nnx.Embed, embedding_init=_ZEROS)
+Conv = partial(nnx.Conv, kernel_init=_ZEROS, rngs=_NO_KEYS)
+Linear = partial(nnx.Linear, kernel_init=_ZEROS, rngs=_NO_KEYS)
+Embed = partial(nnx.Embed, embedding_init=_ZEROS, rngs=_NO_KEYS)
 
 
 class GroupNorm(nnx.Module):
@@ -47,13 +51,13 @@ class GroupNorm(nnx.Module):
 class ResBlock(nnx.Module):
     """Two convolutions, each after a group norm and SiLU, beside a shortcut."""
 
-    def __init__(self, channels: int, out_channels: int, rngs: nnx.Rngs):
+    def __init__(self, channels: int, out_channels: int):
         self.norm1 = GroupNorm(channels)
-        self.conv1 = _conv3x3(channels, out_channels, rngs)
+        self.conv1 = _conv3x3(channels, out_channels)
         self.norm2 = GroupNorm(out_channels)
-        self.conv2 = _conv3x3(out_channels, out_channels, rngs)
+        self.conv2 = _conv3x3(out_channels, out_channels)
         if channels != out_channels:
-            self.conv_shortcut = Conv(channels, out_channels, (1, 1), rngs=rngs)
+            self.conv_shortcut = Conv(channels, out_channels, (1, 1))
         self.has_shortcut = channels != out_channels
 
     def __call__(self, x: Array) -> Array:
@@ -67,12 +71,12 @@ class ResBlock(nnx.Module):
 class Attention(nnx.Module):
     """Single-head attention over all pixels, with its residual."""
 
-    def __init__(self, channels: int, rngs: nnx.Rngs):
+    def __init__(self, channels: int):
         self.group_norm = GroupNorm(channels)
-        self.to_q = Linear(channels, channels, rngs=rngs)
-        self.to_k = Linear(channels, channels, rngs=rngs)
-        self.to_v = Linear(channels, channels, rngs=rngs)
-        self.to_out = nnx.List([Linear(channels, channels, rngs=rngs)])
+        self.to_q = Linear(channels, channels)
+        self.to_k = Linear(channels, channels)
+        self.to_v = Linear(channels, channels)
+        self.to_out = nnx.List([Linear(channels, channels)])
 
     def __call__(self, x: Array) -> Array:
         """Return x plus what its pixels attend to."""
@@ -87,8 +91,8 @@ class Attention(nnx.Module):
 class Downsample(nnx.Module):
     """A convolution of stride 2, padded by one pixel on the right and at the bottom."""
 
-    def __init__(self, channels: int, rngs: nnx.Rngs):
-        self.conv = Conv(channels, channels, (3, 3), strides=2, padding=((0, 1), (0, 1)), rngs=rngs)
+    def __init__(self, channels: int):
+        self.conv = Conv(channels, channels, (3, 3), strides=2, padding=((0, 1), (0, 1)))
 
     def __call__(self, x: Array) -> Array:
         """Return [B, H/2, W/2, C]."""
@@ -98,8 +102,8 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Nearest-neighbour doubling, then a convolution."""
 
-    def __init__(self, channels: int, rngs: nnx.Rngs):
-        self.conv = _conv3x3(channels, channels, rngs)
+    def __init__(self, channels: int):
+        self.conv = _conv3x3(channels, channels)
 
     def __call__(self, x: Array) -> Array:
         """Return [B, 2H, 2W, C]."""
@@ -111,12 +115,12 @@ class Upsample(nnx.Module):
 class Block(nnx.Module):
     """Resnets, each perhaps followed by attention, then perhaps a change of resolution."""
 
-    def __init__(self, channels: int, out_channels: int, depth: int, attention: bool, resize: str, rngs: nnx.Rngs):
+    def __init__(self, channels: int, out_channels: int, depth: int, attention: bool, resize: str):
         widths = [channels] + [out_channels] * (depth - 1)
-        self.resnets = nnx.List([ResBlock(width, out_channels, rngs) for width in widths])
-        self.attentions = nnx.List([Attention(out_channels, rngs) for _ in widths] if attention else [])
-        self.downsamplers = nnx.List([Downsample(out_channels, rngs)] if resize == "down" else [])
-        self.upsamplers = nnx.List([Upsample(out_channels, rngs)] if resize == "up" else [])
+        self.resnets = nnx.List([ResBlock(width, out_channels) for width in widths])
+        self.attentions = nnx.List([Attention(out_channels) for _ in widths] if attention else [])
+        self.downsamplers = nnx.List([Downsample(out_channels)] if resize == "down" else [])
+        self.upsamplers = nnx.List([Upsample(out_channels)] if resize == "up" else [])
 
     def __call__(self, x: Array) -> Array:
         """Apply all of it in turn."""
@@ -132,9 +136,9 @@ class Block(nnx.Module):
 class MidBlock(nnx.Module):
     """Resnet, attention, resnet."""
 
-    def __init__(self, channels: int, rngs: nnx.Rngs):
-        self.resnets = nnx.List([ResBlock(channels, channels, rngs), ResBlock(channels, channels, rngs)])
-        self.attentions = nnx.List([Attention(channels, rngs)])
+    def __init__(self, channels: int):
+        self.resnets = nnx.List([ResBlock(channels, channels), ResBlock(channels, channels)])
+        self.attentions = nnx.List([Attention(channels)])
 
     def __call__(self, x: Array) -> Array:
         """Apply them in turn."""
@@ -144,19 +148,19 @@ class MidBlock(nnx.Module):
 class Encoder(nnx.Module):
     """Pixels to latents, before quant_conv."""
 
-    def __init__(self, config: VQConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VQConfig):
         widths, last = config.block_out_channels, len(config.block_out_channels) - 1
-        self.conv_in = _conv3x3(config.in_channels, widths[0], rngs)
+        self.conv_in = _conv3x3(config.in_channels, widths[0])
         blocks = []
         for index, width in enumerate(widths):
             attention = config.attn_down_block and index == last
             resize = "none" if index == last else "down"
             before = widths[max(index - 1, 0)]
-            blocks.append(Block(before, width, config.layers_per_block, attention, resize, rngs))
+            blocks.append(Block(before, width, config.layers_per_block, attention, resize))
         self.down_blocks = nnx.List(blocks)
-        self.mid_block = MidBlock(widths[-1], rngs)
+        self.mid_block = MidBlock(widths[-1])
         self.conv_norm_out = GroupNorm(widths[-1])
-        self.conv_out = _conv3x3(widths[-1], config.latent_channels, rngs)
+        self.conv_out = _conv3x3(widths[-1], config.latent_channels)
 
     def __call__(self, x: Array) -> Array:
         """Return [B, h, w, latent_channels]."""
@@ -169,19 +173,19 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Latents, after post_quant_conv, to pixels."""
 
-    def __init__(self, config: VQConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VQConfig):
         widths, last = config.block_out_channels[::-1], len(config.block_out_channels) - 1
-        self.conv_in = _conv3x3(config.latent_channels, widths[0], rngs)
-        self.mid_block = MidBlock(widths[0], rngs)
+        self.conv_in = _conv3x3(config.latent_channels, widths[0])
+        self.mid_block = MidBlock(widths[0])
         blocks = []
         for index, width in enumerate(widths):
             attention = config.attn_up_block and index == 0
             resize = "none" if index == last else "up"
             before = widths[max(index - 1, 0)]
-            blocks.append(Block(before, width, config.layers_per_block + 1, attention, resize, rngs))
+            blocks.append(Block(before, width, config.layers_per_block + 1, attention, resize))
         self.up_blocks = nnx.List(blocks)
         self.conv_norm_out = GroupNorm(widths[-1])
-        self.conv_out = _conv3x3(widths[-1], config.out_channels, rngs)
+        self.conv_out = _conv3x3(widths[-1], config.out_channels)
 
     def __call__(self, x: Array) -> Array:
         """Return [B, H, W, out_channels]."""
@@ -194,14 +198,14 @@ class Decoder(nnx.Module):
 class AutoencoderVQ(nnx.Module):
     """All parameters of the tokenizer; vq.py calls its parts."""
 
-    def __init__(self, config: VQConfig, rngs: nnx.Rngs):
-        self.encoder = Encoder(config, rngs)
-        self.decoder = Decoder(config, rngs)
-        self.quant_conv = Conv(config.latent_channels, config.vq_embed_dim, (1, 1), rngs=rngs)
-        self.post_quant_conv = Conv(config.vq_embed_dim, config.latent_channels, (1, 1), rngs=rngs)
+    def __init__(self, config: VQConfig):
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = Conv(config.latent_channels, config.vq_embed_dim, (1, 1))
+        self.post_quant_conv = Conv(config.vq_embed_dim, config.latent_channels, (1, 1))
         if config.quantizer_name == "VQuantizer":
-            self.codebook = Embed(config.num_vq_embeddings, config.vq_embed_dim, rngs=rngs)
+            self.codebook = Embed(config.num_vq_embeddings, config.vq_embed_dim)
 
 
-def _conv3x3(channels: int, out_channels: int, rngs: nnx.Rngs) -> nnx.Conv:
-    return Conv(channels, out_channels, (3, 3), padding=1, rngs=rngs)
+def _conv3x3(channels: int, out_channels: int) -> nnx.Conv:
+    return Conv(channels, out_channels, (3, 3), padding=1)
