@@ -12,7 +12,9 @@
 # IMAGE holds this folder at its working directory, with pip install -e ".[tpu]" or ".[cuda13]" done there. Each pod learns its
 # place from the JobSet's own labels; the first one is reached at ports 8476 and 8477. The start model, the prompt files and
 # output_dir have to be below /mnt/shared or in the image. When a pod is evicted it gets SIGTERM, and the run saves and exits
-# with status 75; the JobSet starts all pods again, up to 20 times, and the run resumes from its checkpoint.
+# with status 75; the JobSet starts all pods again, up to 20 times, and the run resumes from its checkpoint. The pods know
+# each other by the secret of the JobSet's name, if there is one:
+#   openssl rand -hex 16 | kubectl create secret generic udm --from-file=secret=/dev/stdin
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -28,7 +30,7 @@ while (($#)); do
         --dry-run) dry_run=true && shift ;;
         --name | --hosts | --chips | --accelerator | --topology | --claim)
             printf -v "${1#--}" '%s' "${2:?$1 wants a value}" && shift 2 ;;
-        -h | --help) sed -n '2,16s/^# \{0,1\}//p' scripts/launch_jobset.sh && exit 0 ;;
+        -h | --help) sed -n '2,18s/^# \{0,1\}//p' scripts/launch_jobset.sh && exit 0 ;;
         --) shift && break ;;
         *) fail "$1 is not known; the trainer's own arguments come after --" ;;
     esac
@@ -90,6 +92,14 @@ spec:
                       valueFrom:
                         fieldRef:
                           fieldPath: metadata.annotations['batch.kubernetes.io/job-completion-index']
+                    - name: UDM_GRPO_LOCK_WAIT_S
+                      value: "300"
+                    - name: UDM_GRPO_SECRET
+                      valueFrom:
+                        secretKeyRef:
+                          name: $name
+                          key: secret
+                          optional: true
                   command:
                     - python
                     - -m

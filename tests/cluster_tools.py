@@ -300,6 +300,9 @@ def _pod(pod: dict[str, Any], name: str, index: int, port: int) -> subprocess.Po
     variables = {}
     for entry in container["env"]:
         if "valueFrom" in entry:
+            if "secretKeyRef" in entry["valueFrom"]:
+                assert entry["valueFrom"]["secretKeyRef"]["optional"]  # this cluster has none
+                continue
             path = entry["valueFrom"]["fieldRef"]["fieldPath"]
             assert path == "metadata.annotations['batch.kubernetes.io/job-completion-index']", path
             variables[entry["name"]] = str(index)

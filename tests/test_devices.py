@@ -125,6 +125,16 @@ def test_a_platform_that_is_not_there_is_named_with_its_variable(monkeypatch, er
     assert "\n" not in text
 
 
+@pytest.mark.parametrize("name", ["JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION"])
+def test_a_variable_that_jax_cannot_read_is_one_line(name):
+    words = [sys.executable, "-m", "udm_grpo.convert", "--help"]
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | {name: "banana"}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: JAX cannot read {name} in the environment: ")
+    assert "'banana'" in line or '"banana"' in line
+
+
 def test_the_scorers_gpus_are_reserved_before_jax_looks_for_devices():
     """The order in `train`: afterwards it would be too late to hide them."""
     names = train.train.__code__.co_names

@@ -277,6 +277,11 @@ def test_the_manifest_of_a_jobset(tools: Path, kind: tuple[str, ...]) -> None:
     assert environment["JAX_COORDINATOR_ADDRESS"] == "udm-trainer-0-0.udm:8476"
     assert environment["JAX_NUM_PROCESSES"] == str(hosts)
     assert "JAX_PROCESS_ID" in environment
+    assert environment["UDM_GRPO_LOCK_WAIT_S"] == str(
+        pod["terminationGracePeriodSeconds"]
+    )  # an evicted pod's time to end
+    (secret,) = (entry["valueFrom"] for entry in container["env"] if entry["name"] == "UDM_GRPO_SECRET")
+    assert secret == {"secretKeyRef": {"name": "udm", "key": "secret", "optional": True}}
     resource = "google.com/tpu" if kind is TPU else "nvidia.com/gpu"
     assert container["resources"]["limits"] == {resource: chips}
     assert ("nodeSelector" in pod) == (kind is TPU)
