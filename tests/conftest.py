@@ -29,6 +29,26 @@ jax.config.update("jax_debug_key_reuse", True)
 install_import_hook(["udm_grpo.model", "udm_grpo.diffusion", "udm_grpo.grpo"], "beartype.beartype")
 
 
+LONGEST = (
+    "rehearsal_recipes",
+    "rehearsal_readme",
+    "train",
+    "launch_runs",
+    "lora",
+    "install",
+    "demo",
+    "buckets",
+    "sample",
+)
+"""Of tests/test_X.py, those that take minutes: they begin first, so that no worker is left alone with one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the LONGEST files first; the others keep their order."""
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 TORCH_MODELS = re.compile(r"^\s*(import|from) (torch|transformers|peft|open_clip|clip_helpers|standins)\b", re.M)
 
 
