@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import traceback
 import urllib.parse
@@ -22,6 +23,8 @@ from typing import Any, TextIO, cast
 HIDDEN = "***"
 MIN_REMEMBERED = 6
 """Characters; shorter values are hidden where they stand, but not elsewhere: they could be a part of any word."""
+INTERRUPTED_STATUS = 128 + signal.SIGINT
+"""Exit status after Ctrl-C, as shells give it."""
 MAX_SECRET_BYTES = 64 << 10
 
 _SECRET = re.compile(r"(?:^|[._-]|api)(?:key|token|secret|passwd|password|credentials?)$", re.IGNORECASE)
@@ -112,13 +115,19 @@ def _redacted_value(name: str, value: Any) -> Any:
     return value
 
 
-def guarded(main: Callable[[], int]) -> int:
-    """Run a command and return its exit status; what it prints, logs and raises is shown without secrets."""
+def guarded(main: Callable[[], int | None]) -> int:
+    """Run a command and return its exit status; what it prints, logs and raises is shown without secrets.
+
+    Ctrl-C ends it by a word instead of a traceback.
+    """
     remember_start()
     out, err = cast(TextIO, _Redacting(sys.stdout)), cast(TextIO, _Redacting(sys.stderr))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            return main()
+            return main() or 0
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED_STATUS
         except Exception:
             traceback.print_exc()
             return 1

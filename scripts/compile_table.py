@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rewards_bridge.redaction import guarded
 from udm_grpo.compile_only import PROGRAMS
 from udm_grpo.host.metrics import write_json
 from udm_grpo.host.places import local_args
@@ -102,4 +103,4 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -32,6 +32,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from rewards_bridge.redaction import guarded
 from rewards_bridge.scorers.text_match import ambiguity, target_text
 from udm_grpo import devices
 from udm_grpo.host import geneval_prompts
@@ -241,4 +242,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -8,11 +8,13 @@ is meant to be imperfect in an honest way: short training, and one caption in te
 class, colour, count or relation).
 """
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
 from tokenizers import pre_tokenizers
 
+from rewards_bridge.redaction import guarded
 from udm_grpo.base_checkpoint import Metadata, Plan, World, command_line, vq_config
 from udm_grpo.host import shapes
 from udm_grpo.host.shapes_scenes import render_batch, scene_for
@@ -62,4 +64,4 @@ def main(argv: Sequence[str] | None = None, plan: Plan | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

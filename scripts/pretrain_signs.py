@@ -8,12 +8,14 @@ goes on from the last one, to the same end. The base is meant to be imperfect in
 caption in ten is wrong in one digit.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from tokenizers import Regex, pre_tokenizers
 
+from rewards_bridge.redaction import guarded
 from udm_grpo import base_checkpoint
 from udm_grpo.base_checkpoint import Metadata, World, command_line, vq_config
 from udm_grpo.host import signs
@@ -77,4 +79,4 @@ def main(argv: Sequence[str] | None = None, plan: Plan | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

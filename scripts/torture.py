@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rewards_bridge.redaction import guarded
 from scripts.torture_run import ITERATIONS, STOPPED, Pace, Progress, Training, TrainingError, measure
 from udm_grpo.host.places import local_args
 
@@ -202,4 +203,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -19,6 +19,27 @@ with interruption() as asked:
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # the main thread runs none of Python's handlers in here
 """
 
+COMMAND = """
+import sys, time
+from rewards_bridge.redaction import guarded
+def main():
+    print("ready", flush=True)
+    time.sleep(20)
+sys.exit(guarded(main))
+"""
+OVER = """
+import os, sys, time
+from udm_grpo.interruption import ignore_stopping
+class Late:
+    def __del__(self, write=os.write, sleep=time.sleep):
+        write(1, b"ready\\n")
+        sleep(1)
+late = Late()
+ignore_stopping()
+sys.exit(0)
+"""
+QUIET = {"JAX_PLATFORMS": "cpu"}
+
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_is_a_wish_inside_the_block_only(number, capsys):
@@ -71,3 +92,36 @@ def test_the_second_ctrl_c_ends_the_process_at_once():
     assert process.returncode == AT_ONCE_STATUS == 130
     assert "Ctrl-C again ends it at once" in said
     assert "Traceback" not in said
+
+
+def interrupted(program: str, delay: float = 0.5) -> subprocess.CompletedProcess[str]:
+    """Run a program that says when it is ready, and send SIGINT to it after `delay` seconds."""
+    words, pipe = [sys.executable, "-c", program], subprocess.PIPE
+    with subprocess.Popen(words, cwd=ROOT, env=os.environ | QUIET, stdout=pipe, stderr=pipe, text=True) as process:
+        process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback():
+    done = interrupted(COMMAND)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "interrupted\n")
+
+
+def test_a_run_that_is_over_keeps_its_exit_status():
+    """Also while the interpreter ends, when Python no longer calls handlers of its own."""
+    done = interrupted(OVER, delay=0.2)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+COMMANDS = [path for folder in ("udm_grpo", "rewards_bridge", "scripts") for path in (ROOT / folder).rglob("*.py")]
+COMMANDS = [
+    path for path in COMMANDS if '__name__ == "__main__"' in path.read_text() and path.name != "torch_reference.py"
+]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_every_command_is_guarded(path):
+    assert path.read_text().rstrip().endswith("sys.exit(guarded(main))") or "status = guarded(main)" in path.read_text()

@@ -31,6 +31,7 @@ from udm_grpo.host.weight_table import leaves_by_path
 from udm_grpo.host.weights import load_folder
 from udm_grpo.model import lora
 from udm_grpo.model.transformer import Execution, TransformerConfig, hidden_states, init
+from udm_grpo.sample_settings import digest_of
 from udm_grpo.trained import open_training
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -287,16 +288,16 @@ def test_pictures_are_drawn_with_an_adapter(finished: Path, tmp_path: Path, caps
     exported = sample.open_folder(str(finished / "export")).checkpoint
     model = sample.open_folder(str(SHAPES), str(finished / "export_lora"))
     for checkpoint in (model.checkpoint, sample.open_run(str(finished)).checkpoint):
-        assert sample.digest_of(checkpoint) == sample.digest_of(exported)
+        assert digest_of(checkpoint) == digest_of(exported)
     raw = sample.open_run(str(finished), weights="params").checkpoint
-    assert sample.digest_of(raw) == sample.digest_of(sample.open_folder(str(finished / "export_raw")).checkpoint)
+    assert digest_of(raw) == digest_of(sample.open_folder(str(finished / "export_raw")).checkpoint)
     assert model.source["adapter"] == str(finished / "export_lora")
     words = ["--prompt=a", "--height=32", "--width=32", f"--adapter={finished / 'export_lora'}"]
     assert sample.main([f"--run={finished}", f"--output={tmp_path / 'new'}", *words]) == 2
     assert "--adapter belongs to a released folder" in capsys.readouterr().err
     less = ["--steps=2", "--batch=2", "--images_per_prompt=2", f"--output={tmp_path / 'new'}"]
     assert sample.main([f"--checkpoint={SHAPES}", *words, *less]) == 0
-    assert json.loads((tmp_path / "new" / "settings.json").read_text())["weights"] == sample.digest_of(exported)
+    assert json.loads((tmp_path / "new" / "settings.json").read_text())["weights"] == digest_of(exported)
 
 
 def test_the_best_adapter(finished: Path, tmp_path: Path, capsys) -> None:
@@ -307,7 +308,7 @@ def test_the_best_adapter(finished: Path, tmp_path: Path, capsys) -> None:
     saved, meta = Checkpoints(tmp_path / "checkpoints", keep=1), {"fingerprint": dict(training.meta["fingerprint"])}
     saved.save_best(2, {"params": params}, meta)
     exported = sample.open_folder(str(finished / "export")).checkpoint
-    assert sample.digest_of(sample.open_run(str(tmp_path), "best").checkpoint) == sample.digest_of(exported)
+    assert digest_of(sample.open_run(str(tmp_path), "best").checkpoint) == digest_of(exported)
     best = tmp_path / "checkpoints" / "best"
     assert call("verify", best, SHAPES) == 2
     assert "holds an adapter without its base; use to-pytorch with --base first" in capsys.readouterr().err

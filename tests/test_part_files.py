@@ -20,6 +20,7 @@ from udm_grpo.host import part_files
 from udm_grpo.host.weights import Checkpoint, WeightsError, load_folder, load_transformer, save_folder
 from udm_grpo.models import open_folder
 from udm_grpo.pipeline import load_pipeline
+from udm_grpo.sample_settings import digest_of
 
 BIN = "diffusion_pytorch_model.bin"
 OTHER = golden_paths()[-1] / "checkpoint"
@@ -204,8 +205,8 @@ def test_rewriting_makes_a_folder_that_draws_the_same(base: Path, release: Path,
     trained, output = str(release / "checkpoints" / "checkpoint-100"), str(tmp_path / "whole")
     assert convert.main(["rewrite", "--base", str(base), "--transformer", trained, "--output", output]) == 0
     over, alone = open_folder(str(base), transformer=trained), open_folder(output)
-    assert sample.digest_of(over.checkpoint) == sample.digest_of(alone.checkpoint)
-    assert sample.digest_of(over.checkpoint) != sample.digest_of(open_folder(str(base)).checkpoint)
+    assert digest_of(over.checkpoint) == digest_of(alone.checkpoint)
+    assert digest_of(over.checkpoint) != digest_of(open_folder(str(base)).checkpoint)
     assert over.source == {"checkpoint": str(base), "transformer": trained}
 
 

@@ -20,6 +20,7 @@ from udm_grpo.host.atomic import UNFINISHED
 from udm_grpo.host.checkpoint import Checkpoints
 from udm_grpo.host.sample_folder import read_samples
 from udm_grpo.pipeline import load_pipeline
+from udm_grpo.sample_settings import digest_of
 
 SHAPES = str(ROOT / "udm_grpo" / "assets" / "ursa-shapes")
 FEW = ("--height=32", "--width=32", "--steps=3")
@@ -275,7 +276,7 @@ def test_the_best_weights_of_a_run(run: Path, tmp_path: Path) -> None:
     saved.save_best(7, {"params": average.transformer}, {})
     model = sample.open_run(str(tmp_path / "best"), "best")
     assert model.source == {"run": str(tmp_path / "best"), "step": 7, "best": True, "weights": "ema"}
-    assert sample.digest_of(model.checkpoint) == sample.digest_of(average)
+    assert digest_of(model.checkpoint) == digest_of(average)
     with pytest.raises(sample.SampleError, match=r"--weights is params, but .* has only ema there"):
         sample.open_run(str(tmp_path / "best"), "best", "params")
     with pytest.raises(sample.SampleError, match=r"--step 3; there are 1\."):

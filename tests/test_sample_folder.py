@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from sample_pictures import numbered, write_flat, write_geneval
 
-from udm_grpo import sample
 from udm_grpo.host.layouts import cut_grid, grid_names, join_grid, place_of
 from udm_grpo.host.prompts import PromptSet
 from udm_grpo.host.sample_folder import SamplesError, load_picture, read_samples
 from udm_grpo.host.scoring import LARGEST_BATCH
+from udm_grpo.sample_settings import Settings, open_output
 
 
 @pytest.fixture
@@ -58,9 +58,9 @@ def test_the_layouts_are_those_of_sample(tmp_path: Path) -> None:
     texts = tuple(prompt["prompt"] for prompt in prompts)
     asked = PromptSet(texts, tuple(prompts), ("untagged",) * 2)
     for layout in ("geneval", "flat"):
-        settings = sample.Settings("w", "p", 2, 1, 1.0, 0.9, 0, 8, 8, 4, "float32", layout)
+        settings = Settings("w", "p", 2, 1, 1.0, 0.9, 0, 8, 8, 4, "float32", layout)
         root = tmp_path / layout
-        sample.open_output(settings, {}, asked, root)
+        open_output(settings, {}, asked, root)
         for prompt in range(2):
             for image in range(2):
                 path = place_of(settings.layout, root, (), prompt, image)[0]

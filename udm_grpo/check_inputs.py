@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rewards_bridge.redaction import guarded
 from udm_grpo.command_line import parse
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.config_checks import validate
@@ -58,4 +59,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

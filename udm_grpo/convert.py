@@ -26,6 +26,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from rewards_bridge.redaction import guarded
 from udm_grpo.devices import device_errors, prepare
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.finite import finite_number
@@ -328,4 +329,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

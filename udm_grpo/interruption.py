@@ -81,6 +81,15 @@ def interruption() -> Iterator[Interruption]:
         reader.close()
 
 
+def ignore_stopping() -> None:
+    """Ignore what asks a run to stop, from here to the end of the process.
+
+    For a run that is over: until the interpreter has ended, such a signal would still change the exit status.
+    """
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _listen(reader: socket.socket, asked: Interruption) -> None:
     announced = interrupted = False
     while numbers := reader.recv(64):

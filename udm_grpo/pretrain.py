@@ -9,6 +9,7 @@ and images i32[M,h,w]. A killed run goes on where it stopped, from its last save
 import argparse
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rewards_bridge.redaction import guarded
 from udm_grpo import steps
 from udm_grpo.batches import Params
 from udm_grpo.devices import on_devices, prepare
@@ -188,4 +190,4 @@ def _pretrain_folder(checkpoint: Checkpoint, tokens: FilePath, output: FilePath,
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rewards_bridge.redaction import guarded
 from udm_grpo.devices import prepare
 from udm_grpo.host.atomic import replace_file
 from udm_grpo.host.buckets import NOT_BROUGHT_BACK, local
@@ -66,4 +67,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -23,7 +23,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from rewards_bridge.redaction import guarded
 from udm_grpo import distributed, hosts, steps
 from udm_grpo import mesh as meshes
 from udm_grpo.batch_sizes import padded
@@ -43,7 +44,6 @@ from udm_grpo.host.atomic import remove_unfinished, replace_file
 from udm_grpo.host.buckets import local_prompts
 from udm_grpo.host.checkpoint import CheckpointError
 from udm_grpo.host.layouts import GRID, LAYOUTS, QUARTERS, cut_grid, file_names, join_grid, picture_files, place_of
-from udm_grpo.host.metrics import write_json
 from udm_grpo.host.pictures import image_grid
 from udm_grpo.host.places import check_flags
 from udm_grpo.host.progress import progress_bar
@@ -51,79 +51,13 @@ from udm_grpo.host.prompt_files import PROMPT
 from udm_grpo.host.prompts import UNTAGGED, PromptSet, read_prompts
 from udm_grpo.host.weights import DTYPES, Checkpoint
 from udm_grpo.model.transformer import Execution
-from udm_grpo.models import Model, SampleError, open_folder, open_run, read_json
+from udm_grpo.models import Model, SampleError, open_folder, open_run
 from udm_grpo.output_folder import lock_for_all
 from udm_grpo.run import path_of
+from udm_grpo.sample_settings import Settings, digest_of, open_output
 
 MOST_PROMPTS, MOST_IMAGES = 2**20, 2**11
 """Image i of prompt p is number i * MOST_PROMPTS + p of the rollouts, which 31 bits hold."""
-
-
-NEW_SETTINGS = {"negative_prompt": ""}
-"""What settings.json of an earlier version does not say, and drew with."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that decides the pictures of a folder; settings.json holds it, and a folder goes on only with the same.
-
-    weights: SHA-256 of the checkpoint. prompts: SHA-256 of the prompts and their metadata. steps: T. guidance_scale: g,
-    1 is CFG-free. guidance_trunc: guidance acts while t_k is below it. height, width: pixels. text_length: L, tokens.
-    dtype: of the transformer; pictures are decoded in float32, as in training. negative_prompt: what guidance contrasts
-    with; "" is the empty prompt.
-    """
-
-    weights: str
-    prompts: str
-    images_per_prompt: int
-    steps: int
-    guidance_scale: float
-    guidance_trunc: float
-    seed: int
-    height: int
-    width: int
-    text_length: int
-    dtype: str
-    layout: str
-    negative_prompt: str = ""
-
-
-def digest_of(checkpoint: Checkpoint) -> str:
-    """SHA-256 of all that a checkpoint draws with: the same for a run's checkpoint and its export."""
-    digest = hashlib.sha256(repr(sorted(checkpoint.files.items())).encode())
-    for leaf in jax.tree.leaves([checkpoint.transformer, checkpoint.vq, checkpoint.path_codebook]):
-        digest.update(f"{leaf.dtype}{leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def open_output(settings: Settings, source: dict[str, Any], prompts: PromptSet, output: Path) -> None:
-    """Make the folder, or check that it is one to go on with, and write all in it but pictures.
-
-    Raises SampleError for a folder of other settings (naming each) and for one that something else has filled.
-    """
-    file = output / "settings.json"
-    if file.exists():
-        there = read_json(file)
-        now = asdict(settings)
-        lines = [
-            f"{name}: there {there.get(name)!r}, now {now[name]!r}"
-            for name in now
-            if there.get(name, NEW_SETTINGS.get(name)) != now[name]
-        ]
-        if lines:
-            lines.append("Set these back to go on there, or give another folder as --output.")
-            raise SampleError("\n  ".join([f"{output} holds pictures of other settings:", *lines]))
-    # What starts with a dot is what a kill leaves of a file that was being written.
-    elif output.exists() and any(not entry.name.startswith(".") for entry in output.iterdir()):
-        raise SampleError(f"{output} holds something, but no settings.json; give an empty or new folder as --output.")
-    else:
-        write_json(file, {**asdict(settings), "source": source})
-    rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in prompts.metadata]
-    texts = {output / f"{prompt:05d}" / "metadata.jsonl": row for prompt, row in enumerate(rows)}
-    for path, text in texts.items() if settings.layout == "geneval" else [(output / "prompts.jsonl", "".join(rows))]:
-        if not path.exists():
-            replace_file(path, partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 def drawer(
@@ -347,4 +281,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

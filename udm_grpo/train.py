@@ -46,7 +46,7 @@ from udm_grpo.host.metrics import StageTimer, check_tools, write_json
 from udm_grpo.host.pictures import before_after, image_grid
 from udm_grpo.host.rewards import Rewards
 from udm_grpo.host.weights import WeightsError
-from udm_grpo.interruption import StopRequestedError, interruption
+from udm_grpo.interruption import StopRequestedError, ignore_stopping, interruption
 from udm_grpo.iteration_checks import DivergedError
 from udm_grpo.mesh import MeshError
 from udm_grpo.run import Position, Run, Stage, open_run, save, start
@@ -325,4 +325,6 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    status = guarded(main)
+    ignore_stopping()
+    sys.exit(status)

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from rewards_bridge.errors import UsageError
+from rewards_bridge.redaction import guarded
 
 DETECTION, RECOGNITION = "PP-OCRv5_mobile_det", "PP-OCRv5_mobile_rec"
 
@@ -175,4 +176,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))
