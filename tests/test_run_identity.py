@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from report_runs import write_run
+from running import ROOT
 
 from udm_grpo import best_weights
 from udm_grpo.batches import TrainState
@@ -21,7 +23,7 @@ from udm_grpo.host.grid_file import run_of
 from udm_grpo.host.metrics import JsonLines, write_json
 from udm_grpo.host.pictures import image_grid
 from udm_grpo.host.run_folder import read_run
-from udm_grpo.host.set_aside import set_aside
+from udm_grpo.host.set_aside import RUN_FILES, set_aside
 from udm_grpo.identity import Identity, identify
 from udm_grpo.output_folder import check_inputs_stay, set_aside_older
 from udm_grpo.run import Position
@@ -54,6 +56,15 @@ def test_everything_of_an_older_run_is_set_aside_as_a_run_of_its_own(tmp_path: P
     assert names(run / "older") == {"1"}
     write_json(run / "config.json", {})
     assert set_aside(run) == str(run / "older" / "2")
+
+
+def test_all_that_the_readme_says_a_run_leaves_is_set_aside() -> None:
+    """But parts of an evaluation, which know their run: a start without a checkpoint continues with them."""
+    table = (ROOT / "README.md").read_text().split("| in `output_dir` | |")[1].split("\n\n")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    said = {name.rstrip("/") for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    assert len(said) > 15
+    assert said - set(RUN_FILES) == {"evaluation_parts"}
 
 
 def test_a_move_that_was_interrupted_is_completed(tmp_path: Path) -> None:
