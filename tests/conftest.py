@@ -4,6 +4,7 @@ import atexit
 import os
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ if "UDM_GRPO_COMPILED" not in os.environ:
     os.environ["UDM_GRPO_COMPILED"] = tempfile.mkdtemp(prefix="compiled-")
     atexit.register(shutil.rmtree, os.environ["UDM_GRPO_COMPILED"], ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # Tests that are run in the background of a script ignore Ctrl-C, and so would all that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import pytest

@@ -5,9 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from running import ROOT
+from running import ROOT, SMOKE
 
 from udm_grpo.interruption import AT_ONCE_STATUS, StopRequestedError, interruption
 
@@ -103,6 +104,33 @@ def interrupted(program: str, delay: float = 0.5) -> subprocess.CompletedProcess
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_imports_is_heard_after_them(number, tmp_path):
+    """With the status that a scheduler waits for, and before anything is written."""
+    words = [sys.executable, "-m", "udm_grpo.train", "--config", SMOKE, f"--config.output_dir={tmp_path / 'run'}"]
+    words.append("--config.checkpoint.stopped_status=75")
+    status, said = signalled_in_imports(words, number)
+    assert status == 75
+    assert said.splitlines()[-1] == f"stopped by {number.name} before anything was started"
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_during_the_imports_of_another_command_is_no_traceback():
+    words = [sys.executable, "-m", "udm_grpo.convert", "--help"]
+    assert signalled_in_imports(words, signal.SIGINT) == (-signal.SIGINT, "interrupted\n")
+
+
+def signalled_in_imports(words: list[str], number: int) -> tuple[int, str]:
+    """Send a signal to a command while it imports JAX; return its exit status and what it wrote to stderr."""
+    with subprocess.Popen(words, cwd=ROOT, env=os.environ | QUIET, stderr=subprocess.PIPE, text=True) as process:
+        while "jaxlib" not in (Path("/proc") / str(process.pid) / "maps").read_text():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        said = process.stderr.read()
+    return process.returncode, said
 
 
 def test_ctrl_c_ends_a_command_without_a_traceback():

@@ -2,12 +2,20 @@
 
 import os
 import sys
+from types import TracebackType
 
-_variables = [name for name in os.environ if name.startswith("JAX_")]
-if sys.argv[:1] == ["-m"] and _variables:
-    # A command. JAX refuses a value that it cannot read when it is imported, by a traceback.
-    try:
-        import jax  # noqa: F401
-    except ValueError as error:
-        _named = [name for name in _variables if name.lower() in str(error).lower()] or _variables
-        sys.exit(f"error: JAX cannot read {', '.join(_named)} in the environment: {error}; correct or unset it.")
+
+def _in_a_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say what ended a command while its modules were imported, where that is no fault of theirs."""
+    named = [name for name in os.environ if name.startswith("JAX_") and name.lower() in str(error).lower()]
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    elif issubclass(kind, ValueError) and named:
+        says = f"JAX cannot read {', '.join(named)} in the environment: {error}"
+        print(f"error: {says}; correct or unset it.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if sys.argv[:1] == ["-m"]:  # python -m udm_grpo.COMMAND
+    sys.excepthook = _in_a_line

@@ -23,11 +23,9 @@ from dataclasses import dataclass
 from types import FrameType
 
 from udm_grpo import hosts
+from udm_grpo.early_signals import AT_ONCE_STATUS, STOPPING
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SURVIVED = (signal.SIGHUP,)
-AT_ONCE_STATUS = 128 + signal.SIGINT
-"""Exit status after a second Ctrl-C, as shells give it."""
 
 
 class StopRequestedError(Exception):

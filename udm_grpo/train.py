@@ -9,10 +9,12 @@ An iteration, as `train` below reads: prompts, rollout, pictures to the scorer, 
 scores, advantages, update(s).
 """
 
+from udm_grpo import early_signals
 from udm_grpo.host.terminal import lasting_streams, prepare_streams
 
 if __name__ == "__main__":
-    prepare_streams()  # before the imports, which take seconds
+    early_signals.note_signals()  # before the imports, which take seconds
+    prepare_streams()
 
 import contextlib
 import sys
@@ -307,6 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
+    stopped_by = early_signals.heard()
     words = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):
         return _help(words)
@@ -316,6 +319,9 @@ def _main(argv: Sequence[str] | None) -> int:
     try:
         config = parse(words)
         validate(config)
+        if stopped_by:
+            print(f"stopped by {stopped_by} before anything was started", file=sys.stderr)
+            return config.checkpoint.stopped_status
         with distributed.joined(config.distributed, expected), device_errors():
             summary = train(config)
     except expected as error:

@@ -5,7 +5,6 @@ What cannot be written there any more is dropped, and the program goes on.
 
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -45,12 +44,10 @@ class LastingStream:
 
 
 def prepare_streams() -> None:
-    """Open descriptors that the caller has closed, and let Ctrl-C end the process without a traceback; call it first.
+    """Open descriptors that the caller has closed; call it first.
 
     A descriptor that is closed would go to the next file that is opened, which would then receive what libraries print.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
     for descriptor, name in enumerate(STREAMS):
         try:
             os.fstat(descriptor)
