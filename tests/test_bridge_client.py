@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 
 import bridge_helpers as helpers
+import grpc
 import numpy as np
 import pytest
 from PIL import Image
 
 from rewards_bridge.client import BridgeConfig, BridgeError, RewardsClient
+from rewards_bridge.connection import Connection
 from rewards_bridge.errors import UsageError
 
 
@@ -222,3 +224,34 @@ def test_score_command_uses_a_running_server(tmp_path):
     gone = subprocess.run(command, env=path, capture_output=True, text=True)
     assert gone.returncode == 2
     assert "was not serving" in gone.stderr
+
+
+class NoPlaceError(grpc.RpcError):
+    """What a client gets of a server that has no place for its call."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def details(self) -> str:
+        return "64 calls are waiting here already"
+
+
+@pytest.mark.parametrize("call", ["describe", "wait_until_serving"])
+def test_a_server_that_has_no_place_yet_is_asked_again(call, tmp_path, monkeypatch):
+    with helpers.running_server("Echo", f"unix:{tmp_path}/s") as (_, address):
+        connection = Connection(address)
+        stub, name = (connection, "_describe") if call == "describe" else (connection._health, "Check")
+        real, refusals = getattr(stub, name), iter([NoPlaceError(), NoPlaceError()])
+
+        def busy(*given, **named):
+            for error in refusals:
+                raise error
+            return real(*given, **named)
+
+        monkeypatch.setattr(stub, name, busy)
+        if call == "describe":
+            assert "Echo" in connection.describe("bridge_scorers:Echo").scorer
+        else:
+            connection.wait_until_serving(20, lambda: None)
+        assert next(refusals, None) is None
+        connection.close()
