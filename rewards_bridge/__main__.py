@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     serving = commands.add_parser("serve", help="load a scorer and serve it until stopped")
     scoring = commands.add_parser("score", help="score images, one JSON object a line")
-    examining = commands.add_parser("doctor", help="say of each scorer whether it is ready, and what mends it if not")
+    examining = commands.add_parser("doctor", help="say of each scorer whether it is ready, and how to fix it if not")
     names = f'{", ".join(sorted(KNOWN))}, or your own "module:Class"'
     examining.add_argument("--scorer", action="append", default=[], help=f"{names}; may be repeated; all if left out")
     what = "all that a training needs, by its configuration; --config.field=value as there"

@@ -3,7 +3,7 @@
     python -m scripts.compile_table --output configs/compile_table.md
 
 Goes through TOPOLOGIES and the programs of configs/geneval.py one by one (up to minutes each); the numbers gather in a
-.json beside the output, and the same command goes on where it stopped. --topology and --programs take a part.
+.json beside the output, and the same command continues where it stopped. --topology and --programs take a part.
 """
 
 import argparse

@@ -200,7 +200,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 for what the user can mend, said without a traceback."""
+    """The command line; returns the exit status: 2 for a user's mistake, reported without a traceback."""
     prepare()
     given = _parser().parse_args(argv)
     try:

@@ -229,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 for what the user can mend, said without a traceback."""
+    """The command line; returns the exit status: 2 for a user's mistake, reported without a traceback."""
     devices.prepare()
     given = local_args(_parser(), argv)
     try:

@@ -40,7 +40,7 @@ class Plan(base_checkpoint.Plan):
     """Half of the shapes world's: the reader has long read the reconstructions without a mistake."""
     tokenizer_decay: int = 2_500
     updates: int = 500
-    """Transformer updates; with more of them the base would make few mistakes for RL to mend."""
+    """Transformer updates; with more of them the base would leave RL few mistakes to correct."""
 
 
 def varied_pictures(count: int, rng: np.random.Generator) -> np.ndarray:

@@ -262,7 +262,7 @@ def test_a_line_that_says_nothing_is_survived_and_the_end_after_it_is_noticed(ga
     assert meeting.ended == []
     to_process_0.line.end()
     expected = (
-        "process 1 (host host-1, pid 101) ended without a word: it was killed, or it crashed; its own log says more"
+        "process 1 (host host-1, pid 101) ended unexpectedly: it was killed or crashed; see its own log"
     )
     assert meeting.wait(3) == {0: expected, 1: expected, 2: expected}
     meeting.close()
@@ -460,8 +460,8 @@ def start(what: str, count: int, tmp: Path) -> list[subprocess.Popen]:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("1 dies", r"error: this run has ended, because process 1 \(host .*, pid {pid}\) ended without a word"),
-        ("0 dies", r"error: this run has ended, because process 0 \(host .*, pid {pid}\) ended without a word"),
+        ("1 dies", r"error: this run has ended, because process 1 \(host .*, pid {pid}\) ended unexpectedly"),
+        ("0 dies", r"error: this run has ended, because process 0 \(host .*, pid {pid}\) ended unexpectedly"),
         ("1 raises", r"error: this run has ended, because process 1 \(host .*, pid {pid}\) failed: KeyError: 'mine'"),
     ],
 )

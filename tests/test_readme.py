@@ -53,7 +53,7 @@ def test_the_prompt_sets_of_the_readme_are_examples_of_the_command() -> None:
 
 
 def test_the_doctor_says_what_every_scorer_lacks(tmp_path: Path) -> None:
-    """Without a network, most scorers lack their weights: each of them gets a command that mends it."""
+    """Without a network, most scorers lack their weights: each of them gets a command that fixes it."""
     words = DOCTOR.replace("python", sys.executable, 1).split()
     offline = {**environment(), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(words, cwd=ROOT, env=offline, capture_output=True, text=True, timeout=300)

@@ -9,7 +9,7 @@
 DPG-Bench's (ID.png, the four pictures of a prompt in a 2 x 2 grid; --prompts prompts.json has the prompts by id).
 The output has
 
-    scores.jsonl                     a line a picture and scorer; the same command again goes on where it stopped
+    scores.jsonl                     a line a picture and scorer; the same command again continues where it stopped
     summary.json, summary.md         means with bootstrap intervals over prompts; GenEval's per-task table
     prompt_notes.json                what the scorers say of the prompts: those that they cut, ambiguous texts
     results.jsonl                    what GenEval's evaluate_images.py writes, for its summary_scores.py
@@ -266,7 +266,7 @@ def _run(scorers: dict[str, ScorerConfig], output: Path, given: argparse.Namespa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 for what the user can mend, said without a traceback."""
+    """The command line; returns the exit status: 2 for a user's mistake, reported without a traceback."""
     prepare()
     parser = _parser()
     given, rest = parser.parse_known_args(argv)

@@ -3,7 +3,7 @@
     python -m udm_grpo.pretrain --checkpoint START --data tokens.npz --output FOLDER --updates 20000
 
 `START` is a folder in the released format (its weights are where training starts), `tokens.npz` holds prompts (text)
-and images i32[M,h,w]. A killed run goes on where it stopped, from its last saved state, to the same end.
+and images i32[M,h,w]. A killed run continues where it stopped, from its last saved state, to the same end.
 """
 
 import argparse

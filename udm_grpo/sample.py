@@ -12,7 +12,7 @@ of a prompt in a 2 x 2 grid, named by its id, and prompts.jsonl):
     OUTPUT/00000/metadata.jsonl          the prompt's line          OUTPUT/prompts.jsonl    a line a prompt
     OUTPUT/00000/samples/0000.png        its first picture          OUTPUT/00000_0.png      its first picture
 
-and settings.json and contact_sheet.png. The same command again goes on where it stopped. Image i of prompt p depends
+and settings.json and contact_sheet.png. The same command again continues where it stopped. Image i of prompt p depends
 on (seed, p, i) alone, not on --batch, --devices or hosts (several share the work like those of a training, see
 udm_grpo/distributed.py, and the folder); image 0 of each is what `Pipeline.generate` draws with that seed.
 """
@@ -266,7 +266,7 @@ def draw_all(given: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 for what the user can mend, said without a traceback."""
+    """The command line; returns the exit status: 2 for a user's mistake, reported without a traceback."""
     prepare()
     given = _parser().parse_args(argv)
     expected = (CheckpointError, OSError, ValueError)  # ValueError: SampleError, WeightsError, MeshError, prompts

@@ -302,7 +302,7 @@ def _help(words: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status. What the user can mend is said in a line, without a traceback."""
+    """The command line; returns the exit status. A user's mistake is reported in a line, without a traceback."""
     prepare()
     with lasting_streams():
         return _main(argv)

@@ -6,7 +6,7 @@ A detector finds the objects (mask2former.py), CLIP tells their colours where a 
     scorer = load_scorer("geneval", {"detector": "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth"})
     scorer.score(images, prompts, metadata)
 
-Source: Ghosh et al. 2023, "GenEval"; the soft and strict rules are those of UDM-GRPO's reward (SPEC 6).
+Source: Ghosh et al. 2023, "GenEval"; the soft and strict rules are those of UDM-GRPO's reward (arXiv 2604.18518).
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class ImageRewardScorer:
 
     model: ImageReward-v1.0, to be downloaded, or its file ImageReward.pt; med_config: its file med_config.json, empty:
     to be downloaded. device: cpu, cuda:0, ... Only the first 35 tokens of a prompt count, those for its
-    start and end among them. Raises UsageError, with the command that mends it, if the package is missing or does not
+    start and end among them. Raises UsageError, with the command that fixes it, if the package is missing or does not
     load.
 
     Source: Xu et al. 2023, "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation".

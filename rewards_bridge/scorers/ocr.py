@@ -2,7 +2,7 @@
 
 The model folders come from `python -m rewards_bridge.scorers.ocr_models --output FOLDER`, or from PaddleOCR itself.
 
-Source: the OCR reward of UDM-GRPO (SPEC 6); PP-OCRv5 and PaddleOCR by the PaddlePaddle authors.
+Source: the OCR reward of UDM-GRPO (arXiv 2604.18518); PP-OCRv5 and PaddleOCR by the PaddlePaddle authors.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class _Reader:
         if settings.engine == "onnxruntime":
             engine = {"engine": settings.engine, "engine_config": _onnxruntime_config(settings.cpu_threads)}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what is not ours to mend
+            warnings.simplefilter("ignore")  # about code that is not ours
             from paddleocr import PaddleOCR
 
             try:

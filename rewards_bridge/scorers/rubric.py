@@ -5,7 +5,7 @@
 Detections are {class: [{"box": [x0, y0, x1, y1], "score": float, "color": str or callable}]}, y down. A colour that is
 costly to tell may be a function without arguments that returns the word: it is called only if a verdict depends on it.
 
-Source: Ghosh et al. 2023, "GenEval" (the official rule), and the soft and strict rules of UDM-GRPO's reward (SPEC 6).
+Source: Ghosh et al. 2023, "GenEval" (the official rule); UDM-GRPO, arXiv 2604.18518 (the soft and strict rules).
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@
 
 Both sides are normalised alike before they are compared, see `plain`.
 
-Source: the OCR reward of UDM-GRPO (SPEC 6), which is that of Flow-GRPO (arXiv 2505.05470): the target is between the
-first pair of straight double quotes, spaces and case do not count. Beyond it we read typographic quotes where there are
-no straight ones, marks of inches, escaped and doubled quotes, and take letters that look alike for the same letter.
+Source: the OCR reward of UDM-GRPO, arXiv 2604.18518, which is that of Flow-GRPO, arXiv 2505.05470: the target is
+between the first pair of straight double quotes, spaces and case do not count. Beyond it we read typographic quotes
+where there are no straight ones, marks of inches, escaped and doubled quotes, and take letters that look alike for the
+same letter.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     drawn = generate(50_000, seed=0, ratio=RATIO, leave_out=evaluation_rows)
     drawn.rows, drawn.shares["counting"]
 
-Source: Ghosh et al. 2023, "GenEval" (the grammar); SPEC 7, which is the training set of Flow-GRPO (arXiv 2505.05470)
-and UDM-GRPO (the ratio, the evaluation prompts left out).
+Source: Ghosh et al. 2023, "GenEval" (the grammar); Flow-GRPO, arXiv 2505.05470, and UDM-GRPO, arXiv 2604.18518 (the
+training set: the ratio, the evaluation prompts left out).
 """
 
 import itertools

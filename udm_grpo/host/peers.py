@@ -123,7 +123,7 @@ class Peers:
                 if "failed" in message:
                     return str(message["failed"])
         except EOFError:
-            reason = "ended without a word: it was killed, or it crashed; its own log says more"
+            reason = "ended unexpectedly: it was killed or crashed; see its own log"
         except TimeoutError:
             reason = f"gave no sign of life for {self._silence_s:g} s (distributed.silence_s)"
         except (OSError, ValueError) as error:

@@ -124,10 +124,10 @@ class _Reader:
         try:
             found = json.loads(path.read_bytes())
         except ValueError as error:
-            self.problems.append(f"{path} is no JSON ({error}); remove or mend it.")
+            self.problems.append(f"{path} is no JSON ({error}); remove or repair it.")
             return None
         if not isinstance(found, dict):
-            self.problems.append(f"{path} holds {_kind(found)}, not an object; remove or mend it.")
+            self.problems.append(f"{path} holds {_kind(found)}, not an object; remove or repair it.")
             return None
         return found
 
@@ -160,7 +160,7 @@ class _Reader:
         pairs = list(by_steps.values()) if isinstance(by_steps, dict) else []
         if not pairs or not all(_is_pair(pair) for pair in pairs):
             path = self._folder / "summary.json"
-            self.problems.append(f"{path} has no by_steps with base and final scores; remove or mend it.")
+            self.problems.append(f"{path} has no by_steps with base and final scores; remove or repair it.")
             return None
         if self.run is not None and found.get("run") != self.run:
             self.notes.append("summary.json is of another run and left out.")

@@ -1,4 +1,4 @@
-"""Scores of a folder of pictures, written down as they come, so that scoring goes on where it stopped.
+"""Scores of a folder of pictures, written down as they come, so that scoring continues where it stopped.
 
 In the folder of scores: settings.json (what decides them), prompts.jsonl (each prompt's metadata by its number) and
 scores.jsonl, a line a picture and scorer:
@@ -278,7 +278,7 @@ def _check_prompts(clients: Mapping[str, Composition], prompts: Mapping[int, Map
         for index, problem in client.check(texts, metadata).items()
     ]
     if problems:
-        heading = f"{len(problems)} prompts cannot be scored; mend them, or leave that scorer out:"
+        heading = f"{len(problems)} prompts cannot be scored; correct them, or leave that scorer out:"
         raise ScoringError("\n  ".join([heading, *problems]))
 
 

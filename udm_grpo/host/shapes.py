@@ -30,7 +30,7 @@ COUNTS = (2, 3, 4)
 TAGS = geneval.TAGS
 
 RL_TAG_WEIGHTS = RATIO
-"""How often each tag is drawn for RL batches: the published ratio (SPEC 7)."""
+"""How often each tag is drawn for RL batches: the published ratio."""
 
 PRETRAIN_TAG_WEIGHTS = {"position": 4, "counting": 3, "color_attr": 4, "colors": 2, "two_object": 2, "single_object": 1}
 """How often each tag is drawn for pre-training: all six occur, those with more to learn more often."""

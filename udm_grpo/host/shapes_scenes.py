@@ -124,7 +124,7 @@ def _two_centers(sizes: list[float], relation: str | None, rng: np.random.Genera
 
 
 def _is_plain(along: float, across: float, sizes: float) -> bool:
-    """GenEval's position rule wants 0.5 along one axis (SPEC 6); here at least 0.65, at most 0.35 along the other."""
+    """GenEval's position rule wants 0.5 along one axis; here at least 0.65, at most 0.35 along the other."""
     distance = float(np.hypot(along, across))
     return abs(along) - 0.1 * sizes >= 0.65 * distance and abs(across) - 0.1 * sizes <= 0.35 * distance
 
