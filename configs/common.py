@@ -9,7 +9,7 @@ from udm_grpo.config import RunConfig
 
 
 def published(name: str, group_size: int) -> RunConfig:
-    """The recipe but for its prompts, its scorer and how it is evaluated; `group_size` is G.
+    """Return the recipe but for its prompts, its scorer and how it is evaluated; `group_size` is G.
 
     Parameters, moments and gradients are spread over all devices (mesh.fsdp), blocks are computed again in the
     backward pass (model.remat), and both micro-batches of 32 give 16 devices 2 images each. Where that fits:

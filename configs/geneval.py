@@ -78,7 +78,7 @@ from udm_grpo.host import geneval_prompts
 
 
 def get_config() -> RunConfig:
-    """The configuration."""
+    """Return the configuration."""
     config = published("geneval", group_size=8)
     config.prompts.train = "data/geneval:train"
     config.prompts.heldout = "data/geneval:test"

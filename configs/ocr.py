@@ -60,7 +60,7 @@ from udm_grpo.config import RunConfig, ScorerConfig
 
 
 def get_config() -> RunConfig:
-    """The configuration."""
+    """Return the configuration."""
     config = published("ocr", group_size=16)
     config.prompts.train = "data/ocr:train"
     config.prompts.heldout = "data/ocr:test"

@@ -63,7 +63,7 @@ from udm_grpo.config import RunConfig, ScorerConfig
 
 
 def get_config() -> RunConfig:
-    """The configuration."""
+    """Return the configuration."""
     config = published("pickscore", group_size=16)
     config.prompts.train = "data/pickscore:train"
     config.prompts.heldout = "data/pickscore:test"

@@ -16,7 +16,7 @@ ASSETS = Path(__file__).resolve().parent.parent / "udm_grpo" / "assets"
 
 
 def get_config(variant: str = "") -> RunConfig:
-    """The configuration; `variant` "smoke" is a few small iterations."""
+    """Return the configuration; `variant` "smoke" is a few small iterations."""
     config = RunConfig(output_dir="outputs/shapes", iterations=350)
     config.model.path = str(ASSETS / "ursa-shapes")
     config.model.logit_rows = 128
@@ -54,7 +54,7 @@ def get_config(variant: str = "") -> RunConfig:
 
 
 def _cut_down(config: RunConfig) -> None:
-    """A few small iterations: everything runs, nothing is learned."""
+    """Set a few small iterations: everything runs, nothing is learned."""
     config.output_dir = "outputs/shapes-smoke"
     config.iterations = 4
     config.rollout.prompts = 4

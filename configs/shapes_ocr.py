@@ -18,7 +18,7 @@ MODELS = "outputs/ocr-models"
 
 
 def get_config(variant: str = "") -> RunConfig:
-    """The configuration; `variant` "smoke" is a few small iterations."""
+    """Return the configuration; `variant` "smoke" is a few small iterations."""
     config = RunConfig(output_dir="outputs/shapes-ocr", iterations=100)
     config.model.path = str(ASSETS / "ursa-signs")
     config.model.height, config.model.width = 32, 64

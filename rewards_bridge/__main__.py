@@ -121,7 +121,7 @@ def _serve_config(parsed: argparse.Namespace) -> ServeConfig:
 
 
 def _options(parsed: argparse.Namespace) -> dict[str, str]:
-    """The options of --options-file and --option; the latter take precedence."""
+    """Return the options of --options-file and --option; the latter take precedence."""
     return {**(read_file(parsed.options_file) if parsed.options_file else {}), **parse_pairs(parsed.option)}
 
 
@@ -171,7 +171,9 @@ def _read_picture(path: str) -> np.ndarray:
 
 
 def _client_config(parsed: argparse.Namespace) -> BridgeConfig:
-    """The server at --address, or a process of our own, as training starts it: what it refuses is refused here too."""
+    """Return the server at --address, or a process of our own, as training starts it: what it refuses is refused here
+    too.
+    """
     timeout_s = CONNECT_S if parsed.address else LOAD_S
     return BridgeConfig(
         scorer=parsed.scorer,

@@ -156,7 +156,7 @@ class RewardsClient:
     def _check_parts(
         self, prompts: Sequence[str], metadata: Sequence[dict], with_notes: bool
     ) -> Iterator[tuple[int, bridge_pb2.CheckReply]]:
-        """What the server says of the prompts part by part, each with the index of its first prompt."""
+        """Yield what the server says of the prompts part by part, each with the index of its first prompt."""
         for start in range(0, len(prompts), messages.CHECKED_AT_ONCE):
             part = slice(start, start + messages.CHECKED_AT_ONCE)
             request = messages.encode_check(prompts[part], metadata[part], with_notes)
@@ -167,7 +167,7 @@ class RewardsClient:
         return self._peer.warnings
 
     def stats(self) -> BridgeStats:
-        """Counts and seconds so far."""
+        """Return counts and seconds so far."""
         with self._lock:
             return replace(self._stats, restarts=self._peer.restarts)
 
@@ -228,7 +228,7 @@ class RewardsClient:
         return scores
 
     def _ask(self, ask: Callable[[Connection], T]) -> T:
-        """What the server answers, or the one that takes its place; BridgeError if there is none any more."""
+        """Return what the server answers, or the one that takes its place; BridgeError if there is none any more."""
         while True:
             link = self._peer.link
             try:

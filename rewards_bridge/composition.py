@@ -83,7 +83,7 @@ class Composition:
         return tuple(f"{name}: {text}" for name, part in self._parts.items() for text in part.warnings())
 
     def stats(self) -> dict[str, list[BridgeStats]]:
-        """Counts and seconds of every part's replicas so far."""
+        """Return counts and seconds of every part's replicas so far."""
         return {name: part.stats() for name, part in self._parts.items()}
 
     def close(self) -> None:
@@ -138,7 +138,7 @@ def apart(raw: Mapping[str, T], taken: Iterable[str]) -> dict[str, T]:
 
 
 def compose(weights: Mapping[str, float], parts: Mapping[str, Scores]) -> Scores:
-    """The weighted sum of the parts' scores f32[B], with everything raw and every reason under its part's name."""
+    """Return the weighted sum of the parts' scores f32[B], everything raw and every reason under its part's name."""
     names = list(weights)
     total = sum(np.float64(weights[name]) * parts[name].score.astype(np.float64) for name in names)
     score = np.asarray(total, np.float64).astype(np.float32)

@@ -142,7 +142,7 @@ class Connection:
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)
 
     def _result(self, call: Any, began: float, deadline_s: float) -> Any:
-        """What a call gives; StuckError, and the call is cancelled, once the server does not get on."""
+        """Return what a call gives; StuckError, and the call is cancelled, once the server does not get on."""
         timeout_s = max(max(began, self._answered) + deadline_s - time.monotonic(), 0.0)
         while True:
             try:
@@ -178,5 +178,5 @@ class Connection:
 
 
 def status_text(error: grpc.RpcError) -> str:
-    """A status as text: its code and what the other side said."""
+    """Return a status as text: its code and what the other side said."""
     return redacted(f"{error.code().name}: {error.details()}")

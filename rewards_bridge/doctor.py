@@ -149,7 +149,7 @@ def check_example(name: str, scorer: Scorer) -> tuple[bool, str]:
 
 
 def failed_imports(name: str) -> dict[str, Exception]:
-    """The scorer's modules that this interpreter cannot import, with what they raise."""
+    """Return the scorer's modules that this interpreter cannot import, with what they raise."""
     failed: dict[str, Exception] = {}
     for module in PACKAGES.get(name, ()):
         try:
@@ -164,7 +164,7 @@ def failed_imports(name: str) -> dict[str, Exception]:
 
 
 def _import_lines(failed: Mapping[str, Exception]) -> list[str]:
-    """What is missing, broken, or kept from its work by the environment, with the remedy of each."""
+    """Return what is missing, broken, or kept from its work by the environment, with the remedy of each."""
 
     def install(modules: Sequence[str]) -> str:
         return shlex.join([sys.executable, "-m", "pip", "install", *(pin(module) for module in modules)])
@@ -182,7 +182,7 @@ def _import_lines(failed: Mapping[str, Exception]) -> list[str]:
 
 
 def pin(module: str) -> str:
-    """The pinned requirement of a module."""
+    """Return the pinned requirement of a module."""
     wanted = DISTRIBUTIONS.get(module, module)
     for line in _REQUIREMENTS.read_text(encoding="utf-8").splitlines():
         requirement = line.split("#")[0].strip()
@@ -192,7 +192,7 @@ def pin(module: str) -> str:
 
 
 def _room(device: str) -> Iterator[str]:
-    """What is free on a CUDA device once the weights are on it."""
+    """Yield what is free on a CUDA device once the weights are on it."""
     if not device.startswith("cuda"):
         return
     import torch

@@ -100,7 +100,7 @@ def _each_prefers_its_own_prompt() -> Example:
 
 
 def _finds_what_is_there() -> Example:
-    """The photographs, each asked for what is in it; and the first of them for what is not."""
+    """Return the photographs, each asked for what is in it; and the first of them for what is not."""
     images = photographs()
     asked = [name for name, _ in PHOTOGRAPHS.values()] + ["bench"]
 

@@ -250,7 +250,7 @@ def examine(config: BridgeConfig, flags: Sequence[str] = ()) -> tuple[bool, str]
 
 
 def _private_folder() -> str:
-    """A new folder only we may enter, its path short enough for a unix socket."""
+    """Return a new folder only we may enter, its path short enough for a unix socket."""
     folder = tempfile.mkdtemp(prefix="rewards-bridge-")
     if len(folder) < _MAX_SOCKET_PATH:
         return folder

@@ -108,7 +108,7 @@ def _opened(content: bytes) -> Image.Image:
 
 
 def _what(content: bytes) -> str:
-    """What the bytes of something else than a picture are."""
+    """Return what the bytes of something else than a picture are."""
     if not content:
         return "it is empty (0 bytes)"
     if content.startswith((b"\x89PNG", b"\xff\xd8", b"RIFF")):

@@ -61,7 +61,7 @@ class ScorerProcess:
         return self._process.pid
 
     def exit_code(self, wait_s: float = 0.0) -> int | None:
-        """The exit code, waiting for it at most this long; None while the process lives."""
+        """Return the exit code, waiting for it at most this long; None while the process lives."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(wait_s)
         return None
@@ -78,7 +78,7 @@ class ScorerProcess:
         return f"the scorer process {self.pid} {state}; {self.tail()}"
 
     def tail(self) -> str:
-        """The last of what the process wrote to stdout and stderr."""
+        """Return the last of what the process wrote to stdout and stderr."""
         if self.exit_code() is not None:
             self._reader.join(1.0)
         text = redacted(self._tail.decode(errors="replace").rstrip())
@@ -122,7 +122,7 @@ def with_package(environment: Mapping[str, str]) -> dict[str, str]:
 
 @functools.cache
 def _import_folder() -> Path:
-    """The folder from which the scorer's interpreter imports this package.
+    """Return the folder from which the scorer's interpreter imports this package.
 
     Never site-packages, whose other packages are made for our own interpreter: a folder with a link takes its place.
     """

@@ -67,7 +67,7 @@ class Replicas:
         return tuple(dict.fromkeys(text for client in self._clients for text in client.warnings()))
 
     def stats(self) -> list[BridgeStats]:
-        """Counts and seconds of every replica so far."""
+        """Return counts and seconds of every replica so far."""
         return [client.stats() for client in self._clients]
 
     def close(self) -> None:
@@ -89,7 +89,10 @@ class Replicas:
             return self._clients[self._alive()[0]]
 
     def _alive(self) -> list[int]:
-        """The replicas that are not lost; all of them if none is left, for each says best what has become of it."""
+        """Return the replicas that are not lost.
+
+        All of them if none is left, for each says best what has become of it.
+        """
         return [index for index in range(len(self._clients)) if index not in self._lost] or [*range(len(self._clients))]
 
     def _send(self, batch: _Batch, wait: bool) -> None:

@@ -106,7 +106,9 @@ class _Bridge:
         return reply
 
     def check(self, message: bytes, context: grpc.ServicerContext) -> bridge_pb2.CheckReply:
-        """What the scorer has against each prompt, nothing if it takes any, and what else it says if that is asked."""
+        """Return what the scorer has against each prompt, nothing if it takes any, and what else it says if that is
+        asked.
+        """
         with _errors_as_status(context), self._place(context):
             prompts, metadata, with_notes = messages.decode_check(message)
             reply = bridge_pb2.CheckReply(problems=self._in_turn(context, self._said, "problem", prompts, metadata))
@@ -115,7 +117,7 @@ class _Bridge:
             return reply
 
     def _in_turn(self, context: grpc.ServicerContext, work: Callable[..., T], *arguments: Any) -> T:
-        """The result of work(*arguments), which is done after what has come before it."""
+        """Return the result of work(*arguments), which is done after what has come before it."""
 
         def timed() -> T:
             self._began = time.monotonic()
@@ -129,7 +131,7 @@ class _Bridge:
         return job.result()
 
     def _said(self, method: str, prompts: list[str], metadata: list[dict]) -> dict[int, str]:
-        """What one of the scorer's optional methods, problem or note, says of each prompt, by index."""
+        """Return what one of the scorer's optional methods, problem or note, says of each prompt, by index."""
         say = getattr(self._scorer, method, None)
         if say is None:
             return {}
@@ -211,7 +213,7 @@ class _Bridge:
 
 
 def _cancel_with_call(job: futures.Future, context: grpc.ServicerContext) -> None:
-    """A client that goes away before its turn is not scored."""
+    """Leave the batch of a client that goes away before its turn unscored."""
 
     def cancel() -> None:
         job.cancel()

@@ -53,7 +53,7 @@ def is_local(address: str) -> bool:
 
 
 def read_token(path: str) -> str:
-    """The token in this file, at least 16 printable characters."""
+    """Return the token in this file, at least 16 printable characters."""
     token = read_file(path).decode(errors="replace").strip()
     if len(token) < MIN_TOKEN_LENGTH or not token.isascii() or not token.isprintable() or " " in token:
         raise UsageError(
@@ -64,7 +64,7 @@ def read_token(path: str) -> str:
 
 
 def read_file(path: str) -> bytes:
-    """The bytes of a token, key or certificate file."""
+    """Return the bytes of a token, key or certificate file."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -72,7 +72,7 @@ def read_file(path: str) -> bytes:
 
 
 def call_metadata(token: str | None) -> tuple[tuple[str, str | bytes], ...]:
-    """What a client sends with every call."""
+    """Return what a client sends with every call."""
     return ((TOKEN_KEY, f"Bearer {token}"),) if token else ()
 
 
@@ -82,7 +82,7 @@ def channel_credentials(tls_ca: str) -> grpc.ChannelCredentials:
 
 
 def shorten(text: str, limit: int = MAX_ERROR_CHARACTERS) -> str:
-    """The text, its middle left out if it is longer than limit: a traceback's first and last lines matter most."""
+    """Return the text, without its middle if it is longer than limit: a traceback's first and last lines matter."""
     if len(text) <= limit:
         return text
     half = limit // 2

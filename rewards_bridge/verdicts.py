@@ -37,7 +37,7 @@ def check_scores(scores: Scores, batch: Batch, batch_id: int, scorer: str, folde
 
 
 def find_problems(scores: Scores, count: int) -> dict[int, str]:
-    """What is wrong, by image index; a wrong count concerns every image, since no value is surely anyone's."""
+    """Return what is wrong, by image index; a wrong count concerns every image, since no value is surely anyone's."""
     arrays = {"score": scores.score, **{f"raw[{name!r}]": values for name, values in scores.raw.items()}}
     counts = {name: len(values) for name, values in arrays.items()} | {"reasons": len(scores.reasons)}
     if scores.details:
@@ -78,7 +78,7 @@ def keep_images(problems: dict[int, str], scores: Scores, batch: Batch, batch_id
 
 
 def _number(values: np.ndarray, index: int) -> float | str | None:
-    """The value as JSON has it: "nan" and "inf" as text, null where there is none."""
+    """Return the value as JSON has it: "nan" and "inf" as text, null where there is none."""
     if index >= len(values):
         return None
     value = float(values[index])

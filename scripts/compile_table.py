@@ -47,7 +47,7 @@ the SparseCores; its reference gathers the head for every part of a micro-batch,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status, 0 if everything fits."""
+    """Run the command line; return the exit status, 0 if everything fits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the table, .md")
     parser.add_argument("--topology", action="append", help="one slice, may be repeated (default: all of TESTED)")
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compiled(topology: str, program: str, no_search: bool) -> dict[str, Any]:
-    """What `--compile_only` reports of one program, in a process of its own."""
+    """Return what `--compile_only` reports of one program, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "udm_grpo.train", "--config", CONFIG, ATTENTION, "--compile_only"]
@@ -81,7 +81,7 @@ def compiled(topology: str, program: str, no_search: bool) -> dict[str, Any]:
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """The Markdown page."""
+    """Return the Markdown page."""
     lines, moved, ends = [], [], []
     for topology in sorted(found, key=[*TESTED, *found].index):
         for name in sorted(found[topology], key=PROGRAMS.index):

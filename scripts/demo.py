@@ -112,7 +112,7 @@ def check_access(given: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def read_users(file: Path) -> list[tuple[str, str]]:
-    """The lines USER:PASSWORD of a file; raises DemoError naming bad ones by number alone, OSError."""
+    """Return the lines USER:PASSWORD of a file; raises DemoError naming bad ones by number alone, OSError."""
     users, bad = [], []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         user, _, password = line.strip().partition(":")
@@ -135,7 +135,7 @@ def read_options(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def read_scorer(given: argparse.Namespace) -> ScorerConfig:
-    """The scorer of the command line; raises DemoError for options or devices that cannot be."""
+    """Return the scorer of the command line; raises DemoError for options or devices that cannot be."""
     devices = tuple(word.strip() for word in given.devices.split(",")) if given.devices else ()
     if len(devices) - ("shared" in devices) > 1:
         raise DemoError(f"--devices is {given.devices}; one process scores here, so give one GPU.")
@@ -148,7 +148,7 @@ def read_scorer(given: argparse.Namespace) -> ScorerConfig:
 
 
 def open_models(given: argparse.Namespace) -> tuple[list[Drawer], tuple[int, int]]:
-    """The models of the page, base first, and the height and width of its pictures; raises as loading does."""
+    """Return the models of the page, base first, and the height and width of its pictures; raises as loading does."""
     base = load_pipeline(given.base)
     side = SHAPES_SIZE if given.scorer == "shapes" else 32 * base.stride
     sizes: dict[str, Any] = {"height": side, "width": side}
@@ -200,7 +200,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 for a user's mistake, reported without a traceback."""
+    """Run the command line; return the exit status: 2 for a user's mistake, reported without a traceback."""
     prepare()
     given = _parser().parse_args(argv)
     try:

@@ -73,7 +73,7 @@ class Answer:
 
 
 def checked_wish(prompt: Any, steps: Any, guidance: Any, seed: Any, negative: Any = "") -> Wish:
-    """What was filled in, checked; raises DemoError."""
+    """Return what was filled in, checked; raises DemoError."""
     words, unwanted = _text("prompt", prompt), _text("negative prompt", negative)
     if not words:
         raise DemoError("There is no prompt. Write one, or choose an example.")
@@ -110,7 +110,9 @@ def _whole(name: str, value: Any, least: int, most: int) -> int:
 
 
 def sharing_programs(base: Pipeline, trained: Pipeline) -> Pipeline:
-    """The trained pipeline, with the base's compiled programs if both compute alike: one compilation serves both."""
+    """Return the trained pipeline, with the base's compiled programs if both compute alike: one compilation serves
+    both.
+    """
     ours, theirs = base.checkpoint, trained.checkpoint
     alike = (
         ours.transformer_config == theirs.transformer_config

@@ -61,7 +61,7 @@ class OwnLoadsOnly:
 
 
 def make_app(demo: Demo, examples: Iterable[str], steps: int, users: list[tuple[str, str]]) -> OwnLoadsOnly:
-    """The page as an ASGI app, open to these users or, if there are none, to all; see `make_page`."""
+    """Return the page as an ASGI app, open to these users or, if there are none, to all; see `make_page`."""
     app = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         make_page(demo, examples, steps),
@@ -79,7 +79,7 @@ def make_app(demo: Demo, examples: Iterable[str], steps: int, users: list[tuple[
 
 
 def make_page(demo: Demo, examples: Iterable[str], steps: int) -> gr.Blocks:
-    """The page of these models; `steps` is where its slider stands at first."""
+    """Return the page of these models; `steps` is where its slider stands at first."""
 
     def draw(
         prompt: Any,
@@ -146,7 +146,7 @@ def _head(demo: Demo) -> str:
 
 
 def _waiting(demo: Demo) -> str:
-    """What stands where the answer will be."""
+    """Return what stands where the answer will be."""
     empty = '<div class="demo-empty">Choose an example or write a prompt, then Draw.</div>'
     return _both([empty] * len(demo.drawers), len(demo.drawers))
 
@@ -199,7 +199,7 @@ def _side(side: Side, source: str, prompt: str) -> str:
 
 
 def _address(image: np.ndarray) -> str:
-    """The picture in an address of its own, losslessly."""
+    """Return the picture in an address of its own, losslessly."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -226,5 +226,5 @@ def _table(answer: Answer) -> str:
 
 
 def _short(value: Any) -> str:
-    """A number with three digits after the point at most."""
+    """Return a number with three digits after the point at most."""
     return f"{float(value):.3f}".rstrip("0").rstrip(".")

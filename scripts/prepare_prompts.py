@@ -46,7 +46,7 @@ Splits = dict[str, Sequence[Row]]
 
 
 def ocr_problem(row: Row) -> str:
-    """What keeps a row from being judged by the text in it; "" if nothing does."""
+    """Return what keeps a row from being judged by the text in it; "" if nothing does."""
     try:
         target_text(row["prompt"])
     except ValueError as error:
@@ -55,7 +55,7 @@ def ocr_problem(row: Row) -> str:
 
 
 def geneval_problem(row: Row) -> str:
-    """What keeps a row from being judged by GenEval's rule; "" if nothing does."""
+    """Return what keeps a row from being judged by GenEval's rule; "" if nothing does."""
     # Brings PyTorch along, which the other commands do without.
     from rewards_bridge.scorers.geneval import check_metadata
 
@@ -130,7 +130,7 @@ def save(output: Path, splits: Splits) -> None:
 
 
 def prepare(given: argparse.Namespace) -> None:
-    """The commands that read files."""
+    """Run a command that reads files."""
     files = {split: file for split, file in (("train", given.train), ("test", given.test)) if file}
     if not files:
         raise ValueError("there is nothing to prepare; give --train FILE, --test FILE or both")
@@ -145,7 +145,7 @@ def prepare(given: argparse.Namespace) -> None:
 
 
 def generate(given: argparse.Namespace) -> None:
-    """The command generate-geneval."""
+    """Run the command generate-geneval."""
     leave_out: Sequence[Row] = ()
     if given.leave_out:
         leave_out = parse_file(given.leave_out).checked(geneval_prompts.unknown_words).all_or_error()
@@ -229,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 for a user's mistake, reported without a traceback."""
+    """Run the command line; return the exit status: 2 for a user's mistake, reported without a traceback."""
     devices.prepare()
     given = local_args(_parser(), argv)
     try:

@@ -59,7 +59,7 @@ WORLD = World(
 
 
 def main(argv: Sequence[str] | None = None, plan: Plan | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command_line(WORLD, plan or Plan(), argv)
 
 

@@ -55,7 +55,7 @@ def sample(count: int, rng: np.random.Generator) -> list[Metadata]:
 
 
 def pictures(prompts: Sequence[Metadata], rng: np.random.Generator) -> np.ndarray:
-    """A picture of each prompt: u8[B,32,64,3]."""
+    """Return a picture of each prompt: u8[B,32,64,3]."""
     return signs.render_batch([signs.sign_for(metadata, rng) for metadata in prompts])
 
 
@@ -74,7 +74,7 @@ WORLD = World(
 
 
 def main(argv: Sequence[str] | None = None, plan: Plan | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     command_line(WORLD, plan or Plan(), argv)
 
 

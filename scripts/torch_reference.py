@@ -106,7 +106,7 @@ def load_reference(folder: Path) -> Reference:
 
 
 def main() -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a released folder")
     parser.add_argument("inputs", type=Path, help=".npz with prompt_ids [B, L] and image_ids [B, h, w]")

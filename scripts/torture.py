@@ -163,7 +163,7 @@ def _line(result: dict[str, Any], trials: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/torture"), help="folder of all runs")
     parser.add_argument("--trials", type=int, default=50, help="trials in all, those of earlier calls included")

@@ -228,7 +228,7 @@ def _scorers_of(trainer: int) -> Iterator[int]:
 
 
 def _stat(entry: Path) -> list[str]:
-    """The state of a process, its parent and so on; its name, which may hold anything, is left out."""
+    """Return the state of a process, its parent and so on; its name, which may hold anything, is left out."""
     return (entry / "stat").read_text().rpartition(")")[2].split()
 
 

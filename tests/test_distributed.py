@@ -261,9 +261,7 @@ def test_a_line_that_says_nothing_is_survived_and_the_end_after_it_is_noticed(ga
     time.sleep(0.2)
     assert meeting.ended == []
     to_process_0.line.end()
-    expected = (
-        "process 1 (host host-1, pid 101) ended unexpectedly: it was killed or crashed; see its own log"
-    )
+    expected = "process 1 (host host-1, pid 101) ended unexpectedly: it was killed or crashed; see its own log"
     assert meeting.wait(3) == {0: expected, 1: expected, 2: expected}
     meeting.close()
 

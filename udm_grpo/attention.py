@@ -19,7 +19,7 @@ class Attention:
 
 
 def choose(model: ModelConfig, device: Any) -> Attention:
-    """The kernel for devices of one kind; raises ConfigError where the one that is asked for cannot run on them.
+    """Return the kernel for devices of one kind; raises ConfigError where the one that is asked for cannot run on them.
 
     auto: cudnn on NVIDIA GPUs in bfloat16, splash on TPUs, xla elsewhere and where those cannot run.
     """

@@ -92,7 +92,7 @@ class Plan:
 
 
 def vq_config(codes: int, width_of_a_code: int) -> dict[str, Any]:
-    """An image tokenizer of stride 8 with that many codes of that width."""
+    """Return an image tokenizer of stride 8 with that many codes of that width."""
     return {
         "_quantizer_name": "VQuantizer",
         "attn_down_block": False,
@@ -123,7 +123,7 @@ class TokenizerTraining:
         self.pool = world.varied_pictures(plan.pool, self.rng)
 
     def batch(self, count: int) -> jax.Array:
-        """The next pictures f32[count,H,W,3] of the stream."""
+        """Return the next pictures f32[count,H,W,3] of the stream."""
         return jnp.asarray(as_pixels(self.pool[self.rng.integers(0, len(self.pool), count)]))
 
     def phase(self, name: str, params: Params, updates: int, quantized: bool) -> Params:
@@ -202,7 +202,7 @@ def write_tokens(world: World, plan: Plan, params: Params, file: Path) -> None:
 
 
 def write_text_tokenizer(folder: Path, texts: Iterable[str], splitter: pre_tokenizers.PreTokenizer) -> list[str]:
-    """A tokenizer, padding on the left, with one token for each word of the texts; returns its vocabulary."""
+    """Return a tokenizer, padding on the left, with one token for each word of the texts; return its vocabulary."""
     split = [[word for word, _ in splitter.pre_tokenize_str(text)] for text in texts]
     words = ["[PAD]", "[UNK]", "[BOV]", *sorted({word for text in split for word in text})]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
@@ -221,7 +221,7 @@ def write_text_tokenizer(folder: Path, texts: Iterable[str], splitter: pre_token
 
 
 def fresh_checkpoint(world: World, params: Params) -> Checkpoint:
-    """The trained tokenizer with an untrained transformer of 0.86 M parameters."""
+    """Return the trained tokenizer with an untrained transformer of 0.86 M parameters."""
     codes = vq.VQConfig.from_json(world.vq_config)
     with tempfile.TemporaryDirectory() as folder:
         texts = [metadata["prompt"] for metadata in (*world.train, *world.heldout)]
@@ -250,7 +250,7 @@ def fresh_checkpoint(world: World, params: Params) -> Checkpoint:
 
 
 def write_prompts(folder: Path, train: Sequence[Metadata], heldout: Sequence[Metadata]) -> None:
-    """The two prompt sets, one JSON object a line: train.jsonl and heldout.jsonl."""
+    """Write the two prompt sets, one JSON object a line: train.jsonl and heldout.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, prompts in (("train", train), ("heldout", heldout)):
         lines = [json.dumps(metadata) for metadata in prompts]
@@ -290,7 +290,7 @@ def make_base(world: World, plan: Plan, output: Path) -> None:
 
 
 def command_line(world: World, plan: Plan, argv: Sequence[str] | None) -> None:
-    """The command line of a world's script."""
+    """Run the command line of a world's script."""
     parser = argparse.ArgumentParser(description=f"Make the base checkpoint of the {world.name} world.")
     parser.add_argument("--output", required=True, help="folder for the checkpoint, its logs and its saved states")
     parser.add_argument("--install", action="store_true", help="put the result into udm_grpo/assets")

@@ -13,12 +13,13 @@ from udm_grpo.config import RunConfig
 
 
 def padded(size: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least `size`."""
+    """Return the smallest multiple of `multiple` that is at least `size`."""
     return -(-size // multiple) * multiple
 
 
 def micro_batch(total: int, asked: int, shards: int) -> int:
-    """The rows that `shards` devices work through together, of `total` rows of which `asked` were asked for at a time.
+    """Return the rows that `shards` devices work through together, of `total` rows of which `asked` were asked for at a
+    time.
 
     `asked` itself where it fits: where it divides `total` and `shards` divides it. Otherwise the multiple of `shards`
     next to it, below or above, that needs less padding in all (the smaller one if both need the same), evened out over
@@ -65,7 +66,7 @@ class BatchSizes:
 
 
 def batch_sizes(config: RunConfig, mesh: Mesh) -> BatchSizes:
-    """The batch sizes of a run on `mesh`."""
+    """Return the batch sizes of a run on `mesh`."""
     shards = meshes.batch_shards(mesh)
     images = config.rollout.prompts * config.rollout.group_size
     states = images * config.grpo.trained_steps

@@ -49,7 +49,7 @@ def usage(argv: Sequence[str]) -> str:
 
 
 def _config_file(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The value of --config and the other words; absl reads --flagfile on the way."""
+    """Return the value of --config and the other words; absl reads --flagfile on the way."""
     known = flags.FlagValues()
     flags.DEFINE_string("config", None, "The config file.", flag_values=known)
     known.set_gnu_getopt(True)
@@ -99,7 +99,7 @@ def _module(path: Path) -> Any:
 
 
 def _run_config(config: Any) -> RunConfig:
-    """The configuration itself, or defaults with what a ConfigDict sets; checked."""
+    """Return the configuration itself, or defaults with what a ConfigDict sets; checked."""
     if isinstance(config, config_dict.ConfigDict):
         try:
             values = config.to_dict()
@@ -136,7 +136,7 @@ def _read(words: Sequence[str], overrides: Overrides) -> list[str]:
 
 
 def _parsed(config: RunConfig, overrides: Overrides) -> RunConfig:
-    """The configuration with all overrides, as the library parses them."""
+    """Return the configuration with all overrides, as the library parses them."""
     words = ["udm_grpo", *overrides.words()]
     values = flags.FlagValues()
     try:

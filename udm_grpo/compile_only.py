@@ -115,7 +115,7 @@ def compile_program(program: Program, devices: list[Any]) -> Report:
 
 
 def _too_large(message: str) -> dict[str, Any]:
-    """What the compiler's error says: the memory that would be needed, or another reason."""
+    """Return what the compiler's error says: the memory that would be needed, or another reason."""
     found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message) or re.search(
         r"\(([\d.]+)([KMGT])\) exceeds", message
     )
@@ -147,7 +147,7 @@ class Search:
 
 
 def largest(measure: Callable[[int], Report], first: Report, sizes: Sequence[int]) -> Search:
-    """The largest of `sizes` (rising) at which a program fits, by few compilations.
+    """Return the largest of `sizes` (rising) at which a program fits, by few compilations.
 
     Memory grows about linearly: two sizes say where the limit will be, and what they say is compiled as well.
     """
@@ -186,7 +186,7 @@ def _beyond(size: int, report: Report | None, expected: dict[int, int]) -> str:
 
 
 def with_micro_batch(config: RunConfig, program: str, size: int) -> RunConfig:
-    """The configuration with another micro-batch for one program."""
+    """Return the configuration with another micro-batch for one program."""
     if program in ROLLOUT_PROGRAMS:
         return replace(config, rollout=replace(config.rollout, micro_batch=size))
     return replace(config, optimizer=replace(config.optimizer, micro_batch=size))
@@ -218,7 +218,7 @@ def report_all(
 
 
 def describe(report: Report, most: Search | None) -> list[str]:
-    """A program's lines for people."""
+    """Return a program's lines for people."""
     gib = {name: getattr(report, name) / GIB for name in ("arguments", "temporaries", "output", "beside", "together")}
     limit = "no limit known" if report.limit is None else f"of {report.limit / GIB:.2f} GiB"
     verdict = "fits" if report.fits else "DOES NOT FIT" if report.too_large else "DOES NOT COMPILE"
@@ -273,7 +273,7 @@ def options(words: Sequence[str]) -> Options:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line of train.py with --compile_only in it; returns the exit status."""
+    """Run the command line of train.py with --compile_only in it; return the exit status."""
     try:
         given = options(argv)
         config = parse(given.rest)

@@ -309,5 +309,5 @@ class ConfigError(ValueError):
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:
-    """The whole configuration as nested dicts of plain values."""
+    """Return the whole configuration as nested dicts of plain values."""
     return dataclasses.asdict(config)

@@ -105,7 +105,7 @@ class Overrides:
             del self._settings[other]
 
     def _set_dict(self, section: Any, field: str, path: str, setting: _Setting, *key: str) -> None:
-        """A dict of plain values as a whole, or one entry of it, whose name may have dots."""
+        """Set a dict of plain values as a whole, or one entry of it, whose name may have dots."""
         name, kind = setting.name, setting.annotation
         if key:
             settings = {".".join(key): setting}
@@ -119,7 +119,7 @@ class Overrides:
             self._set(_entry(path, entry), one)
 
     def _set_parts(self, parts: dict[str, Any], path: str, setting: _Setting, *key: str) -> None:
-        """A dict of configurations as a whole, or one of them, from a literal."""
+        """Set a dict of configurations as a whole, or one of them, from a literal."""
         values = _literal(setting.name, setting.text)
         if key:
             parts[key[0]] = setting.annotation()
@@ -132,7 +132,7 @@ class Overrides:
 
 
 def _annotation(section: Any, parts: list[str]) -> Any:
-    """The type of what can be set by this dotted name; None if there is nothing."""
+    """Return the type of what can be set by this dotted name; None if there is nothing."""
     annotation, held, rest = field_type(section, parts[0]), part_type(section, parts[0]), parts[1:]
     if is_dataclass(annotation):
         return _annotation(annotation, rest) if rest else None
@@ -144,7 +144,9 @@ def _annotation(section: Any, parts: list[str]) -> Any:
 
 
 def _entry(path: str, key: str) -> str:
-    """The library's path of a dict's entry: a Python subscript, without the characters that would end a flag's name."""
+    """Return the library's path of a dict's entry: a Python subscript, without the characters that would end a flag's
+    name.
+    """
     return f"{path}[{key!r}]".replace(" ", "\\x20").replace("=", "\\x3d")
 
 
@@ -166,7 +168,7 @@ def _as_text(value: Any) -> str:
 
 
 def _library_text(text: str, annotation: Any) -> str:
-    """The text as the library's parsers of bools and tuples want it."""
+    """Return the text as the library's parsers of bools and tuples want it."""
     if annotation is bool:
         return _TRUTH.get(text.lower(), text)
     if get_origin(annotation) is not tuple:
@@ -177,7 +179,7 @@ def _library_text(text: str, annotation: Any) -> str:
 
 
 def _texts(text: str) -> tuple[str, ...]:
-    """A tuple of texts, quoted as in Python or not at all: ('a', 'b') or a,b."""
+    """Return a tuple of texts, quoted as in Python or not at all: ('a', 'b') or a,b."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

@@ -57,7 +57,7 @@ Tensors = tuple[Mapping[str, TensorInfo], Callable[[str], np.ndarray]]  # what i
 
 
 def to_pytorch(given: argparse.Namespace) -> int:
-    """The command to-pytorch: a released folder, or the transformer alone as one file, whole or not at all."""
+    """Run the command to-pytorch: a released folder, or the transformer alone as one file, whole or not at all."""
     if given.transformer_only and given.transformer_only.suffix not in (".safetensors", ".bin"):
         raise WeightsError(
             f"found {given.transformer_only}, wanted a .safetensors or .bin; give it one of these endings"
@@ -84,7 +84,7 @@ def to_pytorch(given: argparse.Namespace) -> int:
 
 
 def to_peft(given: argparse.Namespace, base: Checkpoint, training: Training) -> int:
-    """The command to-pytorch with --adapter: what a LoRA run has trained, as a folder that PEFT reads."""
+    """Run the command to-pytorch with --adapter: what a LoRA run has trained, as a folder that PEFT reads."""
     lora = training.lora
     if lora is None:
         raise WeightsError(f"{training.path} is of a run that trained all weights, not an adapter; use --output")
@@ -96,7 +96,7 @@ def to_peft(given: argparse.Namespace, base: Checkpoint, training: Training) -> 
 
 
 def rewrite(given: argparse.Namespace) -> int:
-    """The command rewrite: a released folder with other transformer weights, or with its own in another dtype."""
+    """Run the command rewrite: a released folder with other transformer weights, or with its own in another dtype."""
     if not given.transformer and not given.dtype:
         raise WeightsError("rewrite without --transformer and --dtype would be a copy; give one of them or both")
     made = load_folder(given.base, transformer_weights=given.transformer)
@@ -145,7 +145,7 @@ def describe_training(path: epath.Path) -> dict[str, Any]:
 
 
 def info(given: argparse.Namespace) -> int:
-    """The command info; reads no tensor."""
+    """Run the command info; reads no tensor."""
     found = describe_released(Path(given.path)) if is_released(given.path) else describe_training(given.path)
     print(json.dumps(found) if given.json else "\n".join(_lines(found)))
     return 0
@@ -233,7 +233,7 @@ def compare_forward(a: epath.Path, b: epath.Path) -> list[str]:
 
 
 def verify(given: argparse.Namespace) -> int:
-    """The command verify; the logits are compared once the tensors agree."""
+    """Run the command verify; the logits are compared once the tensors agree."""
     one, other = tensors(given.a, given.weights), tensors(given.b, given.weights)
     parts = [compare(part, one[part], other[part], given.tolerance) for part in one if part in other]
     lines = [line for found in parts for line in found]
@@ -315,7 +315,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     prepare()
     given = _parser().parse_args(argv)
     try:

@@ -79,5 +79,8 @@ def _save(run: Run, reference: Params, standing: Standing) -> None:
 
 
 def _who(asked: Interruption) -> str:
-    """The signal that asked the run to stop, of the first process that got one; all processes call this alike."""
+    """Return the signal that asked the run to stop, of the first process that got one.
+
+    All processes call this alike.
+    """
     return next(filter(None, hosts.gather(asked.by)), "a signal")

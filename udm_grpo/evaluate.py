@@ -104,7 +104,7 @@ def compare_with(before: Scored, scored: Scored, output: Path, given: argparse.N
 def open_other(
     other: Path, scorers: dict[str, ScorerConfig], allow_missing: bool, prompts: Rows | None = None
 ) -> Scored | SampleFolder:
-    """The folder to compare with: its scores, or its pictures to be scored by these scorers too.
+    """Return the folder to compare with: its scores, or its pictures to be scored by these scorers too.
 
     Raises ScoringError or SamplesError if it cannot be compared with what these scorers will say.
     """
@@ -124,7 +124,7 @@ def _read(samples: Path, allow_missing: bool, prompts: Rows | None) -> SampleFol
 
 
 def read_listed(given: argparse.Namespace) -> Rows | None:
-    """The prompts of --prompts; raises ScoringError if no folder of pictures lacks its own."""
+    """Return the prompts of --prompts; raises ScoringError if no folder of pictures lacks its own."""
     if given.prompt_key and not given.prompts:
         raise ScoringError("--prompt-key chooses a text of --prompts FILE; give that as well.")
     if not given.prompts:
@@ -183,7 +183,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def read_scorers(given: argparse.Namespace, overrides: Sequence[str]) -> dict[str, ScorerConfig]:
-    """The scorers of the command line by name; raises ScoringError (ConfigError for --config) for what cannot be."""
+    """Return the scorers of the command line by name.
+
+    Raises ScoringError (ConfigError for --config) for what cannot be.
+    """
     scorers: dict[str, ScorerConfig] = {}
     if given.config:
         scorers.update(parse([f"--config={given.config}", *overrides]).rewards.scorers)
@@ -266,7 +269,7 @@ def _run(scorers: dict[str, ScorerConfig], output: Path, given: argparse.Namespa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 for a user's mistake, reported without a traceback."""
+    """Run the command line; return the exit status: 2 for a user's mistake, reported without a traceback."""
     prepare()
     parser = _parser()
     given, rest = parser.parse_known_args(argv)

@@ -37,7 +37,8 @@ class Drawn:
 
 
 def draw(run: Run, policy: Params, texts: Sequence[str], copies: int, steps: int, first: int = 0) -> Iterator[Drawn]:
-    """`copies` pictures of every prompt in `steps` steps, prompt-major; CFG-free and from the same noise each time.
+    """Yield `copies` pictures of every prompt in `steps` steps, prompt-major; CFG-free and from the same noise each
+    time.
 
     first: the number of the first picture that is drawn; those before it are left out.
     """
@@ -189,7 +190,7 @@ def extremes_file(run: Run, step: int) -> Path:
 
 
 def evaluate_all(run: Run, policy: Params, step: int) -> dict[str, Any]:
-    """The evaluation at the start and the end: at every number of steps in evaluation.steps, by that number.
+    """Return the evaluation at the start and the end: at every number of steps in evaluation.steps, by that number.
 
     The best and the worst images are those at the first number of steps.
     """

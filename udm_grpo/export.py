@@ -59,7 +59,7 @@ def _export_adapters(run: Run, adapters: Mapping[str, Params], frozen: Params) -
 def start_weights(
     folder: PathLike, config: TransformerConfig, frozen: Params, transformer_weights: PathLike | None = None
 ) -> Params:
-    """The base of an adapter in float32 on the host, as exact as it is known.
+    """Return the base of an adapter in float32 on the host, as exact as it is known.
 
     `frozen` (on the host) is what training saw, perhaps rounded to bfloat16. Where the folder still holds what it was
     rounded from, those values are taken. transformer_weights: what was read instead of the folder's, if anything was.

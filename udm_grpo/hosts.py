@@ -20,7 +20,7 @@ def is_primary() -> bool:
 
 
 def put(value: Any, sharding: Sharding) -> Array:
-    """An array that every process has whole, spread as `sharding` says; a process places its own part only."""
+    """Return an array that every process has whole, spread as `sharding` says; a process places its own part only."""
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
     array = np.asarray(value)
@@ -28,7 +28,7 @@ def put(value: Any, sharding: Sharding) -> Array:
 
 
 def put_rows(make: Callable[[Sequence[int]], np.ndarray], count: int, sharding: Sharding) -> Array:
-    """An array of `count` rows, of which each process makes its own: make(row numbers) -> their rows, in order."""
+    """Return an array of `count` rows, each process making its own: make(row numbers) -> their rows, in order."""
     indices = sharding.addressable_devices_indices_map((count,)).values()
     made = make(sorted({int(row) for index in indices for row in _at(index, count)}))
     if sharding.is_fully_addressable:
@@ -66,7 +66,7 @@ def whole(array: Array) -> np.ndarray:
 
 
 def gather(value: Any) -> list[Any]:
-    """The JSON values of all processes, by process."""
+    """Return the JSON values of all processes, by process."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -99,7 +99,7 @@ def any_process(flag: bool) -> bool:
 
 
 def from_primary(make: Callable[[], Any]) -> Any:
-    """What process 0 makes (a JSON value), in every process; the others wait for it."""
+    """Return what process 0 makes (a JSON value), in every process; the others wait for it."""
     return gather(make() if is_primary() else None)[0]
 
 

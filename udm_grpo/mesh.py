@@ -35,7 +35,7 @@ class MeshError(ValueError):
 
 
 def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
-    """A mesh of axes data, fsdp and tensor; a size of -1 takes the rest of the devices.
+    """Return a mesh of axes data, fsdp and tensor; a size of -1 takes the rest of the devices.
 
     The devices go in the order of their hosts, so a host holds neighbouring rows of a batch: whole groups, wherever the
     rows of a host are a multiple of the group. Raises MeshError when the sizes do not multiply up to the number of
@@ -63,27 +63,27 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis over data and fsdp."""
+    """Return the first axis over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def over_second(mesh: Mesh) -> NamedSharding:
-    """The second axis over data and fsdp: a batch under a leading axis of steps."""
+    """Return the second axis over data and fsdp: a batch under a leading axis of steps."""
     return NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
 
 
 def head(mesh: Mesh) -> NamedSharding:
-    """The head's kernel [D, V] where logits are computed: split over tensor alone."""
+    """Return the head's kernel [D, V] where logits are computed: split over tensor alone."""
     return NamedSharding(mesh, PartitionSpec(None, "tensor"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """Return the same on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def _axes(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
-    """The axis of each dimension by RULES; none for what no pattern matches."""
+    """Return the axis of each dimension by RULES; none for what no pattern matches."""
     matching = (axes for pattern, axes in RULES if re.search(pattern, path) and len(axes) == len(shape))
     return next(matching, (None,) * len(shape))
 
@@ -91,7 +91,7 @@ def _axes(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
 def _place(
     axes: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int]
 ) -> tuple[list[tuple[str, ...]], list[str]]:
-    """(the axes that each dimension is split over, the axes that split none).
+    """Return (the axes that each dimension is split over, the axes that split none).
 
     An axis that does not divide its own dimension takes another one that it divides, the last first: so the axis of the
     layers, for which all layers have to come together before the first is computed, is the last resort.
@@ -119,7 +119,7 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
-    """A NamedSharding for every leaf of `tree`, by RULES."""
+    """Return a NamedSharding for every leaf of `tree`, by RULES."""
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         return NamedSharding(mesh, _spec(_name(path), tuple(leaf.shape), mesh))
@@ -137,7 +137,7 @@ class LayersTogether:
     mesh: Mesh
 
     def __call__(self, layers: Any) -> Any:
-        """The parameters of all blocks; leaves that are not split along axis 0 are returned as they are."""
+        """Return the parameters of all blocks; leaves that are not split along axis 0 are returned as they are."""
 
         def one(path: tuple[Any, ...], leaf: Any) -> Any:
             spec = _spec(f"layers/{_name(path)}", tuple(leaf.shape), self.mesh)
@@ -170,7 +170,9 @@ class Undivided:
 
 
 def undivided(mesh: Mesh, tree: Any) -> list[Undivided]:
-    """The leaves of `tree` that stay whole along an axis over which RULES split them, and what would divide them."""
+    """Return the leaves of `tree` that stay whole along an axis over which RULES split them, and what would divide
+    them.
+    """
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name, shape = _name(path), tuple(leaf.shape)

@@ -40,7 +40,8 @@ def open_folder(folder: str, adapter: str | None = None, transformer: str | None
 
 
 def open_run(folder: str, step: str | None = None, weights: str | None = None) -> Model:
-    """A training run's checkpoint: its start model's folder with the weights of a step (a number, best; None: latest).
+    """Return a training run's checkpoint: its start model's folder with the weights of a step (a number, best; None:
+    latest).
 
     weights: params, ema or None: what the run itself judges and exports, its moving average if it keeps one.
     Raises SampleError, CheckpointError, WeightsError.
@@ -68,7 +69,7 @@ def open_run(folder: str, step: str | None = None, weights: str | None = None) -
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises SampleError if it is damaged."""
+    """Return the object in a JSON file; raises SampleError if it is damaged."""
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:

@@ -147,7 +147,7 @@ def read_tokens(file: FilePath, checkpoint: Checkpoint) -> TokenData:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Pre-train a transformer on (prompt, image tokens) pairs.")
     parser.add_argument("--checkpoint", required=True, help="folder in the released format to start from")
     parser.add_argument("--data", required=True, help="tokens.npz with prompts and images i32[M,h,w]")

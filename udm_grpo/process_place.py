@@ -105,7 +105,7 @@ def find_place(config: DistributedConfig, environment: Mapping[str, str]) -> Pla
 
 
 def _configured(config: DistributedConfig, environment: Mapping[str, str]) -> Found:
-    """What the config or JAX's own variables say."""
+    """Return what the config or JAX's own variables say."""
     found: Found = {}
     if config.coordinator:
         found[COORDINATOR] = config.coordinator, "distributed.coordinator"

@@ -41,7 +41,8 @@ class Sizes:
 
 
 def read_sizes(path: str, text_length: int = 0) -> Sizes:
-    """The sizes of the checkpoint `path`; of a published one that is not there, those that come with the package.
+    """Return the sizes of the checkpoint `path`; of a published one that is not there, those that come with the
+    package.
 
     `text_length` is L; 0 takes the tokenizer's. Raises ConfigError, or WeightsError for a damaged file.
     """
@@ -78,14 +79,17 @@ class Program:
 
 
 def mesh_of(config: RunConfig, sizes: Sizes, devices: list[Any]) -> Mesh:
-    """The mesh of a run over `devices`; raises MeshError or ConfigError where image, sizes and mesh do not fit."""
+    """Return the mesh of a run over `devices`.
+
+    Raises MeshError or ConfigError where image, sizes and mesh do not fit.
+    """
     mesh = meshes.make_mesh(asdict(config.mesh), devices)
     check_sizes(config, sizes.vq.stride)
     return mesh
 
 
 def programs(config: RunConfig, sizes: Sizes, mesh: Mesh) -> dict[str, Program]:
-    """The programs of one iteration by name: rollout, decode, reference and update."""
+    """Return the programs of one iteration by name: rollout, decode, reference and update."""
     held, steps = _held(config, sizes, mesh)
     given = _given(config, sizes, mesh, steps.sizes)
     rollout, update = steps.sizes.rollout, steps.sizes.update

@@ -42,7 +42,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 for a user's mistake, reported without a traceback."""
+    """Run the command line; return the exit status: 2 for a user's mistake, reported without a traceback."""
     prepare()
     parser = argparse.ArgumentParser(
         prog="python -m udm_grpo.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

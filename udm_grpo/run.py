@@ -86,7 +86,7 @@ class Run:
     """Of process 0 of a run in a bucket."""
 
     def key(self, stage: Stage, step: int) -> Key[Array, ""]:
-        """The key of a stage at an iteration."""
+        """Return the key of a stage at an iteration."""
         root = jax.random.fold_in(jax.random.key(self.config.seed), int(stage))
         return jax.random.fold_in(root, step)
 
@@ -148,7 +148,7 @@ def check_sizes(config: RunConfig, stride: int) -> None:
 
 
 def abstract_state(optimizer: Any, params: Params, ema: bool, mesh: Mesh) -> TrainState:
-    """The train state as shapes with shardings."""
+    """Return the train state as shapes with shardings."""
     master = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), params)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, master)
@@ -161,7 +161,10 @@ def abstract_state(optimizer: Any, params: Params, ema: bool, mesh: Mesh) -> Tra
 
 
 def trained(config: RunConfig, whole: Params, sizes: TransformerConfig) -> Params:
-    """What is trained, perhaps abstract: all weights, or an adapter of them; raises ConfigError for a rank too high."""
+    """Return what is trained, perhaps abstract: all weights, or an adapter of them.
+
+    Raises ConfigError for a rank too high.
+    """
     given = config.lora
     if not given.rank:
         return whole
@@ -172,13 +175,13 @@ def trained(config: RunConfig, whole: Params, sizes: TransformerConfig) -> Param
 
 
 def path_of(checkpoint: Checkpoint) -> NoisePath:
-    """The probability path of a checkpoint."""
+    """Return the probability path of a checkpoint."""
     scheduler = checkpoint.scheduler
     return make_path(checkpoint.path_codebook, scheduler.alpha, scheduler.c, scheduler.eps)
 
 
 def optimizer_of(config: RunConfig) -> Any:
-    """The optax transformation of a run."""
+    """Return the optax transformation of a run."""
     given = config.optimizer
     rate = learning_rate(
         given.learning_rate,
@@ -287,7 +290,7 @@ def begin(run: Run, position: Position | None, stack: contextlib.ExitStack) -> R
 
 
 def _fresh(run: Run, abstract: TrainState, reference: Params) -> tuple[TrainState, Params]:
-    """(the state before the first update, the frozen reference), from the start model's folder."""
+    """Return (the state before the first update, the frozen reference), from the start model's folder."""
     config = run.checkpoint.transformer_config
     folder = transformer_path(local(run.config.model.path), run.config.model.transformer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, reference)
@@ -310,5 +313,5 @@ def save(run: Run, state: TrainState, reference: Params, position: Position) -> 
 
 
 def exported(checkpoint: Checkpoint, params: Params) -> Checkpoint:
-    """The start model's folder with other transformer weights in it."""
+    """Return the start model's folder with other transformer weights in it."""
     return replace(checkpoint, transformer=params)

@@ -150,7 +150,7 @@ def _local(name: str, given: ScorerConfig, usual: Mapping[str, str], gpus: Gpus,
 
 
 def _memory_gib(given: ScorerConfig, gpus: Gpus) -> float | None:
-    """The memory that one process of the scorer may take; None where nobody says."""
+    """Return the memory that one process of the scorer may take; None where nobody says."""
     if not given.devices:
         return None
     if CPU in given.devices:

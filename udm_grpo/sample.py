@@ -63,7 +63,7 @@ MOST_PROMPTS, MOST_IMAGES = 2**20, 2**11
 def drawer(
     checkpoint: Checkpoint, settings: Settings, texts: Sequence[str], batch: int, devices: list[Any]
 ) -> Callable[[Sequence[tuple[int, int]]], UInt8[jax.Array, "b hh ww 3"]]:
-    """A function that starts to draw up to `batch` pictures, named by (prompt, image); the tail may be padding.
+    """Return a function that starts to draw up to `batch` pictures, named by (prompt, image); the tail may be padding.
 
     Raises SampleError for sizes that the tokens do not divide.
     """
@@ -266,7 +266,7 @@ def draw_all(given: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 for a user's mistake, reported without a traceback."""
+    """Run the command line; return the exit status: 2 for a user's mistake, reported without a traceback."""
     prepare()
     given = _parser().parse_args(argv)
     expected = (CheckpointError, OSError, ValueError)  # ValueError: SampleError, WeightsError, MeshError, prompts

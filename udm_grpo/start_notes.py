@@ -64,7 +64,9 @@ def prompt_notes(run: Run) -> list[str]:
 
 
 def _scorer_notes(run: Run) -> list[str]:
-    """What the scorers say of the prompts: which they cut, and which they may understand otherwise than was meant."""
+    """Return what the scorers say of the prompts: which they cut, and which they may understand otherwise than was
+    meant.
+    """
     found = []
     try:
         for name, prompts in zip(NAMES, (run.train, run.heldout), strict=True):
@@ -88,7 +90,7 @@ def _padding(config: RunConfig, sizes: BatchSizes, mesh: Mesh) -> list[str]:
 
 
 def _left_whole(leaves: Sequence[Undivided], width: int, total: int, what: str) -> list[str]:
-    """A line a parameter; `width` bytes a number of the parameter, `total` with all that is kept beside it."""
+    """Return a line a parameter; `width` bytes a number of the parameter, `total` with all that is kept beside it."""
     large = [leaf for leaf in leaves if leaf.numbers * width > MIN_BYTES]
     return [
         f"{leaf.path} {list(leaf.shape)} stays whole on every device, {_bytes(leaf.numbers * total)} {what}: "

@@ -78,7 +78,7 @@ class Steps:
 def make_plans(
     config: RunConfig, transformer: TransformerConfig, vq_config: vq.VQConfig, shift: float, mesh: Mesh
 ) -> Plans:
-    """The static plans of a run on `mesh`; `shift` is the checkpoint's.
+    """Return the static plans of a run on `mesh`; `shift` is the checkpoint's.
 
     Raises ConfigError for an attention kernel that the devices cannot run.
     """
@@ -114,7 +114,7 @@ def make_plans(
 
 
 def to_pixels(decoded: Float[Array, "b hh ww 3"]) -> UInt8[Array, "b hh ww 3"]:
-    """Decoded values, nominally in [-1, 1], as 8-bit pictures."""
+    """Return decoded values, nominally in [-1, 1], as 8-bit pictures."""
     return jnp.round(jnp.clip((decoded + 1) / 2, 0, 1) * 255).astype(jnp.uint8)
 
 
@@ -175,7 +175,7 @@ def prepare_samples(
 def with_advantages(
     samples: Samples, score: Float[Array, "p g"], sizes: BatchSizes, clip: float, global_std: bool
 ) -> Samples:
-    """The training states with each image's advantage, repeated over the K steps."""
+    """Return the training states with each image's advantage, repeated over the K steps."""
     advantage = advantages(score, clip, global_std).reshape(-1)
     repeated = jnp.tile(advantage, sizes.states // sizes.images)
     return replace(samples, advantage=pad_rows(repeated, sizes.trained))
@@ -184,7 +184,7 @@ def with_advantages(
 def step_samples(
     plans: Plans, sizes: BatchSizes, grpo: GRPOConfig, samples: Samples, score: Array, images: Array | None
 ) -> Samples:
-    """The training states of one optimizer step with their advantages: of all images, or of `images` i32[B/M]."""
+    """Return the training states of one optimizer step with their advantages, of all images or of `images` i32[B/M]."""
     samples = with_advantages(samples, score, sizes, grpo.advantage_clip, grpo.global_std)
     if images is None:
         return samples
@@ -193,7 +193,7 @@ def step_samples(
 
 
 def _placed(plans: Plans, mesh: Mesh) -> Plans:
-    """The plans with the shardings of activations, blocks and head on `mesh`."""
+    """Return the plans with the shardings of activations, blocks and head on `mesh`."""
     execution = replace(
         plans.execution,
         batch=meshes.over_batch(mesh),
@@ -319,7 +319,7 @@ def image_logits(
 def free_rollout(
     config: TransformerConfig, execution: Execution, path: Path, plan: RolloutPlan, out_shardings: Any = None
 ) -> RolloutStep:
-    """A rollout outside a run: for notebooks and sampling."""
+    """Return a rollout outside a run: for notebooks and sampling."""
 
     def step(path: Path, *given: Any) -> Rollout:
         return rollout(config, execution, path, plan, *given)

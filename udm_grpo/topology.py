@@ -76,7 +76,7 @@ class TopologyError(ValueError):
 
 
 def devices_of(topology: str) -> list[Any]:
-    """The devices of a slice such as "v5p:2x2x4" or "h100:8", or those at hand for ""; raises TopologyError."""
+    """Return the devices of a slice such as "v5p:2x2x4" or "h100:8", or those at hand for ""; raises TopologyError."""
     if not topology:
         return list(jax.devices())
     if topology.partition(":")[0] == "h100":

@@ -130,7 +130,7 @@ def minibatches(run: Run, step: int) -> Iterator[jax.Array | None]:
 
 
 def mean_of(each: Sequence[dict[str, jax.Array]]) -> dict[str, Any]:
-    """The metrics of an iteration: of one optimizer step as they are, of several their mean."""
+    """Return the metrics of an iteration: of one optimizer step as they are, of several their mean."""
     if len(each) == 1:
         return each[0]
     steps = jax.device_get(each)
@@ -149,7 +149,7 @@ def draw_samples(run: Run, reports: Reports, state: TrainState, reference: Param
 def evaluate_on_the_way(
     run: Run, reports: Reports, state: TrainState, reference: Params, position: Position
 ) -> Position:
-    """A held-out evaluation into evaluations.jsonl; keeps the best weights if asked. Returns the position."""
+    """Evaluate on held-out prompts into evaluations.jsonl; keep the best weights if asked; return the position."""
     given, step = run.config.evaluation, position.step
     params = judged(state)
     policy = run.steps.compute_copy(params, reference)
@@ -165,7 +165,7 @@ def evaluate_on_the_way(
 
 
 def evaluate_start(run: Run, reports: Reports, reference: Params, position: Position) -> Position:
-    """The evaluation of the start model. Returns the position."""
+    """Evaluate the start model; return the position."""
     reports.progress.message("evaluating the start model")
     position = replace(position, base=evaluate_all(run, reference, 0))
     if reports.evaluations:
@@ -186,7 +186,7 @@ def look(run: Run, reports: Reports, state: TrainState, reference: Params, posit
 
 
 def finish(run: Run, reports: Reports, state: TrainState, reference: Params, position: Position) -> dict[str, Any]:
-    """The last evaluation, the picture of before and after, the export and summary.json; returns the summary."""
+    """Make the last evaluation, the picture of before and after, the export and summary.json; return the summary."""
     run.checkpoints.finish()
     params = best_or_last(run, state, position)
     policy = run.steps.compute_copy(params, reference)
@@ -302,7 +302,7 @@ def _help(words: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status. A user's mistake is reported in a line, without a traceback."""
+    """Run the command line; return the exit status. A user's mistake is reported in a line, without a traceback."""
     prepare()
     with lasting_streams():
         return _main(argv)

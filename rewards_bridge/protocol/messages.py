@@ -56,7 +56,10 @@ def check_version(theirs: int, them: str, us: str) -> None:
 
 
 def checked_batch(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Batch:
-    """The arguments as a Batch; ValueError unless they are u8[B,H,W,3], B texts and B dicts within the limits."""
+    """Return the arguments as a Batch.
+
+    Raises ValueError unless they are u8[B,H,W,3], B texts and B dicts within the limits.
+    """
     pixels = np.asarray(images)
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.size == 0:
         raise ValueError(f"images have to be uint8 of shape [B,H,W,3]; found {pixels.dtype} of shape {pixels.shape}")
@@ -83,7 +86,7 @@ def _check_size(count: int, height: int, width: int) -> None:
 
 
 def encode_header(batch: Batch, batch_id: int) -> bytes:
-    """The first message of a batch; ValueError if its prompts or metadata cannot be sent."""
+    """Return the first message of a batch; ValueError if its prompts or metadata cannot be sent."""
     metadata_json = []
     for index, item in enumerate(batch.metadata):
         try:
@@ -153,7 +156,10 @@ def decode_check(message: bytes) -> tuple[list[str], list[dict], bool]:
 
 
 def decode_header(message: bytes) -> bridge_pb2.Header:
-    """The header that a batch starts with, its version and bounds checked; MalformedError or VersionError otherwise."""
+    """Return the header that a batch starts with, its version and bounds checked.
+
+    Raises MalformedError or VersionError otherwise.
+    """
     request = _parse_request(message)
     if request.WhichOneof("part") != "header":
         raise MalformedError("a batch starts with a header; found pixels or nothing")
@@ -175,7 +181,10 @@ def decode_header(message: bytes) -> bridge_pb2.Header:
 
 
 def decode_batch(header: bridge_pb2.Header, messages: Iterator[bytes]) -> Batch:
-    """The batch of this header, its pixels read from the messages; MalformedError if they are too few or too many."""
+    """Return the batch of this header, its pixels read from the messages.
+
+    Raises MalformedError if they are too few or too many.
+    """
     metadata = [_decode_metadata(index, text) for index, text in enumerate(header.metadata_json)]
     pixels = np.empty(header.pixel_bytes, np.uint8)
     received = 0
@@ -212,6 +221,6 @@ def _decode_metadata(index: int, text: str) -> dict:
 
 
 def decode_reply(reply: bridge_pb2.ScoreReply) -> Scores:
-    """The scores of a reply, counts and values still to be checked."""
+    """Return the scores of a reply, counts and values still to be checked."""
     raw = {name: np.array(reply.raw[name].values, np.float32) for name in sorted(reply.raw)}
     return Scores(np.array(reply.score, np.float32), raw, list(reply.reasons), list(reply.details))

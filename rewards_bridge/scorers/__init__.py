@@ -30,7 +30,8 @@ KNOWN = {
 
 
 def load_scorer(name: str, options: Mapping[str, str]) -> Scorer:
-    """The scorer of this name or "module:Class", made with these options; UsageError says what is wrong with either.
+    """Return the scorer of this name or "module:Class", made with these options; UsageError says what is wrong with
+    either.
 
     Option values come as text (from a config or a command line) and are converted where the class annotates an argument
     as int, float or bool.

@@ -72,7 +72,7 @@ class Source:
         return all((self.path / name).is_file() for name in names)
 
     def missing(self, what: str, reason: object) -> UsageError:
-        """The error for something that is not there: says how to download it and which option to give."""
+        """Return the error for something that is not there: says how to download it and which option to give."""
         name, folder = (self.published, self.place) if self.is_local else (self.place, self.place.split("/")[-1])
         folder, files = folder or self.published.split("/")[-1], self.download
         if TIMM_NAME.fullmatch(self.path.name):
@@ -84,7 +84,7 @@ class Source:
         )
 
     def wrong(self, problem: str) -> UsageError:
-        """The error for something that is there and cannot be used."""
+        """Return the error for something that is there and cannot be used."""
         return UsageError(f"scorer {self.scorer!r}: {self.option}={self.place!r}: {problem}")
 
     @contextmanager
@@ -111,7 +111,8 @@ class Source:
 
 
 def load_tensors(source: Source, path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors or PyTorch file by name, on the CPU, those under "state_dict" if there is one.
+    """Return the tensors of a .safetensors or PyTorch file by name, on the CPU, those under "state_dict" if there is
+    one.
 
     A PyTorch file is read with weights_only. Raises UsageError if it is damaged or holds something else.
     """

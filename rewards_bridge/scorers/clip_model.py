@@ -119,7 +119,7 @@ class Clip:
 
     @torch.inference_mode()
     def _in_parts(self, features: Callable[..., torch.Tensor], items: np.ndarray | Sequence[str]) -> np.ndarray:
-        """The features of all items as rows of length 1, f32[len(items),E]."""
+        """Return the features of all items as rows of length 1, f32[len(items),E]."""
         parts: list[torch.Tensor] = []
         start = 0
         while start < len(items):
@@ -147,7 +147,7 @@ class Clip:
 
 
 def load_clip(model: Source, processor: Source, device: str, dtype: str, batch_size: int) -> Clip:
-    """A Clip of files in either format; UsageError says what is missing or does not fit, and what to do.
+    """Return a Clip of files in either format; UsageError says what is missing or does not fit, and what to do.
 
     model: a folder or hub name of transformers, or a folder of open_clip. processor: where the tokenizer and, for the
     format of transformers, preprocessor_config.json are; the same place as the model for the model's own.
@@ -161,7 +161,9 @@ def load_clip(model: Source, processor: Source, device: str, dtype: str, batch_s
 
 
 def load_towers(source: Source) -> Towers:
-    """The encoders of a folder in either format or of a hub name, float32, on the CPU, for a caller's own pixels."""
+    """Return the encoders of a folder in either format or of a hub name, float32, on the CPU, for a caller's own
+    pixels.
+    """
     if clip_open.is_open_clip(source):
         towers: Towers = clip_open.load_folder(source)[0]
     else:

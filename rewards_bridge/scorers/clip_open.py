@@ -166,7 +166,7 @@ def _read_config(source: Source, path: Path) -> dict[str, Any]:
 
 
 def _fill(source: Source, path: Path, config: Mapping[str, Any]) -> open_clip.CLIP:
-    """The model of a configuration with the weights of a file, float32, on the CPU."""
+    """Return the model of a configuration with the weights of a file, float32, on the CPU."""
     model = _build(source, config)
     tensors = load_tensors(source, path)
     if tensors and all(name.startswith("module.") for name in tensors):  # saved under data parallelism
@@ -187,7 +187,7 @@ def _fill(source: Source, path: Path, config: Mapping[str, Any]) -> open_clip.CL
 
 
 def _build(source: Source, config: Mapping[str, Any]) -> open_clip.CLIP:
-    """The model without memory for its weights: drawing a billion random ones first takes a minute."""
+    """Return the model without memory for its weights: drawing a billion random ones first takes a minute."""
     library = _library(source)
     try:
         with torch.device("meta"):
@@ -197,7 +197,7 @@ def _build(source: Source, config: Mapping[str, Any]) -> open_clip.CLIP:
 
 
 def _towers(model: open_clip.CLIP, own: Source, named: Source | None) -> OpenClipTowers:
-    """The encoders with the tokenizer of the place named, or of the model's own, or open_clip's."""
+    """Return the encoders with the tokenizer of the place named, or of the model's own, or open_clip's."""
     length = model.context_length
     if named is None and not has_tokenizer(own):
         simple = _library(own).SimpleTokenizer(context_length=length)
@@ -217,7 +217,7 @@ def _towers(model: open_clip.CLIP, own: Source, named: Source | None) -> OpenCli
 
 
 def _fit(model: open_clip.CLIP, size: int, last: int) -> dict[str, tuple[object, object]]:
-    """What tokenizer and model agree about; the model takes a text's highest token for its last."""
+    """Return what tokenizer and model agree about; the model takes a text's highest token for its last."""
     ends = model.text_eos_id if model.text_pool_type == "eos" else size - 1
     return {
         "tokens in the vocabulary": (size, model.vocab_size),

@@ -95,7 +95,7 @@ def load_model(source: Source) -> CLIPModel:
 
 
 def _load_config(source: Source) -> CLIPConfig:
-    """The configuration of a folder or hub repository; UsageError if it is not that of a CLIP."""
+    """Return the configuration of a folder or hub repository; UsageError if it is not that of a CLIP."""
     with source.reading("config.json"):
         found = CLIPConfig.get_config_dict(source.where)[0]
         if not found:  # transformers finds nothing in a folder without the file, and makes a default model of it

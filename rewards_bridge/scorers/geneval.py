@@ -74,7 +74,7 @@ class GenevalScorer:
         return score_images(self.detector, self.colors, images, prompts, metadata)
 
     def problem(self, prompt: str, metadata: dict) -> str:
-        """What keeps this prompt from being judged by its metadata; "" if nothing does."""
+        """Return what keeps this prompt from being judged by its metadata; "" if nothing does."""
         return "; ".join(problems(metadata, WORDS))
 
 
@@ -124,7 +124,7 @@ def _judge(
 
 
 def check_metadata(prompts: Sequence[str], metadata: Sequence[Any]) -> list[str]:
-    """What keeps these prompts from being judged by their GenEval metadata, a line each; empty if nothing does.
+    """Return what keeps these prompts from being judged by their GenEval metadata, a line each; empty if nothing does.
 
     It needs no model: a trainer can ask before it starts. Raises ValueError if there is not one entry a prompt.
     """

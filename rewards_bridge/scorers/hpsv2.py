@@ -72,7 +72,7 @@ class HpsV2Scorer:
 
 
 def letterbox(side: int, antialias: bool) -> Pixels:
-    """What HPS v2 does to images: the longest edge to `side`, bicubic; centred on black, a square; normalised.
+    """Return what HPS v2 does to images: the longest edge to `side`, bicubic; centred on black, a square; normalised.
 
     The resizing is done in floating point and not cut off at black and white, as in the hpsv2 package.
     """
@@ -105,7 +105,7 @@ def _load(weights: Source, file: str, processor: Source | None) -> Towers:
 
 
 def _find(source: Source, file: str) -> Path | None:
-    """The file of open_clip's names; None if the place is a folder with a configuration, of either library."""
+    """Return the file of open_clip's names; None if the place is a folder with a configuration, of either library."""
     if source.path.is_file():
         return source.path
     if source.has(file):

@@ -76,7 +76,7 @@ class ImageRewardScorer:
 
 
 def _import() -> tuple[ModuleType, ModuleType]:
-    """The packages ImageReward and torch; UsageError if one is missing, too new or too old."""
+    """Return the packages ImageReward and torch; UsageError if one is missing, too new or too old."""
     command = " ".join([sys.executable, "-m pip install", *(f'"{package}"' for package in PACKAGES)])
     remedy = f"Install it with: {command}; or name another interpreter as rewards.interpreter"
     try:

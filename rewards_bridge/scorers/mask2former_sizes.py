@@ -89,7 +89,7 @@ def _feedforward(tensors: Mapping[str, Tensor], layer: str) -> int:
 
 
 def _either(tensors: Mapping[str, Tensor], start: str, middles: tuple[str, str], end: str) -> Tensor:
-    """The tensor by its name in mmdetection 2.x or 3.x."""
+    """Return the tensor by its name in mmdetection 2.x or 3.x."""
     older, newer = (f"{start}{middle}{end}" for middle in middles)
     return tensors[older] if older in tensors else tensors[newer]
 

@@ -52,7 +52,7 @@ def _thirds(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def _merging_order(tensor: Tensor) -> tuple[Tensor, ...]:
-    """The last axis from (channel, row, column) of a 2x2 patch to (column, row, channel)."""
+    """Return the last axis from (channel, row, column) of a 2x2 patch to (column, row, channel)."""
     if not tensor.ndim or tensor.shape[-1] % 4:
         return (tensor,)  # of a wrong shape, which the comparison of shapes will tell
     return (tensor.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3),)
@@ -193,7 +193,7 @@ def convert(source: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]) -
 
 
 def _apply(name: str, tensor: Tensor) -> dict[str, Tensor] | None:
-    """The tensors that the one rule for this name makes, by their new names; None if there is no rule."""
+    """Return the tensors that the one rule for this name makes, by their new names; None if there is no rule."""
     for pattern, rule in _PATTERNS:
         match = pattern.fullmatch(name)
         if match and not rule.target:

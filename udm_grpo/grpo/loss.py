@@ -114,7 +114,7 @@ def token_mean_logps(
 
 
 def mean(x: Float[Array, " s"], weight: Float[Array, " s"] | None = None) -> Float[Array, ""]:
-    """The sum of the states whose weight is not 0, over the number of all states.
+    """Return the sum of the states whose weight is not 0, over the number of all states.
 
     What a state of weight 0 holds has no part in it, not even if it is not finite, and gets no gradient.
     """
@@ -128,7 +128,8 @@ def policy_loss(
     clip_range: float,
     weight: Float[Array, " s"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(the clipped surrogate -mean min(A r, A clip(r, 1 - eps, 1 + eps)), the fraction of ratios outside the clip).
+    """Return (the clipped surrogate -mean min(A r, A clip(r, 1 - eps, 1 + eps)), the fraction of ratios outside the
+    clip).
 
     r = exp(logp - old_logp).
 
@@ -143,7 +144,7 @@ def policy_loss(
 def k3(
     logp: Float[Array, " s"], ref_logp: Float[Array, " s"], weight: Float[Array, " s"] | None = None
 ) -> Float[Array, ""]:
-    """The mean of exp(ref - logp) - (ref - logp) - 1: a KL estimate that is never negative.
+    """Return the mean of exp(ref - logp) - (ref - logp) - 1: a KL estimate that is never negative.
 
     Source: Schulman, "Approximating KL divergence" (2020), estimator k3.
     """

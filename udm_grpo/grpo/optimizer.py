@@ -17,7 +17,7 @@ def learning_rate(
     milestones: tuple[int, ...] = (),
     milestone_factor: float = 0.1,
 ) -> optax.Schedule:
-    """The rate of each update 0 .. total-1: a linear warm-up from 0 over `warmup` updates, then by `schedule`.
+    """Return the rate of each update 0 .. total-1: a linear warm-up from 0 over `warmup` updates, then by `schedule`.
 
     "constant"; "cosine", down to final_fraction * peak at the end; "multistep", times milestone_factor at each
     milestone (counted from the first update). Raises ValueError for another name.

@@ -37,7 +37,7 @@ class TrajectoryPlan:
 
 
 def window(plan: TrajectoryPlan, key: Key[Array, ""]) -> Int32[Array, " k"]:
-    """The K consecutive steps of this update, the same on every device."""
+    """Return the K consecutive steps of this update, the same on every device."""
     start = jax.random.randint(key, (), 0, plan.window_starts, jnp.int32)
     return start + jnp.arange(plan.trained_steps, dtype=jnp.int32)
 
@@ -64,7 +64,7 @@ def noised(
 def trajectory(
     path: Path, plan: TrajectoryPlan, rollout: Rollout, image_index: Int[Array, " b"], key: Key[Array, ""]
 ) -> Trajectory:
-    """The K training states of each of B images.
+    """Return the K training states of each of B images.
 
     Raises ValueError when an ablation needs the rollout's own trajectory and it was not kept.
 

@@ -19,7 +19,7 @@ from udm_grpo.model.transformer import Execution, TransformerConfig
 
 
 def cast(params: Params, dtype: Any) -> Params:
-    """The parameters in the dtype they compute in."""
+    """Return the parameters in the dtype they compute in."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 

@@ -64,7 +64,7 @@ def _drawn_with(samples: Path) -> dict[str, Any]:
 
 
 def _common_prompts(before: Scored, after: Scored) -> tuple[list[tuple[int, int]], list[str]]:
-    """The numbers, before and after, of the prompts that have pictures in both; warnings of the others."""
+    """Return the numbers, before and after, of the prompts that have pictures in both; warnings of the others."""
     first, second = _by_metadata(before), _by_metadata(after)
     pairs = [(number, second[key]) for key, number in first.items() if key in second]
     if not pairs:
@@ -78,7 +78,7 @@ def _common_prompts(before: Scored, after: Scored) -> tuple[list[tuple[int, int]
 
 
 def _by_metadata(scored: Scored) -> dict[tuple[str, int], int]:
-    """The number of every prompt that has pictures; the key is its metadata and which of the same ones it is."""
+    """Return the number of every prompt that has pictures; the key is its metadata and which of the same ones it is."""
     found: dict[tuple[str, int], int] = {}
     times: dict[str, int] = {}
     for number in sorted({mark.prompt for mark in scored.marks}):
@@ -89,7 +89,7 @@ def _by_metadata(scored: Scored) -> dict[tuple[str, int], int]:
 
 
 def common_scorers(before: Scored, scorers: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The names of the scorers, {name: {"scorer", "options"}}, that have made `before` too.
+    """Return the names of the scorers, {name: {"scorer", "options"}}, that have made `before` too.
 
     Raises ScoringError if there is none, or if one of the same name was another or had other options.
     """
@@ -147,7 +147,7 @@ def _compare_scorer(
 def _changed(
     before: Scored, after: Scored, name: str, pair: tuple[int, int], means: tuple[float, float]
 ) -> dict[str, Any]:
-    """A prompt that changed, with the pair of its pictures that changed most in the same direction."""
+    """Return a prompt that changed, with the pair of its pictures that changed most in the same direction."""
     difference = means[1] - means[0]
     old, new = (
         [mark for mark in scored.marks if mark.scorer == name and mark.prompt == number]
@@ -186,7 +186,7 @@ def draw_changed(comparison: Mapping[str, Any], output: Path) -> dict[str, str]:
 
 
 def _cells(rows: Sequence[Mapping[str, Any]]) -> tuple[UInt8[np.ndarray, "B H W 3"], UInt8[np.ndarray, "B H W 3"]]:
-    """The pictures before and after, all of one size: as they are, or each fitted into the same frame."""
+    """Return the pictures before and after, all of one size: as they are, or each fitted into the same frame."""
     files = [Path(row[side]["file"]) for side in ("before", "after") for row in rows]
     try:
         pictures = [Image.fromarray(load_picture(file)) for file in files]

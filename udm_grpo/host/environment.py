@@ -36,7 +36,7 @@ def begin(
 
 
 def describe() -> dict[str, Any]:
-    """This process and its machine: time (UTC), command, versions, devices, processors, bytes of memory."""
+    """Describe this process and its machine: time (UTC), command, versions, devices, processors, bytes of memory."""
     devices = jax.devices()
     kinds = Counter(f"{device.platform}: {device.device_kind}" for device in devices)
     return {
@@ -74,7 +74,7 @@ def _version(name: str) -> str:
 
 
 def _commit() -> str | None:
-    """The commit of these sources and whether they were changed since; None outside a git checkout."""
+    """Return the commit of these sources and whether they were changed since; None outside a git checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():

@@ -52,18 +52,18 @@ class Extremes:
             self._look(*self._waiting.pop(0))
 
     def so_far(self) -> tuple[tuple[Judged, ...], tuple[Judged, ...]]:
-        """The best and the worst of the batches before the first whose scorer failed; waits for the scores."""
+        """Return the best and the worst of the batches before the first whose scorer failed; waits for the scores."""
         while self._waiting and self._waiting[0][2].exception() is None:
             self._look(*self._waiting.pop(0))
         return tuple(self._best.values()), tuple(self._worst.values())
 
     def best(self) -> list[Judged]:
-        """The best first; waits for the scores. Raises what the scorer raised."""
+        """Return the best first; waits for the scores. Raises what the scorer raised."""
         self._finish()
         return list(self._best.values())
 
     def worst(self) -> list[Judged]:
-        """The worst first; waits for the scores. Raises what the scorer raised."""
+        """Return the worst first; waits for the scores. Raises what the scorer raised."""
         self._finish()
         return list(self._worst.values())
 

@@ -184,7 +184,7 @@ class Lock:
             raise FolderLockedError(self.lost_text())
 
     def lost_text(self) -> str:
-        """What has happened, for a lock that was taken away."""
+        """Return what has happened, for a lock that was taken away."""
         return (
             f"{self.folder} was taken over by {self.taken_by}, since this process had given no sign of life (it was "
             "suspended, or the disk did not answer). It ends without writing anything more."

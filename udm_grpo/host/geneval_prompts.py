@@ -55,12 +55,12 @@ _ENGLISH = {
 
 
 def with_article(name: str) -> str:
-    """Puts "a" or "an" before a name, by its first letter as in GenEval."""
+    """Put "a" or "an" before a name, by its first letter as in GenEval."""
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def plural(name: str, kind: str) -> str:
-    """The plural of a class: "benchmark" as its prompts have it ("knifes", "sheeps", "benchs"), or "english"."""
+    """Return the plural of a class: "benchmark" as its prompts have it ("knifes", "sheeps", "benchs"), or "english"."""
     if kind == "benchmark":
         return f"{name}es" if name.endswith("s") else f"{name}s"
     if name in _ENGLISH:
@@ -167,7 +167,7 @@ _MIRROR = {"right of": "left of", "below": "above"}
 
 
 def combination(row: Row) -> tuple[Any, ...]:
-    """What a row asks for, whatever its wording; any metadata in GenEval's format.
+    """Return what a row asks for, whatever its wording; any metadata in GenEval's format.
 
     Twins share it: "a cat and a dog" and "a dog and a cat"; "a cat left of a dog" and "a dog right of a cat".
     """
@@ -185,7 +185,10 @@ def combination(row: Row) -> tuple[Any, ...]:
 
 
 def unknown_words(row: Row) -> str:
-    """What of a row the grammar does not know, so that leaving it out would leave out nothing; "" if it knows all."""
+    """Return what of a row the grammar does not know, so that leaving it out would leave out nothing.
+
+    "" if it knows all.
+    """
     wrong = []
     for item in row.get("include", []):
         if item["class"] not in CLASSES:
@@ -264,7 +267,7 @@ def _words(text: str) -> str:
 
 
 def _epochs(pool: Sequence[Row], seed: int, tag: str) -> Iterator[Row]:
-    """A pool without end: every prompt once, then every prompt again, each time in another order."""
+    """Yield a pool without end: every prompt once, then every prompt again, each time in another order."""
     yield from pool
     for epoch in itertools.count(1):
         yield from (pool[i] for i in shuffle(seed, GENERATE, TAGS.index(tag), epoch, len(pool)))

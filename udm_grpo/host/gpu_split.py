@@ -112,7 +112,10 @@ def _refuse(problems: Sequence[str]) -> None:
 
 
 def _by_their_ids(scorers: Scorers, gpus: Gpus) -> dict[str, ScorerConfig]:
-    """The scorers with every GPU by the id that this process sees; raises ConfigError listing those not there."""
+    """Return the scorers with every GPU by the id that this process sees.
+
+    Raises ConfigError listing those not there.
+    """
     problems: list[str] = []
     renamed = {}
     for name, given in scorers.items():

@@ -36,7 +36,7 @@ def record(
     details: Sequence[Mapping[str, Any]],
     run: str = "",
 ) -> PngInfo:
-    """The text chunk of a grid.
+    """Return the text chunk of a grid.
 
     shape: [B, H, W, 3] of the pictures. factor: how many pixels a pixel of theirs became. marks: pixels from a cell's
     left edge. corners: (left, top) of every cell's first picture. details: none, or plain JSON for each cell. run: the
@@ -56,7 +56,7 @@ def record(
 
 
 def read_grid(path: str | Path) -> list[Cell] | None:
-    """The pictures of a PNG in their own size, None if it does not say where they are.
+    """Return the pictures of a PNG in their own size, None if it does not say where they are.
 
     Raises ValueError for a file that is damaged, naming it.
     """

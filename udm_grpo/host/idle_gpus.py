@@ -29,7 +29,7 @@ def idle_gpus(backend: str) -> str | None:
 
 
 def _gpus() -> list[str]:
-    """The names of the GPUs, by nvidia-smi or else by the driver's files."""
+    """Return the names of the GPUs, by nvidia-smi or else by the driver's files."""
     rows = query_gpus(os.environ)
     if rows is not None:
         return [row.name for row in rows]

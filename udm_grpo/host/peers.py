@@ -321,7 +321,7 @@ def _call(
 def _reach(
     me: Member, address: tuple[str, int], until: float, timeout_s: float, send_timeout_s: float
 ) -> tuple[Line, str]:
-    """The connection to process 0, and the random number that it sends to every caller."""
+    """Return the connection to process 0, and the random number that it sends to every caller."""
     while True:
         try:
             left_s = max(until - time.monotonic(), RETRY_S)

@@ -139,7 +139,7 @@ def merge_on_host(base: Params, adapter: Params, factor: float) -> Params:
 
 
 def _file(folder: Path, name: str) -> Path:
-    """A file of an adapter; raises WeightsError that says what is in the folder instead."""
+    """Return a file of an adapter; raises WeightsError that says what is in the folder instead."""
     if (folder / name).is_file() or not folder.is_dir():
         return folder / name
     below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
@@ -154,7 +154,10 @@ def _file(folder: Path, name: str) -> Path:
 
 
 def _weights_file(folder: Path) -> Path:
-    """The file of the matrices; the one of PEFT before 0.7 where there is no newer one, and an error if they differ."""
+    """Return the file of the matrices.
+
+    The one of PEFT before 0.7 where there is no newer one, and an error if they differ.
+    """
     new, old = folder / WEIGHTS_FILE, folder / OLD_WEIGHTS_FILE
     if new.is_file() and old.is_file() and (problem := different_files(new, old)):
         raise WeightsError(problem)
@@ -168,7 +171,7 @@ def _tensor_problems(
     infos: Mapping[str, TensorInfo],
     maps: Sequence[str],
 ) -> list[str]:
-    """A line for every matrix that is missing, superfluous, misshapen or not of floats."""
+    """Return a line for every matrix that is missing, superfluous, misshapen or not of floats."""
     expected: dict[str, Source] = {}
     layers = transformer.abstract(config)["layers"]
     for name in maps:

@@ -143,7 +143,7 @@ def _wrap(text: str, font: Font, width: int) -> list[str]:
 
 
 def _fitting(text: str, font: Font, width: int) -> int:
-    """The number of characters, at least 1, that fit into a line."""
+    """Return the number of characters, at least 1, that fit into a line."""
     counts = range(1, min(len(text), max(1, width)) + 1)  # no character that is drawn is narrower than a pixel
     return max(1, bisect.bisect_right(counts, float(width), key=lambda count: float(font.getlength(text[:count]))))
 

@@ -8,7 +8,7 @@ SHOWN_AFTER_S = 1.0
 
 
 def progress_bar(total: int, what: str, unit: str, done: int = 0, stream: TextIO | None = None) -> tqdm:
-    """A bar for `total` units, `done` of them before; a context manager with `update(count)`.
+    """Return a bar for `total` units, `done` of them before; a context manager with `update(count)`.
 
     what: the work, as in "writing"; stream: default standard error.
     """

@@ -71,7 +71,7 @@ def write_dataset(folder: str | Path, splits: Mapping[str, Sequence[Row]]) -> No
 
 
 def split_names(folder: str | Path) -> list[str]:
-    """The splits of a prepared folder; ValueError if it is damaged."""
+    """Return the splits of a prepared folder; ValueError if it is damaged."""
     try:
         return sorted(tfds.builder_from_directory(Path(folder) / DATASET / VERSION).info.splits)
     except Exception as error:

@@ -304,7 +304,9 @@ def _parse_csv(path: Path, text: str, column: str, tag_column: str) -> Parsed:
 
 
 def _delimiter(path: Path, text: str, column: str) -> str:
-    """What divides values: in a .csv file the first of DELIMITERS that makes its header name a column of prompts."""
+    """Return what divides values: in a .csv file the first of DELIMITERS that makes its header name a column of
+    prompts.
+    """
     if path.suffix.lower() == ".tsv":
         return "\t"
     for delimiter in DELIMITERS:

@@ -33,7 +33,7 @@ def with_key(row: Row, key: str) -> Row:
 
 
 def wrong_text(name: str, text: Any) -> list[str]:
-    """What is wrong with a text that must not be empty, as a list of none or one."""
+    """Return what is wrong with a text that must not be empty, as a list of none or one."""
     if not isinstance(text, str) or is_blank(text):
         return [f'"{name}" must be a text that is not empty']
     try:
@@ -122,7 +122,7 @@ def object_row(line: Any, key: str) -> Row:
 
 
 def json_array(path: Path, text: str) -> list[Any] | None:
-    """The array that the text of a file holds, or None if it does not begin as one."""
+    """Return the array that the text of a file holds, or None if it does not begin as one."""
     content = text.strip()
     is_json = path.suffix.lower() == ".json"
     if not is_json and not content.startswith("["):

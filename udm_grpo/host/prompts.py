@@ -32,7 +32,7 @@ __all__ = ["UNTAGGED", "Batch", "PromptSet", "read_prompts"]
 LONGEST_CYCLE = 100_000
 """Largest allowed sum of the tag weights, once they are brought to whole numbers."""
 
-Batch = tuple[list[str], list[dict[str, Any]], Int32[np.ndarray, "P"]]
+Batch = tuple[list[str], list[dict[str, Any]], Int32[np.ndarray, " P"]]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class PromptSet:
         return self._take(chosen[:count])
 
     @cached_property
-    def _pools(self) -> tuple[tuple[Int32[np.ndarray, "n"], int], ...]:
+    def _pools(self) -> tuple[tuple[Int32[np.ndarray, " n"], int], ...]:
         """Return each pool's prompt indices and its slots per cycle."""
         if self.weights is None:
             return ((np.arange(len(self), dtype=np.int32), 1),)
@@ -110,7 +110,7 @@ class PromptSet:
         epoch, turn = divmod(cycle * shares[which[place]] + int(earlier[place]), len(pool))
         return int(pool[shuffle(seed, POOL, int(which[place]), epoch, len(pool))[turn]])
 
-    def _where(self, tag: str) -> Int32[np.ndarray, "n"]:
+    def _where(self, tag: str) -> Int32[np.ndarray, " n"]:
         return np.array([i for i, other in enumerate(self.tags) if other == tag], dtype=np.int32)
 
     def _take(self, indices: Sequence[int]) -> Batch:
@@ -202,7 +202,9 @@ _ZERO = np.zeros(1, dtype=np.int32)
 
 
 @lru_cache(maxsize=8)
-def _schedule(seed: int, cycle: int, shares: tuple[int, ...]) -> tuple[Int32[np.ndarray, "W"], Int32[np.ndarray, "W"]]:
+def _schedule(
+    seed: int, cycle: int, shares: tuple[int, ...]
+) -> tuple[Int32[np.ndarray, " W"], Int32[np.ndarray, " W"]]:
     """Return for each place of a cycle: which pool it belongs to, and how many earlier places of the cycle do."""
     which = np.repeat(np.arange(len(shares), dtype=np.int32), shares)[shuffle(seed, SCHEDULE, 0, cycle, sum(shares))]
     earlier = np.empty_like(which)

@@ -11,7 +11,8 @@ _QUOTED_KEY = re.compile(r"""['"]([^'"]*)['"]\s*:""")
 
 
 def without_secrets(words: Sequence[str]) -> list[str]:
-    """A command line with *** for the value of --name=value where the name ends in key, token, secret, password, ...
+    """Return a command line with *** for the value of --name=value where the name ends in key, token, secret, password,
+    ...
 
     So for --name value, and for a dict with such a name in it. Logins in addresses (https://name:password@host) go too.
     """

@@ -44,7 +44,7 @@ def report_data(runs: Sequence[RunFolder]) -> dict[str, Any]:
 
 
 def names_of(runs: Sequence[RunFolder]) -> list[str]:
-    """The last parts of the folders' paths, as many as it takes to tell the runs apart."""
+    """Return the last parts of the folders' paths, as many as it takes to tell the runs apart."""
     parts = [run.path.resolve().parts for run in runs]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]
@@ -74,7 +74,7 @@ def _run(run: RunFolder, name: str, runs: int) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """The same JSON with None for numbers that are not finite."""
+    """Return the same JSON with None for numbers that are not finite."""
     if isinstance(value, Mapping):
         return {str(name): finite(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -83,7 +83,7 @@ def finite(value: Any) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number in six digits, None for anything else."""
+    """Return a finite number in six digits, None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(f"{value:.6g}")
@@ -131,7 +131,7 @@ def _mean(numbers: Sequence[float | None]) -> float | None:
 
 
 def _evaluations(run: RunFolder) -> list[dict[str, Any]]:
-    """Base, on the way, final: {"step", "label", "prompts", "images", "values": {...}, "tags": {tag: {...}}}."""
+    """Return base, on the way, final: {"step", "label", "prompts", "images", "values": {...}, "tags": {tag: {...}}}."""
     found = {line["step"]: _evaluation(line["step"], "", line) for line in run.evaluations}
     if run.summary:
         pair = next(iter(run.summary["by_steps"].values()))
@@ -162,7 +162,9 @@ def _spread(steps: Sequence[int], most: int) -> list[int]:
 
 
 def _moments(run: RunFolder, runs: int, notes: list[str]) -> list[dict[str, Any]]:
-    """The same prompts through training: {"step", "label", "cells": [{"caption", "src"}]} or, of a grid, "sheet"."""
+    """Return the same prompts through training: {"step", "label", "cells": [{"caption", "src"}]} or, of a grid,
+    "sheet".
+    """
     steps = _spread(sorted(run.pictures), max(4, MOST_MOMENTS // runs))
     if len(steps) < len(run.pictures):
         notes.append(f"Pictures of {len(steps)} of {len(run.pictures)} moments are shown.")
@@ -216,7 +218,9 @@ def _extremes(run: RunFolder, runs: int, notes: list[str]) -> list[dict[str, Any
 
 
 def encode(image: UInt8[np.ndarray, "H W 3"], longest: int = LONGEST_SIDE) -> str:
-    """A picture as a data URI: small ones exactly (PNG), larger ones at most `longest` pixels wide and high (WebP)."""
+    """Return a picture as a data URI: small ones exactly (PNG), larger ones at most `longest` pixels wide and high
+    (WebP).
+    """
     picture = Image.fromarray(image)
     buffer = io.BytesIO()
     if max(picture.size) <= LOSSLESS_SIDE:
@@ -230,7 +234,7 @@ def encode(image: UInt8[np.ndarray, "H W 3"], longest: int = LONGEST_SIDE) -> st
 
 
 def _environment(starts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The first start in words; of the resumes, when they were and what they changed."""
+    """Return the first start in words; of the resumes, when they were and what they changed."""
     if not starts:
         return {}
     shown = _start(starts[0])
@@ -256,7 +260,7 @@ def _start(start: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _shown(name: str, value: Any) -> str:
-    """A setting as text, without secrets."""
+    """Return a setting as text, without secrets."""
     if value and isinstance(value, str) and is_secret(name):
         return HIDDEN
     if isinstance(value, list):

@@ -12,7 +12,7 @@ TEMPLATE = Path(__file__).resolve().parent.parent / "assets" / "report"
 
 
 def page(data: dict[str, Any], title: str) -> str:
-    """The HTML of a report. Texts of the data reach the page as text only: they are never markup or script.
+    """Return the HTML of a report. Texts of the data reach the page as text only: they are never markup or script.
 
     A content security policy allows this very script and style, pictures out of the file itself, and nothing else.
     """

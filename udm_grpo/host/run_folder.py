@@ -93,7 +93,7 @@ class _Reader:
         self.notes: list[str] = []
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """The lines of a file of JSON lines with rising steps; none if there is no file."""
+        """Return the lines of a file of JSON lines with rising steps; none if there is no file."""
         path = self._folder / name
         if not path.is_file():
             return []
@@ -117,7 +117,7 @@ class _Reader:
         return own
 
     def object(self, name: str) -> dict[str, Any] | None:
-        """A JSON file that holds an object; None if there is none."""
+        """Return a JSON file that holds an object; None if there is none."""
         path = self._folder / name
         if not path.is_file():
             return None
@@ -139,7 +139,7 @@ class _Reader:
         return [f"prompts: {text}" for text in texts] if is_own and isinstance(texts, list) else []
 
     def starts(self) -> list[dict[str, Any]]:
-        """The starts that environment.json lists."""
+        """Return the starts that environment.json lists."""
         found = self.object("environment.json") or {"starts": []}
         if self.run is not None and found.get("run", self.run) != self.run:
             self.notes.append("environment.json is of another run and left out.")
@@ -174,11 +174,14 @@ class _Reader:
         return found
 
     def until(self, last: int, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The lines up to the last iteration that is written."""
+        """Return the lines up to the last iteration that is written."""
         return [line for line in lines if line["step"] <= last]
 
     def by_step(self, name: str, last: int) -> dict[int, Path]:
-        """The PNGs of a folder by the step that they are named after; those past the last iteration are not its."""
+        """Return the PNGs of a folder by the step that they are named after.
+
+        Those past the last iteration are not its.
+        """
         folder = self._folder / name
         found = sorted((int(path.stem), path) for path in _pngs(folder)) if folder.is_dir() else []
         found = [(step, path) for step, path in found if step <= last]
@@ -188,7 +191,7 @@ class _Reader:
         return own
 
     def before_after(self) -> Path | None:
-        """The picture of before and after, unless it is that of another run."""
+        """Return the picture of before and after, unless it is that of another run."""
         path = self._folder / "before_after.png"
         if not path.is_file():
             return None
@@ -203,7 +206,7 @@ def _pngs(folder: Path) -> Iterator[Path]:
 
 
 def _line(line: bytes, before: int | None) -> tuple[str, dict[str, Any]]:
-    """(what is wrong with the line or "", its values)."""
+    """Return (what is wrong with the line or "", its values)."""
     try:
         values = json.loads(line)
     except ValueError as error:

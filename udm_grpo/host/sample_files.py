@@ -73,7 +73,7 @@ def pictures_beside(folder: Path) -> list[str]:
 
 
 def _file_of(path: str) -> tuple[str, int | None]:
-    """The file of a picture, and which quarter of it the picture is."""
+    """Return the file of a picture, and which quarter of it the picture is."""
     named = re.fullmatch(r"(.*\.png)#([0-3])", path, re.DOTALL)
     return (named[1], int(named[2])) if named else (path, None)
 

@@ -138,7 +138,7 @@ def _read_numbered(root: Path, folders: Sequence[Path]) -> _Found:
 
 
 def _read_lines(file: Path) -> _Found:
-    """The prompts of prompts.jsonl."""
+    """Return the prompts of prompts.jsonl."""
     found = _Found()
     lines = [line for line in file.read_bytes().splitlines() if line.strip()]
     for prompt, line in enumerate(lines):
@@ -184,7 +184,7 @@ def _read_grids(root: Path, file: Path, listed: Sequence[Mapping[str, Any]] | No
 
 
 def _metadata(text: str) -> dict[str, Any]:
-    """The metadata of a prompt, read as from a prompt file; raises ValueError with what is wrong."""
+    """Return the metadata of a prompt, read as from a prompt file; raises ValueError with what is wrong."""
     row = object_row(json_of(text), PROMPT)
     if wrong := wrong_text("prompt", row.get("prompt")) + wrong_text("tag", row["tag"]):
         raise ValueError("; ".join(wrong))
@@ -206,7 +206,7 @@ def _add(root: Path, found: _Found, entry: Path, prompt: int, named: re.Match[st
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """What `udm_grpo.sample` was asked for there; empty if it does not say."""
+    """Return what `udm_grpo.sample` was asked for there; empty if it does not say."""
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -227,7 +227,7 @@ def _find_missing(root: Path, found: _Found, promised: int, numbered: bool) -> N
 
 
 def _inspect(root: Path, found: _Found) -> tuple[list[Picture], list[str], list[str]]:
-    """The pictures that can be read, in order; those that cannot, with the reason; those partly transparent."""
+    """Return the pictures that can be read, in order; those that cannot, with the reason; those partly transparent."""
     pictures, unreadable, transparent = [], [], []
 
     def look(key: tuple[int, int]) -> tuple[Picture, bool] | str:
@@ -282,7 +282,7 @@ def _listed(what: str, items: Sequence[str]) -> list[str]:
 
 
 def _sizes(pictures: Iterable[Picture]) -> list[str]:
-    """A warning of several sizes, most common first: each is scored in batches of its own."""
+    """Return a warning of several sizes, most common first: each is scored in batches of its own."""
     by_size: dict[tuple[int, int], list[str]] = {}
     for picture in pictures:
         by_size.setdefault(picture.size, []).append(picture.path)
@@ -294,7 +294,7 @@ def _sizes(pictures: Iterable[Picture]) -> list[str]:
 
 
 def _counts(prompts: Iterable[int], pictures: Iterable[Picture]) -> list[str]:
-    """A warning of prompts with different numbers of pictures, most common number first."""
+    """Return a warning of prompts with different numbers of pictures, most common number first."""
     of_prompt = Counter(dict.fromkeys(prompts, 0))
     of_prompt.update(picture.prompt for picture in pictures)
     numbers = Counter(of_prompt.values()).most_common()

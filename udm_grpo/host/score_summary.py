@@ -44,7 +44,7 @@ class Columns:
 
 
 def columns(scored: Scored, scorer: str, wanted: Sequence[int] | None = None) -> Columns:
-    """The marks of one scorer by prompt, of the wanted prompts in that order (None: all).
+    """Return the marks of one scorer by prompt, of the wanted prompts in that order (None: all).
 
     Raw values that some pictures lack are left out, and one named "score" is "raw/score".
     """
@@ -62,9 +62,9 @@ def columns(scored: Scored, scorer: str, wanted: Sequence[int] | None = None) ->
 
 
 def bootstrap(
-    sums: Float[np.ndarray, "P M"], counts: Float[np.ndarray, "P"], resamples: int, seed: Sequence[int]
+    sums: Float[np.ndarray, "P M"], counts: Float[np.ndarray, " P"], resamples: int, seed: Sequence[int]
 ) -> Float[np.ndarray, "R M"]:
-    """The means over pictures in R resamples of the P prompts; the same seed and P, the same prompts."""
+    """Return the means over pictures in R resamples of the P prompts; the same seed and P, the same prompts."""
     rng = np.random.default_rng(seed)
     size = len(counts)
     means = []
@@ -76,7 +76,7 @@ def bootstrap(
 
 
 def groups(tags: Sequence[str]) -> dict[str, np.ndarray]:
-    """The rows of every tag, GenEval's tasks first."""
+    """Return the rows of every tag, GenEval's tasks first."""
     order = sorted(set(tags), key=lambda tag: (TASKS.index(tag) if tag in TASKS else len(TASKS), tag))
     return {tag: np.flatnonzero(np.array(tags) == tag) for tag in order}
 
@@ -103,7 +103,7 @@ def _spread(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: Sequence
     return np.concatenate([mean, bootstrap(sums, counts, resamples, seed)])
 
 
-def interval(values: Float[np.ndarray, "n"], prompts: int) -> dict[str, Any]:
+def interval(values: Float[np.ndarray, " n"], prompts: int) -> dict[str, Any]:
     """{"value", "low", "high"} of a value and its resamples; one prompt says nothing of how prompts differ: null."""
     if prompts < 2:
         return {"value": float(values[0]), "low": None, "high": None}
@@ -154,7 +154,7 @@ def summarize(scored: Scored, warnings: Sequence[str], resamples: int, seed: int
 
 
 def _left_out(scored: Scored, scorer: str) -> list[str]:
-    """A warning for every raw value that only some of the pictures have."""
+    """Return a warning for every raw value that only some of the pictures have."""
     marks = [mark for mark in scored.marks if mark.scorer == scorer]
     times = Counter(name for mark in marks for name in mark.raw)
     return [
@@ -166,7 +166,10 @@ def _left_out(scored: Scored, scorer: str) -> list[str]:
 
 
 def _correct_prompts(scored: Scored, scorer: str) -> float:
-    """The share of prompts with at least one picture that is right by the official rule; the same metadata are one."""
+    """Return the share of prompts with at least one picture that is right by the official rule.
+
+    The same metadata are one.
+    """
     right: dict[str, bool] = {}
     for mark in scored.marks:
         if mark.scorer == scorer:
@@ -176,7 +179,7 @@ def _correct_prompts(scored: Scored, scorer: str) -> float:
 
 
 def _lacking_tasks(scorer: str, tags: Sequence[str]) -> list[str]:
-    """A warning if the tags are not GenEval's six tasks."""
+    """Return a warning if the tags are not GenEval's six tasks."""
     if set(tags) == set(TASKS):
         return []
     lacking = ", ".join(task for task in TASKS if task not in tags) or "none"
@@ -184,7 +187,7 @@ def _lacking_tasks(scorer: str, tags: Sequence[str]) -> list[str]:
 
 
 def official_lines(scored: Scored, scorer: str) -> list[dict[str, Any]]:
-    """The pictures as GenEval's evaluate_images.py writes them, a line each, for its summary_scores.py.
+    """Return the pictures as GenEval's evaluate_images.py writes them, a line each, for its summary_scores.py.
 
     A scorer without details of its own has its reasons there, and no boxes.
     """
@@ -208,7 +211,7 @@ def official_lines(scored: Scored, scorer: str) -> list[dict[str, Any]]:
 
 
 def _seen(details: str) -> dict[str, Any]:
-    """What rubric.details says; nothing if a scorer of a user's own says something else there."""
+    """Return what rubric.details says; nothing if a scorer of a user's own says something else there."""
     try:
         seen = json.loads(details or "{}")
     except ValueError:

@@ -7,7 +7,7 @@ from udm_grpo.host.score_summary import RULE
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; cells may hold any text."""
+    """Return a Markdown table; cells may hold any text."""
     lines = [list(header), ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
 
@@ -17,14 +17,14 @@ def _escaped(cell: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """A number in four significant digits, those below 1 to three decimals; a dash for none."""
+    """Return a number in four significant digits, those below 1 to three decimals; a dash for none."""
     if value is None:
         return "-"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
 
 
 def bounds(found: Mapping[str, Any]) -> str:
-    """An interval, or a dash where one prompt allows none."""
+    """Return an interval, or a dash where one prompt allows none."""
     return "-" if found["low"] is None else f"{number(found['low'])} to {number(found['high'])}"
 
 
@@ -57,7 +57,7 @@ def _means(summary: Mapping[str, Any]) -> str:
 
 
 def shown(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values worth a row: a score that is one of the raw values is named once; GenEval's in its order."""
+    """Return the values worth a row: a score that is one of the raw values is named once; GenEval's in its order."""
     same = any(values["score"]["mean"] == found["mean"] for name, found in values.items() if name != "score")
     order = sorted(values, key=lambda name: RULE.index(name) if name in RULE else -1)
     return {name: values[name] for name in order if not (same and name == "score")}

@@ -117,7 +117,10 @@ def made_by(scorers: Mapping[str, ScorerConfig]) -> dict[str, dict[str, Any]]:
 
 
 def load_scored(output: Path) -> Scored:
-    """The scores that an earlier call has completed in a folder; raises ScoringError if there are none, or damaged."""
+    """Return the scores that an earlier call has completed in a folder.
+
+    Raises ScoringError if there are none, or damaged.
+    """
     for name in ("settings.json", "prompts.jsonl", "scores.jsonl", "summary.json"):
         if not (output / name).is_file():
             raise ScoringError(f"{output} has no {name}, so nothing was scored there to the end; score it first.")
@@ -208,7 +211,10 @@ def _compare_pictures(output: Path, marks: Mapping[tuple[str, str], Mark], folde
 
 
 def _read_marks(file: Path) -> tuple[dict[tuple[str, str], Mark], int]:
-    """The marks of scores.jsonl by picture and scorer, and how many lines are damaged; a torn last line is none."""
+    """Return the marks of scores.jsonl by picture and scorer, and how many lines are damaged.
+
+    A torn last line is none.
+    """
     marks, damaged = {}, 0
     for line in file.read_bytes().split(b"\n")[:-1]:
         try:
@@ -296,7 +302,7 @@ def _score_parts(
     parts: Sequence[tuple[tuple[str, ...], list[Picture]]],
     waiting: int,
 ) -> Iterator[list[Mark]]:
-    """The marks of every part and scorer; at most `waiting` parts are at the scorers at a time.
+    """Yield the marks of every part and scorer; at most `waiting` parts are at the scorers at a time.
 
     If a scorer fails, what the others had already scored is given before its error is raised.
     """
@@ -314,7 +320,7 @@ def _score_parts(
 
 
 def _take(queue: "collections.deque[tuple[str, list[Picture], Future[Scores]]]") -> Iterator[list[Mark]]:
-    """The marks that have waited longest; if they failed, all that are there, and then the error."""
+    """Yield the marks that have waited longest; if they failed, all that are there, and then the error."""
     name, pictures, ticket = queue.popleft()
     error = ticket.exception()
     if error is None:

@@ -76,7 +76,7 @@ _HELD_OUT_COMBINATIONS = {
 
 
 def combination(metadata: Metadata) -> tuple[Any, ...]:
-    """What a prompt asks for, whatever its wording.
+    """Return what a prompt asks for, whatever its wording.
 
     Twins share it: "a circle and a star" and "a star and a circle"; "a circle left of a star" and "a star right of a
     circle"; the same two coloured objects in either order.
@@ -95,7 +95,7 @@ def combination(metadata: Metadata) -> tuple[Any, ...]:
 
 
 def is_held_out(metadata: Metadata) -> bool:
-    """True if this prompt's combination is kept for evaluation: about a fifth of every tag, the same everywhere."""
+    """Return whether a prompt's combination is kept for evaluation: about a fifth of every tag, everywhere the same."""
     key = combination(metadata)
     if key[0] != "color_attr":
         return key in _HELD_OUT_COMBINATIONS
@@ -105,12 +105,12 @@ def is_held_out(metadata: Metadata) -> bool:
 
 
 def train_prompts() -> list[Metadata]:
-    """The prompts that may be trained on; every word of the world occurs in them."""
+    """Return the prompts that may be trained on; every word of the world occurs in them."""
     return [metadata for metadata in all_prompts() if not is_held_out(metadata)]
 
 
 def heldout_prompts() -> list[Metadata]:
-    """The prompts kept for evaluation: no combination of theirs, in either wording, is in train_prompts()."""
+    """Return the prompts kept for evaluation: no combination of theirs, in either wording, is in train_prompts()."""
     return [metadata for metadata in all_prompts() if is_held_out(metadata)]
 
 
@@ -138,7 +138,7 @@ def sample_prompts(
 
 
 def _elements(metadata: Metadata) -> tuple[Any, ...]:
-    """The words of a prompt that can be wrong, in a fixed order for each tag."""
+    """Return the words of a prompt that can be wrong, in a fixed order for each tag."""
     return tuple(
         element
         for part in metadata["include"]
@@ -163,7 +163,7 @@ def _wrong_captions() -> dict[str, list[Metadata]]:
 
 
 def corrupt_caption(metadata: Metadata, rng: np.random.Generator) -> Metadata:
-    """A training prompt of the same tag that is wrong in one element: another class, colour, count or relation.
+    """Return a training prompt of the same tag that is wrong in one element: another class, colour, count or relation.
 
     A picture of the one never satisfies the other. It is always a training prompt, so that a held-out wording is not
     seen by way of a wrong caption. Used to make a base model that is imperfect in an honest way.

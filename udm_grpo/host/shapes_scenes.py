@@ -51,7 +51,8 @@ class Scene:
 
 
 def scene_for(metadata: Metadata, rng: np.random.Generator, layout: str = "free") -> Scene:
-    """A random scene that truly satisfies a prompt and holds nothing else; the same generator state, the same scene.
+    """Return a random scene that truly satisfies a prompt and holds nothing else; the same generator state, the same
+    scene.
 
     Colours and places that the prompt leaves open are random. Raises ValueError for a prompt outside this world, and
     for a layout that is neither "free" nor "anchored".
@@ -162,7 +163,7 @@ _SUPERSAMPLING = 4  # samples a pixel along each side, at 32x32
 
 
 def _star_half_planes() -> list[tuple[float, float, float]]:
-    """The five lines of a pentagram with its point up, scaled to a box of width 2 and centred in that box."""
+    """Return the five lines of a pentagram with its point up, scaled to a box of width 2 and centred in that box."""
     radius = 1.0 / np.sin(np.deg2rad(72.0))
     angles = np.deg2rad(90.0 + 72.0 * np.arange(5))
     drop = radius * (1.0 - np.cos(np.deg2rad(36.0))) / 2  # the box's centre lies above the pentagon's

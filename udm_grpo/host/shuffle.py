@@ -13,7 +13,7 @@ SCHEDULE, POOL, FIXED, GENERATE, MIX = range(5)
 
 
 @lru_cache(maxsize=64)
-def shuffle(seed: int, purpose: int, pool: int, epoch: int, n: int) -> Int32[np.ndarray, "n"]:
+def shuffle(seed: int, purpose: int, pool: int, epoch: int, n: int) -> Int32[np.ndarray, " n"]:
     """Return a permutation of range(n), a function of the arguments alone; not to be written to."""
     words = np.random.Philox(key=seed % 2**64, counter=[0, purpose, pool, epoch]).random_raw(n)
     order = np.argsort(words, kind="stable").astype(np.int32)

@@ -60,7 +60,7 @@ GROUNDS = ((250, 250, 250), (250, 242, 220))
 
 
 def prompt_of(text: str) -> Metadata:
-    """The prompt of a text of one to three digits: {"tag", "text", "prompt"}."""
+    """Return the prompt of a text of one to three digits: {"tag", "text", "prompt"}."""
     return {"tag": TAGS[len(text) - 1], "text": text, "prompt": f'a sign that says "{text}"'}
 
 
@@ -71,7 +71,7 @@ def all_prompts() -> list[Metadata]:
 
 
 def is_held_out(metadata: Metadata) -> bool:
-    """True if this prompt's text is kept for evaluation: a fifth of every tag, the same everywhere.
+    """Return whether this prompt's text is kept for evaluation: a fifth of every tag, the same everywhere.
 
     The held-out single digits (3 and 8) are trained on where they stand in the middle of three, at the same place.
     """
@@ -79,12 +79,12 @@ def is_held_out(metadata: Metadata) -> bool:
 
 
 def train_prompts() -> list[Metadata]:
-    """The prompts that may be trained on; every digit occurs in them at every place of a picture."""
+    """Return the prompts that may be trained on; every digit occurs in them at every place of a picture."""
     return [metadata for metadata in all_prompts() if not is_held_out(metadata)]
 
 
 def heldout_prompts() -> list[Metadata]:
-    """The prompts kept for evaluation: no text of theirs is in train_prompts()."""
+    """Return the prompts kept for evaluation: no text of theirs is in train_prompts()."""
     return [metadata for metadata in all_prompts() if is_held_out(metadata)]
 
 
@@ -99,7 +99,7 @@ def sample_prompts(
 
 
 def corrupt_caption(metadata: Metadata, rng: np.random.Generator) -> Metadata:
-    """A training prompt whose text is as long and differs in exactly one digit.
+    """Return a training prompt whose text is as long and differs in exactly one digit.
 
     It is always a training prompt, so that a held-out text is not seen by way of a wrong caption.
     """
@@ -137,7 +137,7 @@ class Sign:
 
 
 def sign_for(metadata: Metadata, rng: np.random.Generator) -> Sign:
-    """A sign that shows what the prompt asks for; font, size, slant, colours and jitter are drawn from rng."""
+    """Return a sign that shows what the prompt asks for; font, size, slant, colours and jitter are drawn from rng."""
     ground = GROUNDS[int(rng.integers(len(GROUNDS)))]
     brighter = int(rng.integers(-4, 5))
     return Sign(
@@ -157,7 +157,7 @@ _NOMINAL = 100  # font size, in samples, at which heights are measured
 
 
 def font_file(index: int) -> Path:
-    """The file of FONTS[index]; RuntimeError with the command that installs its package, if that is missing."""
+    """Return the file of FONTS[index]; RuntimeError with the command that installs its package, if that is missing."""
     package, file = FONTS[index]
     name, _, version = package.partition("==")
     try:

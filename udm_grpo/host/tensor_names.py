@@ -40,7 +40,7 @@ def unwrapped_names(names: Iterable[str], expected: Iterable[str]) -> tuple[dict
 
 
 def _prefixes(names: Iterable[str], wanted: set[str]) -> list[str]:
-    """The prefixes that turn any of the names into one that is wanted, the shortest first."""
+    """Return the prefixes that turn any of the names into one that is wanted, the shortest first."""
     endings = {name.split(".", 1)[0] for name in wanted}
     found = {""}
     for name in names:

@@ -31,7 +31,8 @@ MAPS = {
 
 
 def targets(patterns: Sequence[str]) -> tuple[str, ...]:
-    """The names in MAPS that any of the patterns (q_proj, *_proj) matches; raises ValueError for one that has no match.
+    """Return the names in MAPS that any of the patterns (q_proj, *_proj) matches; raises ValueError for one that has no
+    match.
 
     Every layer is adapted alike.
     """
@@ -48,7 +49,7 @@ def factor(given: LoraConfig) -> float:
 
 
 def abstract(config: TransformerConfig, rank: int, names: Sequence[str]) -> Params:
-    """An adapter of the maps `names` as float32 `jax.ShapeDtypeStruct`.
+    """Return an adapter of the maps `names` as float32 `jax.ShapeDtypeStruct`.
 
     Raises ValueError for a rank above the smaller side of a map, which it could not use.
     """
@@ -72,7 +73,9 @@ def abstract(config: TransformerConfig, rank: int, names: Sequence[str]) -> Para
 
 
 def init(adapter: Params, key: Key[Array, ""]) -> Params:
-    """A fresh adapter in the form of the abstract one: A uniform in +- 1/sqrt(in), B zero: it changes nothing yet."""
+    """Return a fresh adapter in the form of the abstract one: A uniform in +- 1/sqrt(in), B zero: it changes nothing
+    yet.
+    """
     leaves, form = jax.tree_util.tree_flatten_with_path(adapter)
     made = []
     for index, (path, leaf) in enumerate(leaves):
@@ -86,7 +89,7 @@ def init(adapter: Params, key: Key[Array, ""]) -> Params:
 
 
 def scaled(adapter: Params, by: float) -> Params:
-    """The adapter with every B times `by`; also the way back of a gradient through it, the map being linear."""
+    """Return the adapter with every B times `by`; also the way back of a gradient through it, the map being linear."""
 
     def one(path: tuple, leaf: Array | np.ndarray) -> Array | np.ndarray:
         return leaf * by if path[-1].key == "lora_b" else leaf
@@ -95,7 +98,7 @@ def scaled(adapter: Params, by: float) -> Params:
 
 
 def attach(base: Params, adapter: Params) -> Params:
-    """The parameters of the adapted transformer; the leaves are those given, none is copied."""
+    """Return the parameters of the adapted transformer; the leaves are those given, none is copied."""
     made = dict(base)
     for name, part in adapter.items():
         made[name] = attach(base[name], part) if name in base else part
@@ -103,7 +106,7 @@ def attach(base: Params, adapter: Params) -> Params:
 
 
 def merge(base: Params, adapter: Params) -> Params:
-    """The base with W + A B for every adapted W; the adapter is `scaled`, both on one side, devices or host."""
+    """Return the base with W + A B for every adapted W; the adapter is `scaled`, both on one side, devices or host."""
     layers = dict(base["layers"])
     for part, maps in adapter["layers"].items():
         layers[part] = dict(layers[part])

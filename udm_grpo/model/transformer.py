@@ -100,7 +100,7 @@ class Execution:
         return x if self.batch is None else jax.lax.with_sharding_constraint(x, self.batch)
 
     def with_head(self, params: Params) -> Params:
-        """The parameters with the head's kernel brought together: once, instead of again for every chunk of rows."""
+        """Return the parameters with the head's kernel brought together once, instead of for every chunk of rows."""
         if self.head is None:
             return params
         return {**params, "lm_head": jax.lax.with_sharding_constraint(params["lm_head"], self.head)}
@@ -246,7 +246,7 @@ class Block(nnx.Module):
 
 @functools.lru_cache(maxsize=16)
 def _block_graph(config: TransformerConfig, adapted: tuple[tuple[str, str], ...] = ()) -> nnx.GraphDef:
-    """The graph of a block in which the linear maps (part, name) carry an adapter; of no shapes."""
+    """Return the graph of a block in which the linear maps (part, name) carry an adapter; of no shapes."""
 
     def make() -> Block:
         block = Block(config, nnx.Rngs(0))
@@ -276,7 +276,10 @@ def init(config: TransformerConfig, key: Array) -> Params:
 
 
 def abstract(config: TransformerConfig) -> Params:
-    """The parameter tree as float32 `jax.ShapeDtypeStruct`; one block is traced for all, since 28 take seconds."""
+    """Return the parameter tree as float32 `jax.ShapeDtypeStruct`.
+
+    One block is traced for all, since 28 take seconds.
+    """
     tree = jax.eval_shape(lambda: init(dataclasses.replace(config, num_hidden_layers=1), jax.random.key(0)))
     layers = config.num_hidden_layers
     deep = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((layers, *leaf.shape[1:]), leaf.dtype), tree["layers"])
@@ -286,7 +289,7 @@ def abstract(config: TransformerConfig) -> Params:
 def input_ids(
     config: TransformerConfig, prompt_ids: Int[Array, "b l"], image_ids: Int[Array, "b n"]
 ) -> Int32[Array, "b s"]:
-    """The sequence [text, BOV, lm_vocab_size + code] of S = L + 1 + N tokens."""
+    """Return the sequence [text, BOV, lm_vocab_size + code] of S = L + 1 + N tokens."""
     bov = jnp.full((prompt_ids.shape[0], 1), config.bov_token_id, jnp.int32)
     image = image_ids.astype(jnp.int32) + jnp.int32(config.lm_vocab_size)
     return jnp.concatenate([prompt_ids.astype(jnp.int32), bov, image], axis=1)
@@ -310,7 +313,7 @@ def hidden_states(
     grid: tuple[int, int],
     execution: Execution = Execution(),
 ) -> Float[Array, "b s d"]:
-    """The trunk's output at all S = L + 1 + N rows, after the last norm, in the dtype of `params`.
+    """Return the trunk's output at all S = L + 1 + N rows, after the last norm, in the dtype of `params`.
 
     `grid` is (h, w) with h*w = N. The logits of image token n are read one position to the left, at row L + n.
     `params` may hold an adapter (`lora.attach`).
@@ -338,7 +341,7 @@ def hidden_states(
 
 
 def image_rows(hidden: Float[Array, "b s d"], tokens: int) -> Float[Array, "b n d"]:
-    """The rows that predict the N image tokens: L .. L + N - 1, which are the last N + 1 without the very last."""
+    """Return the rows that predict the N image tokens: L .. L + N - 1, the last N + 1 without the very last."""
     return hidden[:, -tokens - 1 : -1]
 
 
