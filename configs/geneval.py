@@ -60,7 +60,7 @@ each: --config.rewards.scorers.geneval.devices=6,7. On a GPU that trains too:
 machines, by `python -m rewards_bridge serve`: --config.rewards.scorers.geneval.addresses=host:port with tls_ca and
 token_file.
 
-Time: 15 PFLOP an iteration (128 images), by the formulas of udm_grpo/flops.py. At 40 % of the peak of 8 H100 that
+Time: 15 PFLOP an iteration (128 images), by udm_grpo/compile_check/flops.py. At 40 % of the peak of 8 H100 that
 is 5 s an iteration and 13 hours for 10,000 of them, scoring and evaluations aside: an estimate, not a measurement.
 Disk: the weights above, and for checkpoints 32 GB each (float32 weights and two moments, the bfloat16 reference), of
 which three are on disk while one is being saved, and 9 GB for the export at the end: 105 GB in output_dir, whose free
@@ -74,7 +74,7 @@ Source: UDM-GRPO, arXiv 2604.18518, and configs/geneval_grpo/ursa_1.7b_ibq512.ya
 
 from configs.common import published
 from udm_grpo.config import RunConfig, ScorerConfig
-from udm_grpo.host import geneval_prompts
+from udm_grpo.data import geneval_prompts
 
 
 def get_config() -> RunConfig:

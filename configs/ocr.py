@@ -43,7 +43,7 @@ memory that JAX takes by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
 
 Scorer: on CPU, 2 processes that share the images; more with --config.rewards.scorers.ocr.replicas=4.
 
-Time: 30 PFLOP an iteration (256 images), by the formulas of udm_grpo/flops.py. At 40 % of the peak of 8 H100 that
+Time: 30 PFLOP an iteration (256 images), by udm_grpo/compile_check/flops.py. At 40 % of the peak of 8 H100 that
 is 10 s an iteration and 27 hours for 10,000 of them, scoring and evaluations aside: an estimate, not a measurement.
 Disk: the weights above, and for checkpoints 32 GB each (float32 weights and two moments, the bfloat16 reference), of
 which three are on disk while one is being saved, and 9 GB for the export at the end: 105 GB in output_dir, whose free

@@ -46,7 +46,7 @@ TPU, start `python -m rewards_bridge serve` on a machine with a GPU and give
 --config.rewards.scorers.pickscore.devices=6,7. On a GPU that trains too:
 --config.rewards.scorers.pickscore.devices=shared with --config.rewards.trainer_memory_fraction=0.85.
 
-Time: 30 PFLOP an iteration (256 images), by the formulas of udm_grpo/flops.py. At 40 % of the peak of 8 H100 that
+Time: 30 PFLOP an iteration (256 images), by udm_grpo/compile_check/flops.py. At 40 % of the peak of 8 H100 that
 is 10 s an iteration and 27 hours for 10,000 of them, scoring and evaluations aside: an estimate, not a measurement.
 Disk: the weights above, and for checkpoints 32 GB each (float32 weights and two moments, the bfloat16 reference), of
 which three are on disk while one is being saved, and 9 GB for the export at the end: 105 GB in output_dir, whose free

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from rewards_bridge.redaction import guarded
-from udm_grpo.compile_only import PROGRAMS
-from udm_grpo.host.metrics import write_json
-from udm_grpo.host.places import local_args
-from udm_grpo.topology import GIB, TESTED
+from udm_grpo.compile_check.compile_only import PROGRAMS
+from udm_grpo.compile_check.topology import GIB, TESTED
+from udm_grpo.files.places import local_args
+from udm_grpo.reporting.metrics import write_json
 
 CONFIG = "configs/geneval.py"
 ATTENTION = "--config.model.attention=xla"

@@ -25,15 +25,15 @@ from rewards_bridge.client import BridgeError
 from rewards_bridge.redaction import guarded
 from rewards_bridge.scorers import KNOWN
 from scripts.demo_models import Demo, DemoError, Drawer, sharing_programs
+from udm_grpo.checkpoints.checkpoint import CheckpointError
 from udm_grpo.config import RewardsConfig, ScorerConfig
 from udm_grpo.devices import check_devices, prepare
-from udm_grpo.host import shapes
-from udm_grpo.host.checkpoint import CheckpointError
-from udm_grpo.host.gpu_split import reserved
-from udm_grpo.host.places import check_flags
-from udm_grpo.host.rewards import bridge_configs
+from udm_grpo.files.places import check_flags
+from udm_grpo.machine.gpu_split import reserved
 from udm_grpo.pipeline import Pipeline, load_pipeline
 from udm_grpo.sample import open_run
+from udm_grpo.scoring.rewards import bridge_configs
+from udm_grpo.worlds import shapes
 
 SHAPES_SIZE = 32  # pixels of the shapes world
 

@@ -12,9 +12,9 @@ from jaxtyping import UInt8
 
 from rewards_bridge.client import BridgeConfig, BridgeError, RewardsClient
 from rewards_bridge.scorers.base import Scores
-from udm_grpo.host import shapes
-from udm_grpo.host.prompts import UNTAGGED
+from udm_grpo.data.prompts import UNTAGGED
 from udm_grpo.pipeline import Pipeline
+from udm_grpo.worlds import shapes
 
 PICTURES = 4
 MOST_STEPS, MOST_GUIDANCE, MOST_SEED, MOST_CHARACTERS = 50, 8, 2**32 - 1, 2000

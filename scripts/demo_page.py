@@ -24,7 +24,7 @@ from scripts.demo_models import (
     Side,
     checked_wish,
 )
-from udm_grpo.host.shapes import heldout_prompts
+from udm_grpo.worlds.shapes import heldout_prompts
 
 STYLE = (Path(__file__).resolve().parent / "demo.css").read_text(encoding="utf-8")
 FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")

@@ -35,12 +35,12 @@ from pathlib import Path
 from rewards_bridge.redaction import guarded
 from rewards_bridge.scorers.text_match import ambiguity, target_text
 from udm_grpo import devices
-from udm_grpo.host import geneval_prompts
-from udm_grpo.host.atomic import replace_file
-from udm_grpo.host.folder_lock import lock_beside
-from udm_grpo.host.places import local_args
-from udm_grpo.host.prompt_dataset import write_dataset
-from udm_grpo.host.prompt_files import PROMPT, Parsed, Row, parse_file
+from udm_grpo.data import geneval_prompts
+from udm_grpo.data.prompt_dataset import write_dataset
+from udm_grpo.data.prompt_files import PROMPT, Parsed, Row, parse_file
+from udm_grpo.files.atomic import replace_file
+from udm_grpo.files.folder_lock import lock_beside
+from udm_grpo.files.places import local_args
 
 Splits = dict[str, Sequence[Row]]
 

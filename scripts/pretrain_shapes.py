@@ -15,10 +15,10 @@ import numpy as np
 from tokenizers import pre_tokenizers
 
 from rewards_bridge.redaction import guarded
-from udm_grpo.base_checkpoint import Metadata, Plan, World, command_line, vq_config
-from udm_grpo.host import shapes
-from udm_grpo.host.shapes_scenes import render_batch, scene_for
-from udm_grpo.host.weights import Scheduler
+from udm_grpo.released.weights import Scheduler
+from udm_grpo.worlds import shapes
+from udm_grpo.worlds.base_checkpoint import Metadata, Plan, World, command_line, vq_config
+from udm_grpo.worlds.shapes_scenes import render_batch, scene_for
 
 TAG_WEIGHTS = {"position": 3, "counting": 3, "color_attr": 5, "colors": 4, "two_object": 2, "single_object": 1}
 """How often the transformer sees each tag: most often those with the most prompts and the most to tell apart."""

@@ -3,7 +3,7 @@
     python -m scripts.pretrain_signs --output outputs/pretrain_signs
     python -m scripts.pretrain_signs --output outputs/pretrain_signs --install   # and put it into udm_grpo/assets
 
-Needs the fonts that udm_grpo/host/signs.py names. Seeded; every stage leaves its result in --output and a killed run
+Needs the fonts that udm_grpo/worlds/signs.py names. Seeded; every stage leaves its result in --output and a killed run
 goes on from the last one, to the same end. The base is meant to be imperfect in an honest way: short training, and one
 caption in ten is wrong in one digit.
 """
@@ -16,10 +16,9 @@ import numpy as np
 from tokenizers import Regex, pre_tokenizers
 
 from rewards_bridge.redaction import guarded
-from udm_grpo import base_checkpoint
-from udm_grpo.base_checkpoint import Metadata, World, command_line, vq_config
-from udm_grpo.host import signs
-from udm_grpo.host.weights import Scheduler
+from udm_grpo.released.weights import Scheduler
+from udm_grpo.worlds import base_checkpoint, signs
+from udm_grpo.worlds.base_checkpoint import Metadata, World, command_line, vq_config
 
 PATH = Scheduler(alpha=0.9, c=20.0, eps=1e-5, shift=1.0)
 """As in the shapes world, with a larger c for twice the codes on a sphere of as many dimensions."""

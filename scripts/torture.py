@@ -27,7 +27,7 @@ from typing import Any
 
 from rewards_bridge.redaction import guarded
 from scripts.torture_run import ITERATIONS, STOPPED, Pace, Progress, Training, TrainingError, measure
-from udm_grpo.host.places import local_args
+from udm_grpo.files.places import local_args
 
 PHASES = ("load", "rollout", "update", "save", "evaluation", "export")
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")

@@ -8,8 +8,8 @@ from golden_data import GoldenCase
 
 from udm_grpo.batches import Params
 from udm_grpo.diffusion.path import Path, make_path
-from udm_grpo.host.weights import load_folder, load_transformer
 from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.released.weights import load_folder, load_transformer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,10 @@ import numpy as np
 
 from rewards_bridge.scorers.base import Scores
 from udm_grpo.config import RunConfig, as_dict
-from udm_grpo.host.environment import begin
-from udm_grpo.host.extremes import Extremes
-from udm_grpo.host.metrics import JsonLines, MetricsWriter, write_json
-from udm_grpo.host.pictures import before_after, image_grid
+from udm_grpo.reporting.environment import begin
+from udm_grpo.reporting.extremes import Extremes
+from udm_grpo.reporting.metrics import JsonLines, MetricsWriter, write_json
+from udm_grpo.reporting.pictures import before_after, image_grid
 
 TAGS = ("colors", "counting", "position")
 MARKUP = "</script><script>window.broken=1</script><img src=x onerror=window.broken=1> & <b>bold</b>"

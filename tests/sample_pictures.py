@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from udm_grpo.host.shapes import TAGS, all_prompts
-from udm_grpo.host.shapes_scenes import Scene, render, scene_for
+from udm_grpo.worlds.shapes import TAGS, all_prompts
+from udm_grpo.worlds.shapes_scenes import Scene, render, scene_for
 
 BLANK = render(Scene(ground=230.0, shapes=()))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from udm_grpo.host import atomic, folder_lock
-from udm_grpo.host.atomic import exchange, remove_unfinished, replace_file, replacing_folder
-from udm_grpo.host.folder_lock import FolderLockedError, lock_beside
+from udm_grpo.files import atomic, folder_lock
+from udm_grpo.files.atomic import exchange, remove_unfinished, replace_file, replacing_folder
+from udm_grpo.files.folder_lock import FolderLockedError, lock_beside
 
 
 def fill(target, text="whole"):

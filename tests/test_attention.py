@@ -9,8 +9,8 @@ import pytest
 from golden_data import first_case
 from golden_model import load_model
 
-from udm_grpo.attention import choose
 from udm_grpo.config import ConfigError, ModelConfig
+from udm_grpo.model.attention import choose
 from udm_grpo.model.transformer import Execution, TransformerConfig, attend, hidden_states, init
 
 CPU = SimpleNamespace(platform="cpu", device_kind="cpu")

@@ -7,8 +7,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 from running import metrics, train
 
-from udm_grpo.host.checkpoint import restore
-from udm_grpo.host.weights import load_folder
+from udm_grpo.checkpoints.checkpoint import restore
+from udm_grpo.released.weights import load_folder
 
 QUICK = (
     *("evaluation.every=0", "evaluation.picture_every=0", "evaluation.final_prompts=2", "evaluation.batch=4"),

@@ -17,13 +17,13 @@ import pytest
 import running
 
 from udm_grpo import report, sample
-from udm_grpo.host import buckets, folder_lock
-from udm_grpo.host.bucket_lock import LockObject, lock_output
-from udm_grpo.host.buckets import Mirror, download, listing, local, local_prompts
-from udm_grpo.host.checkpoint import Checkpoints, resolve_resume
-from udm_grpo.host.folder_lock import FolderLockedError
-from udm_grpo.host.places import PlaceError
-from udm_grpo.host.set_aside import set_aside
+from udm_grpo.checkpoints.checkpoint import Checkpoints, resolve_resume
+from udm_grpo.files import buckets, folder_lock
+from udm_grpo.files.bucket_lock import LockObject, lock_output
+from udm_grpo.files.buckets import Mirror, download, listing, local, local_prompts
+from udm_grpo.files.folder_lock import FolderLockedError
+from udm_grpo.files.places import PlaceError
+from udm_grpo.files.set_aside import set_aside
 
 emulator = pytest.importorskip("gcp_storage_emulator.server", reason="requirements.txt has gcp-storage-emulator")
 # gcsfs reads its settings when it is imported, so the fixture below has to come first.

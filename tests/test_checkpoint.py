@@ -16,7 +16,14 @@ from checkpoint_helpers import assert_same, finish, run_file
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as Axes
 
-from udm_grpo.host.checkpoint import CheckpointError, Checkpoints, check_same_run, read_meta, resolve_resume, restore
+from udm_grpo.checkpoints.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    check_same_run,
+    read_meta,
+    resolve_resume,
+    restore,
+)
 
 OPTIMIZER = optax.chain(
     optax.clip_by_global_norm(1.0), optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-3, 3, 9))

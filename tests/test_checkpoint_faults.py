@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from checkpoint_helpers import assert_same, finish, run_file
 
-from udm_grpo.host.checkpoint import CheckpointError, Checkpoints, read_meta, resolve_resume, restore
+from udm_grpo.checkpoints.checkpoint import CheckpointError, Checkpoints, read_meta, resolve_resume, restore
 
 
 def test_leftovers_of_interrupted_saves_do_not_count_and_are_cleared(tmp_path):
@@ -145,7 +145,7 @@ def full_disk(folder: str, file_limit: bool) -> None:
     for save in (checkpoints.save, checkpoints.save_best):
         try:
             # As if there had been room when the save began, and other programs took it.
-            with mock.patch("udm_grpo.host.checkpoint.save_problem", return_value=""):
+            with mock.patch("udm_grpo.checkpoints.checkpoint.save_problem", return_value=""):
                 save(2, {"x": jax.random.normal(jax.random.key(0), (2**19,))}, {})
         except CheckpointError as error:
             print(error)

@@ -9,9 +9,10 @@ from unittest import mock
 import jax.numpy as jnp
 import pytest
 
-from udm_grpo.host import checkpoint, checkpoint_fallback, checkpoint_storage, durable
-from udm_grpo.host.checkpoint import CheckpointError, Checkpoints, DamagedError, resolve_resume, restore
-from udm_grpo.host.checkpoint_fallback import restore_or_older
+from udm_grpo.checkpoints import checkpoint, checkpoint_fallback, checkpoint_storage
+from udm_grpo.checkpoints.checkpoint import CheckpointError, Checkpoints, DamagedError, resolve_resume, restore
+from udm_grpo.checkpoints.checkpoint_fallback import restore_or_older
+from udm_grpo.files import durable
 
 # Where a file is damaged, Orbax leaves a task of its event loop behind.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -6,10 +6,10 @@ from dataclasses import fields
 import pytest
 
 from udm_grpo import train
-from udm_grpo.command_line import parse
 from udm_grpo.config import ConfigError, OptimizerConfig, RunConfig, ScorerConfig
-from udm_grpo.config_checks import validate
-from udm_grpo.config_fields import documentation, field_names
+from udm_grpo.configuration.command_line import parse
+from udm_grpo.configuration.config_checks import validate
+from udm_grpo.configuration.config_fields import documentation, field_names
 
 CONFIG = '''
 """A config file as a user writes one."""

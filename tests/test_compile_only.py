@@ -14,10 +14,11 @@ import pytest
 from golden_data import DEFAULT_ROOT
 from running import ROOT
 
-from udm_grpo import compile_only, topology, train
-from udm_grpo.compile_only import Report, Search, candidates, describe, largest
+from udm_grpo import train
+from udm_grpo.compile_check import compile_only, topology
+from udm_grpo.compile_check.compile_only import Report, Search, candidates, describe, largest
+from udm_grpo.compile_check.programs import device_bytes, mesh_of, programs, read_sizes
 from udm_grpo.config import ConfigError, RunConfig
-from udm_grpo.programs import device_bytes, mesh_of, programs, read_sizes
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None and not os.environ.get("UDM_GRPO_REQUIRE_LIBTPU"),

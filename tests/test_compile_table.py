@@ -7,8 +7,8 @@ import pytest
 from running import ROOT
 
 from scripts import compile_table
-from udm_grpo.compile_only import PROGRAMS
-from udm_grpo.topology import TESTED
+from udm_grpo.compile_check.compile_only import PROGRAMS
+from udm_grpo.compile_check.topology import TESTED
 
 GIB = 2**30
 

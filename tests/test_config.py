@@ -6,8 +6,8 @@ from functools import reduce
 import pytest
 
 from udm_grpo.config import ConfigError, RewardsConfig, RunConfig, ScorerConfig, as_dict
-from udm_grpo.config_checks import validate
-from udm_grpo.config_fields import field_values, member, settle
+from udm_grpo.configuration.config_checks import validate
+from udm_grpo.configuration.config_fields import field_values, member, settle
 
 
 def runnable() -> RunConfig:

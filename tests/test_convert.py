@@ -14,9 +14,9 @@ from running import ONE_AVERAGED, train
 from safetensors.numpy import load_file
 
 from scripts.torch_reference import load_reference
+from udm_grpo.checkpoints.checkpoint import Checkpoints, read_meta
 from udm_grpo.convert import difference, main
-from udm_grpo.host.checkpoint import Checkpoints, read_meta
-from udm_grpo.host.weights import load_folder, load_transformer
+from udm_grpo.released.weights import load_folder, load_transformer
 
 SHAPES = Path(__file__).resolve().parent.parent / "udm_grpo" / "assets" / "ursa-shapes"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"

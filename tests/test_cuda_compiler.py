@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import pytest
 from running import ROOT
 
-from udm_grpo import programs, topology
-from udm_grpo.command_line import parse
+from udm_grpo.compile_check import programs, topology
+from udm_grpo.configuration.command_line import parse
 from udm_grpo.model.transformer import Execution, TransformerConfig, abstract, hidden_states
 
 pytestmark = pytest.mark.skipif(

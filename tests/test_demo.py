@@ -30,9 +30,9 @@ from rewards_bridge.client import BridgeConfig
 from rewards_bridge.scorers.shapes import ShapesScorer
 from scripts import demo
 from scripts.demo_models import Demo, DemoError, Drawer, Wish, checked_wish, sharing_programs
-from udm_grpo.host.checkpoint import Checkpoints
-from udm_grpo.host.shapes import all_prompts, heldout_prompts
+from udm_grpo.checkpoints.checkpoint import Checkpoints
 from udm_grpo.pipeline import Pipeline, load_pipeline
+from udm_grpo.worlds.shapes import all_prompts, heldout_prompts
 
 SHAPES = str(ROOT / "udm_grpo" / "assets" / "ursa-shapes")
 COMMAND = next(line for line in (ROOT / "README.md").read_text().splitlines() if "-m scripts.demo" in line)

@@ -18,9 +18,10 @@ from rewards_bridge.errors import UsageError
 from rewards_bridge.scorers.clip_files import Source
 from rewards_bridge.surroundings import environment_advice
 from scripts import demo, prepare_prompts, pretrain_shapes
-from udm_grpo import convert, devices, evaluate, pretrain, report, run_needs, sample, train
+from udm_grpo import convert, devices, evaluate, pretrain, report, sample, train
 from udm_grpo import doctor as trainer_doctor
 from udm_grpo.devices import DeviceError, check_devices, device_errors, prepare
+from udm_grpo.lifecycle import run_needs
 
 
 def test_a_terminal_that_is_not_utf_8_shows_every_text(monkeypatch):

@@ -12,10 +12,10 @@ import pytest
 from configs import geneval, shapes
 from udm_grpo import mesh as meshes
 from udm_grpo import train
+from udm_grpo.checkpoints.checkpoint import CheckpointError, Checkpoints, resolve_resume
 from udm_grpo.config import ConfigError
-from udm_grpo.disk_check import check_space, needed_bytes
-from udm_grpo.host.checkpoint import CheckpointError, Checkpoints, resolve_resume
-from udm_grpo.host.disk_space import files_bytes, free_bytes, tree_bytes
+from udm_grpo.files.disk_space import files_bytes, free_bytes, tree_bytes
+from udm_grpo.lifecycle.disk_check import check_space, needed_bytes
 from udm_grpo.model import transformer
 from udm_grpo.model.transformer import TransformerConfig
 from udm_grpo.run import abstract_state, optimizer_of

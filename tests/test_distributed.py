@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 from checkpoint_helpers import ROOT
 
-from udm_grpo import distributed
 from udm_grpo.config import ConfigError, DistributedConfig
-from udm_grpo.distributed import joined
-from udm_grpo.host import peers as peers_module
-from udm_grpo.host.handshake import Line, Member, hello
-from udm_grpo.host.peers import Peers, PeersError, meet
-from udm_grpo.process_place import Place, find_place
+from udm_grpo.multihost import distributed
+from udm_grpo.multihost import peers as peers_module
+from udm_grpo.multihost.distributed import joined
+from udm_grpo.multihost.handshake import Line, Member, hello
+from udm_grpo.multihost.peers import Peers, PeersError, meet
+from udm_grpo.multihost.process_place import Place, find_place
 
 SLURM = {
     "SLURM_JOB_ID": "4096",
@@ -495,7 +495,7 @@ def work(what: str, port: str, process: str, count: str) -> None:
     }
     distributed.SHUTDOWN_S = 1
     with joined(config, (KeyError,)):
-        from udm_grpo import hosts
+        from udm_grpo.multihost import hosts
 
         for turn in range(1000):
             assert hosts.gather([turn, int(process)]) == [[turn, i] for i in range(int(count))]

@@ -13,19 +13,19 @@ import pytest
 
 from rewards_bridge.errors import BridgeError
 from rewards_bridge.scorers.base import Scores
-from udm_grpo import endings
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Rollout
 from udm_grpo.config import EvaluationConfig, RunConfig
-from udm_grpo.endings import Standing
+from udm_grpo.data.prompts import PromptSet
 from udm_grpo.evaluation import evaluate
-from udm_grpo.host.evaluation_parts import FOLDER, Part, part_file, read_part, remove_parts, write_part
-from udm_grpo.host.extremes import Judged
-from udm_grpo.host.grid_file import read_grid
-from udm_grpo.host.prompts import PromptSet
-from udm_grpo.identity import Identity
-from udm_grpo.interruption import Interruption, StopRequestedError
+from udm_grpo.lifecycle import endings
+from udm_grpo.lifecycle.endings import Standing
+from udm_grpo.lifecycle.identity import Identity
+from udm_grpo.lifecycle.interruption import Interruption, StopRequestedError
+from udm_grpo.reporting.extremes import Judged
+from udm_grpo.reporting.grid_file import read_grid
 from udm_grpo.run import Position
+from udm_grpo.scoring.evaluation_parts import FOLDER, Part, part_file, read_part, remove_parts, write_part
 
 PROMPTS = PromptSet(tuple(f"prompt {i}" for i in range(7)), ({},) * 7, ("a", "b", "a", "b", "a", "a", "b"))
 

@@ -7,8 +7,8 @@ import sys
 import jax
 import pytest
 
-from udm_grpo.host.environment import begin
-from udm_grpo.host.redaction import hide_logins, is_secret, without_secrets
+from udm_grpo.files.redaction import hide_logins, is_secret, without_secrets
+from udm_grpo.reporting.environment import begin
 
 
 def starts(folder) -> list[dict]:

@@ -18,9 +18,9 @@ from running import ROOT, environment
 from sample_pictures import numbered, right_or_blank, two_of_each_tag, write_flat, write_geneval
 
 from udm_grpo import evaluate
-from udm_grpo.host.layouts import join_grid
-from udm_grpo.host.shapes import TAGS
-from udm_grpo.host.shapes_scenes import render, scene_for
+from udm_grpo.scoring.layouts import join_grid
+from udm_grpo.worlds.shapes import TAGS
+from udm_grpo.worlds.shapes_scenes import render, scene_for
 
 ECHO = ("--scorer=echo=bridge_scorers:Echo", f"--environment=echo.PYTHONPATH={TESTS}")
 

@@ -8,9 +8,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from rewards_bridge.scorers.base import Scores
-from udm_grpo.host.extremes import Extremes
-from udm_grpo.host.grid_file import read_grid
-from udm_grpo.host.pictures import before_after, image_grid
+from udm_grpo.reporting.extremes import Extremes
+from udm_grpo.reporting.grid_file import read_grid
+from udm_grpo.reporting.pictures import before_after, image_grid
 
 COPIES = 3
 

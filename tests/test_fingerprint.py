@@ -12,14 +12,14 @@ import pytest
 from running import ROOT, SMOKE
 from safetensors.numpy import load_file, save_file
 
-from udm_grpo.command_line import parse
+from udm_grpo.checkpoints.checkpoint import CheckpointError, check_same_run
 from udm_grpo.config import RunConfig, ScorerConfig
-from udm_grpo.config_fields import field_values
-from udm_grpo.fingerprint import FREE, PLACE, comparable, fingerprint, free_fields, is_free
-from udm_grpo.host import digests
-from udm_grpo.host.checkpoint import CheckpointError, check_same_run
-from udm_grpo.host.prompts import read_prompts
-from udm_grpo.host.weights import load_folder
+from udm_grpo.configuration.command_line import parse
+from udm_grpo.configuration.config_fields import field_values
+from udm_grpo.data.prompts import read_prompts
+from udm_grpo.files import digests
+from udm_grpo.lifecycle.fingerprint import FREE, PLACE, comparable, fingerprint, free_fields, is_free
+from udm_grpo.released.weights import load_folder
 
 CONFIG = parse(["--config", str(ROOT / SMOKE)])
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from udm_grpo import hosts
-from udm_grpo.host import checkpoint as checkpoint_module
-from udm_grpo.host import finite
-from udm_grpo.host.checkpoint import CheckpointError, Checkpoints, restore
-from udm_grpo.host.finite import finite_number, named, nonfinite
-from udm_grpo.host.peft_files import read_adapter, write_adapter
-from udm_grpo.host.torch_files import WeightsError
-from udm_grpo.host.weights import load_folder, load_transformer, save_folder
+from udm_grpo.checkpoints import checkpoint as checkpoint_module
+from udm_grpo.checkpoints.checkpoint import CheckpointError, Checkpoints, restore
+from udm_grpo.files import finite
+from udm_grpo.files.finite import finite_number, named, nonfinite
 from udm_grpo.model import lora
+from udm_grpo.multihost import hosts
+from udm_grpo.released.peft_files import read_adapter, write_adapter
+from udm_grpo.released.weights import load_folder, load_transformer, save_folder
+from udm_grpo.tensor_files.torch_files import WeightsError
 
 BASE = Path(__file__).resolve().parents[1] / "udm_grpo" / "assets" / "ursa-shapes"
 BAD = (np.nan, np.inf, -np.inf)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs.geneval import get_config
-from udm_grpo.flops import matrix_flops
-from udm_grpo.programs import mesh_of, programs, read_sizes
+from udm_grpo.compile_check.flops import matrix_flops
+from udm_grpo.compile_check.programs import mesh_of, programs, read_sizes
 
 
 def count(fn, *shapes, loops=True):

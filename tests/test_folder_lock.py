@@ -14,15 +14,16 @@ from running import ROOT
 
 from scripts import prepare_prompts, pretrain_shapes
 from udm_grpo import convert, evaluate, pretrain, sample, train
-from udm_grpo.host import folder_lock, process_identity
-from udm_grpo.host.folder_lock import FolderLockedError, LockFile, lock_beside, lock_inside, locked
-from udm_grpo.host.process_identity import runs_here
+from udm_grpo.files import folder_lock
+from udm_grpo.files.folder_lock import FolderLockedError, LockFile, lock_beside, lock_inside, locked
+from udm_grpo.multihost import process_identity
+from udm_grpo.multihost.process_identity import runs_here
 
 ASSETS = ROOT / "udm_grpo" / "assets"
 HOLD = """
 import sys, time
 from pathlib import Path
-from udm_grpo.host import folder_lock
+from udm_grpo.files import folder_lock
 folder_lock.LockFile.beat_s = 0.1
 with folder_lock.lock_inside(Path(sys.argv[1])):
     print("held", flush=True)

@@ -14,8 +14,8 @@ from rewards_bridge.scorers import load_scorer
 from rewards_bridge.scorers.geneval import WORDS, check_metadata
 from rewards_bridge.scorers.geneval_metadata import problems, read_metadata
 from rewards_bridge.server import _Bridge, _ScorerRaisedError
-from udm_grpo.host.prompt_files import parse_file
-from udm_grpo.host.sample_folder import SamplesError, read_samples
+from udm_grpo.data.prompt_files import parse_file
+from udm_grpo.scoring.sample_folder import SamplesError, read_samples
 
 STAR = {"class": "star", "count": 1}
 ENTRY = {"tag": "position", "include": [{"class": "circle", "count": 1}, {**STAR, "position": ["left of", 0]}]}

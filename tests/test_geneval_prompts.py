@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 
 from rewards_bridge.scorers import clip_colors, geneval, mask2former
-from udm_grpo.host import geneval_prompts
-from udm_grpo.host.geneval_prompts import RATIO, TAGS, combination, generate, plural, spaces, unknown_words
+from udm_grpo.data import geneval_prompts
+from udm_grpo.data.geneval_prompts import RATIO, TAGS, combination, generate, plural, spaces, unknown_words
 
 # Lines of the form that the benchmark's evaluation file has.
 CLOCKS = {

@@ -19,10 +19,10 @@ from rewards_bridge.server import ServeConfig, _limit_memory
 from scripts import demo
 from udm_grpo import evaluate
 from udm_grpo.config import ConfigError, RewardsConfig, ScorerConfig
-from udm_grpo.host import gpu_split
-from udm_grpo.host.gpu_split import device_problems, reserved
-from udm_grpo.host.gpus import visible_gpus
-from udm_grpo.host.rewards import bridge_configs
+from udm_grpo.machine import gpu_split
+from udm_grpo.machine.gpu_split import device_problems, reserved
+from udm_grpo.machine.gpus import visible_gpus
+from udm_grpo.scoring.rewards import bridge_configs
 
 
 def machine(folder: Path, count: int, **variables: str) -> dict[str, str]:

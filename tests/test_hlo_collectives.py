@@ -6,7 +6,7 @@ from pathlib import Path
 
 from running import ROOT, environment
 
-from udm_grpo.hlo_collectives import Collective, collectives, type_bytes
+from udm_grpo.compile_check.hlo_collectives import Collective, collectives, type_bytes
 
 TEXT = """
 HloModule page
@@ -95,7 +95,7 @@ def test_bytes_of_types():
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from udm_grpo.hlo_collectives import collectives
+from udm_grpo.compile_check.hlo_collectives import collectives
 mesh = Mesh(np.array(jax.devices()), ("x",))
 rows, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec("x"), PartitionSpec()))
 

@@ -17,13 +17,14 @@ from checkpoint_helpers import assert_same, finish, run_file
 from golden_data import first_case
 from test_distributed import free_port
 
-from udm_grpo import hosts, output_folder
 from udm_grpo import mesh as meshes
+from udm_grpo.checkpoints.checkpoint import Checkpoints, restore
 from udm_grpo.config import ConfigError, DistributedConfig, RunConfig
-from udm_grpo.distributed import joined
-from udm_grpo.host import streaming
-from udm_grpo.host.checkpoint import Checkpoints, restore
-from udm_grpo.host.weights import load_folder, load_transformer, save_folder
+from udm_grpo.lifecycle import output_folder
+from udm_grpo.multihost import hosts
+from udm_grpo.multihost.distributed import joined
+from udm_grpo.released.weights import load_folder, load_transformer, save_folder
+from udm_grpo.tensor_files import streaming
 
 ROWS = 8
 
@@ -46,7 +47,7 @@ def on(mesh: Any, params: Any) -> Any:
 
 
 def exchange(mesh: Any) -> None:
-    """Every function of udm_grpo/hosts.py, on rows that are spread over the processes."""
+    """Every function of udm_grpo/multihost/hosts.py, on rows that are spread over the processes."""
     me, spread = jax.process_index(), meshes.over_batch(mesh)
     rows = hosts.owned_rows(spread, ROWS)
     assert rows.tolist() == [4 * me, 4 * me + 1, 4 * me + 2, 4 * me + 3]

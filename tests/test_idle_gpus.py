@@ -5,8 +5,8 @@ from importlib.metadata import version
 import pytest
 
 from udm_grpo import train
-from udm_grpo.host import idle_gpus as module
-from udm_grpo.host.idle_gpus import idle_gpus
+from udm_grpo.machine import idle_gpus as module
+from udm_grpo.machine.idle_gpus import idle_gpus
 
 LISTED = """\
 0, GPU-1, 81559, NVIDIA H100 80GB HBM3

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from running import ROOT, SMOKE
 
-from udm_grpo.interruption import AT_ONCE_STATUS, StopRequestedError, interruption
+from udm_grpo.lifecycle.interruption import AT_ONCE_STATUS, StopRequestedError, interruption
 
 WAITING = """
 import hashlib
-from udm_grpo.interruption import interruption
+from udm_grpo.lifecycle.interruption import interruption
 with interruption() as asked:
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # the main thread runs none of Python's handlers in here
@@ -30,7 +30,7 @@ sys.exit(guarded(main))
 """
 OVER = """
 import os, sys, time
-from udm_grpo.interruption import ignore_stopping
+from udm_grpo.lifecycle.interruption import ignore_stopping
 class Late:
     def __del__(self, write=os.write, sleep=time.sleep):
         write(1, b"ready\\n")

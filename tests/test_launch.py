@@ -9,7 +9,7 @@ import pytest
 import yaml
 from running import ROOT
 
-from udm_grpo.command_line import parse
+from udm_grpo.configuration.command_line import parse
 
 CONFIG = ("--config", "configs/shapes.py", "--config.output_dir=outputs/a run")
 RESUME = "--config.checkpoint.resume=latest"

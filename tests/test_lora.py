@@ -20,19 +20,19 @@ import udm_grpo.run
 import udm_grpo.train
 from udm_grpo import convert, sample
 from udm_grpo.batches import Params, TrainState
-from udm_grpo.command_line import parse
+from udm_grpo.checkpoints.checkpoint import CheckpointError, Checkpoints
+from udm_grpo.checkpoints.trained import open_training
 from udm_grpo.config import ConfigError, LoraConfig
+from udm_grpo.configuration.command_line import parse
 from udm_grpo.export import start_weights, unrounded
 from udm_grpo.grpo.loss import LossPlan
 from udm_grpo.grpo.update import EmaPlan, accumulated_gradients, cast, update
-from udm_grpo.host.checkpoint import CheckpointError, Checkpoints
-from udm_grpo.host.peft_files import merge_on_host
-from udm_grpo.host.weight_table import leaves_by_path
-from udm_grpo.host.weights import load_folder
 from udm_grpo.model import lora
 from udm_grpo.model.transformer import Execution, TransformerConfig, hidden_states, init
-from udm_grpo.sample_settings import digest_of
-from udm_grpo.trained import open_training
+from udm_grpo.released.peft_files import merge_on_host
+from udm_grpo.released.weights import load_folder
+from udm_grpo.scoring.sample_settings import digest_of
+from udm_grpo.tensor_files.weight_table import leaves_by_path
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 from configs import geneval
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Params
+from udm_grpo.compile_check.programs import read_sizes
+from udm_grpo.lifecycle.start_notes import start_notes
 from udm_grpo.mesh import MeshError
 from udm_grpo.model import transformer
-from udm_grpo.programs import read_sizes
-from udm_grpo.start_notes import start_notes
 
 BLOCKS = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
 

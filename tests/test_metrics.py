@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from udm_grpo.config import ConfigError, LoggingConfig
-from udm_grpo.host.atomic import remove_unfinished, replace_file
-from udm_grpo.host.metrics import JsonLines, MetricsWriter, Progress, StageTimer, check_tools, to_json, write_json
+from udm_grpo.files.atomic import remove_unfinished, replace_file
+from udm_grpo.reporting.metrics import JsonLines, MetricsWriter, Progress, StageTimer, check_tools, to_json, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -138,7 +138,7 @@ def test_only_the_primary_process_writes(tmp_path):
 
 def test_a_killed_writer_loses_no_written_line(tmp_path):
     code = (
-        "import sys, os, signal; from udm_grpo.host.metrics import MetricsWriter; w = MetricsWriter(sys.argv[1]);"
+        "import sys, os, signal; from udm_grpo.reporting.metrics import MetricsWriter; w = MetricsWriter(sys.argv[1]);"
         "[w.write(s, {'reward': 1.0}) for s in range(1, 51)]; os.kill(os.getpid(), signal.SIGKILL)"
     )
     there = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
@@ -390,7 +390,7 @@ def test_json_files_are_written_whole_or_not_at_all(tmp_path):
 
 def test_a_kill_leaves_nothing_that_looks_like_the_file_and_the_next_run_clears_it(tmp_path):
     program = (
-        "import os; from pathlib import Path; from udm_grpo.host.atomic import replace_file\n"
+        "import os; from pathlib import Path; from udm_grpo.files.atomic import replace_file\n"
         "def write(path): path.write_text('half'); os.kill(os.getpid(), 9)\n"
         "replace_file(Path('pictures/000001.png'), write)"
     )

@@ -16,11 +16,11 @@ from golden_data import first_case, golden_paths
 
 from scripts import demo
 from udm_grpo import convert, sample
-from udm_grpo.host import part_files
-from udm_grpo.host.weights import Checkpoint, WeightsError, load_folder, load_transformer, save_folder
 from udm_grpo.models import open_folder
 from udm_grpo.pipeline import load_pipeline
-from udm_grpo.sample_settings import digest_of
+from udm_grpo.released import part_files
+from udm_grpo.released.weights import Checkpoint, WeightsError, load_folder, load_transformer, save_folder
+from udm_grpo.scoring.sample_settings import digest_of
 
 BIN = "diffusion_pytorch_model.bin"
 OTHER = golden_paths()[-1] / "checkpoint"

@@ -16,11 +16,11 @@ from safetensors.numpy import load_file, save_file
 
 from scripts.torch_reference import load_reference
 from udm_grpo.batches import Params
-from udm_grpo.host import peft_config
-from udm_grpo.host.peft_files import merge_on_host, read_adapter, with_adapter, write_adapter
-from udm_grpo.host.weights import Checkpoint, WeightsError, load_folder
 from udm_grpo.model import lora
 from udm_grpo.pipeline import Pipeline
+from udm_grpo.released import peft_config
+from udm_grpo.released.peft_files import merge_on_host, read_adapter, with_adapter, write_adapter
+from udm_grpo.released.weights import Checkpoint, WeightsError, load_folder
 
 BASE = first_case().checkpoint
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

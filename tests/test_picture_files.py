@@ -14,7 +14,7 @@ from PIL import Image
 from rewards_bridge import __main__ as bridge_command
 from rewards_bridge import picture_files
 from rewards_bridge.picture_files import PictureError, decode_picture, read_picture
-from udm_grpo.host.sample_files import Picture, examine, load_picture
+from udm_grpo.scoring.sample_files import Picture, examine, load_picture
 
 COLORS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
 GREY = COLORS[:, :, 0]

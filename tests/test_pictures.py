@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from udm_grpo.host import pictures
-from udm_grpo.host.grid_file import read_grid
-from udm_grpo.host.pictures import SMALLEST_CELL, before_after, image_grid
+from udm_grpo.reporting import pictures
+from udm_grpo.reporting.grid_file import read_grid
+from udm_grpo.reporting.pictures import SMALLEST_CELL, before_after, image_grid
 
 
 def noise(count: int, height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -11,13 +11,14 @@ import pytest
 from configs import shapes
 from rewards_bridge.scorers import ocr_models
 from scripts import compile_table, demo, prepare_prompts, pretrain_shapes
-from udm_grpo import compile_only, convert, evaluate, pretrain, report, sample, train
-from udm_grpo.command_line import parse
+from udm_grpo import convert, evaluate, pretrain, report, sample, train
+from udm_grpo.checkpoints.checkpoint import Checkpoints
+from udm_grpo.compile_check import compile_only
 from udm_grpo.config import ConfigError, ScorerConfig
-from udm_grpo.config_checks import validate
-from udm_grpo.host.buckets import local, local_prompts
-from udm_grpo.host.checkpoint import Checkpoints
-from udm_grpo.host.places import SUPPORTED_FIELDS, PlaceError, check_flags, expand_config, problem, scheme
+from udm_grpo.configuration.command_line import parse
+from udm_grpo.configuration.config_checks import validate
+from udm_grpo.files.buckets import local, local_prompts
+from udm_grpo.files.places import SUPPORTED_FIELDS, PlaceError, check_flags, expand_config, problem, scheme
 from udm_grpo.pipeline import load_pipeline
 
 ASSETS = Path(train.__file__).parent / "assets"

@@ -17,8 +17,8 @@ from yardstick import slowdown
 from rewards_bridge.scorers.geneval import check_metadata
 from scripts import prepare_prompts
 from scripts.prepare_prompts import main
-from udm_grpo.host.geneval_prompts import RATIO, combination, generate
-from udm_grpo.host.prompts import read_prompts
+from udm_grpo.data.geneval_prompts import RATIO, combination, generate
+from udm_grpo.data.prompts import read_prompts
 
 EXAMPLES = re.findall(r"python -m scripts\.prepare_prompts (.*)", prepare_prompts.__doc__.replace("\\\n", " "))
 SHARES = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
@@ -247,7 +247,7 @@ def test_training_draws_them_in_the_published_ratio(loaded):
 COLD = """
 import sys, time
 from yardstick import slowdown
-from udm_grpo.host.prompts import read_prompts
+from udm_grpo.data.prompts import read_prompts
 began = time.process_time()
 prompts = read_prompts(sys.argv[1])
 print(len(prompts), (time.process_time() - began) / slowdown())

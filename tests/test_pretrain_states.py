@@ -9,10 +9,10 @@ import pytest
 
 from scripts import pretrain_shapes
 from udm_grpo import pretrain, steps
-from udm_grpo.base_checkpoint import ASSETS, Plan, TokenizerTraining
-from udm_grpo.host.checkpoint import CheckpointError, Checkpoints
-from udm_grpo.host.weights import load_folder
+from udm_grpo.checkpoints.checkpoint import CheckpointError, Checkpoints
+from udm_grpo.released.weights import load_folder
 from udm_grpo.run import path_of
+from udm_grpo.worlds.base_checkpoint import ASSETS, Plan, TokenizerTraining
 
 
 @pytest.fixture(autouse=True)

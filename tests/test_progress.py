@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from udm_grpo.host import progress
-from udm_grpo.host.progress import progress_bar
+from udm_grpo.machine import progress
+from udm_grpo.machine.progress import progress_bar
 
 
 class Terminal(io.StringIO):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
-from udm_grpo.host.prompt_dataset import read_dataset, write_dataset
-from udm_grpo.host.prompts import PromptSet, read_prompts
+from udm_grpo.data.prompt_dataset import read_dataset, write_dataset
+from udm_grpo.data.prompts import PromptSet, read_prompts
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "udm_grpo" / "assets" / "shapes-prompts"
@@ -105,7 +105,7 @@ def test_a_folder_without_its_description_says_so(tmp_path, folder, content):
 
 def test_only_a_prepared_folder_costs_the_import_of_tfds(folder):
     code = (
-        "import sys, udm_grpo.sample, udm_grpo.train; from udm_grpo.host.prompts import read_prompts;"
+        "import sys, udm_grpo.sample, udm_grpo.train; from udm_grpo.data.prompts import read_prompts;"
         f"read_prompts({str(SHAPES / 'train.jsonl')!r}); print('tensorflow_datasets' in sys.modules);"
         f"read_prompts({str(folder)!r} + ':test'); print('tensorflow' in sys.modules)"
     )

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from udm_grpo.host.prompt_files import UNTAGGED, parse_file
-from udm_grpo.host.prompts import read_prompts
+from udm_grpo.data.prompt_files import UNTAGGED, parse_file
+from udm_grpo.data.prompts import read_prompts
 
 GENEVAL = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a photo of a red dog"}
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from udm_grpo.host.prompt_files import parse_file
-from udm_grpo.host.prompt_text import clean, decode, is_blank, lines_of, same_text, undecodable
+from udm_grpo.data.prompt_files import parse_file
+from udm_grpo.data.prompt_text import clean, decode, is_blank, lines_of, same_text, undecodable
 
 TEXTS = ["a photo of a red circle", "three stars, “very” blue", "进口品"]
 

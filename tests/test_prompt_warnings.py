@@ -4,13 +4,13 @@ import json
 from types import SimpleNamespace
 
 from rewards_bridge.errors import ScorerError
-from udm_grpo.base_checkpoint import ASSETS
-from udm_grpo.host.prompt_warnings import cut_warnings, places, set_warnings, write_warnings
-from udm_grpo.host.prompts import read_prompts
-from udm_grpo.host.run_folder import read_run
-from udm_grpo.host.scorer_notes import note_warnings
-from udm_grpo.host.tokenizer import load_tokenizer
-from udm_grpo.start_notes import prompt_notes
+from udm_grpo.data.prompt_warnings import cut_warnings, places, set_warnings, write_warnings
+from udm_grpo.data.prompts import read_prompts
+from udm_grpo.data.tokenizer import load_tokenizer
+from udm_grpo.lifecycle.start_notes import prompt_notes
+from udm_grpo.reporting.run_folder import read_run
+from udm_grpo.scoring.scorer_notes import note_warnings
+from udm_grpo.worlds.base_checkpoint import ASSETS
 
 
 def sets(folder, train, heldout):

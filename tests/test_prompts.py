@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from udm_grpo.host.prompts import UNTAGGED, PromptSet, read_prompts
+from udm_grpo.data.prompts import UNTAGGED, PromptSet, read_prompts
 
 RATIO = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0}
 

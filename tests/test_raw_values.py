@@ -12,10 +12,10 @@ from rewards_bridge.scorers.base import Scores
 from udm_grpo import run_reports
 from udm_grpo.config import RunConfig
 from udm_grpo.evaluation import COLUMNS, change_in_words, joined, summarize
-from udm_grpo.host import rewards
-from udm_grpo.host.evaluation_parts import Part
-from udm_grpo.host.metrics import JsonLines, MetricsWriter, Progress, StageTimer
-from udm_grpo.host.rewards import Rewards
+from udm_grpo.reporting.metrics import JsonLines, MetricsWriter, Progress, StageTimer
+from udm_grpo.scoring import rewards
+from udm_grpo.scoring.evaluation_parts import Part
+from udm_grpo.scoring.rewards import Rewards
 
 
 def ticket(score: list[float], **raw: list[float]) -> "Future[Scores]":

@@ -16,7 +16,7 @@ from rewards_bridge.scorers import KNOWN
 from scripts import prepare_prompts
 from udm_grpo import config as config_module
 from udm_grpo.config import RunConfig
-from udm_grpo.config_checks import validate
+from udm_grpo.configuration.config_checks import validate
 
 README = (ROOT / "README.md").read_text()
 LAUNCH = ("scripts/launch_", "sbatch ", "IMAGE=", "TPU_NAME=")
@@ -125,9 +125,29 @@ def test_the_notebook_example_runs() -> None:
     assert "(2, 32, 32, 3) uint8" in done.stdout
 
 
-def test_the_tree_names_every_file() -> None:
-    tree = README.split("## The tree")[1].split("```")[1]
-    for folder in ("udm_grpo", "rewards_bridge", "configs", "scripts"):
-        for path in (ROOT / folder).rglob("*.py"):
-            if path.name != "__init__.py" and "assets" not in path.parts:
-                assert path.name in tree, f"README's tree lacks {path.relative_to(ROOT)}"
+def folders_with_sources() -> list[Path]:
+    """Packages and their parts, but for what is generated."""
+    tops = [ROOT / name for name in ("udm_grpo", "rewards_bridge", "scripts")]
+    below = [folder for top in tops for folder in top.iterdir() if folder.is_dir() and list(folder.glob("*.py"))]
+    return [folder for folder in (*tops, *below) if folder.name not in ("protocol", "__pycache__")]
+
+
+def test_the_layout_and_the_folders_readmes_name_exactly_the_files_there_are() -> None:
+    lines = README.split("## Layout")[1].split("```")[1].splitlines()
+    said = {line.split()[0] for line in lines[lines.index("udm_grpo/") + 1 :] if line.startswith("  ")}
+    there = {path.name + "/" * path.is_dir() for path in (ROOT / "udm_grpo").iterdir()}
+    assert said == there - {"__init__.py", "__pycache__/"}
+    for folder in folders_with_sources():
+        if folder.name == "udm_grpo":
+            continue
+        named = set(re.findall(r"^- \[([^]]+)\]\(\1\)", (folder / "README.md").read_text(), re.M))
+        named = {name for name in named if not name.endswith("/")}
+        files = {path.name for path in folder.iterdir() if path.suffix in (".py", ".sh", ".sbatch")} - {"__init__.py"}
+        assert named == files, f"{folder.name}/README.md and the folder differ in {named ^ files}"
+
+
+def test_no_folder_is_crowded() -> None:
+    crowded = {folder.name: len(list(folder.glob("*.py"))) for folder in folders_with_sources()}
+    crowded = {name: count for name, count in crowded.items() if name not in ("rewards_bridge", "scorers", "scripts")}
+    assert crowded.pop("udm_grpo") <= 22
+    assert all(count <= 14 for count in crowded.values()), crowded

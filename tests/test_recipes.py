@@ -12,9 +12,9 @@ from configs import geneval, ocr, pickscore
 from rewards_bridge.scorers import KNOWN
 from scripts import prepare_prompts
 from udm_grpo import train
-from udm_grpo.command_line import parse
-from udm_grpo.config_checks import validate
-from udm_grpo.host.prompts import read_prompts
+from udm_grpo.configuration.command_line import parse
+from udm_grpo.configuration.config_checks import validate
+from udm_grpo.data.prompts import read_prompts
 
 RECIPES = {"geneval": geneval, "pickscore": pickscore, "ocr": ocr}
 GROUPS = {"geneval": (8, 553, 4), "pickscore": (16, 2048, 1), "ocr": (16, 1000, 1)}

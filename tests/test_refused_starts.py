@@ -10,11 +10,11 @@ from report_runs import write_run
 from running import ROOT
 
 from udm_grpo import train
-from udm_grpo.command_line import parse
-from udm_grpo.fingerprint import fingerprint
-from udm_grpo.host.checkpoint import Checkpoints
-from udm_grpo.host.prompts import read_prompts
-from udm_grpo.host.weights import load_folder
+from udm_grpo.checkpoints.checkpoint import Checkpoints
+from udm_grpo.configuration.command_line import parse
+from udm_grpo.data.prompts import read_prompts
+from udm_grpo.lifecycle.fingerprint import fingerprint
+from udm_grpo.released.weights import load_folder
 
 SMOKE = ("--config", str(ROOT / "configs" / "shapes.py:smoke"))
 RESUME = "checkpoint.resume=latest"

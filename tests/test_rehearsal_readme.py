@@ -9,8 +9,8 @@ import pytest
 from rehearsal import Stage, play_page, stage
 
 from rewards_bridge.client import BridgeConfig, RewardsClient
-from udm_grpo.host.shapes import all_prompts
-from udm_grpo.host.shapes_scenes import render, scene_for
+from udm_grpo.worlds.shapes import all_prompts
+from udm_grpo.worlds.shapes_scenes import render, scene_for
 
 pytestmark = pytest.mark.timeout(1800)
 

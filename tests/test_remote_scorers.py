@@ -19,7 +19,7 @@ from rewards_bridge.client import BridgeError, RewardsClient
 from rewards_bridge.differences import differences
 from rewards_bridge.protocol import bridge_pb2, messages
 from udm_grpo.config import RewardsConfig, ScorerConfig
-from udm_grpo.host.rewards import connect, warn_of
+from udm_grpo.scoring.rewards import connect, warn_of
 
 
 @pytest.mark.parametrize(

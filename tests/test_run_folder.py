@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 from report_runs import PROMPTS, evaluation, write_run
 
-from udm_grpo.host import report_data as data_module
-from udm_grpo.host.metrics import MetricsWriter
-from udm_grpo.host.report_data import encode, names_of, report_data
-from udm_grpo.host.report_page import page
-from udm_grpo.host.run_folder import read_run
 from udm_grpo.report import main
+from udm_grpo.reporting import report_data as data_module
+from udm_grpo.reporting.metrics import MetricsWriter
+from udm_grpo.reporting.report_data import encode, names_of, report_data
+from udm_grpo.reporting.report_page import page
+from udm_grpo.reporting.run_folder import read_run
 
 
 @pytest.fixture(scope="module")

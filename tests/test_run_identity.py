@@ -14,18 +14,18 @@ import pytest
 from report_runs import write_run
 from running import ROOT
 
-from udm_grpo import best_weights
 from udm_grpo.batches import TrainState
-from udm_grpo.best_weights import best_or_last, save_best, take_over
+from udm_grpo.checkpoints.checkpoint import CheckpointError, Checkpoints
 from udm_grpo.config import ConfigError, RunConfig
-from udm_grpo.host.checkpoint import CheckpointError, Checkpoints
-from udm_grpo.host.grid_file import run_of
-from udm_grpo.host.metrics import JsonLines, write_json
-from udm_grpo.host.pictures import image_grid
-from udm_grpo.host.run_folder import read_run
-from udm_grpo.host.set_aside import RUN_FILES, set_aside
-from udm_grpo.identity import Identity, identify
-from udm_grpo.output_folder import check_inputs_stay, set_aside_older
+from udm_grpo.files.set_aside import RUN_FILES, set_aside
+from udm_grpo.lifecycle import best_weights
+from udm_grpo.lifecycle.best_weights import best_or_last, save_best, take_over
+from udm_grpo.lifecycle.identity import Identity, identify
+from udm_grpo.lifecycle.output_folder import check_inputs_stay, set_aside_older
+from udm_grpo.reporting.grid_file import run_of
+from udm_grpo.reporting.metrics import JsonLines, write_json
+from udm_grpo.reporting.pictures import image_grid
+from udm_grpo.reporting.run_folder import read_run
 from udm_grpo.run import Position
 
 SAME = {"version": 1, "seed": 0}

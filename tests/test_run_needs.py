@@ -16,9 +16,10 @@ from test_gpus import machine
 from rewards_bridge.__main__ import main as bridge_main
 from rewards_bridge.doctor import MEMORY_GIB
 from rewards_bridge.scorers import KNOWN
-from udm_grpo import doctor, run_needs
-from udm_grpo.command_line import parse
-from udm_grpo.host.recipe_page import commands_for, fixes, output_of, page_commands
+from udm_grpo import doctor
+from udm_grpo.configuration.command_line import parse
+from udm_grpo.data.recipe_page import commands_for, fixes, output_of, page_commands
+from udm_grpo.lifecycle import run_needs
 
 SHAPES = ("--config", "configs/shapes.py:smoke")
 RECIPES = ("geneval", "pickscore", "ocr")

@@ -16,11 +16,11 @@ from PIL import Image
 from running import ONE_AVERAGED, ROOT, environment, together, train
 
 from udm_grpo import sample
-from udm_grpo.host.atomic import UNFINISHED
-from udm_grpo.host.checkpoint import Checkpoints
-from udm_grpo.host.sample_folder import read_samples
+from udm_grpo.checkpoints.checkpoint import Checkpoints
+from udm_grpo.files.atomic import UNFINISHED
 from udm_grpo.pipeline import load_pipeline
-from udm_grpo.sample_settings import digest_of
+from udm_grpo.scoring.sample_folder import read_samples
+from udm_grpo.scoring.sample_settings import digest_of
 
 SHAPES = str(ROOT / "udm_grpo" / "assets" / "ursa-shapes")
 FEW = ("--height=32", "--width=32", "--steps=3")

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from sample_pictures import numbered, write_flat, write_geneval
 
-from udm_grpo.host.layouts import cut_grid, grid_names, join_grid, place_of
-from udm_grpo.host.prompts import PromptSet
-from udm_grpo.host.sample_folder import SamplesError, load_picture, read_samples
-from udm_grpo.host.scoring import LARGEST_BATCH
-from udm_grpo.sample_settings import Settings, open_output
+from udm_grpo.data.prompts import PromptSet
+from udm_grpo.scoring.folder_scores import LARGEST_BATCH
+from udm_grpo.scoring.layouts import cut_grid, grid_names, join_grid, place_of
+from udm_grpo.scoring.sample_folder import SamplesError, load_picture, read_samples
+from udm_grpo.scoring.sample_settings import Settings, open_output
 
 
 @pytest.fixture

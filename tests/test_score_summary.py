@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from udm_grpo.host.score_summary import bootstrap, columns, official_lines, spread, summarize, write_official
-from udm_grpo.host.score_tables import bounds, number, table
-from udm_grpo.host.scoring import Mark, Scored
+from udm_grpo.scoring.folder_scores import Mark, Scored
+from udm_grpo.scoring.score_summary import bootstrap, columns, official_lines, spread, summarize, write_official
+from udm_grpo.scoring.score_tables import bounds, number, table
 
 
 def scored(rows: list[tuple[int, str, float]], official: bool = True, details: str = "") -> Scored:

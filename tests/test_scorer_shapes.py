@@ -16,8 +16,8 @@ from yardstick import slowdown
 
 from rewards_bridge.scorers import load_scorer
 from rewards_bridge.scorers import shapes as judge
-from udm_grpo.host import shapes as world
-from udm_grpo.host import shapes_scenes as scenes
+from udm_grpo.worlds import shapes as world
+from udm_grpo.worlds import shapes_scenes as scenes
 
 ROOT = Path(__file__).parent.parent
 RED, BLUE, GROUND = (210, 45, 45), (45, 85, 210), (226, 226, 226)

@@ -16,8 +16,8 @@ from rewards_bridge.errors import BridgeError, UsageError
 from rewards_bridge.peer import examine
 from rewards_bridge.scorers import load_scorer
 from udm_grpo.config import RunConfig, ScorerConfig, as_dict
-from udm_grpo.host.metrics import write_json
-from udm_grpo.host.scoring import made_by
+from udm_grpo.reporting.metrics import write_json
+from udm_grpo.scoring.folder_scores import made_by
 
 KEY = "sesame-open-4711"
 

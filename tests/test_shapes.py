@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from udm_grpo.host import shapes, shapes_scenes
-from udm_grpo.host.geneval_prompts import TAGS
+from udm_grpo.data.geneval_prompts import TAGS
+from udm_grpo.worlds import shapes, shapes_scenes
 
 
 def _by_prompt() -> dict[str, dict]:

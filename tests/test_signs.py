@@ -13,9 +13,8 @@ from rewards_bridge.scorers import ocr_models
 from rewards_bridge.scorers.ocr import OcrScorer
 from rewards_bridge.scorers.text_match import check_prompts, is_exact, match, target_text
 from scripts import pretrain_signs
-from udm_grpo import base_checkpoint
-from udm_grpo.host import signs
-from udm_grpo.host.weights import load_folder
+from udm_grpo.released.weights import load_folder
+from udm_grpo.worlds import base_checkpoint, signs
 
 TOKENS_OF_A_PROMPT = ["a", "sign", "that", "says", '"', "4", "2", "7", '"']
 
@@ -192,7 +191,7 @@ def test_the_reader_reads_what_a_sign_says_and_nothing_else(scorer) -> None:
 
 
 def test_digits_and_quotes_are_words(tmp_path: Path) -> None:
-    from udm_grpo.host.tokenizer import load_tokenizer
+    from udm_grpo.data.tokenizer import load_tokenizer
 
     every = [metadata["prompt"] for metadata in signs.all_prompts()]
     words = base_checkpoint.write_text_tokenizer(tmp_path, every, pretrain_signs.WORD_SPLITTER)

@@ -16,7 +16,7 @@ from udm_grpo.grpo.loss import LossPlan
 from udm_grpo.grpo.optimizer import adamw, largest, learning_rate
 from udm_grpo.grpo.optimizer import step as optimizer_step
 from udm_grpo.grpo.update import EmaPlan, has_signal, update
-from udm_grpo.iteration_checks import WARN_AFTER, DivergedError, SignalWatch, check_finite
+from udm_grpo.lifecycle.iteration_checks import WARN_AFTER, DivergedError, SignalWatch, check_finite
 from udm_grpo.model.transformer import Execution, TransformerConfig, init
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")

@@ -14,7 +14,7 @@ from standin_clips import make_open_clip, open_clip_tensors
 
 from rewards_bridge.scorers.clip_model import Source, load_clip
 from rewards_bridge.scorers.geneval import GenevalScorer
-from udm_grpo.host.prompts import read_prompts
+from udm_grpo.data.prompts import read_prompts
 from udm_grpo.pipeline import load_pipeline
 
 RELEASE = os.environ.get("UDM_GRPO_RELEASE", "")

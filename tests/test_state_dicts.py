@@ -13,8 +13,8 @@ import torch
 from golden_data import first_case
 from safetensors.torch import load_file, save_file
 
-from udm_grpo.host import released
-from udm_grpo.host.weights import WeightsError, load_folder, load_transformer, save_folder
+from udm_grpo.released import contents
+from udm_grpo.released.weights import WeightsError, load_folder, load_transformer, save_folder
 
 STEM = "diffusion_pytorch_model"
 
@@ -94,7 +94,7 @@ def test_another_model_is_said_in_one_line(base: Path):
 
 
 def test_a_kind_of_problem_is_cut_short(base: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(released, "MAX_SHOWN", 8)
+    monkeypatch.setattr(contents, "MAX_SHOWN", 8)
     wrap(base, "transformer", lambda name: name.replace("mlp", "m").replace("self_attn", "s"))
     lines = error_of(base).splitlines()
     assert "  " + f"{base / 'transformer'}: missing: and 10 more" in lines

@@ -18,14 +18,14 @@ import numpy as np
 from checkpoint_helpers import finish, run_file
 from golden_data import first_case
 
-from udm_grpo import hosts
 from udm_grpo import mesh as meshes
-from udm_grpo.host import streaming
-from udm_grpo.host.torch_files import open_tensors, write_tensors
-from udm_grpo.host.weight_table import TRANSFORMER_TABLE, sources
-from udm_grpo.host.weights import load_folder, load_transformer, save_folder
 from udm_grpo.model import transformer
 from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.multihost import hosts
+from udm_grpo.released.weights import load_folder, load_transformer, save_folder
+from udm_grpo.tensor_files import streaming
+from udm_grpo.tensor_files.torch_files import open_tensors, write_tensors
+from udm_grpo.tensor_files.weight_table import TRANSFORMER_TABLE, sources
 
 FILE = "diffusion_pytorch_model.safetensors"
 BOUND = 1.3

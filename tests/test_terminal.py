@@ -8,7 +8,7 @@ from running import ROOT
 
 PROGRAM = """
 import os, sys
-from udm_grpo.host.terminal import lasting_streams, prepare_streams
+from udm_grpo.machine.terminal import lasting_streams, prepare_streams
 prepare_streams()
 with lasting_streams():
     for number in range(2000):

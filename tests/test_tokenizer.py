@@ -12,8 +12,8 @@ from golden_data import golden_paths
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from udm_grpo.host.tokenizer import MAX_CHARACTERS, load_tokenizer, tokenizer_class
-from udm_grpo.host.torch_files import WeightsError
+from udm_grpo.data.tokenizer import MAX_CHARACTERS, load_tokenizer, tokenizer_class
+from udm_grpo.tensor_files.torch_files import WeightsError
 
 ASSETS = Path(__file__).resolve().parent.parent / "udm_grpo" / "assets"
 TEXTS = [

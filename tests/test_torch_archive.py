@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from udm_grpo.host import tensor_pickle, torch_archive
-from udm_grpo.host.tensor_pickle import ForbiddenError, PickleError
-from udm_grpo.host.torch_archive import ArchiveError, ContentError, open_archive, write_archive
-from udm_grpo.host.torch_files import WeightsError, open_tensors
-from udm_grpo.host.weight_table import TensorInfo
+from udm_grpo.tensor_files import tensor_pickle, torch_archive
+from udm_grpo.tensor_files.tensor_pickle import ForbiddenError, PickleError
+from udm_grpo.tensor_files.torch_archive import ArchiveError, ContentError, open_archive, write_archive
+from udm_grpo.tensor_files.torch_files import WeightsError, open_tensors
+from udm_grpo.tensor_files.weight_table import TensorInfo
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),

@@ -12,12 +12,12 @@ from report_runs import write_run
 from running import metrics, train, train_and_kill, train_together
 from safetensors.numpy import load_file
 
-from udm_grpo.host.atomic import UNFINISHED
-from udm_grpo.host.checkpoint import Checkpoints, read_meta, restore
-from udm_grpo.host.digests import digest_folder
-from udm_grpo.host.grid_file import CHUNK, run_of
-from udm_grpo.host.run_folder import read_run
-from udm_grpo.host.weights import load_folder
+from udm_grpo.checkpoints.checkpoint import Checkpoints, read_meta, restore
+from udm_grpo.files.atomic import UNFINISHED
+from udm_grpo.files.digests import digest_folder
+from udm_grpo.released.weights import load_folder
+from udm_grpo.reporting.grid_file import CHUNK, run_of
+from udm_grpo.reporting.run_folder import read_run
 
 SHORT = (
     *("iterations=2", "optimizer.schedule=constant", "checkpoint.every=1"),

@@ -7,8 +7,8 @@ import pytest
 from golden_data import GoldenCase, assert_close, golden_cases
 
 from udm_grpo.batches import Params
-from udm_grpo.host.weights import load_folder
 from udm_grpo.model import quantizers, vq
+from udm_grpo.released.weights import load_folder
 
 LFQ = vq.VQConfig(num_vq_embeddings=64, vq_embed_dim=6, quantizer_name="LFQuantizer")
 FSQ = vq.VQConfig(num_vq_embeddings=64000, vq_embed_dim=6, quantizer_name="FSQuantizer")

@@ -17,7 +17,8 @@ from golden_data import GoldenCase, first_case, golden_cases
 from safetensors import safe_open
 
 from udm_grpo.batches import Params
-from udm_grpo.host.weights import (
+from udm_grpo.model import transformer, vq
+from udm_grpo.released.weights import (
     Checkpoint,
     Scheduler,
     WeightsError,
@@ -26,7 +27,6 @@ from udm_grpo.host.weights import (
     new_checkpoint,
     save_folder,
 )
-from udm_grpo.model import transformer, vq
 
 LAYOUTS: dict[str, Callable[[Path], None]] = {
     "float32": lambda folder: None,

@@ -15,8 +15,8 @@ import pytest
 import torch
 from golden_data import first_case
 
-from udm_grpo.host import atomic
-from udm_grpo.host.weights import Checkpoint, Scheduler, WeightsError, load_folder, new_checkpoint, save_folder
+from udm_grpo.files import atomic
+from udm_grpo.released.weights import Checkpoint, Scheduler, WeightsError, load_folder, new_checkpoint, save_folder
 
 CODEBOOK = "scheduler/scheduler_model.pth"
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from rewards_bridge.redaction import guarded
-from udm_grpo.command_line import parse
 from udm_grpo.config import ConfigError, RunConfig
-from udm_grpo.config_checks import validate
-from udm_grpo.host.buckets import local, local_prompts
-from udm_grpo.host.prompts import read_prompts
-from udm_grpo.host.weights import WeightsError, load_folder
+from udm_grpo.configuration.command_line import parse
+from udm_grpo.configuration.config_checks import validate
+from udm_grpo.data.prompts import read_prompts
+from udm_grpo.files.buckets import local, local_prompts
+from udm_grpo.released.weights import WeightsError, load_folder
 
 
 def _error(read: Callable[[], Any]) -> str:

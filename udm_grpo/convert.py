@@ -27,24 +27,24 @@ import numpy as np
 from etils import epath
 
 from rewards_bridge.redaction import guarded
+from udm_grpo.checkpoints.checkpoint import CheckpointError
+from udm_grpo.checkpoints.trained import PREFIXES, Training, is_released, open_training, part_of
+from udm_grpo.data.tokenizer import load_tokenizer
 from udm_grpo.devices import device_errors, prepare
-from udm_grpo.host.checkpoint import CheckpointError
-from udm_grpo.host.finite import finite_number
-from udm_grpo.host.folder_lock import lock_beside
-from udm_grpo.host.part_files import open_part
-from udm_grpo.host.peft_files import write_adapter
-from udm_grpo.host.places import check_flags
-from udm_grpo.host.progress import progress_bar
-from udm_grpo.host.released import CONFIG_FILES, SCHEDULER_FILE, Scheduler
-from udm_grpo.host.tokenizer import load_tokenizer
-from udm_grpo.host.torch_files import Layout, TensorFiles, open_tensors, read_json
-from udm_grpo.host.weight_table import TRANSFORMER_TABLE, TensorInfo, from_tree, leaves_by_path, sources
-from udm_grpo.host.weights import DTYPES, Checkpoint, WeightsError, load_folder, save_folder
+from udm_grpo.files.finite import finite_number
+from udm_grpo.files.folder_lock import lock_beside
+from udm_grpo.files.places import check_flags
+from udm_grpo.machine.progress import progress_bar
 from udm_grpo.model.transformer import TransformerConfig
 from udm_grpo.model.vq_config import VQConfig
 from udm_grpo.pipeline import Pipeline
+from udm_grpo.released.contents import CONFIG_FILES, SCHEDULER_FILE, Scheduler
+from udm_grpo.released.part_files import open_part
+from udm_grpo.released.peft_files import write_adapter
+from udm_grpo.released.weights import DTYPES, Checkpoint, WeightsError, load_folder, save_folder
 from udm_grpo.run import exported
-from udm_grpo.trained import PREFIXES, Training, is_released, open_training, part_of
+from udm_grpo.tensor_files.torch_files import Layout, TensorFiles, open_tensors, read_json
+from udm_grpo.tensor_files.weight_table import TRANSFORMER_TABLE, TensorInfo, from_tree, leaves_by_path, sources
 
 REFERENCE = Path(__file__).resolve().parent.parent / "scripts" / "torch_reference.py"
 FORWARD_TOLERANCE = 1e-4

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 from jax.errors import JaxRuntimeError
 
-from udm_grpo.host.idle_gpus import idle_gpus
-from udm_grpo.host.places import is_bucket
+from udm_grpo.files.places import is_bucket
+from udm_grpo.machine.idle_gpus import idle_gpus
 
 SETTINGS: dict[str, Any] = {
     "jax_default_prng_impl": "threefry2x32",

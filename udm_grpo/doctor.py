@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = dict(os.environ)
     os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: files are read without taking a device
     try:
-        from udm_grpo import devices, run_needs  # they need the packages that were looked for above
+        from udm_grpo import devices
+        from udm_grpo.lifecycle import run_needs  # they need the packages that were looked for above
 
         devices.prepare()
         return run_needs.report(words, environment)

@@ -26,21 +26,21 @@ from typing import Any
 
 from rewards_bridge.errors import BridgeError
 from rewards_bridge.redaction import guarded
-from udm_grpo.command_line import parse
 from udm_grpo.config import RewardsConfig, ScorerConfig
+from udm_grpo.configuration.command_line import parse
+from udm_grpo.data.prompt_files import PROMPT, Row
+from udm_grpo.data.prompts import read_prompts
 from udm_grpo.devices import prepare
-from udm_grpo.host.atomic import replace_file
-from udm_grpo.host.bucket_lock import lock_output
-from udm_grpo.host.comparison import common_scorers, compare, draw_changed
-from udm_grpo.host.gpu_split import reserved
-from udm_grpo.host.metrics import write_json
-from udm_grpo.host.places import check_flags
-from udm_grpo.host.prompt_files import PROMPT, Row
-from udm_grpo.host.prompts import read_prompts
-from udm_grpo.host.sample_folder import SampleFolder, has_prompts, read_samples
-from udm_grpo.host.score_summary import summarize, write_official
-from udm_grpo.host.score_tables import comparison_text, summary_text
-from udm_grpo.host.scoring import Scored, ScoringError, is_scored, load_scored, made_by, score_folder
+from udm_grpo.files.atomic import replace_file
+from udm_grpo.files.bucket_lock import lock_output
+from udm_grpo.files.places import check_flags
+from udm_grpo.machine.gpu_split import reserved
+from udm_grpo.reporting.metrics import write_json
+from udm_grpo.scoring.comparison import common_scorers, compare, draw_changed
+from udm_grpo.scoring.folder_scores import Scored, ScoringError, is_scored, load_scored, made_by, score_folder
+from udm_grpo.scoring.sample_folder import SampleFolder, has_prompts, read_samples
+from udm_grpo.scoring.score_summary import summarize, write_official
+from udm_grpo.scoring.score_tables import comparison_text, summary_text
 
 Rows = Sequence[Row]
 

@@ -10,15 +10,16 @@ import jax
 import numpy as np
 
 from rewards_bridge.composition import apart
-from udm_grpo import hosts, shared_rewards
 from udm_grpo import mesh as meshes
+from udm_grpo import shared_rewards
 from udm_grpo.batches import Params
-from udm_grpo.host.evaluation_parts import Part, part_file, read_part, write_part
-from udm_grpo.host.extremes import Extremes
-from udm_grpo.host.raw_values import means, missing
-from udm_grpo.host.rewards import Rewards
-from udm_grpo.interruption import StopRequestedError
+from udm_grpo.lifecycle.interruption import StopRequestedError
+from udm_grpo.multihost import hosts
+from udm_grpo.reporting.extremes import Extremes
+from udm_grpo.reporting.raw_values import means, missing
 from udm_grpo.run import Run, Stage
+from udm_grpo.scoring.evaluation_parts import Part, part_file, read_part, write_part
+from udm_grpo.scoring.rewards import Rewards
 
 COLUMNS = ("score", "tags", "prompts", "images", "missing", "step", "run", "nonfinite")
 """Names that an evaluation, and its line in evaluations.jsonl, has of its own."""

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from udm_grpo.host.buckets import local
-from udm_grpo.host.checkpoint import Checkpoints
-from udm_grpo.host.peft_files import with_adapter
-from udm_grpo.host.weights import Checkpoint, load_folder
-from udm_grpo.trained import read_training
+from udm_grpo.checkpoints.checkpoint import Checkpoints
+from udm_grpo.checkpoints.trained import read_training
+from udm_grpo.files.buckets import local
+from udm_grpo.released.peft_files import with_adapter
+from udm_grpo.released.weights import Checkpoint, load_folder
 
 
 class SampleError(ValueError):

@@ -18,10 +18,10 @@ from jaxtyping import Array, Float, Int, Int32, UInt8
 from udm_grpo import steps
 from udm_grpo.diffusion.path import Path, make_path
 from udm_grpo.diffusion.rollout import RolloutPlan
-from udm_grpo.host import places
-from udm_grpo.host.buckets import local
-from udm_grpo.host.weights import Checkpoint, PathLike, load_folder, save_folder
+from udm_grpo.files import places
+from udm_grpo.files.buckets import local
 from udm_grpo.model.transformer import Execution
+from udm_grpo.released.weights import Checkpoint, PathLike, load_folder, save_folder
 
 AnyArray = Array | np.ndarray
 

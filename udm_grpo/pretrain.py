@@ -22,17 +22,17 @@ import numpy as np
 from rewards_bridge.redaction import guarded
 from udm_grpo import steps
 from udm_grpo.batches import Params
+from udm_grpo.checkpoints.checkpoint import CheckpointError, Checkpoints
+from udm_grpo.checkpoints.checkpoint_fallback import restore_newest
 from udm_grpo.devices import on_devices, prepare
 from udm_grpo.diffusion.path import Path
+from udm_grpo.files.finite import finite_number
+from udm_grpo.files.folder_lock import lock_inside
+from udm_grpo.files.places import local_args
 from udm_grpo.grpo.optimizer import adamw, learning_rate
-from udm_grpo.host.checkpoint import CheckpointError, Checkpoints
-from udm_grpo.host.checkpoint_fallback import restore_newest
-from udm_grpo.host.finite import finite_number
-from udm_grpo.host.folder_lock import lock_inside
-from udm_grpo.host.places import local_args
-from udm_grpo.host.weights import Checkpoint, load_folder, save_folder
-from udm_grpo.iteration_checks import DivergedError, check_finite
+from udm_grpo.lifecycle.iteration_checks import DivergedError, check_finite
 from udm_grpo.model.transformer import Execution
+from udm_grpo.released.weights import Checkpoint, load_folder, save_folder
 from udm_grpo.run import path_of
 
 

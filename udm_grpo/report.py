@@ -14,12 +14,12 @@ from pathlib import Path
 
 from rewards_bridge.redaction import guarded
 from udm_grpo.devices import prepare
-from udm_grpo.host.atomic import replace_file
-from udm_grpo.host.buckets import NOT_BROUGHT_BACK, local
-from udm_grpo.host.places import check_flags, is_bucket
-from udm_grpo.host.report_data import report_data
-from udm_grpo.host.report_page import page
-from udm_grpo.host.run_folder import RunFolder, RunFolderError, read_run
+from udm_grpo.files.atomic import replace_file
+from udm_grpo.files.buckets import NOT_BROUGHT_BACK, local
+from udm_grpo.files.places import check_flags, is_bucket
+from udm_grpo.reporting.report_data import report_data
+from udm_grpo.reporting.report_page import page
+from udm_grpo.reporting.run_folder import RunFolder, RunFolderError, read_run
 
 NAME = "report.html"
 

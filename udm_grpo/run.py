@@ -15,29 +15,23 @@ from jaxtyping import Array, Int32, Key
 
 from rewards_bridge.composition import Composition
 from rewards_bridge.redaction import redacted_values
-from udm_grpo import hosts, shared_rewards
 from udm_grpo import mesh as meshes
+from udm_grpo import shared_rewards
 from udm_grpo.batches import Params, TrainState
+from udm_grpo.checkpoints.checkpoint import Checkpoints, check_same_run
+from udm_grpo.checkpoints.checkpoint_fallback import restore_or_older
 from udm_grpo.config import ConfigError, RunConfig, as_dict
+from udm_grpo.data.prompts import PromptSet, read_prompts
 from udm_grpo.diffusion.path import Path as NoisePath
 from udm_grpo.diffusion.path import make_path
-from udm_grpo.disk_check import check_space
-from udm_grpo.fingerprint import agreed, fingerprint
+from udm_grpo.files.buckets import Mirror, local, local_prompts
+from udm_grpo.files.set_aside import CONFIG
 from udm_grpo.grpo.optimizer import adamw, learning_rate
-from udm_grpo.host import rewards
-from udm_grpo.host.buckets import Mirror, local, local_prompts
-from udm_grpo.host.checkpoint import Checkpoints, check_same_run
-from udm_grpo.host.checkpoint_fallback import restore_or_older
-from udm_grpo.host.evaluation_parts import remove_parts
-from udm_grpo.host.metrics import write_json
-from udm_grpo.host.prompts import PromptSet, read_prompts
-from udm_grpo.host.set_aside import CONFIG
-from udm_grpo.host.weights import Checkpoint, load_folder, load_transformer, transformer_path
-from udm_grpo.identity import Identity, identify
-from udm_grpo.interruption import Interruption
-from udm_grpo.model import lora, transformer
-from udm_grpo.model.transformer import TransformerConfig
-from udm_grpo.output_folder import (
+from udm_grpo.lifecycle.disk_check import check_space
+from udm_grpo.lifecycle.fingerprint import agreed, fingerprint
+from udm_grpo.lifecycle.identity import Identity, identify
+from udm_grpo.lifecycle.interruption import Interruption
+from udm_grpo.lifecycle.output_folder import (
     check_inputs_stay,
     check_output,
     checkpoints_place,
@@ -46,6 +40,13 @@ from udm_grpo.output_folder import (
     output_path,
     set_aside_older,
 )
+from udm_grpo.model import lora, transformer
+from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.multihost import hosts
+from udm_grpo.released.weights import Checkpoint, load_folder, load_transformer, transformer_path
+from udm_grpo.reporting.metrics import write_json
+from udm_grpo.scoring import rewards
+from udm_grpo.scoring.evaluation_parts import remove_parts
 from udm_grpo.steps import Steps, build, make_plans
 
 MOST_PROBLEMS = 50

@@ -9,17 +9,17 @@ import jax
 import numpy as np
 
 from rewards_bridge.composition import apart
-from udm_grpo import hosts
 from udm_grpo.config import RunConfig, as_dict
-from udm_grpo.host.atomic import remove_unfinished
-from udm_grpo.host.environment import begin
-from udm_grpo.host.metrics import JsonLines, MetricsWriter, Progress, StageTimer
-from udm_grpo.host.raw_values import means, missing
-from udm_grpo.host.rewards import Rewards
-from udm_grpo.host.run_folder import RunFolderError
-from udm_grpo.iteration_checks import SignalWatch, check_finite
+from udm_grpo.files.atomic import remove_unfinished
+from udm_grpo.lifecycle.iteration_checks import SignalWatch, check_finite
+from udm_grpo.multihost import hosts
 from udm_grpo.report import NAME, write_report
+from udm_grpo.reporting.environment import begin
+from udm_grpo.reporting.metrics import JsonLines, MetricsWriter, Progress, StageTimer
+from udm_grpo.reporting.raw_values import means, missing
+from udm_grpo.reporting.run_folder import RunFolderError
 from udm_grpo.run import Position, Run
+from udm_grpo.scoring.rewards import Rewards
 
 ADVICE = (
     "The checkpoints in {output}/checkpoints are from before. Lower optimizer.learning_rate or raise "

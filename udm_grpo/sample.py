@@ -14,7 +14,7 @@ of a prompt in a 2 x 2 grid, named by its id, and prompts.jsonl):
 
 and settings.json and contact_sheet.png. The same command again continues where it stopped. Image i of prompt p depends
 on (seed, p, i) alone, not on --batch, --devices or hosts (several share the work like those of a training, see
-udm_grpo/distributed.py, and the folder); image 0 of each is what `Pipeline.generate` draws with that seed.
+udm_grpo/multihost/distributed.py, and the folder); image 0 of each is what `Pipeline.generate` draws with that seed.
 """
 
 import argparse
@@ -34,27 +34,28 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from rewards_bridge.redaction import guarded
-from udm_grpo import distributed, hosts, steps
 from udm_grpo import mesh as meshes
+from udm_grpo import steps
 from udm_grpo.batch_sizes import padded
+from udm_grpo.checkpoints.checkpoint import CheckpointError
 from udm_grpo.config import DistributedConfig, MeshConfig
+from udm_grpo.data.prompt_files import PROMPT
+from udm_grpo.data.prompts import UNTAGGED, PromptSet, read_prompts
 from udm_grpo.devices import on_devices, prepare
 from udm_grpo.diffusion.rollout import RolloutPlan
-from udm_grpo.host.atomic import remove_unfinished, replace_file
-from udm_grpo.host.buckets import local_prompts
-from udm_grpo.host.checkpoint import CheckpointError
-from udm_grpo.host.layouts import GRID, LAYOUTS, QUARTERS, cut_grid, file_names, join_grid, picture_files, place_of
-from udm_grpo.host.pictures import image_grid
-from udm_grpo.host.places import check_flags
-from udm_grpo.host.progress import progress_bar
-from udm_grpo.host.prompt_files import PROMPT
-from udm_grpo.host.prompts import UNTAGGED, PromptSet, read_prompts
-from udm_grpo.host.weights import DTYPES, Checkpoint
+from udm_grpo.files.atomic import remove_unfinished, replace_file
+from udm_grpo.files.buckets import local_prompts
+from udm_grpo.files.places import check_flags
+from udm_grpo.lifecycle.output_folder import lock_for_all
+from udm_grpo.machine.progress import progress_bar
 from udm_grpo.model.transformer import Execution
 from udm_grpo.models import Model, SampleError, open_folder, open_run
-from udm_grpo.output_folder import lock_for_all
+from udm_grpo.multihost import distributed, hosts
+from udm_grpo.released.weights import DTYPES, Checkpoint
+from udm_grpo.reporting.pictures import image_grid
 from udm_grpo.run import path_of
-from udm_grpo.sample_settings import Settings, digest_of, open_output
+from udm_grpo.scoring.layouts import GRID, LAYOUTS, QUARTERS, cut_grid, file_names, join_grid, picture_files, place_of
+from udm_grpo.scoring.sample_settings import Settings, digest_of, open_output
 
 MOST_PROMPTS, MOST_IMAGES = 2**20, 2**11
 """Image i of prompt p is number i * MOST_PROMPTS + p of the rollouts, which 31 bits hold."""

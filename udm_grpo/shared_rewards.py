@@ -13,11 +13,11 @@ import numpy as np
 from rewards_bridge.composition import Composition
 from rewards_bridge.errors import BridgeError
 from rewards_bridge.scorers.base import Scores
-from udm_grpo import hosts
 from udm_grpo.config import RewardsConfig
-from udm_grpo.host import rewards
-from udm_grpo.host.rewards import Rewards
-from udm_grpo.interruption import Interruption
+from udm_grpo.lifecycle.interruption import Interruption
+from udm_grpo.multihost import hosts
+from udm_grpo.scoring import rewards
+from udm_grpo.scoring.rewards import Rewards
 
 MAX_TEXT = 4000
 """Characters of a scorer's error that the other processes are told."""

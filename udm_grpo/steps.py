@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, Key, UInt8
 
 from udm_grpo import mesh as meshes
-from udm_grpo.attention import choose
 from udm_grpo.batch_sizes import BatchSizes, batch_sizes
 from udm_grpo.batches import Params, Rollout, Samples, TrainState
 from udm_grpo.config import GRPOConfig, RunConfig
@@ -27,6 +26,7 @@ from udm_grpo.grpo.optimizer import step as optimizer_step
 from udm_grpo.grpo.trajectory import TrajectoryPlan, trajectory
 from udm_grpo.grpo.update import EmaPlan, cast, update
 from udm_grpo.model import lora, vq
+from udm_grpo.model.attention import choose
 from udm_grpo.model.transformer import Execution, TransformerConfig, head, hidden_states, image_rows
 from udm_grpo.model.vq_loss import tokenizer_loss, unit
 

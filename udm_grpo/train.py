@@ -9,8 +9,8 @@ An iteration, as `train` below reads: prompts, rollout, pictures to the scorer, 
 scores, advantages, update(s).
 """
 
-from udm_grpo import early_signals
-from udm_grpo.host.terminal import lasting_streams, prepare_streams
+from udm_grpo.lifecycle import early_signals
+from udm_grpo.machine.terminal import lasting_streams, prepare_streams
 
 if __name__ == "__main__":
     early_signals.note_signals()  # before the imports, which take seconds
@@ -29,31 +29,34 @@ import numpy as np
 
 from rewards_bridge.errors import BridgeError, UsageError
 from rewards_bridge.redaction import guarded
-from udm_grpo import compile_only, distributed, endings, hosts, run_reports, shared_rewards
 from udm_grpo import mesh as meshes
+from udm_grpo import run_reports, shared_rewards
 from udm_grpo.batches import Params, Rollout, TrainState
-from udm_grpo.best_weights import best_or_last, judged, save_best, take_over
-from udm_grpo.command_line import parse, usage
+from udm_grpo.checkpoints.checkpoint import CheckpointError
+from udm_grpo.compile_check import compile_only
 from udm_grpo.config import ConfigError, RunConfig
-from udm_grpo.config_checks import validate
+from udm_grpo.configuration.command_line import parse, usage
+from udm_grpo.configuration.config_checks import validate
 from udm_grpo.devices import check_devices, device_errors, prepare
-from udm_grpo.endings import Standing
 from udm_grpo.evaluation import change_in_words, evaluate, evaluate_all, extremes_file, pictures
 from udm_grpo.export import digest_exports, export
 from udm_grpo.grpo.minibatches import split_images
-from udm_grpo.host.checkpoint import CheckpointError
-from udm_grpo.host.evaluation_parts import remove_parts
-from udm_grpo.host.gpu_split import reserved
-from udm_grpo.host.metrics import StageTimer, check_tools, write_json
-from udm_grpo.host.pictures import before_after, image_grid
-from udm_grpo.host.rewards import Rewards
-from udm_grpo.host.weights import WeightsError
-from udm_grpo.interruption import StopRequestedError, ignore_stopping, interruption
-from udm_grpo.iteration_checks import DivergedError
+from udm_grpo.lifecycle import endings
+from udm_grpo.lifecycle.best_weights import best_or_last, judged, save_best, take_over
+from udm_grpo.lifecycle.endings import Standing
+from udm_grpo.lifecycle.interruption import StopRequestedError, ignore_stopping, interruption
+from udm_grpo.lifecycle.iteration_checks import DivergedError
+from udm_grpo.lifecycle.start_notes import prompt_notes, start_notes
+from udm_grpo.machine.gpu_split import reserved
 from udm_grpo.mesh import MeshError
+from udm_grpo.multihost import distributed, hosts
+from udm_grpo.released.weights import WeightsError
+from udm_grpo.reporting.metrics import StageTimer, check_tools, write_json
+from udm_grpo.reporting.pictures import before_after, image_grid
 from udm_grpo.run import Position, Run, Stage, open_run, save, start
 from udm_grpo.run_reports import Reports
-from udm_grpo.start_notes import prompt_notes, start_notes
+from udm_grpo.scoring.evaluation_parts import remove_parts
+from udm_grpo.scoring.rewards import Rewards
 
 
 def roll_out(

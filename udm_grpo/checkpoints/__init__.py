@@ -1,0 +1,1 @@
+"""The checkpoints of training, on Orbax: saved, found again, read."""

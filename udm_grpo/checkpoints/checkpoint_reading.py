@@ -1,0 +1,176 @@
+"""Reads the checkpoints of training: which one a run goes on from, what is in it, and whether it is of that run."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from udm_grpo.checkpoints.checkpoint_folders import COMMITTED, PathLike, absolute, committed_steps, is_committed
+from udm_grpo.checkpoints.checkpoint_leaves import State, abstract_leaves, by_name, differences
+from udm_grpo.checkpoints.checkpoint_storage import plain
+from udm_grpo.files.finite import named, nonfinite
+
+FORMAT = 1  # of what is inside a checkpoint; goes up when old ones can no longer be read
+MANIFEST = "state/manifest.ocdbt"
+"""Where Orbax keeps, in a checkpoint, which file holds which array."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, found or read, or belongs to another run; the message says what to do."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint that was complete once cannot be read."""
+
+
+def restore(path: PathLike, abstract_state: State, partial: bool = False) -> tuple[State, dict[str, Any]]:
+    """Return (state, meta) of the checkpoint in this folder, in the structure and on the shardings of abstract_state.
+
+    Leaves of abstract_state: jax.ShapeDtypeStruct with a sharding (without one: the first device) or a jax.Array give
+    a jax.Array; a NumPy array or scalar gives the same. With `partial`, what else is in the checkpoint is left unread.
+
+    Raises CheckpointError if there is no good checkpoint, if it is another model's (which names, shapes and dtypes
+    differ: the first few of each kind and how many), and DamagedError if its files are damaged or numbers in it are not
+    finite.
+    """
+    path = absolute(path)
+    saved, meta = read_header(path)
+    wanted = abstract_leaves(abstract_state)
+    found = differences(saved, wanted, partial)
+    if found:
+        advice = "Give the configuration it was made with, or resume=none to begin anew."
+        raise CheckpointError("\n  ".join([f"{path} is a checkpoint of another model:", *found, advice]))
+    with reading(path, partial):
+        loaded = ocp.load(plain(path), wanted)
+    if bad := nonfinite(loaded):
+        raise DamagedError(f"{path}: NaN or infinite numbers in {named(bad)}. Give an earlier checkpoint.")
+    scalars = [isinstance(leaf, np.generic) for leaf in jax.tree.leaves(abstract_state)]
+    leaves = [loaded[name][()] if scalar else loaded[name] for name, scalar in zip(wanted, scalars, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), meta
+
+
+def read_meta(path: PathLike) -> dict[str, Any]:
+    """Return the meta dictionary of the checkpoint in this folder; raise CheckpointError if there is none."""
+    return read_header(absolute(path))[1]
+
+
+def resolve_resume(resume: str, folder: PathLike) -> epath.Path | None:
+    """Return the checkpoint to go on from, or None to begin anew.
+
+    resume: "none"; "latest", the newest good one in `folder`, None if there is none yet; or a path, to a checkpoint or
+    to a folder of checkpoints (a run's folder too), whose newest is taken. A damaged newest one is passed over with a
+    warning. CheckpointError if the path has none, or only damaged ones.
+    """
+    if resume == "none":
+        return None
+    if resume == "latest":
+        return newest_readable(absolute(folder))
+    path = absolute(resume)
+    if not path.exists():
+        raise CheckpointError(f"resume={resume}: no such folder. Give latest, none, or a checkpoint's folder")
+    if is_committed(path):
+        return path
+    newest = newest_readable(path) or newest_readable(path / "checkpoints")
+    if newest is None:
+        advice = f"A checkpoint is a folder such as {path / '00000040'} with {COMMITTED} in it"
+        raise CheckpointError(f"resume={resume}: neither a complete checkpoint nor a folder of some. {advice}")
+    return newest
+
+
+def newest_readable(folder: epath.Path, before: int | None = None) -> epath.Path | None:
+    """Return the newest checkpoint in a folder that can be opened, None if there is none at all.
+
+    Newer ones that are damaged are passed over with a warning each. before: a step that it has to be older than.
+    Raises CheckpointError if there are only damaged ones.
+    """
+    steps = [step for step in committed_steps(folder) if before is None or step < before]
+    for step in reversed(steps):
+        path = folder / f"{step:08d}"
+        try:
+            read_header(path)
+        except DamagedError as error:
+            older = "the checkpoint before it is tried instead" if step > steps[0] else "there is none before it"
+            print(f"warning: {error}\n  {older[0].upper()}{older[1:]}.", file=sys.stderr)
+        else:
+            return path
+    if steps:
+        advice = "restore a copy of one of them, or begin anew with resume=none in another output_dir"
+        raise CheckpointError(f"all {len(steps)} checkpoints in {folder} are damaged; {advice}.")
+    return None
+
+
+def check_same_run(meta: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
+    """Raise CheckpointError listing every field in which meta["fingerprint"] differs from this run's fingerprint."""
+    if "fingerprint" not in meta:
+        raise CheckpointError("the checkpoint's meta has no fingerprint, so it cannot be told which run it belongs to")
+    sides = (as_json(meta["fingerprint"]), as_json(fingerprint))
+    saved, now = (by_name(side, separator=".", is_leaf=lambda leaf: leaf is None) for side in sides)
+    lines = []
+    for name in sorted(saved.keys() | now.keys()):
+        was, is_now = (json.dumps(side[name]) if name in side else "absent" for side in (saved, now))
+        if was != is_now:
+            lines.append(f"{name}: saved {was}, now {is_now}")
+    if lines:
+        advice = "Set these fields back, or begin anew with resume=none in another output_dir."
+        raise CheckpointError("\n  ".join(["the checkpoint is of a run with another configuration:", *lines, advice]))
+
+
+def read_header(path: epath.Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Return what is known of each saved leaf (shape, dtype) by name, and the meta dictionary."""
+    if not is_committed(path):
+        raise CheckpointError(f"{path} is not a complete checkpoint" + ("" if path.exists() else " (no such folder)"))
+    with reading(path):
+        if not ocp.is_orbax_checkpoint(plain(path)):
+            raise ValueError("Orbax does not take it for a checkpoint")
+        if not (path / MANIFEST).read_bytes():  # looked at first, since TensorStore complains of it by the screen
+            raise ValueError(f"{MANIFEST} is empty")
+        header = ocp.metadata(plain(path))
+        if not header.metadata:
+            raise ValueError("the arrays cannot be read")
+    ours = header.custom_metadata
+    if not isinstance(ours, dict) or "format" not in ours:
+        raise DamagedError(
+            f"{path} is damaged: it says neither its format nor its meta\n  Resume from another checkpoint."
+        )
+    if ours["format"] != FORMAT:
+        raise CheckpointError(f"{path} is an Orbax checkpoint, but not one of this program in format {FORMAT}")
+    return header.metadata, ours["meta"]
+
+
+def orbax_context(partial: bool = False) -> ocp.Context:
+    """Return the settings that Orbax saves and loads with; `partial`: it need not load everything."""
+    context = ocp.Context()
+    context.async_options.create_directories_asynchronously = False  # otherwise a failed save leaves threads waiting
+    context.array.saving.use_compression = False  # weights hardly shrink (8 %), and saving takes three times as long
+    context.pytree.loading.partial_load = partial
+    return context
+
+
+@contextlib.contextmanager
+def reading(path: epath.Path, partial: bool = False) -> Iterator[None]:
+    """Turn whatever reading a checkpoint raises into a DamagedError that names it."""
+    try:
+        with orbax_context(partial):
+            yield
+    except Exception as error:
+        raise DamagedError(f"{path} is damaged: {first_line(error)}\n  Resume from another checkpoint.") from error
+
+
+def as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return meta as it will be read back (tuples as lists); raise CheckpointError if JSON cannot hold it."""
+    try:
+        return json.loads(json.dumps(dict(meta), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"meta must be plain JSON (numbers other than NaN, texts, lists): {error}") from None
+
+
+def first_line(error: Exception) -> str:
+    """Return an error's type and the readable part of its message."""
+    text = str(error).split(" [tensorstore_spec=")[0]  # which goes on for a screen
+    return f"{type(error).__name__}: {text.strip()[:600]}"

@@ -1,0 +1,198 @@
+"""The programs of a run for arguments that are shapes only: no weights, no devices that are here."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, Sharding
+
+from udm_grpo import mesh as meshes
+from udm_grpo.batch_sizes import BatchSizes
+from udm_grpo.batches import Rollout, Samples
+from udm_grpo.config import ConfigError, RunConfig
+from udm_grpo.data.tokenizer import MAX_LENGTH, load_tokenizer
+from udm_grpo.diffusion.path import Path as NoisePath
+from udm_grpo.model import lora, transformer, vq
+from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.model.vq_config import VQConfig
+from udm_grpo.released.contents import CONFIG_FILES, Scheduler
+from udm_grpo.run import abstract_state, check_sizes, optimizer_of, trained
+from udm_grpo.steps import build, make_plans
+from udm_grpo.tensor_files.torch_files import read_json
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a checkpoint folder's configuration files say."""
+
+    folder: Path
+    """Where they were read."""
+    transformer: TransformerConfig
+    vq: VQConfig
+    scheduler: Scheduler
+    text_length: int
+    """L."""
+
+
+def read_sizes(path: str, text_length: int = 0) -> Sizes:
+    """Return the sizes of the checkpoint `path`; of a published one that is not there, those that come with the
+    package.
+
+    `text_length` is L; 0 takes the tokenizer's. Raises ConfigError, or WeightsError for a damaged file.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = ASSETS / folder.name.lower()
+    if not (folder / CONFIG_FILES[0]).is_file():
+        raise ConfigError(
+            f"model.path: there is no folder {path}, and the package has no sizes for {Path(path).name}; name a "
+            f"folder that holds {', '.join(CONFIG_FILES)}."
+        )
+    raw = [read_json(folder / name) for name in CONFIG_FILES]
+    if not text_length:
+        tokenizer = folder / "tokenizer"
+        text_length = load_tokenizer(tokenizer).length if tokenizer.is_dir() else MAX_LENGTH
+    try:
+        parts = TransformerConfig.from_json(raw[0]), VQConfig.from_json(raw[1]), Scheduler.from_json(raw[2])
+    except ValueError as error:
+        raise ConfigError(f"{folder}: {error}") from error
+    return Sizes(folder, *parts, text_length)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled stage of a run, before it is compiled."""
+
+    name: str
+    micro_batch: int
+    """Images or states that it works through at a time, on all devices together."""
+    trace: Callable[[], Any]
+    """-> jax.stages.Traced."""
+    present: Any
+    """Shapes of all that lies on the devices meanwhile, its arguments among it."""
+
+
+def mesh_of(config: RunConfig, sizes: Sizes, devices: list[Any]) -> Mesh:
+    """Return the mesh of a run over `devices`.
+
+    Raises MeshError or ConfigError where image, sizes and mesh do not fit.
+    """
+    mesh = meshes.make_mesh(asdict(config.mesh), devices)
+    check_sizes(config, sizes.vq.stride)
+    return mesh
+
+
+def programs(config: RunConfig, sizes: Sizes, mesh: Mesh) -> dict[str, Program]:
+    """Return the programs of one iteration by name: rollout, decode, reference and update."""
+    held, steps = _held(config, sizes, mesh)
+    given = _given(config, sizes, mesh, steps.sizes)
+    rollout, update = steps.sizes.rollout, steps.sizes.update
+
+    def program(name: str, step: Any, micro_batch: int, taken: tuple[str, ...], *rest: Any) -> Program:
+        # A stage may carry its path: partial(jitted, path).
+        jitted: Any = step.func if isinstance(step, partial) else step
+        bound = step.args if isinstance(step, partial) else ()
+        arguments = (*bound, *(held[part] for part in taken), *rest)
+        return Program(name, micro_batch, lambda: jitted.trace(*arguments), (held, rest))
+
+    drawn = (given["rollout prompts"], given["empty"], given["index"], given["key"])
+    judged = (given["prompts"], Rollout(given["clean"], given["trajectory"], given["trajectory"]), given["key"])
+    learned = (given["samples"], given["score"], held["reference"], given["images"])
+    made = (
+        program("rollout", steps.rollout, rollout, ("policy",), *drawn),
+        program("decode", steps.decode, rollout, ("tokenizer",), given["rollout clean"]),
+        program("reference", steps.prepare, update, ("policy", "reference"), *judged),
+        program("update", steps.update, update, ("state",), *learned),
+    )
+    return {one.name: one for one in made}
+
+
+def _spread(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _held(config: RunConfig, sizes: Sizes, mesh: Mesh) -> tuple[dict[str, Any], Any]:
+    """Shapes of what lies on the devices all through an iteration, by name; and the stages."""
+    plans = make_plans(config, sizes.transformer, sizes.vq, sizes.scheduler.shift, mesh)
+    optimizer = optimizer_of(config)
+    whole_model = transformer.abstract(sizes.transformer)
+    learned = trained(config, whole_model, sizes.transformer)
+    state = abstract_state(optimizer, learned, config.optimizer.ema_decay > 0, mesh)
+    codes = (sizes.transformer.lm_head_size, sizes.vq.vq_embed_dim)
+    whole = meshes.replicated(mesh)
+    path = NoisePath(_spread(codes, jnp.float32, whole), sizes.scheduler.alpha, sizes.scheduler.c)
+
+    def copy(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf, sharding: _spread(leaf.shape, plans.compute_dtype, sharding),
+            tree,
+            meshes.shardings(mesh, tree),
+        )
+
+    reference = copy(whole_model)
+    held = {
+        "state": state,
+        "policy": lora.attach(reference, copy(state.params)) if config.lora.rank else copy(whole_model),
+        "reference": reference,
+        "tokenizer": jax.tree.map(lambda leaf: _spread(leaf.shape, leaf.dtype, whole), vq.abstract(sizes.vq)),
+        "path": path,
+    }
+    return held, build(config, plans, path, optimizer, mesh, state)
+
+
+def _given(config: RunConfig, sizes: Sizes, mesh: Mesh, batches: BatchSizes) -> dict[str, Any]:
+    """Shapes of the batches that the stages are given."""
+    over_batch, whole = meshes.over_batch(mesh), meshes.replicated(mesh)
+    L, m = sizes.text_length, batches.rollout
+    N = (config.model.height // sizes.vq.stride) * (config.model.width // sizes.vq.stride)
+    B, S, T = batches.drawn, batches.trained, config.rollout.steps
+    ablation = config.grpo.trajectory == "rollout" or config.grpo.action == "intermediate"
+
+    def whole_numbers(*shape: int) -> Any:
+        return _spread(shape, jnp.int32, over_batch)
+
+    def numbers(*shape: int) -> Any:
+        return _spread(shape, jnp.float32, over_batch)
+
+    M = config.grpo.minibatches
+    old = numbers(S) if config.grpo.optimizer_steps > 1 else None
+    return {
+        "rollout prompts": whole_numbers(m, L),
+        "rollout clean": whole_numbers(m, N),
+        "empty": _spread((L,), jnp.int32, whole),
+        "index": whole_numbers(m),
+        "key": _spread((), jax.random.key(0).dtype, whole),
+        "prompts": whole_numbers(B, L),
+        "clean": whole_numbers(B, N),
+        "trajectory": _spread((T, B, N), jnp.int32, meshes.over_second(mesh)) if ablation else None,
+        "samples": Samples(
+            prompt_ids=whole_numbers(S, L),
+            noisy=whole_numbers(S, N),
+            action=whole_numbers(S, N),
+            advantage=numbers(S),
+            ref_logp=numbers(S),
+            old_logp=old,
+            weight=numbers(S) if batches.states < S else None,
+        ),
+        "score": _spread((config.rollout.prompts, config.rollout.group_size), jnp.float32, whole),
+        "images": _spread((batches.images // M,), jnp.int32, whole) if M > 1 else None,
+    }
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes on one device of shapes with shardings."""
+    total = 0
+    # What stands in it twice lies there once: the base of an adapter is the reference, too.
+    for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values():
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        for length in shard:
+            size *= length
+        total += size
+    return total

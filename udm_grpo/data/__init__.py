@@ -1,0 +1,1 @@
+"""Prompts: raw files, prepared sets, GenEval's grammar, the order in which they are drawn, and their token ids."""

@@ -1,0 +1,146 @@
+"""One prompt's JSON object -> a row {"tag", "prompt", and whatever else a scorer needs}, or what is wrong with it."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rewards_bridge.scorers.geneval_metadata import problems, read_metadata
+from udm_grpo.data.prompt_text import control_character, is_blank, undecodable
+
+Row = dict[str, Any]
+
+UNTAGGED = "untagged"
+"""The tag of a prompt whose file gives it none."""
+
+PROMPT = "prompt"
+"""Key of an object that holds the prompt unless another is named."""
+
+GENEVAL = ("tag", "include", "exclude")
+"""Keys of GenEval's metadata; null is the same as none."""
+
+ORIGINAL = "original_prompt"
+"""Key that keeps the text under "prompt" where another key's text takes its place."""
+
+
+def with_key(row: Row, key: str) -> Row:
+    """Return the row with the text under `key` as its prompt; ValueError if that is no text."""
+    if key == PROMPT:
+        return row
+    if wrong := wrong_text(key, row.get(key)):
+        raise ValueError(wrong[0])
+    return {**row, PROMPT: row[key], **({ORIGINAL: row[PROMPT]} if PROMPT in row else {})}
+
+
+def wrong_text(name: str, text: Any) -> list[str]:
+    """Return what is wrong with a text that must not be empty, as a list of none or one."""
+    if not isinstance(text, str) or is_blank(text):
+        return [f'"{name}" must be a text that is not empty']
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return [f'"{name}" holds half of a surrogate pair at character {_surrogate(text)}, which is no text']
+    control = control_character(text)
+    return [f'"{name}" holds {control}; remove it'] if control else []
+
+
+def _surrogate(text: str) -> int:
+    return next(i for i, character in enumerate(text, 1) if "\ud800" <= character <= "\udfff")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:i]))
+        raise ValueError(f"the key {twice!r} is there twice in one object; keep one of them")
+    return made
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is not a number of JSON; write a number, or null for none")
+
+
+def _float(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number, parse_float=_float)
+
+
+def json_of(text: str) -> Any:
+    """Return what a line holds, or raise ValueError; also for NaN, infinite numbers and a key twice in an object."""
+    if wrong := undecodable(text):
+        raise ValueError(wrong)
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read: nested too deeply") from None
+
+
+def json_sequence(text: str) -> list[tuple[int, Any]] | None:
+    """Return the values of a text that holds several, each over any number of lines, with the lines they begin on.
+
+    None if it holds anything else.
+    """
+    found: list[tuple[int, Any]] = []
+    start = end = line = 0
+    try:
+        while start < len(text):
+            if text[start].isspace():
+                start += 1
+                continue
+            line += text.count("\n", end if found else 0, start)
+            value, stop = _DECODER.raw_decode(text, start)
+            found.append((line + 1, value))
+            end, start = start, stop
+    except (ValueError, RecursionError):
+        return None
+    return found
+
+
+def object_row(line: Any, key: str) -> Row:
+    """Return an object as a row, or raise ValueError with everything that is wrong with it.
+
+    With "include" it is GenEval's and is read as every scorer reads it (rewards_bridge.scorers.geneval_metadata);
+    without, a prompt and perhaps a tag will do, and a text alone is a prompt. A tag, "include" or "exclude" of null is
+    the same as none.
+    """
+    if isinstance(line, str) and key == PROMPT:
+        line = {PROMPT: line}
+    if not isinstance(line, dict):
+        raise ValueError('not a JSON object like {"tag": ..., "include": [...], "prompt": ...}')
+    line = with_key(line, key)
+    if line.get("include") is None:
+        there = {key: value for key, value in line.items() if value is not None or key not in GENEVAL}
+        return {"tag": UNTAGGED, **there}
+    if wrong := [*problems(line), *wrong_text("prompt", line.get("prompt"))]:
+        raise ValueError("; ".join(wrong))
+    return read_metadata(line)
+
+
+def json_array(path: Path, text: str) -> list[Any] | None:
+    """Return the array that the text of a file holds, or None if it does not begin as one."""
+    content = text.strip()
+    is_json = path.suffix.lower() == ".json"
+    if not is_json and not content.startswith("["):
+        return None
+    if wrong := undecodable(content):
+        raise ValueError(f"{path}: {wrong}")
+    try:
+        array = _DECODER.decode(content)
+    except json.JSONDecodeError as error:
+        if not is_json or error.msg == "Extra data":
+            return None  # objects, one a line
+        raise ValueError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not JSON that can be read: nested too deeply") from None
+    if isinstance(array, dict) and is_json and "\n" not in content:
+        return None  # a single line
+    if not isinstance(array, list):
+        raise ValueError(f'{path}: expected one JSON array of objects like {{"id": ..., "prompt": ...}}')
+    return array

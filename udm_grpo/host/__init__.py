@@ -1,1 +1,0 @@
-"""The rim: files, processes and the network."""

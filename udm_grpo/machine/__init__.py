@@ -1,0 +1,1 @@
+"""This machine: its GPUs and its terminal."""

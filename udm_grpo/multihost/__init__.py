@@ -1,0 +1,1 @@
+"""Several processes as one run: how they find, recognise and lose each other, and what they share."""

@@ -1,0 +1,105 @@
+"""Several processes as one run: how they find each other, what they tell each other, and how they end.
+
+process_place.py says where a process learns its id, their number and the address of process 0. JAX_LOCAL_DEVICE_IDS
+limits the devices of a process (otherwise it has all that it sees: one process a host is the plain way).
+UDM_GRPO_SECRET, a text that is the same in all processes of a run, keeps strangers and other runs out of their meeting
+(`host/handshake.py`); scripts/launch_slurm.sbatch makes one for each job.
+
+Two ports of process 0 are used: the coordinator's for jax, and the next one (for 65535 the one before) for the line on
+which a process's end is noticed. All processes need the same output_dir, and each the start model's folder and
+the prompt files; each starts or reaches its own scorers.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+
+import jax
+
+from udm_grpo.config import ConfigError, DistributedConfig
+from udm_grpo.multihost.handshake import SECRET_VARIABLE, Member
+from udm_grpo.multihost.peers import Peers, PeersError, meet
+from udm_grpo.multihost.process_place import Place, find_place
+
+BACKSTOP = 2
+"""jax's own watch, which ends processes without a clear message, waits this many times as long as ours."""
+SHUTDOWN_S = 300
+"""How long the processes, which have all finished by then, may take to leave jax's coordinator; more is an abort."""
+GRACE_S = 3.0
+"""An error of one process often comes of another's death; so long the news of that may take."""
+
+
+@contextlib.contextmanager
+def joined(config: DistributedConfig, expected: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Be one of the processes of a run for the length of the block; with one process, nothing happens.
+
+    With several, an exception inside ends this process with status 1, after a line on stderr (for `expected` ones;
+    a traceback for others), and all other processes with a line that names this one. A process that dies does the same
+    to the others, at once, or after distributed.silence_s if its machine is gone.
+
+    Raises ConfigError and PeersError when the processes do not find each other. Must come before jax uses a device.
+    """
+    place = find_place(config, os.environ)
+    if place is None:
+        yield
+        return
+    me = Member(place.process_id, socket.gethostname(), os.getpid())
+    print(
+        f"host {me.host}, pid {me.pid}: {place.waiting(config.initialization_timeout_s)}", file=sys.stderr, flush=True
+    )
+    try:
+        peers = meet(
+            me,
+            place.processes,
+            place.watch(),
+            config.initialization_timeout_s,
+            config.silence_s,
+            _end_with_the_others,
+            os.environ.get(SECRET_VARIABLE, ""),
+        )
+    except PeersError as error:
+        raise ConfigError(f"{error} ({place.counted()}). {place.way_out()}") from None
+    try:
+        _initialize(place, config)
+        yield
+        peers.wait_for_all()  # process 0 may have files to write for longer than the barrier in `shutdown` waits
+        jax.distributed.shutdown()
+        peers.close()
+    except BaseException as error:
+        _end(me, peers, error, expected)
+
+
+def _initialize(place: Place, config: DistributedConfig) -> None:
+    # A notice of preemption is agreed on by `any_process`; jax's own service would take SIGTERM from us.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        place.coordinator,
+        place.processes,
+        place.process_id,
+        cluster_detection_method="deactivate",
+        initialization_timeout=int(config.initialization_timeout_s),
+        heartbeat_timeout_seconds=max(int(BACKSTOP * config.silence_s), 10),
+        shutdown_timeout_seconds=SHUTDOWN_S,
+    )
+
+
+def _end_with_the_others(reason: str) -> None:
+    print(f"error: this run has ended, because {reason}", file=sys.stderr, flush=True)
+    os._exit(1)  # the main thread may wait for the lost process for ever
+
+
+def _end(me: Member, peers: Peers, error: BaseException, expected: tuple[type[Exception], ...]) -> None:
+    """Say what happened, here and to the others, and end; in this order, for the news may end this process first."""
+    if not isinstance(error, expected):
+        threading.Event().wait(GRACE_S)
+        traceback.print_exception(error)
+    else:
+        print(f"error: {me}: {error}", file=sys.stderr, flush=True)
+    peers.fail(f"{type(error).__name__}: {str(error)[:2000]}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)  # an orderly end would wait for the others

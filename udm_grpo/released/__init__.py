@@ -1,0 +1,1 @@
+"""The released URSA checkpoint folder and PEFT's adapter folder, read and written."""

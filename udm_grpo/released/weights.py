@@ -1,0 +1,348 @@
+"""The released URSA checkpoint folder, read and written.
+
+`new_checkpoint` makes what `save_folder` writes for a model that no folder held before.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from udm_grpo.batches import Params
+from udm_grpo.data.tokenizer import load_tokenizer
+from udm_grpo.files.atomic import replacing_folder
+from udm_grpo.files.folder_lock import FolderLockedError
+from udm_grpo.files.places import PlaceError, with_home
+from udm_grpo.model import transformer, vq
+from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.model.vq_config import VQConfig
+from udm_grpo.released.contents import (
+    CODEBOOK_NAME,
+    CONFIG_FILES,
+    SCHEDULER_FILE,
+    Checkpoint,
+    PathLike,
+    Problems,
+    Scheduler,
+    is_number,
+    read_files,
+    tokenizer_problems,
+)
+from udm_grpo.released.new_checkpoint import WEIGHTS_FILE, new_checkpoint
+from udm_grpo.released.part_files import size_differences, transformer_source
+from udm_grpo.tensor_files.streaming import Fetch, fetch_here, read_tree, row_blocks
+from udm_grpo.tensor_files.torch_files import (
+    Layout,
+    TensorFiles,
+    WeightsError,
+    open_tensors,
+    read_json,
+    write_file,
+    write_tensors,
+)
+from udm_grpo.tensor_files.weight_table import (
+    KEEP,
+    TRANSFORMER_TABLE,
+    VQ_TABLE,
+    Source,
+    Table,
+    TensorInfo,
+    leaves_by_path,
+    problems,
+    sources,
+)
+
+__all__ = [
+    "Checkpoint",
+    "Scheduler",
+    "WeightsError",
+    "load_folder",
+    "load_transformer",
+    "new_checkpoint",
+    "save_folder",
+    "transformer_path",
+]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load_folder(
+    folder: PathLike,
+    dtype: str = "float32",
+    prompt_length: int | None = None,
+    read_transformer: bool = True,
+    transformer_weights: PathLike | None = None,
+) -> Checkpoint:
+    """Read a checkpoint folder of any size in the released format.
+
+    dtype: of the parameters in memory; 16-bit weights widen to float32 without loss and are saved in 16 bits again,
+    while weights that `dtype` cannot hold exactly are rounded and will be saved as `dtype`. prompt_length: L; by
+    default the tokenizer's model_max_length, at most 320. read_transformer: with False it is checked but comes as
+    shapes alone, for `load_transformer` to read to its devices. transformer_weights: a file or folder whose weights are
+    taken instead of the transformer's in the folder, as `transformer_path` finds them. Raises WeightsError that lists
+    every problem at once.
+    """
+    _check_dtype(dtype)
+    folder, found = Path(with_home("the folder", os.fspath(folder))), Problems()
+    if not folder.is_dir():
+        parts = "transformer/, vae/, scheduler/, tokenizer/"
+        raise WeightsError(f"{folder}: no such folder; give the folder that holds {parts}")
+    files = [folder / name for name in CONFIG_FILES]
+    config = found.collect(lambda: _transformer_config(read_json(files[0])))
+    vq_config = found.collect(lambda: _vq_config(read_json(files[1])))
+    scheduler = found.collect(lambda: Scheduler.from_json(read_json(files[2])))
+    tokenizer = found.collect(lambda: load_tokenizer(folder / "tokenizer", prompt_length))
+    weights = _open_transformer(found, folder, transformer_weights, config)
+    codec = found.part(folder / "vae", sources(VQ_TABLE, vq.abstract(vq_config)) if vq_config else None)
+    codebook = found.collect(lambda: open_tensors(folder / "scheduler" / SCHEDULER_FILE))
+    if config and codebook:
+        found.lines += _codebook_problems(codebook, config)
+    if config and vq_config:
+        found.lines += _code_problems(vq_config, config)
+    if config and tokenizer:
+        found.lines += tokenizer_problems(tokenizer, config)
+    found.raise_any(folder)
+    assert config is not None
+    assert vq_config is not None
+    assert scheduler is not None
+    assert tokenizer is not None
+    assert weights is not None
+    assert codec is not None
+    assert codebook is not None
+    source = transformer_path(folder, transformer_weights)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), transformer.abstract(config))
+    return Checkpoint(
+        transformer_config=config,
+        transformer=_read_tree(source, weights, TRANSFORMER_TABLE, shapes, dtype) if read_transformer else shapes,
+        vq_config=vq_config,
+        vq=_read_tree(folder / "vae", codec, VQ_TABLE, vq.abstract(vq_config), dtype),
+        path_codebook=jnp.asarray(_read_codebook(codebook)),
+        scheduler=scheduler,
+        tokenizer=tokenizer,
+        files=_read_carried(folder),
+        layouts={
+            "transformer": _saved_layout(weights.layout if transformer_weights is None else _one_file(weights), dtype),
+            "vae": _saved_layout(codec.layout, dtype),
+            "scheduler": _saved_layout(codebook.layout, "float32"),
+        },
+    )
+
+
+def transformer_path(folder: PathLike, transformer_weights: PathLike | None) -> Path:
+    """Return where the transformer's tensors are: in the released folder, or where a user has trained ones.
+
+    Raises WeightsError for a file or folder that holds none.
+    """
+    if not transformer_weights:
+        return Path(folder) / "transformer"
+    return transformer_source(Path(with_home("the transformer", os.fspath(transformer_weights))))
+
+
+def load_transformer(
+    path: PathLike, config: TransformerConfig, dtype: str = "float32", shardings: Any = None
+) -> Params:
+    """Read a transformer's parameters from its folder or from one tensor file; raises WeightsError listing problems.
+
+    shardings: of each leaf, in a tree of their form; by default all is on the first device. Tensors go block by block
+    into the shards of this process, whose memory holds those and one block. With several processes each reads its own
+    shards, so each needs the file.
+    """
+    _check_dtype(dtype)
+    path, found = Path(path), Problems()
+    wanted = sources(TRANSFORMER_TABLE, transformer.abstract(config))
+    weights = found.part(path, wanted)
+    found.raise_any(path)
+    assert weights
+    return _read_tree(path, weights, TRANSFORMER_TABLE, transformer.abstract(config), dtype, shardings)
+
+
+def save_folder(
+    checkpoint: Checkpoint,
+    folder: PathLike,
+    dtype: str | None = None,
+    fetch: Fetch = fetch_here,
+    write: bool = True,
+) -> None:
+    """Write a checkpoint in the released format; `folder` changes at once, when everything is written, or not at all.
+
+    fetch: how a block of a parameter is brought to this host. Where that takes all processes, all of them call this
+    function, and all but one with write=False.
+
+    Names, shapes, dtypes and the division into files are those of the folder that was loaded, so unchanged weights
+    come back bit for bit; `dtype`, if given, is that of the transformer's tensors instead. Raises WeightsError for
+    weights that do not fit the configurations, are not finite or overflow their dtype, FileExistsError rather than
+    overwrite anything but a checkpoint, and OSError if the disk is full or forbids it.
+    """
+    layouts = dict(checkpoint.layouts)
+    if dtype is not None:
+        _check_dtype(dtype)
+        names = dict.fromkeys(layouts["transformer"].dtypes, dtype)
+        layouts["transformer"] = dataclasses.replace(layouts["transformer"], dtypes=names)
+    trees = {
+        "transformer": (TRANSFORMER_TABLE, transformer.abstract(checkpoint.transformer_config), checkpoint.transformer),
+        "vae": (VQ_TABLE, vq.abstract(checkpoint.vq_config), checkpoint.vq),
+    }
+    found = Problems()
+    for part, (_, abstract, tree) in trees.items():
+        found.lines += _tree_problems(part, abstract, tree)
+    found.raise_any("the checkpoint to save")
+    codebook = {CODEBOOK_NAME: Source(CODEBOOK_NAME, None, KEEP, checkpoint.path_codebook.shape)}
+    parts = {
+        part: _Part(layouts[part], sources(table, abstract), leaves_by_path(tree), fetch)
+        for part, (table, abstract, tree) in trees.items()
+    }
+    parts["scheduler"] = _Part(layouts["scheduler"], codebook, {CODEBOOK_NAME: checkpoint.path_codebook}, fetch_here)
+    if not write:
+        return _take_part(parts)
+    try:
+        with replacing_folder(Path(folder), CONFIG_FILES[0]) as fresh:
+            for name, content in checkpoint.files.items():
+                write_file(fresh / name, [content])
+            for name, one in parts.items():
+                write_tensors(fresh / name, one.layout, one.infos, functools.partial(one.blocks, name))
+    except (FileExistsError, FolderLockedError, PlaceError):
+        raise
+    except OSError as error:
+        advice = "what was there before is untouched; free some space or choose another folder"
+        raise OSError(error.errno, f"{folder} cannot be written ({error.strerror}); {advice}") from error
+
+
+def _open_transformer(
+    found: Problems, folder: Path, transformer_weights: PathLike | None, config: TransformerConfig | None
+) -> TensorFiles | None:
+    path = found.collect(lambda: transformer_path(folder, transformer_weights))
+    if path is None:
+        return None
+    if config and transformer_weights:
+        sizes = dataclasses.asdict(config)
+        found.lines += found.collect(lambda: size_differences(path, sizes)) or []
+    return found.part(path, sources(TRANSFORMER_TABLE, transformer.abstract(config)) if config else None)
+
+
+def _one_file(opened: TensorFiles) -> Layout:
+    """Return the layout of trained weights in a folder that they did not come from: one file, in their dtypes."""
+    return Layout({WEIGHTS_FILE: tuple(sorted(opened.infos))}, opened.layout.dtypes, {WEIGHTS_FILE: {"format": "pt"}})
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+
+
+def _transformer_config(raw: Mapping[str, Any]) -> TransformerConfig:
+    """Return the sizes in transformer/config.json; raises ValueError if one of them is no number above 0."""
+    wrong = []
+    sizes = {field.name: raw[field.name] for field in dataclasses.fields(TransformerConfig) if field.name in raw}
+    for name, value in sizes.items():
+        least = 0 if name == "bov_token_id" else 1
+        if not is_number(value) or not least <= value < float("inf"):
+            wrong.append(f"{name} is {value!r}")
+        else:
+            sizes[name] = float(value) if name == "rope_theta" else int(value)
+    if wrong:
+        raise ValueError(f"transformer/config.json: {', '.join(wrong)}; wanted numbers above 0")
+    return TransformerConfig.from_json(sizes)
+
+
+def _vq_config(raw: Mapping[str, Any]) -> VQConfig:
+    try:
+        return VQConfig.from_json(raw)
+    except ValueError as error:
+        raise ValueError(f"vae/config.json: {error}") from None
+
+
+def _code_problems(vq_config: VQConfig, config: TransformerConfig) -> list[str]:
+    if vq_config.num_vq_embeddings == config.lm_head_size:
+        return []
+    counts = f"num_vq_embeddings {vq_config.num_vq_embeddings}, lm_head_size {config.lm_head_size}"
+    return [f"the image tokenizer and the transformer differ in their number of codes: {counts}"]
+
+
+def _codebook_problems(codebook: TensorFiles, config: TransformerConfig) -> list[str]:
+    found = codebook.infos.get(CODEBOOK_NAME)
+    width = found.shape[1] if found and len(found.shape) == 2 else 0
+    wanted = {CODEBOOK_NAME: Source(CODEBOOK_NAME, None, KEEP, (config.lm_head_size, width))}
+    return [f"scheduler/{SCHEDULER_FILE}: {line}" for line in problems(wanted, codebook.infos)]
+
+
+def _read_tree(
+    place: PathLike, files: TensorFiles, table: Table, abstract: Params, dtype: str, shardings: Any = None
+) -> Params:
+    return read_tree(place, sources(table, abstract), abstract, files.read_rows, jnp.dtype(dtype), shardings)
+
+
+def _read_codebook(files: TensorFiles) -> np.ndarray:
+    codebook = files.read(CODEBOOK_NAME).astype(np.float32)
+    if not np.isfinite(codebook).all():
+        raise WeightsError(f"scheduler/{SCHEDULER_FILE}: NaN or infinite numbers in {CODEBOOK_NAME}.")
+    return codebook
+
+
+def _saved_layout(layout: Layout, dtype: str) -> Layout:
+    """Return the layout to save what was read as `dtype`: a dtype that `dtype` does not hold exactly becomes it."""
+    names = {name: old if _holds(dtype, old) else dtype for name, old in layout.dtypes.items()}
+    return dataclasses.replace(layout, dtypes=names)
+
+
+def _holds(dtype: str, other: str) -> bool:
+    """Return whether every number of dtype `other` is one of `dtype` too."""
+    wide, narrow = jnp.finfo(dtype), jnp.finfo(other)
+    return wide.nmant >= narrow.nmant and wide.nexp >= narrow.nexp
+
+
+def _read_carried(folder: Path) -> dict[str, bytes]:
+    names = ["model_index.json", *CONFIG_FILES]
+    carried = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    tokenizer = read_files(folder / "tokenizer")
+    return carried | {f"tokenizer/{name}": content for name, content in tokenizer.items()}
+
+
+def _tree_problems(part: str, abstract: Params, tree: Params) -> list[str]:
+    wanted, found = leaves_by_path(abstract), leaves_by_path(tree)
+    lines = [f"missing: {path}, shape {leaf.shape}" for path, leaf in wanted.items() if path not in found]
+    lines += [f"not known: {path}, shape {leaf.shape}" for path, leaf in found.items() if path not in wanted]
+    both = [(path, wanted[path].shape, found[path].shape) for path in wanted if path in found]
+    lines += [f"wrong shape: {path} is {there}, wanted {shape}" for path, shape, there in both if shape != there]
+    return [f"{part}: {line}" for line in lines]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A part of a checkpoint on its way into files."""
+
+    layout: Layout
+    wanted: Mapping[str, Source]
+    leaves: Mapping[str, Any]
+    fetch: Fetch
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        return {name: TensorInfo(source.shape, self.layout.dtypes[name]) for name, source in self.wanted.items()}
+
+    def blocks(self, part: str, name: str) -> Iterator[np.ndarray]:
+        """Yield a tensor in the dtype of its file; raises WeightsError if that is too small, or it is not finite."""
+        source, dtype = self.wanted[name], self.layout.dtypes[name]
+        for block in row_blocks(source, self.leaves[source.path], self.fetch):
+            with np.errstate(over="ignore"):  # found below, and said with the tensor's name
+                cast = block.astype(dtype)
+            if not np.isfinite(block).all():
+                raise WeightsError(f"{part}: {name} has NaN or infinite numbers; such weights are not written")
+            if not np.isfinite(cast).all():
+                advice = 'save with dtype="float32"'
+                raise WeightsError(f"{part}: {name} has values too large for {dtype}; {advice}")
+            yield cast
+
+
+def _take_part(parts: Mapping[str, _Part]) -> None:
+    """Fetch all blocks in the order in which the process that writes does."""
+    for part, one in parts.items():
+        for names in one.layout.files.values():
+            for name in names:
+                for _ in one.blocks(part, name):  # so that a tensor that cannot be written is an error in all processes
+                    pass

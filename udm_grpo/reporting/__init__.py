@@ -1,0 +1,1 @@
+"""What a run tells: metrics, pictures, its folder and its report."""

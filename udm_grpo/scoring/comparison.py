@@ -1,0 +1,200 @@
+"""Two scored folders of pictures, prompt by prompt: what changed, by how much, and how the most changed ones look."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from udm_grpo.reporting.pictures import before_after
+from udm_grpo.scoring.folder_scores import Mark, Scored, ScoringError
+from udm_grpo.scoring.sample_folder import load_picture
+from udm_grpo.scoring.score_summary import CONFIDENCE, columns, groups, interval, spread
+
+LARGEST_CELL = 256
+"""Pixels of a side; larger pictures are drawn smaller on comparison.png."""
+DRAWING = ("dtype", "steps", "guidance_scale", "guidance_trunc", "height", "width", "text_length", "seed")
+"""Settings of `udm_grpo.sample` that change pictures whatever the weights are."""
+
+
+def compare(before: Scored, after: Scored, most: int, resamples: int, seed: int) -> dict[str, Any]:
+    """comparison.json: of the prompts and scorers in both, the values before and after, and the most changed prompts.
+
+    Prompts are the same if their metadata are. Raises ScoringError if no prompt or scorer is in both, or if scorers of
+    one name are not the same.
+    """
+    pairs, warnings = _common_prompts(before, after)
+    warnings += _other_settings(before.samples, after.samples)
+    names = common_scorers(before, after.scorers)
+    alone = [name for name in {**before.scorers, **after.scorers} if name not in names]
+    if alone:
+        warnings.append(f"{len(alone)} scorers are only in one of both and are not compared: {', '.join(alone)}.")
+    return {
+        "before": str(before.samples),
+        "after": str(after.samples),
+        "prompts": len(pairs),
+        "confidence": CONFIDENCE,
+        "resamples": resamples,
+        "seed": seed,
+        "scorers": {name: _compare_scorer(before, after, pairs, name, most, resamples, seed) for name in names},
+        "warnings": warnings,
+    }
+
+
+def _other_settings(before: Path, after: Path) -> list[str]:
+    """Return a warning of the settings with which `udm_grpo.sample` drew the two folders differently, if it did."""
+    old, new = _drawn_with(before), _drawn_with(after)
+    differing = [name for name in DRAWING if name in old and name in new and old[name] != new[name]]
+    if not differing:
+        return []
+    listed = ", ".join(f"{name} {old[name]} before and {new[name]} after" for name in differing)
+    return [f"the pictures were drawn with other settings, so the difference is not of the weights alone: {listed}."]
+
+
+def _drawn_with(samples: Path) -> dict[str, Any]:
+    """Return settings.json of a folder of pictures; empty for one of other origin."""
+    try:
+        found = json.loads((samples / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _common_prompts(before: Scored, after: Scored) -> tuple[list[tuple[int, int]], list[str]]:
+    """Return the numbers, before and after, of the prompts that have pictures in both; warnings of the others."""
+    first, second = _by_metadata(before), _by_metadata(after)
+    pairs = [(number, second[key]) for key, number in first.items() if key in second]
+    if not pairs:
+        raise ScoringError(f"{before.samples} and {after.samples} have no prompt in common; compare others.")
+    warnings = [
+        f"{len(mine) - len(pairs)} of {len(mine)} prompts of {folder.samples} are not in the other and are left out."
+        for folder, mine in ((before, first), (after, second))
+        if len(mine) > len(pairs)
+    ]
+    return pairs, warnings
+
+
+def _by_metadata(scored: Scored) -> dict[tuple[str, int], int]:
+    """Return the number of every prompt that has pictures; the key is its metadata and which of the same ones it is."""
+    found: dict[tuple[str, int], int] = {}
+    times: dict[str, int] = {}
+    for number in sorted({mark.prompt for mark in scored.marks}):
+        key = json.dumps(scored.prompts[number], sort_keys=True)
+        times[key] = times.get(key, 0) + 1
+        found[key, times[key]] = number
+    return found
+
+
+def common_scorers(before: Scored, scorers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the names of the scorers, {name: {"scorer", "options"}}, that have made `before` too.
+
+    Raises ScoringError if there is none, or if one of the same name was another or had other options.
+    """
+    names = [name for name in scorers if name in before.scorers]
+    if not names:
+        raise ScoringError(
+            f"no scorer is in both: {', '.join(before.scorers)} scored {before.samples} before, and now it is "
+            f"{', '.join(scorers)}; score one of both by the other's too."
+        )
+    lines = [
+        f"{name}: before {before.scorers[name]}, now {scorers[name]}"
+        for name in names
+        if before.scorers[name] != scorers[name]
+    ]
+    if lines:
+        heading = "scores of other settings cannot be compared; score one of both again:"
+        raise ScoringError("\n  ".join([heading, *lines]))
+    return names
+
+
+def _compare_scorer(
+    before: Scored, after: Scored, pairs: Sequence[tuple[int, int]], name: str, most: int, resamples: int, seed: int
+) -> dict[str, Any]:
+    """{"values": {value: {mean, overall, tag:NAME: before, after, difference}}, "prompts": counts, "changed": rows}."""
+    first = columns(before, name, [pair[0] for pair in pairs])
+    second = columns(after, name, [pair[1] for pair in pairs])
+    # The same seed and tags draw the same prompts for both.
+    left, right = spread(first, resamples, seed), spread(second, resamples, seed)
+    tags = groups(first.tags)
+    prompts = {"mean": len(pairs), "overall": max(len(rows) for rows in tags.values())}
+    prompts.update({f"tag:{tag}": len(rows) for tag, rows in tags.items()})
+    values: dict[str, dict[str, Any]] = {}
+    for value in (value for value in second.names if value in first.names):
+        a, b = first.names.index(value), second.names.index(value)
+        values[value] = {}
+        for key in left:
+            size = prompts[key]
+            change = right[key][:, b] - left[key][:, a]
+            moved = {"before": float(left[key][0, a]), "after": float(right[key][0, b])}
+            values[value][key] = {**moved, "difference": interval(change, size)}
+    scores = [(table.sums[:, 0] / table.counts) for table in (first, second)]
+    change = scores[1] - scores[0]
+    order = [int(row) for row in np.argsort(-np.abs(change), kind="stable") if change[row] != 0][:most]
+    return {
+        "values": values,
+        "prompts": {
+            "better": int((change > 0).sum()),
+            "worse": int((change < 0).sum()),
+            "the same": int((change == 0).sum()),
+        },
+        "changed": [_changed(before, after, name, pairs[row], (scores[0][row], scores[1][row])) for row in order],
+    }
+
+
+def _changed(
+    before: Scored, after: Scored, name: str, pair: tuple[int, int], means: tuple[float, float]
+) -> dict[str, Any]:
+    """Return a prompt that changed, with the pair of its pictures that changed most in the same direction."""
+    difference = means[1] - means[0]
+    old, new = (
+        [mark for mark in scored.marks if mark.scorer == name and mark.prompt == number]
+        for scored, number in zip((before, after), pair, strict=True)
+    )
+    couples: list[tuple[Mark, Mark]] = list(zip(old, new, strict=False))
+    shown = max(couples, key=lambda couple: np.sign(difference) * (couple[1].score - couple[0].score))
+    return {
+        "prompt": after.prompts[pair[1]]["prompt"],
+        "tag": after.prompts[pair[1]]["tag"],
+        "before": float(means[0]),
+        "after": float(means[1]),
+        "difference": float(difference),
+        "pictures": {
+            side: {"file": str(scored.samples / mark.image), "score": mark.score, "reasons": mark.reasons}
+            for side, scored, mark in (("before", before, shown[0]), ("after", after, shown[1]))
+        },
+    }
+
+
+def draw_changed(comparison: Mapping[str, Any], output: Path) -> dict[str, str]:
+    """Draw every scorer's most changed prompts; returns the file by the scorer's name, for those with any change.
+
+    The first scorer's is comparison.png, another's comparison_NAME.png. Raises ScoringError if pictures are gone.
+    """
+    drawn = {}
+    for index, (name, made) in enumerate(comparison["scorers"].items()):
+        file = f"comparison_{name}.png" if index else "comparison.png"
+        (output / file).unlink(missing_ok=True)
+        if made["changed"]:
+            old, new = _cells([row["pictures"] for row in made["changed"]])
+            captions = [f"{row['before']:.2f} -> {row['after']:.2f}: {row['prompt']}" for row in made["changed"]]
+            before_after(old, new, captions, output / file)
+            drawn[name] = file
+    return drawn
+
+
+def _cells(rows: Sequence[Mapping[str, Any]]) -> tuple[UInt8[np.ndarray, "B H W 3"], UInt8[np.ndarray, "B H W 3"]]:
+    """Return the pictures before and after, all of one size: as they are, or each fitted into the same frame."""
+    files = [Path(row[side]["file"]) for side in ("before", "after") for row in rows]
+    try:
+        pictures = [Image.fromarray(load_picture(file)) for file in files]
+    except OSError as error:
+        raise ScoringError(f"a picture that is to be shown cannot be read any more: {error}") from error
+    frame = (max(picture.width for picture in pictures), max(picture.height for picture in pictures))
+    scale = min(1.0, LARGEST_CELL / max(frame))
+    frame = (max(1, round(frame[0] * scale)), max(1, round(frame[1] * scale)))
+    fitted = [each if each.size == frame else ImageOps.pad(each, frame, color="white") for each in pictures]
+    cells = np.stack([np.asarray(each) for each in fitted])
+    return cells[: len(rows)], cells[len(rows) :]

@@ -1,0 +1,83 @@
+"""What decides the pictures of a samples folder, and whether one continues with the same."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from udm_grpo.data.prompts import PromptSet
+from udm_grpo.files.atomic import replace_file
+from udm_grpo.models import SampleError, read_json
+from udm_grpo.released.weights import Checkpoint
+from udm_grpo.reporting.metrics import write_json
+
+NEW_SETTINGS = {"negative_prompt": ""}
+"""What settings.json of an earlier version does not say, and drew with."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the pictures of a folder; settings.json holds it, and a folder goes on only with the same.
+
+    weights: SHA-256 of the checkpoint. prompts: SHA-256 of the prompts and their metadata. steps: T. guidance_scale: g,
+    1 is CFG-free. guidance_trunc: guidance acts while t_k is below it. height, width: pixels. text_length: L, tokens.
+    dtype: of the transformer; pictures are decoded in float32, as in training. negative_prompt: what guidance contrasts
+    with; "" is the empty prompt.
+    """
+
+    weights: str
+    prompts: str
+    images_per_prompt: int
+    steps: int
+    guidance_scale: float
+    guidance_trunc: float
+    seed: int
+    height: int
+    width: int
+    text_length: int
+    dtype: str
+    layout: str
+    negative_prompt: str = ""
+
+
+def digest_of(checkpoint: Checkpoint) -> str:
+    """SHA-256 of all that a checkpoint draws with: the same for a run's checkpoint and its export."""
+    digest = hashlib.sha256(repr(sorted(checkpoint.files.items())).encode())
+    for leaf in jax.tree.leaves([checkpoint.transformer, checkpoint.vq, checkpoint.path_codebook]):
+        digest.update(f"{leaf.dtype}{leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def open_output(settings: Settings, source: dict[str, Any], prompts: PromptSet, output: Path) -> None:
+    """Make the folder, or check that it is one to go on with, and write all in it but pictures.
+
+    Raises SampleError for a folder of other settings (naming each) and for one that something else has filled.
+    """
+    file = output / "settings.json"
+    if file.exists():
+        there = read_json(file)
+        now = asdict(settings)
+        lines = [
+            f"{name}: there {there.get(name)!r}, now {now[name]!r}"
+            for name in now
+            if there.get(name, NEW_SETTINGS.get(name)) != now[name]
+        ]
+        if lines:
+            lines.append("Set these back to go on there, or give another folder as --output.")
+            raise SampleError("\n  ".join([f"{output} holds pictures of other settings:", *lines]))
+    # What starts with a dot is what a kill leaves of a file that was being written.
+    elif output.exists() and any(not entry.name.startswith(".") for entry in output.iterdir()):
+        raise SampleError(f"{output} holds something, but no settings.json; give an empty or new folder as --output.")
+    else:
+        write_json(file, {**asdict(settings), "source": source})
+    rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in prompts.metadata]
+    texts = {output / f"{prompt:05d}" / "metadata.jsonl": row for prompt, row in enumerate(rows)}
+    for path, text in texts.items() if settings.layout == "geneval" else [(output / "prompts.jsonl", "".join(rows))]:
+        if not path.exists():
+            replace_file(path, partial(Path.write_text, data=text, encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""Small worlds that a laptop trains on: their prompts, pictures and base checkpoints."""
