@@ -18,7 +18,7 @@ import grpc
 import numpy as np
 
 from rewards_bridge.connection import Connection, StuckError, status_text
-from rewards_bridge.errors import BridgeError, DeadlineError, LostError, ScoreError, ScorerError
+from rewards_bridge.errors import BadScoresError, BridgeError, DeadlineError, LostError, ScorerError
 from rewards_bridge.peer import BridgeConfig, Peer, examine
 from rewards_bridge.protocol import bridge_pb2, messages
 from rewards_bridge.room import Room
@@ -26,13 +26,13 @@ from rewards_bridge.scorers.base import Scores
 from rewards_bridge.verdicts import check_scores
 
 __all__ = [
+    "BadScoresError",
     "BridgeConfig",
     "BridgeError",
     "BridgeStats",
     "DeadlineError",
     "LostError",
     "RewardsClient",
-    "ScoreError",
     "ScorerError",
     "examine",
 ]
@@ -99,8 +99,8 @@ class RewardsClient:
 
         With MAX_WAITING_BYTES of images on their way it returns when there is room, so that a slow scorer does not
         fill the memory; wait=False: at once whatever waits. ValueError if the arguments are not that or do not match.
-        The future's errors: DeadlineError and LostError (the scorer is given up), ScorerError (it raised), ScoreError
-        (wrong counts, NaN, infinity), BridgeError.
+        The future's errors: DeadlineError and LostError (the scorer is given up), ScorerError (it raised),
+        BadScoresError (wrong counts, NaN, infinity), BridgeError.
         """
         return self._submit(images, prompts, metadata, wait, self._config.kept_images)
 

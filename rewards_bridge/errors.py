@@ -27,7 +27,7 @@ class ScorerError(BridgeError):
     """The scorer raised; the text holds its own traceback. The batch is not tried again."""
 
 
-class ScoreError(BridgeError):
+class BadScoresError(BridgeError):
     """The scorer answered with wrong counts, NaN or infinity.
 
     indexes and prompts are the images concerned (their index in the submitted batch), kept the files they were kept in.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rewards_bridge.errors import ScoreError
+from rewards_bridge.errors import BadScoresError
 from rewards_bridge.protocol.messages import Batch
 from rewards_bridge.scorers.base import Scores
 
@@ -17,7 +17,7 @@ MAX_KEPT = 64  # images kept of one batch
 
 
 def check_scores(scores: Scores, batch: Batch, batch_id: int, scorer: str, folder: str | None) -> None:
-    """Raise ScoreError, its images kept in folder, unless there is one finite value of everything an image."""
+    """Raise BadScoresError, its images kept in folder, unless there is one finite value of everything an image."""
     problems = find_problems(scores, len(batch.prompts))
     if not problems:
         return
@@ -33,7 +33,7 @@ def check_scores(scores: Scores, batch: Batch, batch_id: int, scorer: str, folde
             message += f"\ntheir images are kept in {folder}"
         except (OSError, ImportError, ValueError) as error:
             message += f"\ntheir images could not be kept in {folder}: {type(error).__name__}: {error}"
-    raise ScoreError(message, list(problems), [batch.prompts[index] for index in problems], kept)
+    raise BadScoresError(message, list(problems), [batch.prompts[index] for index in problems], kept)
 
 
 def find_problems(scores: Scores, count: int) -> dict[int, str]:

@@ -216,7 +216,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 serve(demo, given, users, listener)
     except KeyboardInterrupt:
         return 0
-    except (BridgeError, CheckpointError, OSError, ValueError) as error:  # ValueError: SampleError, WeightsError, usage
+    except (
+        BridgeError,
+        CheckpointError,
+        OSError,
+        ValueError,
+    ) as error:  # ValueError: SamplingError, WeightsError, usage
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -17,8 +17,8 @@ from udm_grpo.pipeline import Pipeline
 from udm_grpo.worlds import shapes
 
 PICTURES = 4
-MOST_STEPS, MOST_GUIDANCE, MOST_SEED, MOST_CHARACTERS = 50, 8, 2**32 - 1, 2000
-MOST_COMPILED = 32
+MAX_STEPS, MAX_GUIDANCE, MAX_SEED, MAX_CHARACTERS = 50, 8, 2**32 - 1, 2000
+MAX_COMPILED = 32
 """Every number of steps and every guidance is a program of its own; so many are kept."""
 
 
@@ -77,8 +77,8 @@ def checked_wish(prompt: Any, steps: Any, guidance: Any, seed: Any, negative: An
     words, unwanted = _text("prompt", prompt), _text("negative prompt", negative)
     if not words:
         raise DemoError("There is no prompt. Write one, or choose an example.")
-    t, number = _whole("Steps", steps, 1, MOST_STEPS), _whole("Seed", seed, 0, MOST_SEED)
-    g = _number("Guidance", guidance, 1, MOST_GUIDANCE)
+    t, number = _whole("Steps", steps, 1, MAX_STEPS), _whole("Seed", seed, 0, MAX_SEED)
+    g = _number("Guidance", guidance, 1, MAX_GUIDANCE)
     if unwanted and round(g, 2) == 1:
         raise DemoError(
             "A negative prompt changes nothing without guidance. Choose a guidance above 1, or leave it out."
@@ -87,11 +87,11 @@ def checked_wish(prompt: Any, steps: Any, guidance: Any, seed: Any, negative: An
 
 
 def _text(name: str, value: Any) -> str:
-    if isinstance(value, str) and len(value) > 10 * MOST_CHARACTERS:
-        raise DemoError(f"The {name} has {len(value)} characters. Write at most {MOST_CHARACTERS}.")
+    if isinstance(value, str) and len(value) > 10 * MAX_CHARACTERS:
+        raise DemoError(f"The {name} has {len(value)} characters. Write at most {MAX_CHARACTERS}.")
     words = " ".join(str(value or "").split())
-    if len(words) > MOST_CHARACTERS:
-        raise DemoError(f"The {name} has {len(words)} characters. Write at most {MOST_CHARACTERS}.")
+    if len(words) > MAX_CHARACTERS:
+        raise DemoError(f"The {name} has {len(words)} characters. Write at most {MAX_CHARACTERS}.")
     return words
 
 
@@ -171,7 +171,7 @@ class Demo:
         return Answer(next(self._numbers), wish, sides, problem, tuple(dict.fromkeys(notes)))
 
     def _draw(self, pipeline: Pipeline, wish: Wish) -> tuple[np.ndarray, list[str]]:
-        if len(pipeline.compiled) >= MOST_COMPILED:
+        if len(pipeline.compiled) >= MAX_COMPILED:
             pipeline.compiled.clear()
         height, width = self.size
         with warnings.catch_warnings(record=True) as caught:  # that the prompt was cut, for instance

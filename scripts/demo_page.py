@@ -15,9 +15,9 @@ from PIL import Image
 
 from scripts.demo_guard import Guard
 from scripts.demo_models import (
-    MOST_CHARACTERS,
-    MOST_GUIDANCE,
-    MOST_STEPS,
+    MAX_CHARACTERS,
+    MAX_GUIDANCE,
+    MAX_STEPS,
     Answer,
     Demo,
     DemoError,
@@ -99,21 +99,21 @@ def make_page(demo: Demo, examples: Iterable[str], steps: int) -> gr.Blocks:
     with gr.Blocks(title="Base and trained, side by side", analytics_enabled=False) as page:
         gr.HTML(_head(demo), elem_id="head")
         prompt = gr.Textbox(
-            label="Prompt", placeholder="a photo of ...", lines=1, max_length=MOST_CHARACTERS, elem_id="prompt"
+            label="Prompt", placeholder="a photo of ...", lines=1, max_length=MAX_CHARACTERS, elem_id="prompt"
         )
         held_out = {row["prompt"] for row in heldout_prompts()}
         label = "Prompts that no training has seen" if held_out.issuperset(shown) else "Prompts to choose from"
         gr.Examples([[text] for text in shown], prompt, label=label, elem_id="examples", examples_per_page=20)
         with gr.Row(equal_height=True):
-            wanted = gr.Slider(1, MOST_STEPS, steps, step=1, label="Steps", elem_id="steps", min_width=220)
+            wanted = gr.Slider(1, MAX_STEPS, steps, step=1, label="Steps", elem_id="steps", min_width=220)
             guidance = gr.Slider(
-                1, MOST_GUIDANCE, 1, step=0.5, label="Guidance (1: none)", elem_id="guidance", min_width=220
+                1, MAX_GUIDANCE, 1, step=0.5, label="Guidance (1: none)", elem_id="guidance", min_width=220
             )
             with gr.Row(equal_height=True):
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed", min_width=110)
                 another = gr.Button("New seed", elem_id="new-seed", min_width=110)
         negative = gr.Textbox(
-            label="Negative prompt (with guidance)", lines=1, max_length=MOST_CHARACTERS, elem_id="negative"
+            label="Negative prompt (with guidance)", lines=1, max_length=MAX_CHARACTERS, elem_id="negative"
         )
         button = gr.Button("Draw", variant="primary", elem_id="draw")
         answer = gr.HTML(_waiting(demo), elem_id="answer")

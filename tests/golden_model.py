@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from golden_data import GoldenCase
 
 from udm_grpo.batches import Params
-from udm_grpo.diffusion.path import Path, make_path
+from udm_grpo.diffusion.path import ProbabilityPath, make_path
 from udm_grpo.model.transformer import TransformerConfig
 from udm_grpo.released.weights import load_folder, load_transformer
 
@@ -17,7 +17,7 @@ class GoldenModel:
     config: TransformerConfig
     params: Params
     reference: Params
-    path: Path
+    path: ProbabilityPath
     shift: float
     grid: tuple[int, int]
     case: GoldenCase

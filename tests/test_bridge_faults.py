@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from rewards_bridge import verdicts
-from rewards_bridge.client import BridgeError, DeadlineError, LostError, RewardsClient, ScoreError, ScorerError
+from rewards_bridge.client import BadScoresError, BridgeError, DeadlineError, LostError, RewardsClient, ScorerError
 
 
 @pytest.mark.parametrize("how", ["exit", "kill"])
@@ -131,7 +131,7 @@ def test_a_traceback_longer_than_grpc_likes_still_arrives():
 )
 def test_wrong_answers_name_the_images(wrong_client, wish, indexes, text):
     images, prompts, metadata = helpers.batch(100, 5, wish=wish)
-    with pytest.raises(ScoreError) as caught:
+    with pytest.raises(BadScoresError) as caught:
         wrong_client.submit(images, prompts, metadata).result(20)
     error = caught.value
     assert error.indexes == indexes
@@ -145,7 +145,7 @@ def test_what_is_kept_can_be_read_back(tmp_path):
     folder = tmp_path / "made" / "when needed"
     images, prompts, metadata = helpers.batch(100, 5, wish="nan")
     with RewardsClient(helpers.config("Wrong", kept_images=str(folder))) as client:
-        with pytest.raises(ScoreError, match="made/when needed"):
+        with pytest.raises(BadScoresError, match="made/when needed"):
             client.submit(images, prompts, metadata).result(20)
         assert client.submit(*helpers.batch(100, 5)).result(20).score[4] == 4, "the server goes on"
     record = (folder / "kept.jsonl").read_text()
@@ -170,7 +170,7 @@ def test_a_full_disk_does_not_hide_the_error(tmp_path, monkeypatch):
     a_file.touch()
     with RewardsClient(helpers.config("Wrong", kept_images=str(a_file))) as client:
         for reason in ["FileExistsError", "No space left on device"]:
-            with pytest.raises(ScoreError, match=rf"(?s)score = nan.*could not be kept.*{reason}") as caught:
+            with pytest.raises(BadScoresError, match=rf"(?s)score = nan.*could not be kept.*{reason}") as caught:
                 client.submit(*helpers.batch(0, 5, wish="nan")).result(20)
             assert caught.value.kept == []
             monkeypatch.setattr(verdicts, "keep_images", no_space)

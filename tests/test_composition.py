@@ -13,7 +13,7 @@ import pytest
 
 from rewards_bridge.client import BridgeConfig, RewardsClient
 from rewards_bridge.composition import Composition, Part, apart, compose
-from rewards_bridge.errors import BridgeError, DeadlineError, LostError, ScoreError, ScorerError, UsageError
+from rewards_bridge.errors import BadScoresError, BridgeError, DeadlineError, LostError, ScorerError, UsageError
 from rewards_bridge.replicas import Replicas
 from rewards_bridge.scorers.base import Scores
 
@@ -147,7 +147,7 @@ def test_an_error_of_the_scorer_is_not_tried_on_another_replica():
 
 def test_a_replica_whose_answer_cannot_be_used_is_not_lost():
     with Replicas([helpers.config("Wrong")] * 2) as replicas:
-        for wish, error in [("no Scores", ScorerError), ("nan", ScoreError)]:
+        for wish, error in [("no Scores", ScorerError), ("nan", BadScoresError)]:
             with pytest.raises(error):
                 replicas.submit(*helpers.batch(0, 5, wish=wish)).result(20)
         assert replicas._lost == {}

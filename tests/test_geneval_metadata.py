@@ -15,7 +15,7 @@ from rewards_bridge.scorers.geneval import WORDS, check_metadata
 from rewards_bridge.scorers.geneval_metadata import problems, read_metadata
 from rewards_bridge.server import _Bridge, _ScorerRaisedError
 from udm_grpo.data.prompt_files import parse_file
-from udm_grpo.scoring.sample_folder import SamplesError, read_samples
+from udm_grpo.scoring.sample_folder import SampleFolderError, read_samples
 
 STAR = {"class": "star", "count": 1}
 ENTRY = {"tag": "position", "include": [{"class": "circle", "count": 1}, {**STAR, "position": ["left of", 0]}]}
@@ -81,7 +81,7 @@ def ways(folder: Path, metadata: dict) -> dict[str, object]:
         seen[name] = parsed.rows[0] if parsed.rows else parsed.bad[0][1]
     try:
         seen["folder"] = read_samples(folder / "p").prompts[0]
-    except SamplesError as error:
+    except SampleFolderError as error:
         seen["folder"] = str(error)
     scorer, images = load_scorer("shapes", {}), np.full((1, 32, 32, 3), 255, np.uint8)
     seen["check"] = scorer.problem("a photo", metadata)  # type: ignore[attr-defined]

@@ -8,10 +8,10 @@ from scipy import stats
 
 from udm_grpo.diffusion import path as paths
 from udm_grpo.diffusion.categorical import uniforms
-from udm_grpo.diffusion.path import Path, make_path
+from udm_grpo.diffusion.path import ProbabilityPath, make_path
 
 
-def _times(path: Path, t: float, rows: int) -> tuple[jnp.ndarray, jnp.ndarray]:
+def _times(path: ProbabilityPath, t: float, rows: int) -> tuple[jnp.ndarray, jnp.ndarray]:
     one = jnp.ones(rows)
     return np.float32(paths.level(path, np.float64(t))) * one, np.float32(paths.rate(path, np.float64(t))) * one
 
@@ -66,7 +66,7 @@ def test_noise_histogram(case: GoldenCase) -> None:
         assert _chi_square(hist, np.asarray(law, np.float64)) > 1e-3
 
 
-def _small_path(alpha: float | None = 0.9) -> Path:
+def _small_path(alpha: float | None = 0.9) -> ProbabilityPath:
     return make_path(jnp.asarray(np.random.default_rng(0).normal(size=(40, 6)), jnp.float32), alpha, 3.0)
 
 
@@ -134,7 +134,7 @@ def test_sampler_step_histogram(case: GoldenCase) -> None:
         assert _chi_square(case.arrays["step_next_hist"][token], law) > 1e-3
 
 
-def _step_law(path: Path, logits: np.ndarray, z: int, now: dict) -> np.ndarray:
+def _step_law(path: ProbabilityPath, logits: np.ndarray, z: int, now: dict) -> np.ndarray:
     """sum over x_1 of p(x_1) (stay or jump), in float64."""
     p_1 = np.exp(logits - logits.max())
     p_1 /= p_1.sum()

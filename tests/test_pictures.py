@@ -8,7 +8,7 @@ from PIL import Image, ImageFont
 
 from udm_grpo.reporting import pictures
 from udm_grpo.reporting.grid_file import read_grid
-from udm_grpo.reporting.pictures import SMALLEST_CELL, before_after, image_grid
+from udm_grpo.reporting.pictures import MIN_CELL, before_after, image_grid
 
 
 def noise(count: int, height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -39,7 +39,7 @@ def test_a_grid_has_all_pictures_row_by_row_enlarged_by_whole_pixels(tmp_path):
     images = noise(5, 20, 33)
     image_grid(images, [f"prompt {i}" for i in range(5)], 3, tmp_path / "new" / "grid.png")
     sheet = load(tmp_path / "new" / "grid.png")
-    assert SMALLEST_CELL <= 20 * 5
+    assert MIN_CELL <= 20 * 5
     places = [find(sheet, enlarged(image, 5)) for image in images]
     assert [top for top, _ in places] == [places[0][0]] * 3 + [places[3][0]] * 2
     assert places[3][0] > places[0][0] + 100

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scripts import pretrain_shapes
-from udm_grpo import pretrain, steps
+from udm_grpo import compiled, pretrain
 from udm_grpo.checkpoints.checkpoint import CheckpointError, Checkpoints
 from udm_grpo.released.weights import load_folder
 from udm_grpo.run import path_of
@@ -23,8 +23,8 @@ def quick_updates(monkeypatch):
         moved = 1 + sum(float(jnp.sum(array)) for array in batch if array.dtype in (jnp.float32, jnp.int32)) / 1e6
         return jax.tree.map(lambda leaf: leaf * moved, params), opt_state, {"loss": jnp.float32(moved)}
 
-    monkeypatch.setattr(steps, "pretrain_step", lambda *_: update)
-    monkeypatch.setattr(steps, "tokenizer_step", lambda *_: update)
+    monkeypatch.setattr(compiled, "pretrain_step", lambda *_: update)
+    monkeypatch.setattr(compiled, "tokenizer_step", lambda *_: update)
 
 
 def assert_equal(one, other):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from udm_grpo.diffusion.path import Path, make_path
+from udm_grpo.diffusion.path import ProbabilityPath, make_path
 from udm_grpo.diffusion.rollout import RolloutPlan, denoise, image_keys, rollout, start_tokens, step_times
 from udm_grpo.model.transformer import Execution, TransformerConfig, init
 
@@ -16,7 +16,7 @@ B, L = 4, 3
 PLAN = RolloutPlan(grid=(2, 3), steps=6, rows=2)
 
 
-def _path(alpha: float | None = 0.9) -> Path:
+def _path(alpha: float | None = 0.9) -> ProbabilityPath:
     return make_path(jnp.asarray(np.random.default_rng(0).normal(size=(40, 6)), jnp.float32), alpha, 3.0)
 
 
@@ -26,7 +26,7 @@ def _arguments() -> tuple:
     return params, prompts, jnp.zeros(L, jnp.int32), jnp.arange(B, dtype=jnp.int32), jax.random.key(7)
 
 
-def _run(plan: RolloutPlan, path: Path, **changes) -> jax.Array:
+def _run(plan: RolloutPlan, path: ProbabilityPath, **changes) -> jax.Array:
     names = ("params", "prompts", "empty", "index", "key")
     arguments = dict(zip(names, _arguments(), strict=True)) | changes
     run = jax.jit(lambda *a: rollout(CONFIG, Execution(), path, plan, *a))

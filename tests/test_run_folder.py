@@ -122,10 +122,10 @@ def test_iterations_without_an_update_are_noted(tmp_path):
 
 
 def test_long_curves_and_many_pictures_are_thinned_and_that_is_said(whole, monkeypatch):
-    monkeypatch.setattr(data_module, "MOST_POINTS", 5)
-    monkeypatch.setattr(data_module, "MOST_MOMENTS", 3)
-    monkeypatch.setattr(data_module, "MOST_PROMPTS", 3)
-    monkeypatch.setattr(data_module, "MOST_EXTREMES", 2)
+    monkeypatch.setattr(data_module, "MAX_POINTS", 5)
+    monkeypatch.setattr(data_module, "MAX_MOMENTS", 3)
+    monkeypatch.setattr(data_module, "MAX_PROMPTS", 3)
+    monkeypatch.setattr(data_module, "MAX_EXTREMES", 2)
     found = report_data([replace(read_run(whole), before_after=None)] * 2)["runs"][0]
     lines = [json.loads(line)["reward"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert found["curves"]["steps"] == [3, 6, 9, 12]

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from running import ONE_AVERAGED, ROOT, environment, together, train
 
-from udm_grpo import sample
+from udm_grpo import compiled, sample
 from udm_grpo.checkpoints.checkpoint import Checkpoints
 from udm_grpo.files.atomic import UNFINISHED
 from udm_grpo.pipeline import load_pipeline
@@ -38,17 +38,16 @@ LINES = [
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory: pytest.TempPathFactory):
     """The command compiles anew each time; the tests' calls share what was compiled."""
-    steps = sample.steps
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "tokenizer_codec", functools.cache(steps.tokenizer_codec))
-        original, made = steps.free_rollout, {}
+        patch.setattr(compiled, "tokenizer_codec", functools.cache(compiled.tokenizer_codec))
+        original, made = compiled.free_rollout, {}
 
         def free_rollout(config, execution, path, plan):
             if plan not in made:
                 made[plan] = original(config, execution, path, plan)
             return made[plan]
 
-        patch.setattr(steps, "free_rollout", free_rollout)
+        patch.setattr(compiled, "free_rollout", free_rollout)
         yield
 
 
@@ -268,7 +267,7 @@ def test_a_run_and_its_export_draw_the_same(run: Path, prompts: Path, tmp_path: 
 
 
 def test_the_best_weights_of_a_run(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(sample.SampleError, match=r"no best checkpoint .*there are 1\."):
+    with pytest.raises(sample.SamplingError, match=r"no best checkpoint .*there are 1\."):
         sample.open_run(str(run), "best")
     shutil.copytree(run, tmp_path / "best")
     average = sample.open_run(str(run)).checkpoint
@@ -277,11 +276,11 @@ def test_the_best_weights_of_a_run(run: Path, tmp_path: Path) -> None:
     model = sample.open_run(str(tmp_path / "best"), "best")
     assert model.source == {"run": str(tmp_path / "best"), "step": 7, "best": True, "weights": "ema"}
     assert digest_of(model.checkpoint) == digest_of(average)
-    with pytest.raises(sample.SampleError, match=r"--weights is params, but .* has only ema there"):
+    with pytest.raises(sample.SamplingError, match=r"--weights is params, but .* has only ema there"):
         sample.open_run(str(tmp_path / "best"), "best", "params")
-    with pytest.raises(sample.SampleError, match=r"--step 3; there are 1\."):
+    with pytest.raises(sample.SamplingError, match=r"--step 3; there are 1\."):
         sample.open_run(str(run), "3")
-    with pytest.raises(sample.SampleError, match="give latest, best or a number"):
+    with pytest.raises(sample.SamplingError, match="give latest, best or a number"):
         sample.open_run(str(run), "-1")
 
 

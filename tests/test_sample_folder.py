@@ -9,9 +9,9 @@ from PIL import Image
 from sample_pictures import numbered, write_flat, write_geneval
 
 from udm_grpo.data.prompts import PromptSet
-from udm_grpo.scoring.folder_scores import LARGEST_BATCH
+from udm_grpo.scoring.folder_scores import MAX_BATCH
 from udm_grpo.scoring.layouts import cut_grid, grid_names, join_grid, place_of
-from udm_grpo.scoring.sample_folder import SamplesError, load_picture, read_samples
+from udm_grpo.scoring.sample_folder import SampleFolderError, load_picture, read_samples
 from udm_grpo.scoring.sample_settings import Settings, open_output
 
 
@@ -28,7 +28,7 @@ def flat(tmp_path: Path) -> Path:
 
 
 def refused(root: Path) -> str:
-    with pytest.raises(SamplesError) as caught:
+    with pytest.raises(SampleFolderError) as caught:
         read_samples(root)
     return str(caught.value)
 
@@ -134,7 +134,7 @@ def test_pictures_of_other_names_are_not_called_missing_alone(geneval: Path, ren
     assert "6 pictures have other names or suffixes than NUMBER/samples/NUMBER.png" in said
     assert f"\n    {geneval / shown}" in said
     assert "draw them" not in said
-    with pytest.raises(SamplesError, match="other names or suffixes") as caught:
+    with pytest.raises(SampleFolderError, match="other names or suffixes") as caught:
         read_samples(geneval, allow_missing=True)
     assert f"\n    {geneval / shown}" in str(caught.value)
 
@@ -147,7 +147,7 @@ def test_pictures_of_other_names_are_named_in_every_layout(flat: Path, tmp_path:
     prompts, pictures = numbered(2, 4)
     write_grids(tmp_path / "grids", ["a", "b"], pictures)
     (tmp_path / "grids" / "b.png").rename(tmp_path / "grids" / "b.jpeg")
-    with pytest.raises(SamplesError, match=r"than ID\.png, such as a\.png; rename or convert them:\n.*b\.jpeg"):
+    with pytest.raises(SampleFolderError, match=r"than ID\.png, such as a\.png; rename or convert them:\n.*b\.jpeg"):
         read_samples(tmp_path / "grids", prompts=[{**row, "id": name} for row, name in zip(prompts, "ab", strict=True)])
 
 
@@ -155,7 +155,7 @@ def test_bad_metadata_are_listed_even_if_missing_is_allowed(geneval: Path) -> No
     for number, text in enumerate(("{", '{"tag": "colors"}')):
         (geneval / f"{number:05d}" / "metadata.jsonl").write_text(text)
     (geneval / "00002" / "metadata.jsonl").unlink()
-    with pytest.raises(SamplesError) as caught:
+    with pytest.raises(SampleFolderError) as caught:
         read_samples(geneval, allow_missing=True)
     said = str(caught.value)
     assert "3 files are wrong:" in said
@@ -223,7 +223,7 @@ def test_folders_of_neither_layout_are_refused(geneval: Path, tmp_path: Path) ->
     assert "has both of numbered folders" in refused(geneval)
     (tmp_path / "empty" / "prompts.jsonl").touch()
     assert "holds no picture that can be read" in refused(tmp_path / "empty")
-    assert LARGEST_BATCH >= 3 * 8192**2  # the largest picture that the bridge takes
+    assert MAX_BATCH >= 3 * 8192**2  # the largest picture that the bridge takes
 
 
 # ---------------------------------------------------------------- DPG-Bench's grids
@@ -263,7 +263,7 @@ def test_what_is_wrong_with_grids_is_named(tmp_path: Path) -> None:
     assert "give --prompts FILE" in refused(root)
     Image.new("RGB", (15, 16)).save(root / "a.png")
     (root / "b.png").rename(root / "other.png")
-    with pytest.raises(SamplesError) as caught:
+    with pytest.raises(SampleFolderError) as caught:
         read_samples(root, prompts=rows)
     said = str(caught.value)
     assert f"{root}/a.png#0: is 15 x 16 pixels; a grid of 2 x 2 pictures has even sides" in said

@@ -106,7 +106,7 @@ def open_other(
 ) -> Scored | SampleFolder:
     """Return the folder to compare with: its scores, or its pictures to be scored by these scorers too.
 
-    Raises ScoringError or SamplesError if it cannot be compared with what these scorers will say.
+    Raises ScoringError or SampleFolderError if it cannot be compared with what these scorers will say.
     """
     if not is_scored(other):
         return _read(other, allow_missing, prompts)
@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BridgeError as error:
         _say(f"error: {error}\nWhat was scored is in {output}; the same command goes on from there.")
         return 2
-    except (OSError, ValueError) as error:  # ValueError: SamplesError, ScoringError, ConfigError, UsageError
+    except (OSError, ValueError) as error:  # ValueError: SampleFolderError, ScoringError, ConfigError, UsageError
         _say(f"error: {error}")
         return 2
     _say(f"the scores are in {output}")

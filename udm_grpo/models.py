@@ -12,7 +12,7 @@ from udm_grpo.released.peft_files import with_adapter
 from udm_grpo.released.weights import Checkpoint, load_folder
 
 
-class SampleError(ValueError):
+class SamplingError(ValueError):
     """What was asked for cannot be drawn; the message says what to change."""
 
 
@@ -44,23 +44,23 @@ def open_run(folder: str, step: str | None = None, weights: str | None = None) -
     latest).
 
     weights: params, ema or None: what the run itself judges and exports, its moving average if it keeps one.
-    Raises SampleError, CheckpointError, WeightsError.
+    Raises SamplingError, CheckpointError, WeightsError.
     """
     file = local(f"{folder}/config.json")
     if not file.is_file():
-        raise SampleError(f"{folder} is no training run: there is no {file}. Give the output_dir of one as --run.")
+        raise SamplingError(f"{folder} is no training run: there is no {file}. Give the output_dir of one as --run.")
     config = read_json(file)
     given, judged = config["model"], "ema" if config["optimizer"]["ema_decay"] > 0 else "params"
     wanted = weights or judged
     if wanted != judged and (step == "best" or judged == "params"):
-        raise SampleError(f"--weights is {wanted}, but {folder} has only {judged} there; give --weights {judged}.")
+        raise SamplingError(f"--weights is {wanted}, but {folder} has only {judged} there; give --weights {judged}.")
     path, number = _checkpoint_of(f"{folder}/checkpoints", step or "latest")
     length, trained = given["text_length"] or None, given.get("transformer") or None
     checkpoint = load_folder(local(given["path"]), prompt_length=length, transformer_weights=trained)
     best, training = step == "best", read_training(path)
     if training.meta.get("run", config.get("run")) != config.get("run"):
         others = f"{path} is of the run {training.meta['run']}, but config.json of {config.get('run')}"
-        raise SampleError(f"{others}: the files of two runs are mixed in {folder}; give the folder of one.")
+        raise SamplingError(f"{others}: the files of two runs are mixed in {folder}; give the folder of one.")
     # The best one holds what the run judges under the name params.
     params = training.read_for(checkpoint, "params" if best else wanted, given["path"])
     source = {"run": folder, "step": number, "best": best, "weights": wanted}
@@ -69,11 +69,11 @@ def open_run(folder: str, step: str | None = None, weights: str | None = None) -
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; raises SampleError if it is damaged."""
+    """Return the object in a JSON file; raises SamplingError if it is damaged."""
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise SampleError(f"{file} is damaged ({error}); give another folder.") from error
+        raise SamplingError(f"{file} is damaged ({error}); give another folder.") from error
 
 
 def _checkpoint_of(folder: str, step: str) -> tuple[Any, int]:
@@ -84,11 +84,11 @@ def _checkpoint_of(folder: str, step: str) -> tuple[Any, int]:
     if step == "best":
         best = saved.best()
         if best is None:
-            raise SampleError(f"{folder} has no best checkpoint (checkpoint.keep_best); by step {there}.")
+            raise SamplingError(f"{folder} has no best checkpoint (checkpoint.keep_best); by step {there}.")
         return best, int(best.name.rpartition("-")[2])
     if step != "latest" and not step.isdecimal():
-        raise SampleError(f"--step is {step!r}; give latest, best or a number.")
+        raise SamplingError(f"--step is {step!r}; give latest, best or a number.")
     number = int(step) if step != "latest" else max(steps, default=-1)
     if number not in steps:
-        raise SampleError(f"{folder} has no complete checkpoint for --step {step}; {there}.")
+        raise SamplingError(f"{folder} has no complete checkpoint for --step {step}; {there}.")
     return saved.path(number), number

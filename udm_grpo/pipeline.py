@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32, UInt8
 
-from udm_grpo import steps
-from udm_grpo.diffusion.path import Path, make_path
+from udm_grpo import compiled
+from udm_grpo.diffusion.path import ProbabilityPath, make_path
 from udm_grpo.diffusion.rollout import RolloutPlan
 from udm_grpo.files import places
 from udm_grpo.files.buckets import local
@@ -54,7 +54,7 @@ class Pipeline:
         return self.checkpoint.vq_config.stride
 
     @property
-    def path(self) -> Path:
+    def path(self) -> ProbabilityPath:
         """The probability path of the checkpoint's scheduler."""
         scheduler = self.checkpoint.scheduler
         return make_path(self.checkpoint.path_codebook, scheduler.alpha, scheduler.c, scheduler.eps)
@@ -74,7 +74,7 @@ class Pipeline:
         if len(prompts) != len(images):
             raise ValueError(f"{len(prompts)} prompts, but {len(images)} images; give one prompt for every image")
         grid = (images.shape[1], images.shape[2])
-        run = self._stage(("logits", grid), lambda: steps.image_logits(config, self.execution, grid))
+        run = self._stage(("logits", grid), lambda: compiled.image_logits(config, self.execution, grid))
         return run(self.checkpoint.transformer, prompts, images.reshape(len(images), -1))
 
     def encode(self, pixels: Float[AnyArray, "b hh ww 3"]) -> Int32[Array, "b h w"]:
@@ -82,7 +82,7 @@ class Pipeline:
         if pixels.ndim != 4 or pixels.shape[-1] != 3 or not jnp.issubdtype(pixels.dtype, jnp.floating):
             found = f"{pixels.dtype}{list(pixels.shape)}"
             raise ValueError(f"pixels is {found}; wanted floats in [-1, 1], [images, height, width, 3]")
-        run = self._stage("encode", lambda: steps.tokenizer_codec(self.checkpoint.vq_config)[0])
+        run = self._stage("encode", lambda: compiled.tokenizer_codec(self.checkpoint.vq_config)[0])
         return run(self.checkpoint.vq, jnp.asarray(pixels, jnp.float32))
 
     def decode(self, image_ids: Int[AnyArray, "b h w"]) -> Float[Array, "b hh ww 3"]:
@@ -126,10 +126,10 @@ class Pipeline:
         save_folder(self.checkpoint, folder)
 
     def _rollout(self, plan: RolloutPlan) -> Callable[..., Any]:
-        return steps.free_rollout(self.checkpoint.transformer_config, self.execution, self.path, plan)
+        return compiled.free_rollout(self.checkpoint.transformer_config, self.execution, self.path, plan)
 
     def _pixels(self, image_ids: Int32[Array, "b h w"]) -> Float[Array, "b hh ww 3"]:
-        run = self._stage("decode", lambda: steps.tokenizer_codec(self.checkpoint.vq_config)[1])
+        run = self._stage("decode", lambda: compiled.tokenizer_codec(self.checkpoint.vq_config)[1])
         return run(self.checkpoint.vq, image_ids)
 
     def _stage(self, what: Any, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
@@ -158,4 +158,4 @@ def _ids(name: str, ids: AnyArray, rank: int, count: int) -> Int32[Array, "..."]
 
 
 def _to_uint8(pixels: Float[Array, "b hh ww 3"]) -> UInt8[np.ndarray, "b hh ww 3"]:
-    return np.asarray(steps.to_pixels(pixels))
+    return np.asarray(compiled.to_pixels(pixels))

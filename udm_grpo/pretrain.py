@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rewards_bridge.redaction import guarded
-from udm_grpo import steps
+from udm_grpo import compiled
 from udm_grpo.batches import Params
 from udm_grpo.checkpoints.checkpoint import CheckpointError, Checkpoints
 from udm_grpo.checkpoints.checkpoint_fallback import restore_newest
 from udm_grpo.devices import on_devices, prepare
-from udm_grpo.diffusion.path import Path
+from udm_grpo.diffusion.path import ProbabilityPath
 from udm_grpo.files.finite import finite_number
 from udm_grpo.files.folder_lock import lock_inside
 from udm_grpo.files.places import local_args
@@ -75,7 +75,7 @@ def batch_indices(count: int, plan: PretrainPlan, update: int) -> np.ndarray:
 
 def pretrain(
     checkpoint: Checkpoint,
-    path: Path,
+    path: ProbabilityPath,
     data: TokenData,
     plan: PretrainPlan,
     states: Checkpoints | None,
@@ -91,7 +91,7 @@ def pretrain(
     rate = learning_rate(plan.learning_rate, "cosine", plan.updates, plan.warmup, final_fraction=0.02)
     optimizer = adamw(rate, 0.9, 0.98, plan.weight_decay, 1.0)
     grid = (data.image_ids.shape[1], data.image_ids.shape[2])
-    step = steps.pretrain_step(
+    step = compiled.pretrain_step(
         checkpoint.transformer_config, Execution(), path, plan.shift or checkpoint.scheduler.shift, grid, optimizer
     )
     params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), checkpoint.transformer)
@@ -129,7 +129,7 @@ def pretrain(
     return params
 
 
-def read_tokens(file: FilePath, checkpoint: Checkpoint) -> TokenData:
+def read_tokens(file: Path, checkpoint: Checkpoint) -> TokenData:
     """Read tokens.npz and tokenize its prompts; raises ValueError when it lacks an array or holds foreign codes."""
     with np.load(file, allow_pickle=False) as archive:
         missing = {"prompts", "images"} - set(archive.files)
@@ -162,9 +162,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = PretrainPlan(
         arguments.updates, arguments.batch, arguments.learning_rate, shift=arguments.shift, seed=arguments.seed
     )
-    output = FilePath(arguments.output)
+    output = Path(arguments.output)
     with errors_in_words(), on_devices(), lock_inside(output):
-        _pretrain_folder(load_folder(arguments.checkpoint), FilePath(arguments.data), output, plan)
+        _pretrain_folder(load_folder(arguments.checkpoint), Path(arguments.data), output, plan)
 
 
 @contextlib.contextmanager
@@ -176,7 +176,7 @@ def errors_in_words() -> Iterator[None]:
         raise SystemExit(f"error: {error}") from None
 
 
-def _pretrain_folder(checkpoint: Checkpoint, tokens: FilePath, output: FilePath, plan: PretrainPlan) -> None:
+def _pretrain_folder(checkpoint: Checkpoint, tokens: Path, output: Path, plan: PretrainPlan) -> None:
     """Pre-train with log, states and result in `output`, whose lock is held."""
     with open(output / "pretrain.jsonl", "a", encoding="utf-8") as file:
 

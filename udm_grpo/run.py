@@ -20,10 +20,10 @@ from udm_grpo import shared_rewards
 from udm_grpo.batches import Params, TrainState
 from udm_grpo.checkpoints.checkpoint import Checkpoints, check_same_run
 from udm_grpo.checkpoints.checkpoint_fallback import restore_or_older
+from udm_grpo.compiled import Steps, build, make_plans
 from udm_grpo.config import ConfigError, RunConfig, as_dict
 from udm_grpo.data.prompts import PromptSet, read_prompts
-from udm_grpo.diffusion.path import Path as NoisePath
-from udm_grpo.diffusion.path import make_path
+from udm_grpo.diffusion.path import ProbabilityPath, make_path
 from udm_grpo.files.buckets import Mirror, local, local_prompts
 from udm_grpo.files.set_aside import CONFIG
 from udm_grpo.grpo.optimizer import adamw, learning_rate
@@ -47,9 +47,8 @@ from udm_grpo.released.weights import Checkpoint, load_folder, load_transformer,
 from udm_grpo.reporting.metrics import write_json
 from udm_grpo.scoring import rewards
 from udm_grpo.scoring.evaluation_parts import remove_parts
-from udm_grpo.steps import Steps, build, make_plans
 
-MOST_PROBLEMS = 50
+MAX_PROBLEMS = 50
 """Prompts that cannot be scored which an error spells out."""
 
 
@@ -133,8 +132,8 @@ def _check_prompts(client: Composition, field: str, given: PromptSet) -> None:
     if not found:
         return
     lines = [f"prompt {index + 1} ({given.prompts[index]!r}): {text}" for index, text in found.items()]
-    more = [f"and {len(lines) - MOST_PROBLEMS} more"] if len(lines) > MOST_PROBLEMS else []
-    listed = "\n  ".join([f"{field}: {len(lines)} of {len(given)} prompts cannot be scored:", *lines[:MOST_PROBLEMS]])
+    more = [f"and {len(lines) - MAX_PROBLEMS} more"] if len(lines) > MAX_PROBLEMS else []
+    listed = "\n  ".join([f"{field}: {len(lines)} of {len(given)} prompts cannot be scored:", *lines[:MAX_PROBLEMS]])
     raise ConfigError("\n  ".join([listed, *more, "Mend or remove them, or choose another scorer."]))
 
 
@@ -175,7 +174,7 @@ def trained(config: RunConfig, whole: Params, sizes: TransformerConfig) -> Param
         raise ConfigError(f"lora.rank does not fit {config.model.path}: {error}.") from None
 
 
-def path_of(checkpoint: Checkpoint) -> NoisePath:
+def path_of(checkpoint: Checkpoint) -> ProbabilityPath:
     """Return the probability path of a checkpoint."""
     scheduler = checkpoint.scheduler
     return make_path(checkpoint.path_codebook, scheduler.alpha, scheduler.c, scheduler.eps)

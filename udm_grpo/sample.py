@@ -34,8 +34,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from rewards_bridge.redaction import guarded
+from udm_grpo import compiled
 from udm_grpo import mesh as meshes
-from udm_grpo import steps
 from udm_grpo.batch_sizes import padded
 from udm_grpo.checkpoints.checkpoint import CheckpointError
 from udm_grpo.config import DistributedConfig, MeshConfig
@@ -49,7 +49,7 @@ from udm_grpo.files.places import check_flags
 from udm_grpo.lifecycle.output_folder import lock_for_all
 from udm_grpo.machine.progress import progress_bar
 from udm_grpo.model.transformer import Execution
-from udm_grpo.models import Model, SampleError, open_folder, open_run
+from udm_grpo.models import Model, SamplingError, open_folder, open_run
 from udm_grpo.multihost import distributed, hosts
 from udm_grpo.released.weights import DTYPES, Checkpoint
 from udm_grpo.reporting.pictures import image_grid
@@ -57,8 +57,8 @@ from udm_grpo.run import path_of
 from udm_grpo.scoring.layouts import GRID, LAYOUTS, QUARTERS, cut_grid, file_names, join_grid, picture_files, place_of
 from udm_grpo.scoring.sample_settings import Settings, digest_of, open_output
 
-MOST_PROMPTS, MOST_IMAGES = 2**20, 2**11
-"""Image i of prompt p is number i * MOST_PROMPTS + p of the rollouts, which 31 bits hold."""
+MAX_PROMPTS, MAX_IMAGES_PER_PROMPT = 2**20, 2**11
+"""Image i of prompt p is number i * MAX_PROMPTS + p of the rollouts, which 31 bits hold."""
 
 
 def drawer(
@@ -66,12 +66,12 @@ def drawer(
 ) -> Callable[[Sequence[tuple[int, int]]], UInt8[jax.Array, "b hh ww 3"]]:
     """Return a function that starts to draw up to `batch` pictures, named by (prompt, image); the tail may be padding.
 
-    Raises SampleError for sizes that the tokens do not divide.
+    Raises SamplingError for sizes that the tokens do not divide.
     """
     stride = checkpoint.vq_config.stride
     if min(settings.height, settings.width) < 1 or settings.height % stride or settings.width % stride:
         sizes = f"--height {settings.height} and --width {settings.width}"
-        raise SampleError(f"{sizes} must be multiples of {stride}, the pixels of a token.")
+        raise SamplingError(f"{sizes} must be multiples of {stride}, the pixels of a token.")
     mesh = meshes.make_mesh(asdict(MeshConfig()), devices)
     rows = padded(batch, meshes.batch_shards(mesh))
     plan = RolloutPlan(
@@ -83,8 +83,8 @@ def drawer(
         rows=4 * meshes.batch_shards(mesh),  # images whose logits exist at a time
     )
     path = jax.device_put(path_of(checkpoint), meshes.replicated(mesh))
-    rollout = steps.free_rollout(checkpoint.transformer_config, Execution(), path, plan)
-    decode = steps.tokenizer_codec(checkpoint.vq_config)[1]
+    rollout = compiled.free_rollout(checkpoint.transformer_config, Execution(), path, plan)
+    decode = compiled.tokenizer_codec(checkpoint.vq_config)[1]
     params = jax.tree.map(lambda leaf: np.asarray(leaf, settings.dtype), checkpoint.transformer)
     params = jax.device_put(params, meshes.shardings(mesh, params))
     vq_params = jax.device_put(checkpoint.vq, meshes.replicated(mesh))
@@ -94,9 +94,9 @@ def drawer(
 
     def draw(wanted: Sequence[tuple[int, int]]) -> UInt8[jax.Array, "b hh ww 3"]:
         prompt, image = np.pad(np.array(wanted, np.int32), ((0, rows - len(wanted)), (0, 0)), mode="edge").T
-        ids, index = jax.device_put((prompt_ids[prompt], image * MOST_PROMPTS + prompt), meshes.over_batch(mesh))
+        ids, index = jax.device_put((prompt_ids[prompt], image * MAX_PROMPTS + prompt), meshes.over_batch(mesh))
         rolled = rollout(params, ids, empty_ids, index, key)
-        return steps.to_pixels(decode(vq_params, rolled.clean.reshape(-1, *plan.grid)))
+        return compiled.to_pixels(decode(vq_params, rolled.clean.reshape(-1, *plan.grid)))
 
     return draw
 
@@ -192,15 +192,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(given: argparse.Namespace, available: int) -> None:
-    """Raise SampleError with all that is wrong with the command line by itself."""
+    """Raise SamplingError with all that is wrong with the command line by itself."""
     ranges = {
-        "images_per_prompt": (1, MOST_IMAGES),
+        "images_per_prompt": (1, MAX_IMAGES_PER_PROMPT),
         "steps": (1, 10_000),
         "guidance_scale": (1, 1000),
         "guidance_trunc": (0, 1),
         "seed": (0, 2**32 - 1),
         "batch": (1, 2**20),
-        "sheet_prompts": (0, MOST_PROMPTS),
+        "sheet_prompts": (0, MAX_PROMPTS),
         "devices": (1, available),
     }
     named = vars(given)
@@ -219,22 +219,22 @@ def _check(given: argparse.Namespace, available: int) -> None:
     if given.layout == GRID and given.images_per_prompt != QUARTERS:
         found.append(f"--layout {GRID} takes exactly {QUARTERS} --images_per_prompt, a 2 x 2 grid a prompt.")
     if found:
-        raise SampleError("\n  ".join(found))
+        raise SamplingError("\n  ".join(found))
 
 
 def _read_prompts(given: argparse.Namespace) -> PromptSet:
     texts = given.prompt or []
     rows = tuple({"tag": UNTAGGED, "prompt": text} for text in texts)
     if given.prompt_key and not given.prompts:
-        raise SampleError("--prompt-key chooses a text of --prompts FILE; give that instead of --prompt.")
+        raise SamplingError("--prompt-key chooses a text of --prompts FILE; give that instead of --prompt.")
     key = given.prompt_key or PROMPT
     prompts = (
         read_prompts(local_prompts(given.prompts), key=key)
         if given.prompts
         else PromptSet(tuple(texts), rows, (UNTAGGED,) * len(rows))
     )
-    if len(prompts) > MOST_PROMPTS:
-        raise SampleError(f"there are {len(prompts)} prompts; give at most {MOST_PROMPTS} at a time.")
+    if len(prompts) > MAX_PROMPTS:
+        raise SamplingError(f"there are {len(prompts)} prompts; give at most {MAX_PROMPTS} at a time.")
     file_names(given.layout, prompts.metadata)  # raises for ids that name no files, before anything is loaded
     return prompts
 
@@ -250,7 +250,7 @@ def _settings(given: argparse.Namespace, model: Model, prompts: PromptSet) -> Se
 
 
 def draw_all(given: argparse.Namespace) -> None:
-    """Draw what the command line asks for; raises SampleError, WeightsError and the like."""
+    """Draw what the command line asks for; raises SamplingError, WeightsError and the like."""
     devices = jax.local_devices()
     _check(given, len(devices))
     prompts = _read_prompts(given)
@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 2 for a user's mistake, reported without a traceback."""
     prepare()
     given = _parser().parse_args(argv)
-    expected = (CheckpointError, OSError, ValueError)  # ValueError: SampleError, WeightsError, MeshError, prompts
+    expected = (CheckpointError, OSError, ValueError)  # ValueError: SamplingError, WeightsError, MeshError, prompts
     try:
         check_flags(given, ("checkpoint", "run", "adapter", "prompts"))
         with distributed.joined(DistributedConfig(), expected), on_devices(), lock_for_all(given.output):

@@ -26,7 +26,7 @@ DECOYS = ("pentagon",)  # seen and named, but no prompt asks for it: what is eas
 
 WORDS = Words("the shapes judge", CLASSES, COLORS)
 
-LEAST_SIDE = 32  # pixels
+MIN_SIDE = 32  # pixels
 
 
 class ShapesScorer:
@@ -38,9 +38,9 @@ class ShapesScorer:
         Raises ValueError for images of another form or metadata that are not one an image, PromptError for metadata
         that cannot be judged: fields that are not GenEval's, a class or colour that this judge cannot tell.
         """
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or min(images.shape[1:3]) < LEAST_SIDE:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or min(images.shape[1:3]) < MIN_SIDE:
             raise ValueError(
-                f"the shapes judge wants images uint8[B, H, W, 3] of at least {LEAST_SIDE} pixels a side; "
+                f"the shapes judge wants images uint8[B, H, W, 3] of at least {MIN_SIDE} pixels a side; "
                 f"found {images.dtype}{list(images.shape)}"
             )
         if not len(images) == len(prompts) == len(metadata):
@@ -72,11 +72,11 @@ def detect(image: np.ndarray) -> dict[str, list[dict[str, Any]]]:
     Every object is given to the shape of CLASSES or DECOYS it fits best; hollow and bent ones are left out. A colour
     that is none of COLORS has another word, such as "grey".
     """
-    unit = min(image.shape[:2]) / LEAST_SIDE  # everything that is a length is in pixels of a 32x32 picture
+    unit = min(image.shape[:2]) / MIN_SIDE  # everything that is a length is in pixels of a 32x32 picture
     smooth = gaussian_filter(image.astype(np.float32), (0.5 * unit, 0.5 * unit, 0))
     ground = np.median(np.concatenate([smooth[0], smooth[-1], smooth[:, 0], smooth[:, -1]]), axis=0)
     found: dict[str, list[dict[str, Any]]] = {}
-    for thing in _segment(smooth, ground, least_area=_LEAST_AREA * unit**2):
+    for thing in _segment(smooth, ground, least_area=_MIN_AREA * unit**2):
         profile = _profile(thing, 0.25 * unit)
         if profile.mean() < unit:  # its centroid is not on it
             continue
@@ -89,7 +89,7 @@ def detect(image: np.ndarray) -> dict[str, list[dict[str, Any]]]:
 # ---------------------------------------------------------------- segmentation by colour
 
 _CONTRAST = 60.0  # RGB distance from the ground that stands out
-_LEAST_AREA = 12.0  # what is smaller is a speck
+_MIN_AREA = 12.0  # what is smaller is a speck
 _TYPICAL = ((210, 45, 45), (235, 200, 40), (45, 155, 70), (45, 85, 210), (145, 60, 175), (30, 30, 30))
 
 

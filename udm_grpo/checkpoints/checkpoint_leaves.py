@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-MOST_SHOWN = 5  # differences of a kind that an error spells out; further ones are counted
+MAX_SHOWN = 5  # differences of a kind that an error spells out; further ones are counted
 SAMPLE_BYTES = 1 << 10
 State = Any  # a pytree of arrays
 
@@ -81,4 +81,4 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], partial: bo
 
 
 def _some(items: list[str]) -> list[str]:
-    return items[:MOST_SHOWN] + ([f"... and {len(items) - MOST_SHOWN} more"] if len(items) > MOST_SHOWN else [])
+    return items[:MAX_SHOWN] + ([f"... and {len(items) - MAX_SHOWN} more"] if len(items) > MAX_SHOWN else [])

@@ -13,15 +13,15 @@ from jax.sharding import Mesh, Sharding
 from udm_grpo import mesh as meshes
 from udm_grpo.batch_sizes import BatchSizes
 from udm_grpo.batches import Rollout, Samples
+from udm_grpo.compiled import build, make_plans
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.data.tokenizer import MAX_LENGTH, load_tokenizer
-from udm_grpo.diffusion.path import Path as NoisePath
+from udm_grpo.diffusion.path import ProbabilityPath
 from udm_grpo.model import lora, transformer, vq
 from udm_grpo.model.transformer import TransformerConfig
 from udm_grpo.model.vq_config import VQConfig
 from udm_grpo.released.contents import CONFIG_FILES, Scheduler
 from udm_grpo.run import abstract_state, check_sizes, optimizer_of, trained
-from udm_grpo.steps import build, make_plans
 from udm_grpo.tensor_files.torch_files import read_json
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -126,7 +126,7 @@ def _held(config: RunConfig, sizes: Sizes, mesh: Mesh) -> tuple[dict[str, Any], 
     state = abstract_state(optimizer, learned, config.optimizer.ema_decay > 0, mesh)
     codes = (sizes.transformer.lm_head_size, sizes.vq.vq_embed_dim)
     whole = meshes.replicated(mesh)
-    path = NoisePath(_spread(codes, jnp.float32, whole), sizes.scheduler.alpha, sizes.scheduler.c)
+    path = ProbabilityPath(_spread(codes, jnp.float32, whole), sizes.scheduler.alpha, sizes.scheduler.c)
 
     def copy(tree: Any) -> Any:
         return jax.tree.map(

@@ -49,7 +49,7 @@ TABLES = (".csv", ".tsv")
 DELIMITERS = (",", ";", "\t")
 """What divides the values of a .csv file, whichever makes its header name a column of prompts."""
 
-MOST_LINES_SHOWN = 50
+MAX_LINES_SHOWN = 50
 """Bad lines that an error explains one by one; of any further ones it gives the line numbers."""
 
 
@@ -106,14 +106,14 @@ class Parsed:
         return [f"{self.path}: {what}: {count}" for what, count in counts if count]
 
     def bad_text(self, advice: str) -> str:
-        """Every bad place and what is wrong with it, the first MOST_LINES_SHOWN with their reasons."""
+        """Every bad place and what is wrong with it, the first MAX_LINES_SHOWN with their reasons."""
         return self.listed(f"bad {self.unit}{'s' if len(self.bad) > 1 else ''}; {advice}", self.bad)
 
     def listed(self, what: str, places: Sequence[tuple[str, str]]) -> str:
-        """How many places there are of something, and each with its text, of the first MOST_LINES_SHOWN."""
+        """How many places there are of something, and each with its text, of the first MAX_LINES_SHOWN."""
         lines = [f"{self.path}: {len(places)} {what}:"]
-        lines += [f"  {self.unit} {place}: {reason}" for place, reason in places[:MOST_LINES_SHOWN]]
-        further = ", ".join(place for place, _ in places[MOST_LINES_SHOWN:])
+        lines += [f"  {self.unit} {place}: {reason}" for place, reason in places[:MAX_LINES_SHOWN]]
+        further = ", ".join(place for place, _ in places[MAX_LINES_SHOWN:])
         if further:
             lines.append(f"  and {self.unit}s {further}")
         return "\n".join(lines)

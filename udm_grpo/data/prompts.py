@@ -29,7 +29,7 @@ from udm_grpo.data.shuffle import FIXED, POOL, SCHEDULE, shuffle
 
 __all__ = ["UNTAGGED", "Batch", "PromptSet", "read_prompts"]
 
-LONGEST_CYCLE = 100_000
+MAX_CYCLE = 100_000
 """Largest allowed sum of the tag weights, once they are brought to whole numbers."""
 
 Batch = tuple[list[str], list[dict[str, Any]], Int32[np.ndarray, " P"]]
@@ -188,7 +188,7 @@ def _whole_weights(weights: Mapping[str, float], present: Mapping[str, int]) -> 
         math.lcm(*(weight.denominator for weight in exact.values())),
     )
     whole = {tag: int(weight / unit) for tag, weight in exact.items()}
-    if sum(whole.values()) > LONGEST_CYCLE:
+    if sum(whole.values()) > MAX_CYCLE:
         advice = "use rounder numbers, such as 7, 5, 3, 1, 1"
         raise ValueError(f"tag weights: {dict(weights)} are the ratio {whole}; {advice}")
     return whole

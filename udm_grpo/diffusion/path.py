@@ -14,14 +14,12 @@ from jaxtyping import Array, Float, Int, Int32
 
 from udm_grpo.diffusion.categorical import categorical
 
-DEFAULT_ALPHA = 0.9
-DEFAULT_C = 3.0
 DEFAULT_EPS = 1e-5
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Path:
+class ProbabilityPath:
     """p_t(x | x_1). With `alpha` a number: the metric path softmax_x(-beta_t d(x, x_1)); with None: the mixture path.
 
     d is the squared L2 distance of codebook rows and beta_t = c (t / (1 - t))^alpha.
@@ -45,14 +43,16 @@ class Path:
         return self.alpha is not None
 
 
-def make_path(codebook: Float[Array, "v e"], alpha: float | None, c: float, eps: float = DEFAULT_EPS) -> Path:
+def make_path(
+    codebook: Float[Array, "v e"], alpha: float | None, c: float, eps: float = DEFAULT_EPS
+) -> ProbabilityPath:
     """Return a path over the codes of `codebook`, whose rows are normalised here (norm clipped below at `eps`)."""
     rows = jnp.asarray(codebook, jnp.float32)
     norm = jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), eps)
-    return Path(codebook=rows / norm, alpha=alpha, c=c)
+    return ProbabilityPath(codebook=rows / norm, alpha=alpha, c=c)
 
 
-def level(path: Path, t: Any) -> Any:
+def level(path: ProbabilityPath, t: Any) -> Any:
     """How far the path has come at time t in [0, 1): beta_t on the metric path, t on the mixture path.
 
     Works on NumPy (then in its precision) and JAX arrays alike.
@@ -62,7 +62,7 @@ def level(path: Path, t: Any) -> Any:
     return path.c * (t / (1 - t)) ** path.alpha
 
 
-def rate(path: Path, t: Any) -> Any:
+def rate(path: ProbabilityPath, t: Any) -> Any:
     """Return the velocity's factor at time t: beta'_t (0 at t = 0) on the metric path, else 1 / (1 - t)."""
     if path.alpha is None:
         return 1 / (1 - t)
@@ -72,7 +72,7 @@ def rate(path: Path, t: Any) -> Any:
     return xp.where(t > 0, slope, 0)
 
 
-def distances(path: Path, x_1: Int[Array, " r"]) -> Float[Array, "r v"]:
+def distances(path: ProbabilityPath, x_1: Int[Array, " r"]) -> Float[Array, "r v"]:
     """d(x, x_1) for every code x: squared L2 distances of the normalised rows, in float32."""
     rows = path.codebook[x_1]
     product = jnp.matmul(rows, path.codebook.T, precision=jax.lax.Precision.HIGHEST)
@@ -80,7 +80,7 @@ def distances(path: Path, x_1: Int[Array, " r"]) -> Float[Array, "r v"]:
     return jnp.maximum(square[x_1][:, None] + square[None, :] - 2 * product, 0)
 
 
-def noise_log_weights(path: Path, x_1: Int[Array, " r"], at: Float[Array, " r"]) -> Float[Array, "r v"]:
+def noise_log_weights(path: ProbabilityPath, x_1: Int[Array, " r"], at: Float[Array, " r"]) -> Float[Array, "r v"]:
     """log p_t(x | x_1) up to a constant of the row, for `at` = level(t) of each token."""
     if path.alpha is not None:
         return -at[:, None] * distances(path, x_1)
@@ -89,13 +89,15 @@ def noise_log_weights(path: Path, x_1: Int[Array, " r"], at: Float[Array, " r"])
     return jnp.log(jnp.where(here, (at + other)[:, None], other[:, None]))
 
 
-def add_noise(path: Path, x_1: Int[Array, " r"], at: Float[Array, " r"], u: Float[Array, "r 2"]) -> Int32[Array, " r"]:
+def add_noise(
+    path: ProbabilityPath, x_1: Int[Array, " r"], at: Float[Array, " r"], u: Float[Array, "r 2"]
+) -> Int32[Array, " r"]:
     """Return the forward process x_t ~ p_t(. | x_1), by uniform numbers `u`; `at` = level(t) of each token."""
     return categorical(noise_log_weights(path, x_1, at), u)
 
 
 def velocity(
-    path: Path, z: Int[Array, " r"], x_1: Int[Array, " r"], at: Float[Array, " r"], slope: Float[Array, " r"]
+    path: ProbabilityPath, z: Int[Array, " r"], x_1: Int[Array, " r"], at: Float[Array, " r"], slope: Float[Array, " r"]
 ) -> Float[Array, "r v"]:
     """u_t(x, z | x_1): how fast a token at z jumps to x, 0 at x = z. `at` = level(t), `slope` = rate(t) of each token.
 
@@ -112,7 +114,7 @@ def velocity(
 
 
 def exit_rate(
-    path: Path, z: Int[Array, " r"], x_1: Int[Array, " r"], at: Float[Array, " r"], slope: Float[Array, " r"]
+    path: ProbabilityPath, z: Int[Array, " r"], x_1: Int[Array, " r"], at: Float[Array, " r"], slope: Float[Array, " r"]
 ) -> tuple[Float[Array, " r"], Float[Array, "r v"]]:
     """lambda = sum over x != z of u_t(x, z | x_1), and the log-weights of where a jump goes.
 
@@ -130,7 +132,7 @@ def exit_rate(
 
 
 def step(
-    path: Path,
+    path: ProbabilityPath,
     z: Int[Array, " r"],
     x_1: Int[Array, " r"],
     at: Float[Array, ""],

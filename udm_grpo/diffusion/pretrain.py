@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int, Key
 from udm_grpo.batches import Params
 from udm_grpo.diffusion import path as paths
 from udm_grpo.diffusion.categorical import uniforms
-from udm_grpo.diffusion.path import Path
+from udm_grpo.diffusion.path import ProbabilityPath
 from udm_grpo.diffusion.schedule import pretraining_time
 from udm_grpo.model.transformer import Execution, TransformerConfig, head, hidden_states, image_rows
 
@@ -31,7 +31,7 @@ def cross_entropy(
 
 
 def corrupt(
-    path: Path,
+    path: ProbabilityPath,
     shift: float,
     prompt_ids: Int[Array, "b l"],
     empty_ids: Int[Array, " l"],
@@ -51,7 +51,7 @@ def corrupt(
 def pretrain_loss(
     config: TransformerConfig,
     execution: Execution,
-    path: Path,
+    path: ProbabilityPath,
     shift: float,
     params: Params,
     prompt_ids: Int[Array, "b l"],

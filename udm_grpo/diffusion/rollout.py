@@ -11,7 +11,7 @@ from udm_grpo.batches import Params, Rollout
 from udm_grpo.diffusion import path as paths
 from udm_grpo.diffusion.categorical import categorical, uniforms
 from udm_grpo.diffusion.chunks import map_chunks
-from udm_grpo.diffusion.path import Path
+from udm_grpo.diffusion.path import ProbabilityPath
 from udm_grpo.diffusion.schedule import timesteps
 from udm_grpo.model.transformer import Execution, TransformerConfig, head, hidden_states, image_rows
 
@@ -35,7 +35,7 @@ class RolloutPlan:
     keep_trajectory: bool = False
     """Whether to return x_k and x_1 of every step, for the ablations."""
 
-    def first_step(self, path: Path) -> int:
+    def first_step(self, path: ProbabilityPath) -> int:
         """0, or 1 where step 0 cannot change a token and its prediction is not asked for."""
         return 1 if path.still_at_zero and not self.keep_trajectory and self.steps > 1 else 0
 
@@ -49,13 +49,17 @@ def image_keys(key: Key[Array, ""], image_index: Int[Array, " b"]) -> Key[Array,
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(image_index)
 
 
-def start_tokens(path: Path, keys: Key[Array, " b"], tokens: int) -> Int32[Array, "b n"]:
+def start_tokens(path: ProbabilityPath, keys: Key[Array, " b"], tokens: int) -> Int32[Array, "b n"]:
     """Uniform random codes."""
     return jax.vmap(lambda key: jax.random.randint(key, (tokens,), 0, path.codes, jnp.int32))(keys)
 
 
 def sample_step(
-    path: Path, logits: Float[Array, "r v"], z: Int[Array, " r"], times: dict[str, Array], u: Float[Array, "r 5"]
+    path: ProbabilityPath,
+    logits: Float[Array, "r v"],
+    z: Int[Array, " r"],
+    times: dict[str, Array],
+    u: Float[Array, "r 5"],
 ) -> tuple[Int32[Array, " r"], Int32[Array, " r"]]:
     """One step of the sampler for R tokens: (next codes, the x_1 drawn), given logits of x_1.
 
@@ -66,7 +70,7 @@ def sample_step(
     return jnp.where(times["last"], x_1, moved), x_1
 
 
-def step_times(path: Path, plan: RolloutPlan) -> dict[str, np.ndarray]:
+def step_times(path: ProbabilityPath, plan: RolloutPlan) -> dict[str, np.ndarray]:
     """level, rate, dt, last and index of each of the T steps, from float64."""
     t = timesteps(plan.steps, plan.shift)
     return {
@@ -81,7 +85,7 @@ def step_times(path: Path, plan: RolloutPlan) -> dict[str, np.ndarray]:
 def denoise(
     config: TransformerConfig,
     execution: Execution,
-    path: Path,
+    path: ProbabilityPath,
     plan: RolloutPlan,
     params: Params,
     prompt_ids: Int[Array, "b l"],
@@ -121,7 +125,7 @@ def denoise(
 def rollout(
     config: TransformerConfig,
     execution: Execution,
-    path: Path,
+    path: ProbabilityPath,
     plan: RolloutPlan,
     params: Params,
     prompt_ids: Int[Array, "b l"],

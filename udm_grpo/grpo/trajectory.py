@@ -11,7 +11,7 @@ from udm_grpo.batches import Rollout, Trajectory
 from udm_grpo.diffusion import path as paths
 from udm_grpo.diffusion.categorical import uniforms
 from udm_grpo.diffusion.chunks import map_chunks
-from udm_grpo.diffusion.path import Path
+from udm_grpo.diffusion.path import ProbabilityPath
 from udm_grpo.diffusion.rollout import image_keys
 from udm_grpo.diffusion.schedule import timesteps
 
@@ -43,7 +43,7 @@ def window(plan: TrajectoryPlan, key: Key[Array, ""]) -> Int32[Array, " k"]:
 
 
 def noised(
-    path: Path,
+    path: ProbabilityPath,
     plan: TrajectoryPlan,
     clean: Int32[Array, "b n"],
     at: Float[Array, ""],
@@ -62,7 +62,7 @@ def noised(
 
 
 def trajectory(
-    path: Path, plan: TrajectoryPlan, rollout: Rollout, image_index: Int[Array, " b"], key: Key[Array, ""]
+    path: ProbabilityPath, plan: TrajectoryPlan, rollout: Rollout, image_index: Int[Array, " b"], key: Key[Array, ""]
 ) -> Trajectory:
     """Return the K training states of each of B images.
 

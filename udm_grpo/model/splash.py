@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 LANES = 128
 """The kernel wants sequences of a multiple of this."""
-LONGEST_BLOCK = 512
+MAX_BLOCK = 512
 """Rows of a block at most; not tuned."""
 
 
@@ -45,7 +45,7 @@ def attend(
 def _attend(q: Array, k: Array, v: Array, rows: int, interpret: bool) -> Array:
     S, heads, c = q.shape[1:]
     padded = -(-S // LANES) * LANES
-    block = max(size for size in range(LANES, min(padded, LONGEST_BLOCK) + 1, LANES) if padded % size == 0)
+    block = max(size for size in range(LANES, min(padded, MAX_BLOCK) + 1, LANES) if padded % size == 0)
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((padded, padded))] * heads)
     kernel = splash_attention_kernel.make_splash_mha_single_device(
         mask=mask,

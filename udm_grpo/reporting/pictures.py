@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from udm_grpo.files.atomic import replace_file
 from udm_grpo.reporting.grid_file import record
 
-SMALLEST_CELL = 96
+MIN_CELL = 96
 """Pixels. Pictures narrower or lower than this are enlarged by a whole factor, each pixel to a square."""
 
 _GAP = 6  # pixels around a picture
@@ -80,7 +80,7 @@ def _check(images: UInt8[np.ndarray, "B H W 3"], captions: Sequence[str], column
 
 
 def _enlarge(images: UInt8[np.ndarray, "B H W 3"]) -> UInt8[np.ndarray, "B H2 W2 3"]:
-    factor = -(-SMALLEST_CELL // min(images.shape[1:3]))
+    factor = -(-MIN_CELL // min(images.shape[1:3]))
     return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 

@@ -15,17 +15,17 @@ from udm_grpo.files.redaction import HIDDEN, hide_logins, is_secret
 from udm_grpo.reporting.grid_file import Cell, read_grid
 from udm_grpo.reporting.run_folder import RunFolder, RunFolderError
 
-MOST_POINTS = 1500
+MAX_POINTS = 1500
 """Of a curve; further ones are means of neighbours."""
-MOST_PROMPTS = 16
+MAX_PROMPTS = 16
 """Whose pictures are shown."""
-MOST_MOMENTS, MOST_EXTREMES = 24, 6
+MAX_MOMENTS, MAX_EXTREMES = 24, 6
 """Moments of the slider and of the best and worst, shared by all runs."""
-LONGEST_SIDE = 256
+MAX_REPORT_SIDE = 256
 """Pixels of a picture; larger ones are made smaller."""
 LOSSLESS_SIDE = 96
 """Pixels. Pictures up to this side stay exactly as they are."""
-LONGEST_SHEET = 1400
+MAX_SHEET = 1400
 """Pixels of a whole grid that does not say where its pictures are."""
 
 
@@ -114,7 +114,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]], notes: list[str]) -> dict[str,
             f"{len(skipped)} of {len(metrics)} iterations made no update, first iteration {skipped[0]}: in every group "
             "all images got the same score (dead groups)."
         )
-    per = max(1, -(-len(rows) // MOST_POINTS))
+    per = max(1, -(-len(rows) // MAX_POINTS))
     if per > 1:
         notes.append(f"Each point of a curve is the mean of {per} iterations.")
     parts = [slice(at, at + per) for at in range(0, len(rows), per)]
@@ -165,7 +165,7 @@ def _moments(run: RunFolder, runs: int, notes: list[str]) -> list[dict[str, Any]
     """Return the same prompts through training: {"step", "label", "cells": [{"caption", "src"}]} or, of a grid,
     "sheet".
     """
-    steps = _spread(sorted(run.pictures), max(4, MOST_MOMENTS // runs))
+    steps = _spread(sorted(run.pictures), max(4, MAX_MOMENTS // runs))
     if len(steps) < len(run.pictures):
         notes.append(f"Pictures of {len(steps)} of {len(run.pictures)} moments are shown.")
     found: dict[int, dict[str, Any]] = {}
@@ -189,20 +189,20 @@ def _moment(step: int, cells: Sequence[Cell] | None, mark: str, path: Path | Non
                 "step": step,
                 "label": "",
                 "cells": [],
-                "sheet": encode(np.asarray(file.convert("RGB")), LONGEST_SHEET),
+                "sheet": encode(np.asarray(file.convert("RGB")), MAX_SHEET),
             }
     cells = cells or []
-    limit = f"Pictures of {MOST_PROMPTS} of {len(cells)} prompts are shown."
-    if len(cells) > MOST_PROMPTS and limit not in notes:
+    limit = f"Pictures of {MAX_PROMPTS} of {len(cells)} prompts are shown."
+    if len(cells) > MAX_PROMPTS and limit not in notes:
         notes.append(limit)
-    named = ((cell.caption, cell.pictures.get(mark)) for cell in cells[:MOST_PROMPTS])
+    named = ((cell.caption, cell.pictures.get(mark)) for cell in cells[:MAX_PROMPTS])
     shown = [{"caption": caption, "src": encode(image)} for caption, image in named if image is not None]
     return {"step": step, "label": "", "cells": shown}
 
 
 def _extremes(run: RunFolder, runs: int, notes: list[str]) -> list[dict[str, Any]]:
     """Best and worst: {"step", "cells": [{"kind", "prompt", "score", "raw", "reason", "src"}]}."""
-    steps = _spread(sorted(run.extremes), max(2, MOST_EXTREMES // runs))
+    steps = _spread(sorted(run.extremes), max(2, MAX_EXTREMES // runs))
     if len(steps) < len(run.extremes):
         notes.append(f"Best and worst images of {len(steps)} of {len(run.extremes)} evaluations are shown.")
     found = []
@@ -217,7 +217,7 @@ def _extremes(run: RunFolder, runs: int, notes: list[str]) -> list[dict[str, Any
     return found
 
 
-def encode(image: UInt8[np.ndarray, "H W 3"], longest: int = LONGEST_SIDE) -> str:
+def encode(image: UInt8[np.ndarray, "H W 3"], longest: int = MAX_REPORT_SIDE) -> str:
     """Return a picture as a data URI: small ones exactly (PNG), larger ones at most `longest` pixels wide and high
     (WebP).
     """

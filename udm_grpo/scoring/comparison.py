@@ -14,7 +14,7 @@ from udm_grpo.scoring.folder_scores import Mark, Scored, ScoringError
 from udm_grpo.scoring.sample_folder import load_picture
 from udm_grpo.scoring.score_summary import CONFIDENCE, columns, groups, interval, spread
 
-LARGEST_CELL = 256
+MAX_CELL = 256
 """Pixels of a side; larger pictures are drawn smaller on comparison.png."""
 DRAWING = ("dtype", "steps", "guidance_scale", "guidance_trunc", "height", "width", "text_length", "seed")
 """Settings of `udm_grpo.sample` that change pictures whatever the weights are."""
@@ -193,7 +193,7 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> tuple[UInt8[np.ndarray, "B H W 
     except OSError as error:
         raise ScoringError(f"a picture that is to be shown cannot be read any more: {error}") from error
     frame = (max(picture.width for picture in pictures), max(picture.height for picture in pictures))
-    scale = min(1.0, LARGEST_CELL / max(frame))
+    scale = min(1.0, MAX_CELL / max(frame))
     frame = (max(1, round(frame[0] * scale)), max(1, round(frame[1] * scale)))
     fitted = [each if each.size == frame else ImageOps.pad(each, frame, color="white") for each in pictures]
     cells = np.stack([np.asarray(each) for each in fitted])

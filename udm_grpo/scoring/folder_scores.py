@@ -30,10 +30,10 @@ from udm_grpo.files.atomic import remove_unfinished, replace_file
 from udm_grpo.machine.progress import progress_bar
 from udm_grpo.reporting.metrics import write_json
 from udm_grpo.scoring.rewards import connect, warn_of
-from udm_grpo.scoring.sample_folder import MOST_SHOWN, Picture, SampleFolder, load_picture
+from udm_grpo.scoring.sample_folder import MAX_SHOWN, Picture, SampleFolder, load_picture
 from udm_grpo.scoring.scorer_notes import notes_of_prompts
 
-LARGEST_BATCH = 2**28
+MAX_BATCH = 2**28
 """Bytes of pixels that are sent together at most."""
 
 
@@ -198,7 +198,7 @@ def _compare_pictures(output: Path, marks: Mapping[tuple[str, str], Mark], folde
     now = {picture.path: picture.digest for picture in folder.pictures}
     changed = sorted({image for (image, _), mark in marks.items() if now.get(image) != mark.picture})
     if changed:
-        shown = [*changed[:MOST_SHOWN], *([f"and {len(changed) - MOST_SHOWN} more"] if changed[MOST_SHOWN:] else [])]
+        shown = [*changed[:MAX_SHOWN], *([f"and {len(changed) - MAX_SHOWN} more"] if changed[MAX_SHOWN:] else [])]
         raise ScoringError(
             "\n  ".join(
                 [
@@ -250,7 +250,7 @@ def _parts(
             alike.setdefault((lacking, picture.size), []).append(picture)
     parts = []
     for (names, (width, height)), pictures in alike.items():
-        count = max(1, min(batch, LARGEST_BATCH // (3 * width * height)))
+        count = max(1, min(batch, MAX_BATCH // (3 * width * height)))
         parts += [(names, pictures[at : at + count]) for at in range(0, len(pictures), count)]
     return parts
 

@@ -23,9 +23,9 @@ from udm_grpo.machine.progress import progress_bar
 from udm_grpo.scoring.layouts import GRID, QUARTERS, grid_names
 from udm_grpo.scoring.sample_files import Picture, examine, load_picture, pictures_beside, pictures_by_suffix
 
-__all__ = ["MOST_SHOWN", "Picture", "SampleFolder", "SamplesError", "has_prompts", "load_picture", "read_samples"]
+__all__ = ["MAX_SHOWN", "Picture", "SampleFolder", "SampleFolderError", "has_prompts", "load_picture", "read_samples"]
 
-MOST_SHOWN = 50
+MAX_SHOWN = 50
 """Files that an error or a warning names; of any further ones it gives the number."""
 
 _READERS = 8
@@ -33,7 +33,7 @@ _MOST = 2**20  # of prompts, and of pictures of one
 _BESIDE = ("contact_sheet.png", "prompts.jsonl", "settings.json")  # what lies beside the pictures of a flat folder
 
 
-class SamplesError(ValueError):
+class SampleFolderError(ValueError):
     """A folder of pictures that cannot be scored as it is; the message names every file and what to do."""
 
 
@@ -72,18 +72,18 @@ def read_samples(
 ) -> SampleFolder:
     """Read every file of a folder of pictures once; prompts: of a folder of grids that holds none itself.
 
-    Raises SamplesError for a folder of neither layout, and for prompts and pictures that are missing or cannot be
+    Raises SampleFolderError for a folder of neither layout, and for prompts and pictures that are missing or cannot be
     read, naming them all; with `allow_missing`, pictures that are missing or unreadable are counted in a warning.
     """
     root = Path(root)
     if not root.is_dir():
-        raise SamplesError(f"there is no folder {root}; give one of pictures, such as udm_grpo.sample writes.")
+        raise SampleFolderError(f"there is no folder {root}; give one of pictures, such as udm_grpo.sample writes.")
     numbered = sorted(entry for entry in root.iterdir() if entry.is_dir() and entry.name.isdecimal())
     flat, settings = root / "prompts.jsonl", _settings(root / "settings.json")
     listed = None if has_prompts(root) else prompts
     if listed is None and bool(numbered) == flat.exists():
         what = "both" if numbered else "neither"
-        raise SamplesError(
+        raise SampleFolderError(
             f"{root} has {what} of numbered folders (00000/metadata.jsonl, 00000/samples/0000.png) and prompts.jsonl "
             "(with 00000_0.png); it needs exactly one of these. For DPG-Bench's ID.png, give --prompts FILE."
         )
@@ -96,7 +96,7 @@ def read_samples(
     pictures, unreadable, transparent = _inspect(root, found)
     _refuse(root, found, unreadable, allow_missing)
     if not pictures:
-        raise SamplesError(_no_pictures(root, found))
+        raise SampleFolderError(_no_pictures(root, found))
     warnings = [
         *_listed("pictures are missing and left out", found.missing),
         *_listed("pictures cannot be scored and are left out", unreadable),
@@ -250,7 +250,7 @@ def _inspect(root: Path, found: _Found) -> tuple[list[Picture], list[str], list[
 
 
 def _refuse(root: Path, found: _Found, unreadable: Sequence[str], allow_missing: bool) -> None:
-    """Raise SamplesError if anything is wrong that is not allowed."""
+    """Raise SampleFolderError if anything is wrong that is not allowed."""
     told = [*_listed("files are wrong", found.wrong)]
     if not allow_missing:
         misnamed = [*found.misnamed, *pictures_by_suffix(map(Path, found.strange))] if found.missing else []
@@ -261,7 +261,7 @@ def _refuse(root: Path, found: _Found, unreadable: Sequence[str], allow_missing:
         if len(told) > bool(found.wrong):
             told.append("--allow_missing scores what is there and counts the rest.")
     if told:
-        raise SamplesError("\n".join([f"{root} cannot be scored as it is:", *told]))
+        raise SampleFolderError("\n".join([f"{root} cannot be scored as it is:", *told]))
 
 
 def _no_pictures(root: Path, found: _Found) -> str:
@@ -277,8 +277,8 @@ def _listed(what: str, items: Sequence[str]) -> list[str]:
     """Nothing for no items, otherwise one text: how many, and the first of them."""
     if not items:
         return []
-    rest = [f"and {len(items) - MOST_SHOWN} more"] if len(items) > MOST_SHOWN else []
-    return ["\n    ".join([f"{len(items)} {what}:", *items[:MOST_SHOWN], *rest])]
+    rest = [f"and {len(items) - MAX_SHOWN} more"] if len(items) > MAX_SHOWN else []
+    return ["\n    ".join([f"{len(items)} {what}:", *items[:MAX_SHOWN], *rest])]
 
 
 def _sizes(pictures: Iterable[Picture]) -> list[str]:

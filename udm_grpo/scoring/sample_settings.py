@@ -12,7 +12,7 @@ import numpy as np
 
 from udm_grpo.data.prompts import PromptSet
 from udm_grpo.files.atomic import replace_file
-from udm_grpo.models import SampleError, read_json
+from udm_grpo.models import SamplingError, read_json
 from udm_grpo.released.weights import Checkpoint
 from udm_grpo.reporting.metrics import write_json
 
@@ -57,7 +57,7 @@ def digest_of(checkpoint: Checkpoint) -> str:
 def open_output(settings: Settings, source: dict[str, Any], prompts: PromptSet, output: Path) -> None:
     """Make the folder, or check that it is one to go on with, and write all in it but pictures.
 
-    Raises SampleError for a folder of other settings (naming each) and for one that something else has filled.
+    Raises SamplingError for a folder of other settings (naming each) and for one that something else has filled.
     """
     file = output / "settings.json"
     if file.exists():
@@ -70,10 +70,10 @@ def open_output(settings: Settings, source: dict[str, Any], prompts: PromptSet, 
         ]
         if lines:
             lines.append("Set these back to go on there, or give another folder as --output.")
-            raise SampleError("\n  ".join([f"{output} holds pictures of other settings:", *lines]))
+            raise SamplingError("\n  ".join([f"{output} holds pictures of other settings:", *lines]))
     # What starts with a dot is what a kill leaves of a file that was being written.
     elif output.exists() and any(not entry.name.startswith(".") for entry in output.iterdir()):
-        raise SampleError(f"{output} holds something, but no settings.json; give an empty or new folder as --output.")
+        raise SamplingError(f"{output} holds something, but no settings.json; give an empty or new folder as --output.")
     else:
         write_json(file, {**asdict(settings), "source": source})
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in prompts.metadata]

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from udm_grpo import pretrain, steps
+from udm_grpo import compiled, pretrain
 from udm_grpo.batches import Params
 from udm_grpo.checkpoints.checkpoint import Checkpoints
 from udm_grpo.checkpoints.checkpoint_fallback import restore_newest
@@ -131,7 +131,7 @@ class TokenizerTraining:
         peak, decay = self.plan.tokenizer_rate, (self.plan.tokenizer_decay if quantized else 0) or updates
         schedule = optax.warmup_cosine_decay_schedule(0, peak, min(50, decay // 2), decay, peak * 0.05)
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, 0.9, 0.95, weight_decay=1e-4))
-        step = steps.tokenizer_step(self.config, optimizer, quantized)
+        step = compiled.tokenizer_step(self.config, optimizer, quantized)
         opt_state, start = optimizer.init(params), 0
         states = Checkpoints(self.output / f"tokenizer_{name}", keep=2)
         saved = restore_newest(states.folder, (params, opt_state))
@@ -158,7 +158,7 @@ class TokenizerTraining:
 
     def codebook(self, params: Params) -> np.ndarray:
         """Codes f32[V,e] from the latents of the plan's pictures, by spherical k-means."""
-        encode = steps.tokenizer_latents(self.config)
+        encode = compiled.tokenizer_latents(self.config)
         latents = [np.asarray(encode(params, self.batch(100))) for _ in range(self.plan.codebook_batches)]
         points = np.concatenate(latents).reshape(-1, self.config.vq_embed_dim)
         return spherical_k_means(points, self.config.num_vq_embeddings, self.rng)
@@ -192,7 +192,7 @@ def write_tokens(world: World, plan: Plan, params: Params, file: Path) -> None:
     """Render, encode and caption the transformer's training pictures: tokens.npz with prompts and images."""
     rng = np.random.default_rng(1)
     wanted = world.sample(plan.pictures, rng)
-    encode, _ = steps.tokenizer_codec(vq.VQConfig.from_json(world.vq_config))
+    encode, _ = compiled.tokenizer_codec(vq.VQConfig.from_json(world.vq_config))
     ids = []
     for at in range(0, plan.pictures, 500):
         images = world.pictures(wanted[at : at + 500], rng)

@@ -16,7 +16,7 @@ from udm_grpo.batch_sizes import BatchSizes, batch_sizes
 from udm_grpo.batches import Params, Rollout, Samples, TrainState
 from udm_grpo.config import GRPOConfig, RunConfig
 from udm_grpo.diffusion.chunks import map_chunks, pad_rows
-from udm_grpo.diffusion.path import Path
+from udm_grpo.diffusion.path import ProbabilityPath
 from udm_grpo.diffusion.pretrain import pretrain_loss
 from udm_grpo.diffusion.rollout import RolloutPlan, rollout
 from udm_grpo.grpo.advantages import advantages
@@ -133,7 +133,7 @@ def logps_in_chunks(
 
 def prepare_samples(
     plans: Plans,
-    path: Path,
+    path: ProbabilityPath,
     sizes: BatchSizes,
     with_old: bool,
     policy: Params,
@@ -205,7 +205,12 @@ def _placed(plans: Plans, mesh: Mesh) -> Plans:
 
 
 def build(
-    config: RunConfig, plans: Plans, path: Path, optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState
+    config: RunConfig,
+    plans: Plans,
+    path: ProbabilityPath,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    state: TrainState,
 ) -> Steps:
     """Compile-on-first-use stages of a run on `mesh`; `state` may be abstract and gives the shardings."""
     over_batch, replicated = meshes.over_batch(mesh), meshes.replicated(mesh)
@@ -249,7 +254,7 @@ def build(
         ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay > 0 else None
         return TrainState(params=params, opt_state=optimizer.init(params), ema=ema, step=jnp.int32(0))
 
-    def prepare(path: Path, *given: Any) -> Samples:
+    def prepare(path: ProbabilityPath, *given: Any) -> Samples:
         return prepare_samples(plans, path, sizes, grpo.optimizer_steps > 1, *given)
 
     return Steps(
@@ -317,11 +322,11 @@ def image_logits(
 
 
 def free_rollout(
-    config: TransformerConfig, execution: Execution, path: Path, plan: RolloutPlan, out_shardings: Any = None
+    config: TransformerConfig, execution: Execution, path: ProbabilityPath, plan: RolloutPlan, out_shardings: Any = None
 ) -> RolloutStep:
     """Return a rollout outside a run: for notebooks and sampling."""
 
-    def step(path: Path, *given: Any) -> Rollout:
+    def step(path: ProbabilityPath, *given: Any) -> Rollout:
         return rollout(config, execution, path, plan, *given)
 
     # The path is an argument: closed over, its codebook would be a constant of 134 MB in every program.
@@ -331,7 +336,7 @@ def free_rollout(
 def pretrain_step(
     config: TransformerConfig,
     execution: Execution,
-    path: Path,
+    path: ProbabilityPath,
     shift: float,
     grid: tuple[int, int],
     optimizer: optax.GradientTransformation,
