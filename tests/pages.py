@@ -12,6 +12,19 @@ PROGRAMS = ("python", "pip", "hf", "pytest", "wget", "curl", "git", "gsutil", "a
 """What an inline command begins with; a single word alone names the program and is no command."""
 
 
+MANUAL = (
+    "README.md",
+    *(f"udm_grpo/{folder}/README.md" for folder in ("reporting", "multihost", "files", "data")),
+    "scripts/README.md",
+    *(f"udm_grpo/{folder}/README.md" for folder in ("scoring", "released", "model", "worlds")),
+    "rewards_bridge/README.md",
+    "rewards_bridge/scorers/README.md",
+    "configs/README.md",
+    "udm_grpo/README.md",
+)
+"""The pages with commands, in the order in which they are run: what one leaves, later ones use."""
+
+
 @dataclass(frozen=True)
 class Command:
     """A command line as a page has it, continuation lines joined and the comment after it dropped."""
@@ -43,9 +56,14 @@ def _tidy(lines: list[str]) -> list[str]:
     return [re.sub(r"\s+", " ", line).strip() for line in lines]
 
 
+def manual() -> str:
+    """The text of the README and of the folders' READMEs."""
+    return "\n".join((ROOT / name).read_text(encoding="utf-8") for name in MANUAL if (ROOT / name).exists())
+
+
 def readme_commands() -> list[str]:
-    """All lines of the README's shell blocks, in the order of the page."""
-    blocks = re.findall(r"```(?:bash|sh|shell|console)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """All lines of the shell blocks of the README and of the folders' READMEs, in their order."""
+    blocks = re.findall(r"```(?:bash|sh|shell|console)\n(.*?)```", manual(), re.DOTALL)
     return _tidy([line for block in blocks for line in _lines(block)])
 
 
@@ -91,6 +109,6 @@ def commands(page: str) -> list[Command]:
 
 def all_inline_commands() -> list[str]:
     """Those of the README and of every page in configs/."""
-    texts = [(ROOT / "README.md").read_text()]
+    texts = [manual()]
     texts += [importlib.import_module(f"configs.{name}").__doc__ or "" for name in CONFIGS]
     return list(dict.fromkeys(code for text in texts for code in inline_commands(text)))

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 from golden_data import DEFAULT_ROOT
+from pages import manual
 from running import ROOT
 
 from udm_grpo import train
@@ -238,7 +239,7 @@ def test_the_compiler_that_is_named_is_the_one_that_is_pinned():
     """For every Python, and, of the one that runs, in the series that the installed jax asks for."""
     pins = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["tpu-compiler"]
     for pin in pins:
-        assert f"`pip install {pin.partition(';')[0]}`" in (ROOT / "README.md").read_text()
+        assert f"`pip install {pin.partition(';')[0]}`" in manual()
     first = pins[0].partition(";")[0]
     assert first.replace("==", " ") in (ROOT / "scripts/compile_table.py").read_text(), "it says what made the table"
     ours = pins[sys.version_info >= (3, 12)].partition(";")[0]

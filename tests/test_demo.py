@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import pytest
 from browser import PHONE, Browser, open_browser
+from pages import manual
 from PIL import Image
 from running import ROOT, environment
 from selenium.webdriver.common.keys import Keys
@@ -35,7 +36,7 @@ from udm_grpo.pipeline import Pipeline, load_pipeline
 from udm_grpo.worlds.shapes import all_prompts, heldout_prompts
 
 SHAPES = str(ROOT / "udm_grpo" / "assets" / "ursa-shapes")
-COMMAND = next(line for line in (ROOT / "README.md").read_text().splitlines() if "-m scripts.demo" in line)
+COMMAND = next(line for line in manual().splitlines() if "-m scripts.demo" in line)
 STRANGE = "a photo of a <b>cat</b> ${1+1} <img src=http://192.0.2.1/x.png>"
 STEPS = 3
 METADATA = next(row for row in heldout_prompts() if row["prompt"] == "a photo of a triangle left of a star")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pages import manual
 from running import ROOT, SMOKE
 from safetensors.numpy import load_file, save_file
 
@@ -102,7 +103,7 @@ def test_every_field_is_refused_by_name_or_listed_as_free(config: RunConfig) -> 
 
 def test_all_free_fields_exist_and_the_readme_lists_them() -> None:
     names = [name for name, _ in field_values(CONFIG)]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = manual()
     for pattern in (*free_fields(with_field(CONFIG, "optimizer.schedule", "constant")), *FREE):
         assert any(is_free(name, {pattern: ""}) for name in names), pattern
         assert f"`{pattern.replace('scorers.*', 'scorers.NAME')}`" in readme, pattern

@@ -3,10 +3,9 @@
 import re
 import shlex
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from pages import recipe_commands
+from pages import manual, recipe_commands
 
 from configs import geneval, ocr, pickscore
 from rewards_bridge.scorers import KNOWN
@@ -97,7 +96,7 @@ def test_the_prompts_that_a_page_prepares_lie_where_the_recipe_reads(name, tmp_p
 
 
 def test_the_readme_names_the_command_of_the_page():
-    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    readme = manual()
     compiling = [command for command in recipe_commands("geneval") if "--compile_only" in command]
     assert len(compiling) == 1
     assert f"\n{compiling[0]}\n" in readme

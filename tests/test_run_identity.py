@@ -11,8 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pages import manual
 from report_runs import write_run
-from running import ROOT
 
 from udm_grpo.batches import TrainState
 from udm_grpo.checkpoints.checkpoint import CheckpointError, Checkpoints
@@ -60,7 +60,7 @@ def test_everything_of_an_older_run_is_set_aside_as_a_run_of_its_own(tmp_path: P
 
 def test_all_that_the_readme_says_a_run_leaves_is_set_aside() -> None:
     """But parts of an evaluation, which know their run: a start without a checkpoint continues with them."""
-    table = (ROOT / "README.md").read_text().split("| in `output_dir` | |")[1].split("\n\n")[0]
+    table = manual().split("| in `output_dir` | |")[1].split("\n\n")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     said = {name.rstrip("/") for row in rows for name in re.findall(r"`([^`]+)`", row)}
     assert len(said) > 15

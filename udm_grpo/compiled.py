@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, Key, UInt8
+from optax import GradientTransformation as Optimizer
+from optax import OptState
 
 from udm_grpo import mesh as meshes
 from udm_grpo.batch_sizes import BatchSizes, batch_sizes
@@ -205,12 +206,7 @@ def _placed(plans: Plans, mesh: Mesh) -> Plans:
 
 
 def build(
-    config: RunConfig,
-    plans: Plans,
-    path: ProbabilityPath,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    state: TrainState,
+    config: RunConfig, plans: Plans, path: ProbabilityPath, optimizer: Optimizer, mesh: Mesh, state: TrainState
 ) -> Steps:
     """Compile-on-first-use stages of a run on `mesh`; `state` may be abstract and gives the shardings."""
     over_batch, replicated = meshes.over_batch(mesh), meshes.replicated(mesh)
@@ -226,9 +222,8 @@ def build(
         return free_rollout(plans.transformer, plans.execution, path, plan, Rollout(first, kept, kept))
 
     def evaluation_step(steps: int) -> RolloutStep:
-        return rollout_step(
-            RolloutPlan(grid=plans.rollout.grid, steps=steps, shift=plans.rollout.shift, rows=plans.rollout.rows)
-        )
+        kept = plans.rollout
+        return rollout_step(RolloutPlan(grid=kept.grid, steps=steps, shift=kept.shift, rows=kept.rows))
 
     def decode(params: Params, ids: Int32[Array, "m n"]) -> UInt8[Array, "m hh ww 3"]:
         return to_pixels(vq.decode(plans.vq, params, ids.reshape(-1, *plans.rollout.grid)))
@@ -281,14 +276,14 @@ def _compute_copy(config: RunConfig, dtype: Any, out_shardings: Any) -> Callable
 
 
 def tokenizer_step(
-    config: vq.VQConfig, optimizer: optax.GradientTransformation, quantized: bool
-) -> Callable[[Params, optax.OptState, Array], tuple[Params, optax.OptState, Metrics]]:
+    config: vq.VQConfig, optimizer: Optimizer, quantized: bool
+) -> Callable[[Params, OptState, Array], tuple[Params, OptState, Metrics]]:
     """One training step of the image tokenizer: (params, opt_state, pixels f32[B,H,W,3]) -> the next, and metrics.
 
     The codebook is brought back to rows of length 1 after each step.
     """
 
-    def step(params: Params, opt_state: optax.OptState, pixels: Array) -> tuple[Params, optax.OptState, Metrics]:
+    def step(params: Params, opt_state: OptState, pixels: Array) -> tuple[Params, OptState, Metrics]:
         gradients, metrics = jax.grad(lambda p: tokenizer_loss(config, p, pixels, quantized), has_aux=True)(params)
         params, opt_state, metrics["grad_norm"] = optimizer_step(optimizer, gradients, opt_state, params)
         params["codebook"] = {"embedding": unit(params["codebook"]["embedding"])}
@@ -339,13 +334,13 @@ def pretrain_step(
     path: ProbabilityPath,
     shift: float,
     grid: tuple[int, int],
-    optimizer: optax.GradientTransformation,
-) -> Callable[..., tuple[Params, optax.OptState, Metrics]]:
+    optimizer: Optimizer,
+) -> Callable[..., tuple[Params, OptState, Metrics]]:
     """One pre-training step: (params, opt_state, prompt_ids i32[B,L], empty_ids i32[L], clean i32[B,N], key)."""
 
     def step(
-        params: Params, opt_state: optax.OptState, prompt_ids: Array, empty_ids: Array, clean: Array, key: Array
-    ) -> tuple[Params, optax.OptState, Metrics]:
+        params: Params, opt_state: OptState, prompt_ids: Array, empty_ids: Array, clean: Array, key: Array
+    ) -> tuple[Params, OptState, Metrics]:
         loss, gradients = jax.value_and_grad(
             lambda p: pretrain_loss(config, execution, path, shift, p, prompt_ids, empty_ids, clean, grid, key)
         )(params)
