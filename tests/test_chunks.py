@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from udm_grpo.diffusion.chunks import chunk_size, join, map_chunks, pad_rows, split
+from udm_grpo.model.chunks import chunk_size, join, map_chunks, pad_rows, split
 
 
 def test_join_undoes_split() -> None:

@@ -13,12 +13,13 @@ from udm_grpo.batches import Rollout, Samples, TrainState
 from udm_grpo.diffusion.path import make_path
 from udm_grpo.diffusion.schedule import timesteps
 from udm_grpo.grpo.advantages import advantages
-from udm_grpo.grpo.loss import LossPlan, grpo_loss, head_logps, k3, policy_loss, token_mean_logps
+from udm_grpo.grpo.loss import LossPlan, grpo_loss, k3, policy_loss, token_mean_logps
 from udm_grpo.grpo.minibatches import of_images, split_images
 from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.grpo.optimizer import step as optimizer_step
 from udm_grpo.grpo.trajectory import TrajectoryPlan, trajectory, window
 from udm_grpo.grpo.update import EmaPlan, accumulated_gradients, update
+from udm_grpo.model.head import head_logps
 from udm_grpo.model.transformer import Execution, TransformerConfig, init
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")

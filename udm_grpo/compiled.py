@@ -16,7 +16,6 @@ from udm_grpo import mesh as meshes
 from udm_grpo.batch_sizes import BatchSizes, batch_sizes
 from udm_grpo.batches import Params, Rollout, Samples, TrainState
 from udm_grpo.config import GRPOConfig, RunConfig
-from udm_grpo.diffusion.chunks import map_chunks, pad_rows
 from udm_grpo.diffusion.path import ProbabilityPath
 from udm_grpo.diffusion.pretrain import pretrain_loss
 from udm_grpo.diffusion.rollout import RolloutPlan, rollout
@@ -28,6 +27,7 @@ from udm_grpo.grpo.trajectory import TrajectoryPlan, trajectory
 from udm_grpo.grpo.update import EmaPlan, cast, update
 from udm_grpo.model import lora, vq
 from udm_grpo.model.attention import choose
+from udm_grpo.model.chunks import map_chunks, pad_rows
 from udm_grpo.model.transformer import Execution, TransformerConfig, head, hidden_states, image_rows
 from udm_grpo.model.vq_loss import tokenizer_loss, unit
 

@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int, Int32, Key
 from udm_grpo.batches import Params, Rollout
 from udm_grpo.diffusion import path as paths
 from udm_grpo.diffusion.categorical import categorical, uniforms
-from udm_grpo.diffusion.chunks import map_chunks
 from udm_grpo.diffusion.path import ProbabilityPath
 from udm_grpo.diffusion.schedule import timesteps
+from udm_grpo.model.chunks import map_chunks
 from udm_grpo.model.transformer import Execution, TransformerConfig, head, hidden_states, image_rows
 
 

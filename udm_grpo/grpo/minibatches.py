@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Int32, Key
 
 from udm_grpo.batches import Samples
-from udm_grpo.diffusion.chunks import pad_rows
+from udm_grpo.model.chunks import pad_rows
 
 
 def split_images(key: Key[Array, ""], images: int, minibatches: int) -> Int32[Array, "m i"]:

@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Int, Int32, Key
 from udm_grpo.batches import Rollout, Trajectory
 from udm_grpo.diffusion import path as paths
 from udm_grpo.diffusion.categorical import uniforms
-from udm_grpo.diffusion.chunks import map_chunks
 from udm_grpo.diffusion.path import ProbabilityPath
 from udm_grpo.diffusion.rollout import image_keys
 from udm_grpo.diffusion.schedule import timesteps
+from udm_grpo.model.chunks import map_chunks
 
 
 @dataclass(frozen=True)

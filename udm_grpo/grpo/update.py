@@ -10,11 +10,11 @@ import optax
 from jaxtyping import Array, Bool, Float, Int32
 
 from udm_grpo.batches import Params, Samples, TrainState
-from udm_grpo.diffusion.chunks import chunk_size, split
 from udm_grpo.grpo.loss import LossPlan, grpo_loss
 from udm_grpo.grpo.optimizer import largest, unless
 from udm_grpo.grpo.optimizer import step as optimizer_step
 from udm_grpo.model import lora
+from udm_grpo.model.chunks import chunk_size, split
 from udm_grpo.model.transformer import Execution, TransformerConfig
 
 
