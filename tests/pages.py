@@ -21,6 +21,7 @@ MANUAL = (
     "rewards_bridge/scorers/README.md",
     "configs/README.md",
     "udm_grpo/README.md",
+    "tests/README.md",
 )
 """The pages with commands, in the order in which they are run: what one leaves, later ones use."""
 
