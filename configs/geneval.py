@@ -11,7 +11,7 @@ Files. Each command leaves its files where this recipe reads them:
     python -m scripts.prepare_prompts generate-geneval --leave-out downloads/evaluation_metadata.jsonl \\
         --output data/geneval
 
-Check that everything is there, see what it needs, train, and go on after an interruption:
+Check that everything is there, see what it needs, train, and resume after an interruption:
 
     python -m rewards_bridge doctor --config configs/geneval.py
     python -m udm_grpo.train --config configs/geneval.py --compile_only --topology v5p:2x2x4

@@ -194,7 +194,7 @@ class Peer:
             if config.check_example:
                 raise BridgeError(
                     f"{problem}. It has other weights, or another version of a package, than it is made for: fix that, "
-                    "or set its check_example to False to go on with a warning."
+                    "or set its check_example to False to continue with a warning."
                 )
             found.append(problem)
         if not self.is_own and reply.HasField("setup"):

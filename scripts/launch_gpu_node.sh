@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on one node of GPUs; goes on from the last checkpoint of its output_dir.
+# Train on one node of GPUs; resumes from the last checkpoint of its output_dir.
 #
 #   scripts/launch_gpu_node.sh -- --config configs/pickscore.py                                             # the recipe's own split
 #   scripts/launch_gpu_node.sh --scorers pickscore --scorer-gpus 1 -- --config configs/pickscore.py         # 7 + 1 of 8

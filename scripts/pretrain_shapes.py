@@ -3,7 +3,7 @@
     python -m scripts.pretrain_shapes --output outputs/pretrain_shapes
     python -m scripts.pretrain_shapes --output outputs/pretrain_shapes --install   # and put it into udm_grpo/assets
 
-Seeded; every stage leaves its result in --output and a killed run goes on from the last one, to the same end. The base
+Seeded; every stage leaves its result in --output and a killed run resumes from the last one, to the same end. The base
 is meant to be imperfect in an honest way: short training, and one caption in ten is wrong in one element (another
 class, colour, count or relation).
 """

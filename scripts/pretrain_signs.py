@@ -4,7 +4,7 @@
     python -m scripts.pretrain_signs --output outputs/pretrain_signs --install   # and put it into udm_grpo/assets
 
 Needs the fonts that udm_grpo/worlds/signs.py names. Seeded; every stage leaves its result in --output and a killed run
-goes on from the last one, to the same end. The base is meant to be imperfect in an honest way: short training, and one
+resumes from the last one, to the same end. The base is meant to be imperfect in an honest way: short training, and one
 caption in ten is wrong in one digit.
 """
 

@@ -10,7 +10,7 @@ stop exits with its stopped status and without a traceback; a lost scorer alone 
 left over. The exit status is 1 if any trial fails.
 
 The seed decides phases, signals, targets and moments; how far the run is at that moment depends on the machine. Results
-gather in results.jsonl in --output, one line a trial, and the same command goes on after the last one.
+gather in results.jsonl in --output, one line a trial, and the same command continues after the last one.
 """
 
 import argparse

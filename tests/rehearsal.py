@@ -130,7 +130,7 @@ class Stage:
         return "".join(said)
 
     def serve(self, text: str) -> str:
-        """Start a server, which goes on to the end of the stage; return the line that names its address."""
+        """Start a server, which continues to the end of the stage; return the line that names its address."""
         log, errors = (self.folder / f"server-{len(self.servers)}.{ending}" for ending in ("log", "err"))
         with log.open("w") as file, errors.open("w") as more:
             process = subprocess.Popen(

@@ -147,7 +147,7 @@ def test_what_is_kept_can_be_read_back(tmp_path):
     with RewardsClient(helpers.config("Wrong", kept_images=str(folder))) as client:
         with pytest.raises(BadScoresError, match="made/when needed"):
             client.submit(images, prompts, metadata).result(20)
-        assert client.submit(*helpers.batch(100, 5)).result(20).score[4] == 4, "the server goes on"
+        assert client.submit(*helpers.batch(100, 5)).result(20).score[4] == 4, "the server continues"
     record = (folder / "kept.jsonl").read_text()
     lines = [json.loads(line, parse_constant=pytest.fail) for line in record.splitlines()]
     assert [line["prompt"] for line in lines] == ["prompt 101", "prompt 103"]

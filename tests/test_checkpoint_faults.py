@@ -60,7 +60,7 @@ def test_a_damaged_checkpoint_is_called_damaged(tmp_path):
 
 
 def test_a_process_killed_while_saving_leaves_the_last_good_checkpoint(tmp_path):
-    """Kill a process that saves without pause at random moments; each next process goes on in the same folder."""
+    """Kill a process that saves without pause at random moments; each next process continues in the same folder."""
     checkpoints = Checkpoints(tmp_path, keep=2)
     seen = interrupted = rounds = 0
     delays = random.Random(0)
@@ -127,7 +127,7 @@ def test_a_full_disk_is_a_clear_error_and_the_last_good_checkpoint_stays(tmp_pat
         assert "saving " + str(folder / "00000002") in output
         assert "It needs 2.0 MiB; the disk has " in output
         assert f"The last good checkpoint is {folder / '00000001'}; nothing was deleted." in output
-        assert "it goes on with 3" in output
+        assert "it continues with 3" in output
         checkpoints = Checkpoints(folder, keep=1)
         assert checkpoints.steps() == [3]
         assert checkpoints.restore(3, {"x": jnp.zeros(9)})[0]["x"].tolist() == [3.0] * 9
@@ -156,7 +156,7 @@ def full_disk(folder: str, file_limit: bool) -> None:
         assert_same(checkpoints.restore(1, small)[0], small)
     assert [path.name for path in Path(folder).iterdir() if path.name != "best"] == ["00000001"]
     checkpoints.save(3, {"x": jnp.full((9,), 3.0)}, {})
-    print("it goes on with", checkpoints.latest())
+    print("it continues with", checkpoints.latest())
 
 
 if __name__ == "__main__":

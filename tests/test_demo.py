@@ -382,7 +382,7 @@ def test_good_input_is_taken():
         (("--step=3",), "--step chooses from a training run"),
         (("--option=x",), "--option 'x': wanted KEY=VALUE"),
         (("--port=0", "--base=nowhere"), "nowhere"),
-        (("--port=0", "--run={empty}"), "is no training run"),
+        (("--port=0", "--run={empty}"), "is not a training run"),
         (("--port=0", "--height=33"), "--height 33 and --width 32 must be multiples of 8"),
         (("--port=0", "--scorer=nobody"), "unknown scorer 'nobody'"),
     ],

@@ -183,7 +183,7 @@ def ended(
 
 def test_the_last_whole_iteration_is_saved_after_an_error(tmp_path):
     assert ended(tmp_path, 7)[0] == [7]
-    assert "7 of 1000 iterations are saved; go on with" in ended(tmp_path, 7)[1]
+    assert "7 of 1000 iterations are saved; resume with" in ended(tmp_path, 7)[1]
     assert ended(tmp_path, 7, saved=7)[0] == []
     assert ended(tmp_path, 7, saved=6)[0] == [7]
     assert ended(tmp_path, 0)[0] == [0]

@@ -1,4 +1,4 @@
-"""Scores of folders of pictures by the command line: numbers with a known truth, going on, comparing, wrong input."""
+"""Scores of folders of pictures by the command line: numbers with a known truth, continuing, comparing, wrong input."""
 
 import json
 import re
@@ -187,7 +187,7 @@ def test_scores_are_compared_without_scoring_again(judged: Path, tmp_path: Path,
     assert warning in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- going on
+# ---------------------------------------------------------------- continuing
 
 
 def test_a_killed_command_goes_on(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_a_scorer_that_fails_keeps_what_was_scored(tmp_path: Path, capsys) -> No
     assert run(tmp_path / "pictures", tmp_path / "scores", *words) == 2
     error = capsys.readouterr().err
     assert "score = -inf" in error
-    assert "the same command goes on from there" in error
+    assert "the same command resumes from there" in error
     assert len(lines(tmp_path / "scores" / "scores.jsonl")) == 2
     assert len(list((tmp_path / "scores" / "kept_images" / "wrong").glob("*.png"))) == 1
     assert not (tmp_path / "scores" / "summary.json").exists()

@@ -1,4 +1,4 @@
-"""What may change when a run goes on, and what may not: every field, the contents of every file, no place."""
+"""What may change when a run continues, and what may not: every field, the contents of every file, no place."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Pre-training goes on past a damaged saved state, from the one before, to the same end."""
+"""Pre-training continues past a damaged saved state, from the one before, to the same end."""
 
 import dataclasses
 

@@ -133,7 +133,7 @@ def folders_with_sources() -> list[Path]:
 
 
 def test_the_layout_and_the_folders_readmes_name_exactly_the_files_there_are() -> None:
-    lines = README.split("## Layout")[1].split("```")[1].splitlines()
+    lines = README.split("## Repository layout")[1].split("```")[1].splitlines()
     said = {line.split()[0] for line in lines[lines.index("udm_grpo/") + 1 :] if line.startswith("  ")}
     there = {path.name + "/" * path.is_dir() for path in (ROOT / "udm_grpo").iterdir()}
     assert said == there - {"__init__.py", "__pycache__/", "README.md"}

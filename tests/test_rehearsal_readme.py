@@ -38,7 +38,7 @@ def summary(user: Stage, folder: str) -> dict:
 
 
 def test_trainings_come_to_their_end(said: dict[str, str], user: Stage) -> None:
-    """The first command of the README, the way to go on, several processes, an adapter, and a reward by OCR."""
+    """The first command of the README, the way to continue, several processes, an adapter, and a reward by OCR."""
     assert summary(user, "shapes")["iterations"] == 2
     assert set(summary(user, "shapes")["by_steps"]) == {"10", "25"}
     assert summary(user, "together")["iterations"] == 1

@@ -229,7 +229,7 @@ def test_all_folders_that_are_no_run_are_named_at_once(run, tmp_path, capsys):
     )
     said = capsys.readouterr().err
     assert f"{tmp_path / 'nowhere'}: there is no such folder" in said
-    assert f"{tmp_path / 'empty'} is no training run" in said
+    assert f"{tmp_path / 'empty'} is not a training run" in said
     assert "config.json holds a list" in said
 
 

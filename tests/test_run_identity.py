@@ -210,7 +210,7 @@ def test_a_best_stays_as_long_as_a_kept_checkpoint_would_go_on_with_it(tmp_path:
     branch.look(1, 0.5)
     branch.checkpoint(2)
     branch.look(3, 0.7)
-    assert branch.kept() == ["1-step-1", "2-step-3"], "checkpoint 2 goes on with the best of step 1"
+    assert branch.kept() == ["1-step-1", "2-step-3"], "checkpoint 2 continues with the best of step 1"
     branch.checkpoint(4)
     assert branch.kept() == ["2-step-3"]
 

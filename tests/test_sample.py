@@ -155,7 +155,7 @@ def test_a_negative_prompt_takes_the_place_of_the_empty_one(tmp_path: Path) -> N
     assert json.loads(settings.read_text())["negative_prompt"] == star
     drawn = load_pipeline(SHAPES).generate([star] * 8, 3, 3.0, negative_prompt=star, height=32, width=32)
     np.testing.assert_array_equal(other["00000_0.png"], drawn[0])
-    # A folder of an earlier version, which does not say it, goes on with the empty one alone.
+    # A folder of an earlier version, which does not say it, continues with the empty one alone.
     old = json.loads(settings.read_text())
     del old["negative_prompt"]
     settings.write_text(json.dumps(old))

@@ -74,7 +74,7 @@ def test_the_layouts_are_those_of_sample(tmp_path: Path) -> None:
         gone = place_of(settings.layout, root, (), 1, 1)[0]
         gone.unlink()
         said = refused(root)
-        assert f"1 pictures are missing; draw them (the same udm_grpo.sample command goes on):\n    {gone}\n" in said
+        assert f"1 pictures are missing; draw them (the same udm_grpo.sample command continues):\n    {gone}\n" in said
 
 
 def test_missing_pictures_are_listed_and_counted(geneval: Path) -> None:

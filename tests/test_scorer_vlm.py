@@ -182,7 +182,7 @@ def test_what_may_pass_is_tried_again(bad):
     [
         ("I cannot judge that", "no number that is clearly its score: the answer 'I cannot judge that'"),
         ("Score: 11", "from 0.0 to 10.0; found 11 in the answer 'Score: 11'"),
-        ("Score: 4/5", "goes on in another way: the answer 'Score: 4/5'"),
+        ("Score: 4/5", "continues in another way: the answer 'Score: 4/5'"),
         (
             (200, reply("Score: 1", finish_reason="length")),
             r"not finished \(finish_reason 'length'\); raise max_tokens in the option fields: 'Score: 1'",

@@ -152,7 +152,7 @@ class ScorerConfig:
     scorer: str = ""
     """A known scorer, or module:Class; empty: the scorer that the part is named after."""
     weight: float = 1.0
-    """Of its score in the sum that is optimised."""
+    """Weight of this score in the total reward."""
     options: dict[str, str] = field(default_factory=dict)
     """Handed to the scorer."""
     replicas: int = 1

@@ -120,7 +120,7 @@ def explain(error: Exception) -> str:
         )
     return (
         f"a device failed ({reason}). If it happens again, look at the machine's own log (nvidia-smi, dmesg) and try "
-        "another device; a training goes on from its last checkpoint with --config.checkpoint.resume=latest."
+        "another device; a training resumes from its last checkpoint with --config.checkpoint.resume=latest."
     )
 
 

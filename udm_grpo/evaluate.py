@@ -158,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         *("--prompt-key", "--prompt_key"), metavar="KEY", help="of --prompts: the text that was drawn (default: prompt)"
     )
-    parser.add_argument("--allow_missing", action="store_true", help="count missing and unreadable pictures, and go on")
+    parser.add_argument(
+        "--allow_missing", action="store_true", help="count missing and unreadable pictures, and continue"
+    )
     for name, default, meaning in (
         ("batch", 32, "pictures that are scored together"),
         ("changed", 16, "prompts of the comparison that are shown; 0: none"),
@@ -286,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _say(line)
             _run(placed.scorers, output, given)
     except BridgeError as error:
-        _say(f"error: {error}\nWhat was scored is in {output}; the same command goes on from there.")
+        _say(f"error: {error}\nWhat was scored is in {output}; the same command resumes from there.")
         return 2
     except (OSError, ValueError) as error:  # ValueError: SampleFolderError, ScoringError, ConfigError, UsageError
         _say(f"error: {error}")

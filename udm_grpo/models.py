@@ -48,7 +48,7 @@ def open_run(folder: str, step: str | None = None, weights: str | None = None) -
     """
     file = local(f"{folder}/config.json")
     if not file.is_file():
-        raise SamplingError(f"{folder} is no training run: there is no {file}. Give the output_dir of one as --run.")
+        raise SamplingError(f"{folder} is not a training run: there is no {file}. Give the output_dir of one as --run.")
     config = read_json(file)
     given, judged = config["model"], "ema" if config["optimizer"]["ema_decay"] > 0 else "params"
     wanted = weights or judged

@@ -81,7 +81,7 @@ def pretrain(
     states: Checkpoints | None,
     log: Callable[[dict[str, Any]], None],
 ) -> Params:
-    """Train and return the transformer's parameters; with `states`, go on from its newest and save there.
+    """Train and return the transformer's parameters; with `states`, resume from its newest and save there.
 
     `log` gets {"update", "loss"} (mean cross-entropy in nats) every 100 updates. Raises DivergedError, before
     anything is saved, naming the first update whose loss or gradient norm is not finite.

@@ -4,7 +4,7 @@
     python -m udm_grpo.report outputs/shapes outputs/other --output comparison.html
 
 A run makes its own at its end, as report.html in its output_dir; this command makes one at any time, also of a run that
-goes on or was killed.
+continues or was killed.
 """
 
 import argparse

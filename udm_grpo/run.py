@@ -1,4 +1,4 @@
-"""Puts a run together: checkpoint, mesh, compiled stages, prompt sets, scorer; and where it starts or goes on."""
+"""Puts a run together: checkpoint, mesh, compiled stages, prompt sets, scorer; and where it starts or continues."""
 
 import contextlib
 import enum
@@ -64,7 +64,7 @@ class Stage(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that does not change while a run goes on."""
+    """Everything that does not change while a run continues."""
 
     config: RunConfig
     mesh: Mesh
@@ -79,7 +79,7 @@ class Run:
     output: Path
     """The run's folder; for one in a bucket, the local folder that stands for it."""
     identity: Identity
-    """Its id, and what it goes on from."""
+    """Its id, and what it resumes from."""
     asked: Interruption
     """Whether it is to stop."""
     mirror: Mirror | None = None
@@ -245,7 +245,7 @@ def open_run(config: RunConfig, asked: Interruption, stack: contextlib.ExitStack
 
 
 def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position | None]:
-    """(state, reference parameters, position): of the checkpoint to go on from, or fresh with position None.
+    """(state, reference parameters, position): of the checkpoint to resume from, or fresh with position None.
 
     Nothing is written: see `begin`.
 
@@ -272,7 +272,7 @@ def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position 
 def begin(run: Run, position: Position | None, stack: contextlib.ExitStack) -> Run:
     """Take the run's folder over, once everything has agreed to the start: the first thing that is written there.
 
-    position: where the run goes on from; None: it begins anew. What an older run left there is set aside: everything,
+    position: where the run resumes from; None: it begins anew. What an older run left there is set aside: everything,
     or of this run itself what comes after the position. Raises ConfigError if the processes do not share the folder.
     """
     run = replace(run, mirror=claim_output(run.config, stack))
@@ -305,7 +305,7 @@ def _fresh(run: Run, abstract: TrainState, reference: Params) -> tuple[TrainStat
 
 
 def save(run: Run, state: TrainState, reference: Params, position: Position) -> None:
-    """Begin to save everything an exact resume needs; the writing goes on while the run does."""
+    """Begin to save everything an exact resume needs; the writing continues while the run does."""
     meta = run.identity.saved_with(position=asdict(position))
     if run.mirror:
         run.mirror.push()  # so that what is before the checkpoint is there when it counts

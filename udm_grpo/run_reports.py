@@ -1,4 +1,4 @@
-"""Where a run tells how it goes: metrics, evaluations, a progress bar, and the page at its end."""
+"""Training logs: metrics, evaluations, progress bar, and the report at the end."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class Reports:
-    """Where a run tells how it goes."""
+    """The logs of a run."""
 
     writer: MetricsWriter
     evaluations: JsonLines | None

@@ -9,7 +9,7 @@ scores and is cut off. Only these are verdicts, and only if all of them are the 
 - "score" in an answer that is a JSON object, or has one as its only fenced block.
 - An answer that is nothing but a number.
 
-What stands in thoughts (<think> and the like) does not count. A number that goes on in another way (7-8, 4/5, 80 %,
+What stands in thoughts (<think> and the like) does not count. A number that continues in another way (7-8, 4/5, 80 %,
 1,000, 7½) is not guessed at.
 """
 
@@ -117,7 +117,9 @@ def _only(numbers: list[float | None]) -> float:
         raise UnreadableError("it has no number that is clearly its score")
     number = numbers[0]
     if number is None or any(other != number for other in numbers):
-        raise UnreadableError("it has more than one number that could be its score, or one that goes on in another way")
+        raise UnreadableError(
+            "it has more than one number that could be its score, or one that continues in another way"
+        )
     return number
 
 

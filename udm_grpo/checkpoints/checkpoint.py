@@ -1,4 +1,4 @@
-"""Checkpoints on Orbax: save, restore onto any devices, and find the point from which a run goes on.
+"""Checkpoints on Orbax: save, restore onto any devices, and find the point from which a run continues.
 
     checkpoints/00000040/           one folder per saved step, eight digits
     checkpoints/best/1-step-40/     a slot of its own, which `keep` does not count
@@ -11,8 +11,8 @@ What a caller may rely on:
   state given to `restore`, bit for bit, dtypes included, on the shardings given there: no flax or optax type is stored.
 * `meta` is any JSON dictionary. What makes two runs the same run goes under "fingerprint" (see `check_same_run`).
 
-`begin` copies the state and writes it while the caller goes on; `finish` waits for it, and `save` is both. With several
-processes all of them call these and `restore` alike, and all see the same folder.
+`begin` copies the state and writes it while the caller continues; `finish` waits for it, and `save` is both. With
+several processes all of them call these and `restore` alike, and all see the same folder.
 """
 
 import contextlib
@@ -146,7 +146,7 @@ class Checkpoints:
     def begin_best(self, step: int, state: State, meta: Mapping[str, Any]) -> epath.Path:
         """Begin to save the state in the slot for the best one.
 
-        Once it is good, those before are deleted, except what a run would need that goes on from a kept checkpoint: the
+        Once it is good, those before are deleted, except what a run would need that resumes from a kept checkpoint: the
         newest of its step or before.
         """
         self.finish()
@@ -181,7 +181,7 @@ class Checkpoints:
     def set_aside_after(self, step: int) -> list[epath.Path]:
         """Rename all checkpoints newer than `step` so that they no longer count; return their new folders.
 
-        For a run that goes on from an earlier point (or, with step -1, begins anew) in a folder that holds later ones.
+        For a run that resumes from an earlier point (or, with step -1, begins anew) in a folder that holds later ones.
         Best ones of later steps are renamed, too.
         """
         set_best_aside_after(self.folder, step)
@@ -227,7 +227,7 @@ class Checkpoints:
             text += f"; the disk has {shutil.disk_usage(self.folder).free / 2**20:,.1f} MiB free"
         latest = max((step for step in self.steps() if self.path(step) != path), default=None)
         kept = "There is no checkpoint yet" if latest is None else f"The last good checkpoint is {self.path(latest)}"
-        return f"{text}. {kept}; nothing was deleted.\n  Make room if the disk is full, then go on with resume=latest."
+        return f"{text}. {kept}; nothing was deleted.\n  Make room if the disk is full, then resume with resume=latest."
 
 
 def _read_back(saved: _Pending) -> None:

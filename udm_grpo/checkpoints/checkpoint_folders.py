@@ -40,7 +40,7 @@ def committed_best(folder: epath.Path) -> list[tuple[int, epath.Path]]:
 
 
 def drop_superseded(folder: epath.Path) -> None:
-    """Delete best checkpoints that neither the run nor any of its kept checkpoints would go on with."""
+    """Delete best checkpoints that neither the run nor any of its kept checkpoints would continue with."""
     best = [path for _, path in sorted(committed_best(folder))]
     needed = set(best[-1:])
     for step in committed_steps(folder):

@@ -1,4 +1,4 @@
-"""Reads the checkpoints of training: which one a run goes on from, what is in it, and whether it is of that run."""
+"""Reads the checkpoints of training: which one a run resumes from, what is in it, and whether it is of that run."""
 
 import contextlib
 import json
@@ -61,7 +61,7 @@ def read_meta(path: PathLike) -> dict[str, Any]:
 
 
 def resolve_resume(resume: str, folder: PathLike) -> epath.Path | None:
-    """Return the checkpoint to go on from, or None to begin anew.
+    """Return the checkpoint to resume from, or None to begin anew.
 
     resume: "none"; "latest", the newest good one in `folder`, None if there is none yet; or a path, to a checkpoint or
     to a folder of checkpoints (a run's folder too), whose newest is taken. A damaged newest one is passed over with a
@@ -172,5 +172,5 @@ def as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 def first_line(error: Exception) -> str:
     """Return an error's type and the readable part of its message."""
-    text = str(error).split(" [tensorstore_spec=")[0]  # which goes on for a screen
+    text = str(error).split(" [tensorstore_spec=")[0]  # which continues for a screen
     return f"{type(error).__name__}: {text.strip()[:600]}"

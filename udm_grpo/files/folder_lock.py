@@ -195,7 +195,7 @@ class Lock:
 def locked(
     place: LockPlace, folder: str, end: bool = True, stopped: Callable[[], bool] = lambda: False
 ) -> Iterator[Lock]:
-    """Hold the lock of a folder for the length of the block; a thread that holds it already just goes on.
+    """Hold the lock of a folder for the length of the block; a thread that holds it already just continues.
 
     folder: what messages call it. end: whether this process ends, with status 1, should the lock be taken away from it;
     if not, `Lock.check` says so. stopped: whether this process was asked to stop, for one that only notes its signals.
@@ -270,7 +270,9 @@ def _take_over(lock: Lock, content: bytes, seen: bytes, why: str) -> bool:
     time.sleep(SETTLE_S)
     if lock.token not in (lock.place.read() or b""):
         return False
-    print(f"warning: {lock.folder} was in use by {_name(_holder(seen))}, which {why}; going on there", file=sys.stderr)
+    print(
+        f"warning: {lock.folder} was in use by {_name(_holder(seen))}, which {why}; continuing there", file=sys.stderr
+    )
     return True
 
 
@@ -289,7 +291,7 @@ def _beat(lock: Lock, identity: dict[str, Any], released: threading.Event, end: 
         lock.taken_by = taken_by
         if end:
             print(f"error: {lock.lost_text()}", file=sys.stderr, flush=True)
-            os._exit(1)  # whatever else is going on would write
+            os._exit(1)  # whatever else runs here would write
         return
 
 

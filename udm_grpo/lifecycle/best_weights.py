@@ -41,7 +41,7 @@ def best_or_last(run: Run, state: TrainState, position: Position) -> Params:
 
 
 def carried(run: Run, abstract: TrainState, position: Position | None) -> tuple[int, Params] | None:
-    """Return (step, best weights) that a run which goes on takes from where its checkpoint is, None if it has its own.
+    """Return (step, best weights) that a resumed run takes from where its checkpoint is, None if it has its own.
 
     Raises CheckpointError if they are not there: the run's result would silently be another.
     """
@@ -60,7 +60,7 @@ def _find(folder: str, same: Mapping[str, Any], position: Position) -> str:
     if found is None:
         raise CheckpointError(
             f"checkpoint.keep_best: the best weights so far, with the held-out score {position.best:.6g}, are not in "
-            f"{folder}/best. Bring that folder back beside the checkpoints, or go on from another checkpoint."
+            f"{folder}/best. Bring that folder back beside the checkpoints, or resume from another checkpoint."
         )
     return found
 
@@ -85,7 +85,7 @@ def _read(path: str, like: Params) -> Params:
 
 
 def take_over(run: Run, abstract: TrainState, position: Position | None, stack: contextlib.ExitStack) -> Run:
-    """`run.begin`, with the best weights brought along from the folder that the run goes on from, if it was another."""
+    """`run.begin`, with the best weights brought along from the folder that the run resumes from, if it was another."""
     brought = carried(run, abstract, position)
     run = begin(run, position, stack)
     if brought is not None and position is not None and position.best is not None:

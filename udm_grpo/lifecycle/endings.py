@@ -42,7 +42,7 @@ def stop(run: Run, reports: Reports, reference: Params, standing: Standing) -> d
     position = standing.position
     reports.progress.message(
         f"stopped by {_who(run.asked)} after {position.step} of "
-        f"{run.config.iterations} iterations; go on with --config.checkpoint.resume=latest"
+        f"{run.config.iterations} iterations; resume with --config.checkpoint.resume=latest"
     )
     return {"iterations": position.step, "seconds": position.seconds, "stopped": True}
 
@@ -66,7 +66,7 @@ def save_after(error: Exception, run: Run, reports: Reports, reference: Params, 
         reports.progress.message(f"warning: the {step} whole iterations could not be saved: {problem}")
         return
     reports.progress.message(
-        f"{step} of {run.config.iterations} iterations are saved; go on with --config.checkpoint.resume=latest"
+        f"{step} of {run.config.iterations} iterations are saved; resume with --config.checkpoint.resume=latest"
     )
 
 

@@ -1,4 +1,4 @@
-"""What decides a run's numbers: the fields and the contents of files that have to be the same when it goes on.
+"""What decides a run's numbers: the fields and the contents of files that have to be the same when it continues.
 
 Everything in a configuration counts unless `FREE` (or, under a condition, `free_fields`) names it. Files count by what
 they hold, not by where they are: model and prompts are compared whole (large transformer and scorer weights by a
@@ -53,7 +53,7 @@ FREE = {
     **dict.fromkeys(("checkpoint.every", "checkpoint.keep", "checkpoint.stopped_status"), "how it is saved"),
     "logging.*": "where it is told",
 }
-"""Field (or pattern of fields) that may change when a run goes on -> why it decides nothing."""
+"""Field (or pattern of fields) that may change when a run continues -> why it decides nothing."""
 FREE_OPTIONS = (
     *("device", "batch_size", "threads", "cpu_threads", "processes", "concurrency", "timeout_s", "retries"),
     *("url", "api_key_env"),

@@ -1,6 +1,6 @@
-"""Which run this is: its id, which every file that it writes bears, and the checkpoint that it goes on from.
+"""Which run this is: its id, which every file that it writes bears, and the checkpoint that it resumes from.
 
-A fresh start makes a new id. A run that goes on from a checkpoint of its own output_dir keeps its id; one that goes on
+A fresh start makes a new id. A run that resumes from a checkpoint of its own output_dir keeps its id; one that resumes
 in another folder is a branch with an id of its own.
 """
 
@@ -25,9 +25,9 @@ class Identity:
     id: str
     """In every file that the run writes, except in exports, which are the same for the same weights."""
     fingerprint: Mapping[str, Any]
-    """What decides the run's numbers; the same wherever it goes on."""
+    """What decides the run's numbers; the same wherever it continues."""
     resume: str | None = None
-    """The checkpoint that it goes on from; None: it begins anew."""
+    """The checkpoint that it resumes from; None: it begins anew."""
     here: bool = False
     """Whether that is a checkpoint of its own output_dir, whose other files are then its own, too."""
     meta: Mapping[str, Any] = field(default_factory=dict)
@@ -51,7 +51,7 @@ def new_id() -> str:
 
 
 def identify(config: RunConfig, checkpoints: Checkpoints, fingerprint: Mapping[str, Any]) -> Identity:
-    """Find what the run goes on from; raises CheckpointError if that is missing, damaged or of another run."""
+    """Find what the run resumes from; raises CheckpointError if that is missing, damaged or of another run."""
     found = hosts.from_primary(lambda: _resume(config, checkpoints))
     if found is None:
         return Identity(hosts.from_primary(new_id), fingerprint)

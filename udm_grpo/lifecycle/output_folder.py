@@ -1,7 +1,7 @@
 """The folder of a run: looked at before anything is loaded, and written only once everything has agreed to the start.
 
 A start that is refused (settings that do not fit a checkpoint, a scorer that cannot load, damaged weights) leaves the
-folder as it was, so that the files in it go on describing the run that made them.
+folder as it was, so that the files in it continue describing the run that made them.
 """
 
 import contextlib
@@ -112,7 +112,7 @@ def claim_output(config: RunConfig, stack: contextlib.ExitStack) -> Mirror | Non
 def set_aside_older(config: RunConfig, output: Path, own_step: int | None) -> None:
     """Move what an older run left in the folder to its `older`, and say so; for process 0.
 
-    own_step: where the run goes on from if the folder is its own; then only the results of an earlier end are moved,
+    own_step: where the run resumes from if the folder is its own; then only the results of an earlier end are moved,
     unless the run is at that end still.
     """
     address = config.output_dir.rstrip("/") if is_bucket(config.output_dir) else ""

@@ -16,7 +16,7 @@ class Gpus:
     ids: tuple[str, ...]
     """As CUDA_VISIBLE_DEVICES names them."""
     source: str
-    """Where the list comes from, for messages that go on with the list."""
+    """Where the list comes from, for messages that continue with the list."""
     uuids: Mapping[str, str] = field(default_factory=dict)
     """Index -> UUID of all GPUs of the machine; empty where nvidia-smi does not say."""
     memory: Mapping[str, int] = field(default_factory=dict)

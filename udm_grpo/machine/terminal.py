@@ -1,6 +1,6 @@
 """Standard streams that may go away while a program runs: `| head -1`, a dropped ssh connection, a full disk.
 
-What cannot be written there any more is dropped, and the program goes on.
+What cannot be written there any more is dropped, and the program continues.
 """
 
 import contextlib

@@ -1,5 +1,6 @@
-"""What a host holds of the arrays that all hosts share, and what the hosts tell each other; with one process: no more
-than NumPy and `jax.device_put`. All processes call these functions alike, in the same order.
+"""Multi-process helpers: place, slice and gather sharded arrays, and exchange JSON values.
+
+With one process they are no more than NumPy and `jax.device_put`. All processes call them alike, in the same order.
 """
 
 import json

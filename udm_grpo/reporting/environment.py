@@ -27,8 +27,8 @@ def begin(
 ) -> None:
     """Note a start in OUTPUT/environment.json.
 
-    resume_after: None for a fresh run, else the step it goes on from. run: its id. origin: the run and the checkpoint
-    of another folder that it goes on from.
+    resume_after: None for a fresh run, else the step it resumes from. run: its id. origin: the run and the checkpoint
+    of another folder that it resumes from.
     """
     earlier = [] if resume_after is None else _starts(output / FILE)
     start = {"after_step": resume_after or 0, **({"origin": origin} if origin else {}), **describe()}
@@ -62,7 +62,7 @@ def _starts(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError):
-        warnings.warn(f"{path} is damaged; it goes on with this start only", stacklevel=3)
+        warnings.warn(f"{path} is damaged; it continues with this start only", stacklevel=3)
         return []
 
 

@@ -29,7 +29,7 @@ class JsonLines:
     """A file of JSON lines with strictly rising "step", safe against kills: each line is handed to the system at once.
 
     resume_after: None for a new file (an older one is renamed to NAME.1, NAME.2, ...); the step of the checkpoint that
-    the run goes on from to keep the lines up to and including that step. A torn last line is dropped; so, with a
+    the run resumes from to keep the lines up to and including that step. A torn last line is dropped; so, with a
     warning, is any other line that is not JSON with a step, or that another run wrote. run: the id in every line.
     """
 
@@ -209,7 +209,7 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it is and go on below it."""
+        """Leave the bar as it is and continue below it."""
         if self._bar is not None:
             self._bar.close()
 

@@ -1,4 +1,4 @@
-"""Reads what a run leaves in its output_dir, also while it goes on or after it was killed.
+"""Reads what a run leaves in its output_dir, also while it continues or after it was killed.
 
 A torn last line and a file that is not there yet are no errors, what is left of an older run in the same folder is
 passed over; either is noted. Anything else that is damaged is an error with the file and the line.
@@ -55,7 +55,7 @@ def read_run(folder: str | Path) -> RunFolder:
         raise RunFolderError(f"{path}: there is no such folder; give the output_dir of a training run.")
     if not (path / "metrics.jsonl").is_file():
         raise RunFolderError(
-            f"{path} is no training run, or one that has not begun: it has no metrics.jsonl. Give an output_dir."
+            f"{path} is not a training run, or has not begun: it has no metrics.jsonl. Give an output_dir."
         )
     reader = _Reader(path)
     config = reader.object(CONFIG) or {}

@@ -155,7 +155,7 @@ def _read_settings(output: Path) -> dict[str, Any]:
 def _open_output(
     output: Path, scorers: dict[str, dict[str, Any]], folder: SampleFolder
 ) -> tuple[dict[tuple[str, str], Mark], list[str]]:
-    """Make the folder, or check that it is one to go on with: what is scored there, and warnings."""
+    """Make the folder, or check that it is one to continue with: what is scored there, and warnings."""
     marks: dict[tuple[str, str], Mark] = {}
     warnings = []
     if (output / "settings.json").exists():
@@ -186,7 +186,7 @@ def _compare_settings(output: Path, there: dict[str, Any], now: dict[str, Any]) 
             if name in there and (before := _shown(there[name].get(key))) != value:
                 lines.append(f"{key} of {name}: there {before!r}, now {value!r}")
     if lines:
-        lines.append("Set these back to go on there, or give another folder as --output.")
+        lines.append("Set these back to continue there, or give another folder as --output.")
         raise ScoringError("\n  ".join([f"{output} holds scores of other settings:", *lines]))
 
 

@@ -255,7 +255,7 @@ def _refuse(root: Path, found: _Found, unreadable: Sequence[str], allow_missing:
     if not allow_missing:
         misnamed = [*found.misnamed, *pictures_by_suffix(map(Path, found.strange))] if found.missing else []
         told += _listed(f"pictures have other names or suffixes than {found.pattern}; rename or convert them", misnamed)
-        remedy = "" if misnamed else "; draw them (the same udm_grpo.sample command goes on)"
+        remedy = "" if misnamed else "; draw them (the same udm_grpo.sample command continues)"
         told += _listed(f"pictures are missing{remedy}", found.missing)
         told += _listed("pictures cannot be scored; convert them, or draw them again (remove them first)", unreadable)
         if len(told) > bool(found.wrong):

@@ -22,7 +22,7 @@ NEW_SETTINGS = {"negative_prompt": ""}
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides the pictures of a folder; settings.json holds it, and a folder goes on only with the same.
+    """All that decides the pictures of a folder; settings.json holds it, and a folder continues only with the same.
 
     weights: SHA-256 of the checkpoint. prompts: SHA-256 of the prompts and their metadata. steps: T. guidance_scale: g,
     1 is CFG-free. guidance_trunc: guidance acts while t_k is below it. height, width: pixels. text_length: L, tokens.
@@ -55,7 +55,7 @@ def digest_of(checkpoint: Checkpoint) -> str:
 
 
 def open_output(settings: Settings, source: dict[str, Any], prompts: PromptSet, output: Path) -> None:
-    """Make the folder, or check that it is one to go on with, and write all in it but pictures.
+    """Make the folder, or check that it is one to continue with, and write all in it but pictures.
 
     Raises SamplingError for a folder of other settings (naming each) and for one that something else has filled.
     """
@@ -69,7 +69,7 @@ def open_output(settings: Settings, source: dict[str, Any], prompts: PromptSet, 
             if there.get(name, NEW_SETTINGS.get(name)) != now[name]
         ]
         if lines:
-            lines.append("Set these back to go on there, or give another folder as --output.")
+            lines.append("Set these back to continue there, or give another folder as --output.")
             raise SamplingError("\n  ".join([f"{output} holds pictures of other settings:", *lines]))
     # What starts with a dot is what a kill leaves of a file that was being written.
     elif output.exists() and any(not entry.name.startswith(".") for entry in output.iterdir()):

@@ -1,7 +1,7 @@
 """The stages by which the base checkpoint of a small world is made from nothing, whatever that world shows.
 
 The tokenizer learns pictures, the pictures become image tokens under captions of which some are wrong, and the
-transformer learns those. Seeded; every stage leaves its result in the output folder and a killed run goes on from the
+transformer learns those. Seeded; every stage leaves its result in the output folder and a killed run resumes from the
 last one, to the same end. The worlds: scripts/pretrain_shapes.py, scripts/pretrain_signs.py.
 """
 
