@@ -120,6 +120,8 @@ def guarded(main: Callable[[], int | None]) -> int:
 
     Ctrl-C ends it by a word instead of a traceback.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     remember_start()
     out, err = cast(TextIO, _Redacting(sys.stdout)), cast(TextIO, _Redacting(sys.stderr))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -15,9 +15,11 @@ if "UDM_GRPO_COMPILED" not in os.environ:
     os.environ["UDM_GRPO_COMPILED"] = tempfile.mkdtemp(prefix="compiled-")
     atexit.register(shutil.rmtree, os.environ["UDM_GRPO_COMPILED"], ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests that are run in the background of a script (nohup) ignore these, and so would all that they start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    # Tests that are run in the background of a script ignore Ctrl-C, and so would all that they start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import jax
 import pytest

@@ -1,6 +1,7 @@
 """UDM-GRPO: reinforcement learning of uniform discrete diffusion models for text-to-image, in JAX."""
 
 import os
+import signal
 import sys
 from types import TracebackType
 
@@ -8,9 +9,7 @@ from types import TracebackType
 def _in_a_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Say what ended a command while its modules were imported, where that is no fault of theirs."""
     named = [name for name in os.environ if name.startswith("JAX_") and name.lower() in str(error).lower()]
-    if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-    elif issubclass(kind, ValueError) and named:
+    if issubclass(kind, ValueError) and named:
         says = f"JAX cannot read {', '.join(named)} in the environment: {error}"
         print(f"error: {says}; correct or unset it.", file=sys.stderr)
     else:
@@ -19,3 +18,6 @@ def _in_a_line(kind: type[BaseException], error: BaseException, trace: Traceback
 
 if sys.argv[:1] == ["-m"]:  # python -m udm_grpo.COMMAND
     sys.excepthook = _in_a_line
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Until `guarded` runs the command: KeyboardInterrupt within a library that is being loaded can crash it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

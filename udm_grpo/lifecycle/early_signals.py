@@ -23,7 +23,8 @@ def note_signals() -> None:
 def heard() -> str:
     """Stop noting, and return the name of the first signal that came; "" if none did."""
     for number, handler in _before.items():
-        signal.signal(number, handler)
+        default = number == signal.SIGINT and handler == signal.SIG_DFL
+        signal.signal(number, signal.default_int_handler if default else handler)
     _before.clear()
     first = signal.Signals(_noted[0]).name if _noted else ""
     _noted.clear()
