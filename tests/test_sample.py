@@ -316,7 +316,7 @@ def test_wrong_folders_are_named(whole: Path, prompts: Path, tmp_path: Path, cap
     assert "no settings.json; give an empty or new folder" in said(model, given, output=prompts.parent)
     assert "Not a directory" in said(model, given, output=prompts)
     assert "no such folder" in said("--checkpoint=nowhere", given)
-    assert "no training run: there is no" in said(f"--run={tmp_path}", given)
+    assert "not a training run: there is no" in said(f"--run={tmp_path}", given)
     assert "no such prompt file" in said(model, "--prompts=nowhere.txt")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "settings.json").write_text("{")
