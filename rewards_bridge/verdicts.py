@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def keep_images(problems: dict[int, str], scores: Scores, batch: Batch, batch_id
     from PIL import Image  # needed only when something went wrong
 
     folder.mkdir(parents=True, exist_ok=True)
-    stamp = time.strftime("%Y%m%dT%H%M%S")
+    # Several processes of a run keep theirs in the same folder, and number their batches alike.
+    stamp = f"{time.strftime('%Y%m%dT%H%M%S')}_{secrets.token_hex(3)}"
     kept = []
     with (folder / "kept.jsonl").open("a", encoding="utf-8") as record:
         for index, problem in list(problems.items())[:MAX_KEPT]:

@@ -13,6 +13,8 @@ from PIL import Image
 
 from rewards_bridge import verdicts
 from rewards_bridge.client import BadScoresError, BridgeError, DeadlineError, LostError, RewardsClient, ScorerError
+from rewards_bridge.protocol.messages import Batch
+from rewards_bridge.scorers.base import Scores
 
 
 @pytest.mark.parametrize("how", ["exit", "kill"])
@@ -155,6 +157,15 @@ def test_what_is_kept_can_be_read_back(tmp_path):
     assert [line["score"] for line in lines] == ["nan", "nan"]
     assert [line["raw"] for line in lines] == [{"raw": 1.0}, {"raw": 3.0}]
     np.testing.assert_array_equal(np.asarray(Image.open(folder / lines[1]["image"])), images[3])
+
+
+def test_processes_that_number_their_batches_alike_keep_all_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(verdicts.time, "strftime", lambda _: "now")
+    batch = Batch(np.zeros((1, 8, 8, 3), np.uint8), ["a"], [{}])
+    scores = Scores(np.float32([np.nan]), {}, [""])
+    kept = [verdicts.keep_images({0: "nan"}, scores, batch, 0, tmp_path) for _ in range(2)]
+    assert len({name for names in kept for name in names}) == len(list(tmp_path.glob("*.png"))) == 2
+    assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_scorer_that_returns_something_else_is_told_what_is_wanted(wrong_client):
