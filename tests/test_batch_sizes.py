@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from udm_grpo import mesh as meshes
-from udm_grpo.batch_sizes import BatchSizes, batch_sizes, micro_batch, padded
+from udm_grpo.batch_sizes import batch_sizes, micro_batch
+from udm_grpo.batches import BatchSizes, padded
 from udm_grpo.config import RunConfig
 
 

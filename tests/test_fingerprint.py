@@ -13,13 +13,14 @@ from pages import manual
 from running import ROOT, SMOKE
 from safetensors.numpy import load_file, save_file
 
-from udm_grpo.checkpoints.checkpoint import CheckpointError, check_same_run
+from udm_grpo.checkpoints.checkpoint import CheckpointError
 from udm_grpo.config import RunConfig, ScorerConfig
 from udm_grpo.configuration.command_line import parse
 from udm_grpo.configuration.config_fields import field_values
 from udm_grpo.data.prompts import read_prompts
 from udm_grpo.files import digests
 from udm_grpo.lifecycle.fingerprint import FREE, PLACE, comparable, fingerprint, free_fields, is_free
+from udm_grpo.lifecycle.identity import check_continues
 from udm_grpo.released.weights import load_folder
 
 CONFIG = parse(["--config", str(ROOT / SMOKE)])
@@ -44,7 +45,7 @@ def saved() -> dict[str, Any]:
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The names that a refusal gives."""
     try:
-        check_same_run({"fingerprint": saved}, now)
+        check_continues({"fingerprint": saved}, now)
     except CheckpointError as error:
         lines = str(error).splitlines()[1:-1]
         return [line.strip().partition(":")[0] for line in lines]
@@ -57,6 +58,8 @@ def flipped(name: str, value: Any) -> Any:
         return not value
     if isinstance(value, int | float):
         return value + 1
+    if name == "grpo.objective":
+        return "udm_grpo.grpo.loss:UDMGRPO"
     if isinstance(value, str):
         return f"{value}x"
     if isinstance(value, tuple):
@@ -195,14 +198,31 @@ def test_a_scorers_options_count_unless_they_are_places_or_how_it_is_run(tmp_pat
     assert remote["rewards"]["scorers"]["g"]["options"] == {"dtype": "float32"}
 
 
+def test_a_checkpoint_from_before_there_were_objectives_is_one_of_udm_grpo(saved: dict[str, Any]) -> None:
+    earlier = copy.deepcopy(saved)
+    del earlier["grpo"]["objective"]
+    assert differences(earlier, saved) == []
+    now = fingerprint_of(with_field(CONFIG, "grpo.objective", "udm_grpo.grpo.loss:UDMGRPO"))
+    assert "grpo.objective" in differences(earlier, now)
+
+
+def test_the_file_of_a_users_objective_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = tmp_path / "objective_of_mine.py"
+    source.write_text("from udm_grpo.grpo.loss import UDMGRPO\n\n\nclass Mine(UDMGRPO):\n    pass\n")
+    config = with_field(CONFIG, "grpo.objective", "objective_of_mine:Mine")
+    before = fingerprint_of(config)
+    assert differences(before, fingerprint_of(config)) == []
+    source.write_text(source.read_text() + "    kl = 0\n")
+    assert differences(before, fingerprint_of(config)) == ["grpo.objective.contents"]
+
+
 def test_a_checkpoint_of_an_earlier_version_is_compared_as_far_as_it_says(saved: dict[str, Any]) -> None:
     old = {"seed": 0, "model": {"dtype": "float32"}, "prompts": {"train": "there.jsonl"}, "rewards": {"shapes": {}}}
     with pytest.warns(UserWarning, match="earlier version"):
-        before, now = comparable(old, saved)
-    assert differences(before, now) == []
+        assert differences(old, saved) == []
     with pytest.warns(UserWarning, match="earlier version"):
-        before, now = comparable({**old, "seed": 1}, saved)
-    assert differences(before, now) == ["seed"]
+        assert differences({**old, "seed": 1}, saved) == ["seed"]
     assert comparable(saved, saved) == (saved, saved)
     with_login = {"version": 2, "rewards": {"endpoint": "https://me:sesame@host"}}
     assert comparable(with_login, saved)[0]["rewards"] == {"endpoint": "https://***@host"}

@@ -11,16 +11,16 @@ from golden_model import GoldenModel, load_model
 
 from udm_grpo.batches import Rollout, Samples, TrainState
 from udm_grpo.diffusion.path import make_path
-from udm_grpo.diffusion.schedule import timesteps
 from udm_grpo.grpo.advantages import advantages
-from udm_grpo.grpo.loss import LossPlan, grpo_loss, k3, policy_loss, token_mean_logps
+from udm_grpo.grpo.loss import UDMGRPO, k3, policy_loss, token_mean_logps
 from udm_grpo.grpo.minibatches import of_images, split_images
 from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.grpo.optimizer import step as optimizer_step
 from udm_grpo.grpo.trajectory import TrajectoryPlan, trajectory, window
 from udm_grpo.grpo.update import EmaPlan, accumulated_gradients, update
 from udm_grpo.model.head import head_logps
-from udm_grpo.model.transformer import Execution, TransformerConfig, init
+from udm_grpo.model.network import Network
+from udm_grpo.model.transformer import TransformerConfig, init
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -31,22 +31,19 @@ KL_TOLERANCE = 1e-4
 def _samples(model: GoldenModel) -> Samples:
     prompts = model.ids("grpo_input_ids")[:, : model.case.setup["L"]]
     noisy, clean = model.ids("grpo_noisy"), model.ids("grpo_clean")
-    plan = LossPlan(model.grid, rows=1)
-    ref_logp, _ = token_mean_logps(model.config, Execution(), plan, model.reference, prompts, noisy, clean)
-    return Samples(prompts, noisy, clean, jnp.asarray(model.case.arrays["grpo_advantages"]), ref_logp, None)
+    ref_logp, _ = token_mean_logps(Network(model.config, model.grid, rows=1), model.reference, prompts, noisy, clean)
+    return Samples(prompts, noisy, clean, jnp.asarray(model.case.arrays["grpo_advantages"]), {"ref_logp": ref_logp})
 
 
 @golden_cases()
 def test_loss_and_gradients(case: GoldenCase) -> None:
     model = load_model(case)
     samples = _samples(model)
-    assert_close(samples.ref_logp, case.arrays["grpo_ref_logps_mean"])
-    plan = LossPlan(model.grid, rows=1)
-    logp, _ = token_mean_logps(
-        model.config, Execution(), plan, model.params, samples.prompt_ids, samples.noisy, samples.action
-    )
+    assert_close(samples.frozen["ref_logp"], case.arrays["grpo_ref_logps_mean"])
+    network, objective = Network(model.config, model.grid, rows=1), UDMGRPO(TrajectoryPlan(10, 1.0))
+    logp, _ = token_mean_logps(network, model.params, samples.prompt_ids, samples.noisy, samples.action)
     assert_close(logp, case.arrays["grpo_logps_mean"])
-    both = jax.value_and_grad(lambda p: grpo_loss(model.config, Execution(), plan, p, samples), has_aux=True)
+    both = jax.value_and_grad(lambda p: objective.loss(network, p, samples), has_aux=True)
     (loss, metrics), gradient = jax.jit(both)(model.params)
     assert_close(loss, case.arrays["grpo_loss"])
     assert_close(metrics["policy_loss"], case.arrays["grpo_policy_loss"])
@@ -134,7 +131,8 @@ def test_head_keeps_no_logits_for_the_backward_pass() -> None:
 
 
 CONFIG = TransformerConfig(32, 48, 2, 1, 2, 1e6, 10 + 40, 10, 40, 2)
-LOSS = LossPlan((2, 3), clip_range=0.2, kl_weight=0.05, rows=2)
+NETWORK = Network(CONFIG, (2, 3), rows=2)
+LOSS = UDMGRPO(TrajectoryPlan(10, 1.0), clip_range=0.2, kl_weight=0.05)
 
 
 def _random_samples(count: int = 8, old: bool = False) -> Samples:
@@ -146,18 +144,17 @@ def _random_samples(count: int = 8, old: bool = False) -> Samples:
         noisy=draw(40, count, 6),
         action=draw(40, count, 6),
         advantage=jnp.asarray(rng.normal(size=count), jnp.float32),
-        ref_logp=logp,
-        old_logp=logp + 0.05 if old else None,
+        frozen={"ref_logp": logp} | ({"old_logp": logp + 0.05} if old else {}),
     )
 
 
 @pytest.mark.parametrize("old", [False, True])
 def test_one_by_eight_equals_eight_by_one(old: bool) -> None:
     params, samples = init(CONFIG, jax.random.key(0)), _random_samples(old=old)
-    gradients = jax.jit(accumulated_gradients, static_argnums=(0, 1, 2, 5))
-    whole, metrics = gradients(CONFIG, Execution(), LOSS, params, samples, 8)
+    gradients = jax.jit(accumulated_gradients, static_argnums=(0, 1, 4))
+    whole, metrics = gradients(NETWORK, LOSS, params, samples, 8)
     for micro_batch in (1, 4):
-        parts, part_metrics = gradients(CONFIG, Execution(), LOSS, params, samples, micro_batch)
+        parts, part_metrics = gradients(NETWORK, LOSS, params, samples, micro_batch)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), parts, whole)
         np.testing.assert_allclose(part_metrics["loss"], metrics["loss"], rtol=1e-5)
 
@@ -166,31 +163,34 @@ def test_one_by_eight_equals_eight_by_one(old: bool) -> None:
 def test_states_of_weight_zero_count_for_nothing(old: bool) -> None:
     """In loss, gradient and every metric, whatever they hold."""
     params, samples = init(CONFIG, jax.random.key(0)), _random_samples(old=old)
-    gradients = jax.jit(accumulated_gradients, static_argnums=(0, 1, 2, 5))
+    gradients = jax.jit(accumulated_gradients, static_argnums=(0, 1, 4))
 
     def filled_up(other: Samples, number: float) -> Samples:
         full = jax.tree.map(lambda own, more: jnp.concatenate([own, more[:4]]), samples, other)
-        lost = {name: getattr(full, name).at[8:].set(number) for name in ("advantage", "ref_logp")}
-        return dataclasses.replace(full, weight=jnp.float32([1] * 8 + [0] * 4), **lost)
+        advantage, ref_logp = (x.at[8:].set(number) for x in (full.advantage, full.frozen["ref_logp"]))
+        weight = jnp.float32([1] * 8 + [0] * 4)
+        return dataclasses.replace(
+            full, weight=weight, advantage=advantage, frozen=full.frozen | {"ref_logp": ref_logp}
+        )
 
-    wanted, wanted_metrics = gradients(CONFIG, Execution(), LOSS, params, samples, 4)
-    found, metrics = gradients(CONFIG, Execution(), LOSS, params, filled_up(samples, 3.0), 6)
+    wanted, wanted_metrics = gradients(NETWORK, LOSS, params, samples, 4)
+    found, metrics = gradients(NETWORK, LOSS, params, filled_up(samples, 3.0), 6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), found, wanted)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), metrics, wanted_metrics)
     rolled = jax.tree.map(lambda leaf: jnp.roll(leaf, 3, axis=0), samples)
-    other, other_metrics = gradients(CONFIG, Execution(), LOSS, params, filled_up(rolled, jnp.nan), 6)
+    other, other_metrics = gradients(NETWORK, LOSS, params, filled_up(rolled, jnp.nan), 6)
     jax.tree.map(np.testing.assert_array_equal, (other, other_metrics), (found, metrics))
 
 
 def test_old_log_probs_move_the_ratio() -> None:
     params, samples = init(CONFIG, jax.random.key(0)), _random_samples()
-    plan = dataclasses.replace(LOSS, kl_weight=0.0)
-    logp, _ = token_mean_logps(CONFIG, Execution(), plan, params, samples.prompt_ids, samples.noisy, samples.action)
-    same = dataclasses.replace(samples, old_logp=logp)
-    fresh, _ = grpo_loss(CONFIG, Execution(), plan, params, samples)
-    np.testing.assert_allclose(grpo_loss(CONFIG, Execution(), plan, params, same)[0], fresh, rtol=1e-5)
-    stale = dataclasses.replace(samples, old_logp=logp - 1.0)
-    loss, metrics = grpo_loss(CONFIG, Execution(), plan, params, stale)
+    objective = dataclasses.replace(LOSS, kl_weight=0.0)
+    logp, _ = token_mean_logps(NETWORK, params, samples.prompt_ids, samples.noisy, samples.action)
+    same = dataclasses.replace(samples, frozen=samples.frozen | {"old_logp": logp})
+    fresh, _ = objective.loss(NETWORK, params, samples)
+    np.testing.assert_allclose(objective.loss(NETWORK, params, same)[0], fresh, rtol=1e-5)
+    stale = dataclasses.replace(samples, frozen=samples.frozen | {"old_logp": logp - 1.0})
+    loss, metrics = objective.loss(NETWORK, params, stale)
     assert float(metrics["clip_fraction"]) == 1.0
     A, ratio = np.asarray(samples.advantage), np.e
     np.testing.assert_allclose(loss, -np.mean(np.minimum(A * ratio, A * 1.2)), rtol=1e-4)
@@ -201,13 +201,11 @@ def test_update_raises_good_and_lowers_bad() -> None:
     samples = dataclasses.replace(_random_samples(2), advantage=jnp.array([1.0, -1.0]))
     optimizer = adamw(optax.constant_schedule(1e-2), 0.9, 0.95, 0.01, 1.0)
     state = TrainState(params, optimizer.init(params), params, jnp.int32(0))
-    step = jax.jit(lambda s, x: update(CONFIG, Execution(), LOSS, optimizer, EmaPlan(0.9), jnp.float32, 2, s, x))
-    before, _ = token_mean_logps(CONFIG, Execution(), LOSS, params, samples.prompt_ids, samples.noisy, samples.action)
-    samples = dataclasses.replace(samples, ref_logp=before)
+    step = jax.jit(lambda s, x: update(NETWORK, LOSS, optimizer, EmaPlan(0.9), jnp.float32, 2, s, x))
+    before, _ = token_mean_logps(NETWORK, params, samples.prompt_ids, samples.noisy, samples.action)
+    samples = dataclasses.replace(samples, frozen={"ref_logp": before})
     after, metrics = step(state, samples)
-    logp, _ = token_mean_logps(
-        CONFIG, Execution(), LOSS, after.params, samples.prompt_ids, samples.noisy, samples.action
-    )
+    logp, _ = token_mean_logps(NETWORK, after.params, samples.prompt_ids, samples.noisy, samples.action)
     assert float(logp[0]) > float(before[0])
     assert float(logp[1]) < float(before[1])
     assert int(after.step) == 1
@@ -221,7 +219,7 @@ def test_the_average_follows_every_third_step_only() -> None:
     optimizer = adamw(optax.constant_schedule(1e-2), 0.9, 0.95, 0.01, 1.0)
     state = TrainState(params, optimizer.init(params), params, jnp.int32(0))
     plan = EmaPlan(decay=0.5, every=3)
-    step = jax.jit(lambda s: update(CONFIG, Execution(), LOSS, optimizer, plan, jnp.float32, 8, s, samples)[0])
+    step = jax.jit(lambda s: update(NETWORK, LOSS, optimizer, plan, jnp.float32, 8, s, samples)[0])
     expected = params
     for count in range(1, 8):
         state = step(state)
@@ -249,8 +247,10 @@ def test_a_minibatch_has_all_steps_of_its_images_and_padding_of_weight_0() -> No
     whole = of_images(samples, chosen, images=4, states=8, rows=4)
     padded = of_images(samples, chosen, images=4, states=8, rows=6)
     for part, rows in ((whole, [3, 1, 7, 5]), (padded, [3, 1, 7, 5, 5, 5])):
-        for name in ("prompt_ids", "noisy", "action", "advantage", "ref_logp", "old_logp"):
+        for name in ("prompt_ids", "noisy", "action", "advantage"):
             np.testing.assert_array_equal(getattr(part, name), getattr(samples, name)[np.array(rows)], err_msg=name)
+        for name in ("ref_logp", "old_logp"):
+            np.testing.assert_array_equal(part.frozen[name], samples.frozen[name][np.array(rows)], err_msg=name)
     assert whole.weight is None
     np.testing.assert_array_equal(padded.weight, [1, 1, 1, 1, 0, 0])
 
@@ -262,19 +262,20 @@ def test_minibatch_steps_are_those_of_a_direct_computation() -> None:
 
     @jax.jit
     def logps(p: dict, part: Samples) -> jax.Array:
-        return token_mean_logps(CONFIG, Execution(), LOSS, p, part.prompt_ids, part.noisy, part.action)[0]
+        return token_mean_logps(NETWORK, p, part.prompt_ids, part.noisy, part.action)[0]
 
-    samples = dataclasses.replace(samples, old_logp=logps(params, samples), ref_logp=logps(params, samples) + 0.01)
+    first = logps(params, samples)
+    samples = dataclasses.replace(samples, frozen={"old_logp": first, "ref_logp": first + 0.01})
 
     @jax.jit
     @jax.value_and_grad
     def direct(p: dict, mine: Samples) -> jax.Array:
         now = logps(p, mine)
-        r, A, ref = jnp.exp(now - mine.old_logp), mine.advantage, mine.ref_logp - now
+        r, A, ref = jnp.exp(now - mine.frozen["old_logp"]), mine.advantage, mine.frozen["ref_logp"] - now
         surrogate = jnp.minimum(A * r, A * jnp.clip(r, 1 - LOSS.clip_range, 1 + LOSS.clip_range))
         return jnp.mean(-surrogate + LOSS.kl_weight * (jnp.exp(ref) - ref - 1))
 
-    step = jax.jit(lambda s, x: update(CONFIG, Execution(), LOSS, optimizer, EmaPlan(), jnp.float32, 2, s, x))
+    step = jax.jit(lambda s, x: update(NETWORK, LOSS, optimizer, EmaPlan(), jnp.float32, 2, s, x))
     state = TrainState(params, optimizer.init(params), None, jnp.int32(0))
     expected, moments, outside = params, state.opt_state, []
     for turn in range(2):
@@ -286,7 +287,7 @@ def test_minibatch_steps_are_those_of_a_direct_computation() -> None:
             np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4, atol=1e-6)
             np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-3)
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-5), state.params, expected)
-            outside.append(float(jnp.max(jnp.abs(logps(state.params, samples) - samples.old_logp))))
+            outside.append(float(jnp.max(jnp.abs(logps(state.params, samples) - samples.frozen["old_logp"]))))
     assert int(state.step) == 4
     assert min(outside) > 1e-3  # the policy has left the one that drew the images
 
@@ -295,7 +296,7 @@ def test_bfloat16_compute_keeps_float32_masters() -> None:
     params = init(CONFIG, jax.random.key(0))
     optimizer = adamw(optax.constant_schedule(1e-4), 0.9, 0.95, 0.01, 1.0)
     state = TrainState(params, optimizer.init(params), None, jnp.int32(0))
-    step = jax.jit(partial(update, CONFIG, Execution(), LOSS, optimizer, EmaPlan()), static_argnums=(0, 1))
+    step = jax.jit(partial(update, NETWORK, LOSS, optimizer, EmaPlan()), static_argnums=(0, 1))
     after, metrics = step(jnp.bfloat16, 4, state, _random_samples())
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(after.params))
     _, exact_metrics = step(jnp.float32, 4, state, _random_samples())
@@ -326,10 +327,8 @@ def test_the_four_trajectories() -> None:
         for where in ("forward", "rollout")
         for action in ("clean", "intermediate")
     }
-    steps = np.asarray(made["forward", "clean"].step)
+    steps = np.asarray(window(TrajectoryPlan(10, 1.0), jax.random.split(jax.random.key(1))[0]))
     for (where, action), states in made.items():
-        np.testing.assert_array_equal(states.step, steps)
-        np.testing.assert_allclose(states.t, timesteps(10, 1.0)[steps], rtol=1e-6)
         wanted = np.broadcast_to(kept.clean, (3, 4, 6)) if action == "clean" else np.asarray(kept.predicted)[steps]
         np.testing.assert_array_equal(states.action, wanted)
         if where == "rollout":

@@ -1,5 +1,6 @@
 """Low-rank adapters: the numbers, what memory they need, and whole runs that train one."""
 
+import dataclasses
 import gc
 import json
 import shutil
@@ -14,7 +15,7 @@ import pytest
 from golden_data import assert_close
 from running import ROOT, SMOKE, metrics, train
 from safetensors.numpy import load_file
-from test_grpo import CONFIG, LOSS, _random_samples
+from test_grpo import CONFIG, LOSS, NETWORK, _random_samples
 
 import udm_grpo.run
 import udm_grpo.train
@@ -25,9 +26,9 @@ from udm_grpo.checkpoints.trained import open_training
 from udm_grpo.config import ConfigError, LoraConfig
 from udm_grpo.configuration.command_line import parse
 from udm_grpo.export import start_weights, unrounded
-from udm_grpo.grpo.loss import LossPlan
 from udm_grpo.grpo.update import EmaPlan, accumulated_gradients, cast, update
 from udm_grpo.model import lora
+from udm_grpo.model.network import Network
 from udm_grpo.model.transformer import Execution, TransformerConfig, hidden_states, init
 from udm_grpo.released.peft_files import merge_on_host
 from udm_grpo.released.weights import load_folder
@@ -55,7 +56,7 @@ def drawn(adapter: Params, size: float = 0.1) -> Params:
 
 def hidden(params: Params) -> jax.Array:
     samples = _random_samples()
-    return hidden_states(CONFIG, params, samples.prompt_ids, samples.noisy, LOSS.grid)
+    return hidden_states(CONFIG, params, samples.prompt_ids, samples.noisy, NETWORK.grid)
 
 
 @pytest.mark.parametrize("patterns", [("*_proj",), ("q_proj", "down_proj")])
@@ -88,12 +89,11 @@ def test_gradients_follow_the_chain_rule() -> None:
     base, samples, c = init(CONFIG, jax.random.key(0)), _random_samples(), 4.0
     adapter = drawn(lora.abstract(CONFIG, 3, lora.targets(("*_proj",))))
     merged = jax.tree.map(jnp.asarray, merge_on_host(base, adapter, c))
-    whole, wanted_metrics = accumulated_gradients(CONFIG, Execution(), LOSS, merged, samples, 4)
+    again = dataclasses.replace(NETWORK, execution=Execution(remat="full"))
+    whole, wanted_metrics = accumulated_gradients(NETWORK, LOSS, merged, samples, 4)
     optimizer = optax.sgd(1.0)
     state = TrainState(adapter, optimizer.init(adapter), adapter, jnp.int32(0))
-    after, found_metrics = update(
-        CONFIG, Execution(remat="full"), LOSS, optimizer, EmaPlan(0.75), jnp.float32, 2, state, samples, base, c
-    )
+    after, found_metrics = update(again, LOSS, optimizer, EmaPlan(0.75), jnp.float32, 2, state, samples, base, c)
     for part, name in lora.MAPS.values():
         G, both = whole["layers"][part][name]["kernel"], adapter["layers"][part][name]
         moved = after.params["layers"][part][name]
@@ -103,7 +103,7 @@ def test_gradients_follow_the_chain_rule() -> None:
     np.testing.assert_allclose(found_metrics["loss"], wanted_metrics["loss"], rtol=1e-4, atol=1e-6)
     # In bfloat16 the same, on a rounded base and exact adapters.
     narrow, _ = update(
-        *(CONFIG, Execution(remat="full"), LOSS, optimizer, EmaPlan(0.75), jnp.bfloat16, 2, state, samples),
+        *(again, LOSS, optimizer, EmaPlan(0.75), jnp.bfloat16, 2, state, samples),
         *(cast(base, jnp.bfloat16), c),
     )
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(narrow.params))
@@ -127,9 +127,9 @@ def test_an_update_makes_nothing_of_the_bases_size() -> None:
 
     def memory(trained: Params, frozen: Params | None) -> tuple[int, int]:
         state = TrainState(trained, optimizer.init(trained), trained, jnp.int32(0))
-        plan = LossPlan(LOSS.grid, rows=1)
+        network = Network(config, NETWORK.grid, rows=1)
         step = jax.jit(
-            lambda s, x, w: update(config, Execution(), plan, optimizer, EmaPlan(0.9), jnp.float32, 2, s, x, w, 2.0),
+            lambda s, x, w: update(network, LOSS, optimizer, EmaPlan(0.9), jnp.float32, 2, s, x, w, 2.0),
             donate_argnums=0,
         )
         found = step.lower(state, _random_samples(), frozen).compile().memory_analysis()

@@ -22,8 +22,8 @@ rows = -(-B * K // M // devices) * devices
 states = np.arange(S)
 samples = Samples(
     prompt_ids=states[:, None] * 10 + np.arange(3), noisy=states[:, None] * 7 + np.arange(5),
-    action=states[:, None] * 3 + np.arange(5), advantage=states + 0.5, ref_logp=-1.0 * states,
-    old_logp=-2.0 * states, weight=(states < B * K) * 1.0,
+    action=states[:, None] * 3 + np.arange(5), advantage=states + 0.5,
+    frozen={"ref_logp": -1.0 * states, "old_logp": -2.0 * states}, weight=(states < B * K) * 1.0,
 )
 spread = jax.tree.map(lambda leaf: jax.device_put(jnp.asarray(leaf), over_batch), samples)
 parts = np.asarray(split_images(jax.random.key(5), B, M))
@@ -32,10 +32,10 @@ step = jax.jit(lambda x, i: jax.tree.map(execution.spread, of_images(x, i, B, B 
 for chosen in parts:
     part = step(spread, jax.device_put(chosen, meshes.replicated(mesh)))
     index = np.concatenate([k * B + chosen for k in range(K)])
-    for name in ("prompt_ids", "noisy", "action", "advantage", "ref_logp", "old_logp"):
-        found = getattr(part, name)
+    arrays = lambda x: {**x.frozen, "prompts": x.prompt_ids, "x": x.noisy, "y": x.action, "A": x.advantage}
+    for name, found in arrays(part).items():
         assert found.shape[0] == rows and len(found.sharding.device_set) == devices, name
-        np.testing.assert_array_equal(np.asarray(found)[: len(index)], getattr(samples, name)[index], err_msg=name)
+        np.testing.assert_array_equal(np.asarray(found)[: len(index)], arrays(samples)[name][index], err_msg=name)
     weight = np.ones(rows) if part.weight is None else np.asarray(part.weight)
     np.testing.assert_array_equal(weight, np.arange(rows) < len(index))
 print(parts.tolist())

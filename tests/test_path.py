@@ -121,7 +121,7 @@ def test_sampler_step_histogram(case: GoldenCase) -> None:
     from udm_grpo.diffusion.rollout import RolloutPlan, sample_step, step_times
 
     model, draws = load_model(case), 20_000
-    times = step_times(model.path, RolloutPlan(grid=model.grid, steps=10, shift=model.shift))
+    times = step_times(model.path, RolloutPlan(steps=10, shift=model.shift))
     k = int(case.arrays["step_timestep_of_10"])
     now = {name: jnp.asarray(value[k]) for name, value in times.items()}
     for token, z in enumerate(case.arrays["step_xt"]):

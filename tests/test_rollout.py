@@ -7,13 +7,14 @@ import pytest
 
 from udm_grpo.diffusion.path import ProbabilityPath, make_path
 from udm_grpo.diffusion.rollout import RolloutPlan, denoise, image_keys, rollout, start_tokens, step_times
-from udm_grpo.model.transformer import Execution, TransformerConfig, init
+from udm_grpo.model.network import Network
+from udm_grpo.model.transformer import TransformerConfig, init
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 CONFIG = TransformerConfig(32, 48, 2, 1, 2, 1e6, 10 + 40, 10, 40, 2)
 B, L = 4, 3
-PLAN = RolloutPlan(grid=(2, 3), steps=6, rows=2)
+NETWORK, PLAN = Network(CONFIG, (2, 3), rows=2), RolloutPlan(steps=6)
 
 
 def _path(alpha: float | None = 0.9) -> ProbabilityPath:
@@ -29,7 +30,7 @@ def _arguments() -> tuple:
 def _run(plan: RolloutPlan, path: ProbabilityPath, **changes) -> jax.Array:
     names = ("params", "prompts", "empty", "index", "key")
     arguments = dict(zip(names, _arguments(), strict=True)) | changes
-    run = jax.jit(lambda *a: rollout(CONFIG, Execution(), path, plan, *a))
+    run = jax.jit(lambda *a: rollout(NETWORK, path, plan, *a))
     return run(*(arguments[name] for name in names))
 
 
@@ -43,7 +44,7 @@ def test_compiled_rollout_equals_a_python_loop(alpha: float | None, scale: float
     x = start_tokens(path, jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys), 6)
     visited, predicted = [], []
     step = jax.jit(
-        lambda p, x, now, guided: denoise(CONFIG, Execution(), path, plan, p, prompts, empty, keys, x, now, guided),
+        lambda p, x, now, guided: denoise(NETWORK, path, plan, p, prompts, empty, keys, x, now, guided),
         static_argnums=3,
     )
     for k in range(plan.steps):
@@ -77,7 +78,7 @@ def test_micro_batches_and_row_chunks_change_nothing() -> None:
     path = _path()
     params, prompts, empty, index, key = _arguments()
     whole = _run(PLAN, path).clean
-    run = jax.jit(lambda *a: rollout(CONFIG, Execution(), path, dataclasses.replace(PLAN, rows=1), *a))
+    run = jax.jit(lambda *a: rollout(dataclasses.replace(NETWORK, rows=1), path, PLAN, *a))
     parts = [run(params, prompts[i : i + 2], empty, index[i : i + 2], key).clean for i in (0, 2)]
     np.testing.assert_array_equal(jnp.concatenate(parts), whole)
 
@@ -103,7 +104,7 @@ def test_guidance_only_acts_before_its_end() -> None:
 @pytest.mark.parametrize(("alpha", "passes"), [(0.9, 5), (None, 6)])
 def test_forward_passes_of_a_rollout(alpha: float | None, passes: int) -> None:
     """N - 1 forward passes in an N-step rollout on the metric path; N on the mixture path."""
-    text = str(jax.make_jaxpr(lambda *a: rollout(CONFIG, Execution(), _path(alpha), PLAN, *a).clean)(*_arguments()))
+    text = str(jax.make_jaxpr(lambda *a: rollout(NETWORK, _path(alpha), PLAN, *a).clean)(*_arguments()))
     assert f"length={passes}" in text
     assert f"length={passes + 1}" not in text
 

@@ -12,17 +12,20 @@ import pytest
 
 from udm_grpo.batches import Samples, TrainState
 from udm_grpo.grpo.advantages import advantages
-from udm_grpo.grpo.loss import LossPlan
+from udm_grpo.grpo.loss import UDMGRPO
 from udm_grpo.grpo.optimizer import adamw, largest, learning_rate
 from udm_grpo.grpo.optimizer import step as optimizer_step
+from udm_grpo.grpo.trajectory import TrajectoryPlan
 from udm_grpo.grpo.update import EmaPlan, has_signal, update
 from udm_grpo.lifecycle.iteration_checks import WARN_AFTER, DivergedError, SignalWatch, check_finite
-from udm_grpo.model.transformer import Execution, TransformerConfig, init
+from udm_grpo.model.network import Network
+from udm_grpo.model.transformer import TransformerConfig, init
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 CONFIG = TransformerConfig(32, 48, 2, 1, 2, 1e6, 10 + 40, 10, 40, 2)
-LOSS = LossPlan((2, 3), clip_range=0.2, kl_weight=0.05, rows=2)
+NETWORK = Network(CONFIG, (2, 3), rows=2)
+LOSS = UDMGRPO(TrajectoryPlan(10, 1.0), clip_range=0.2, kl_weight=0.05)
 WARM = learning_rate(1e-2, "constant", 10, warmup=4)
 ADAM = adamw(WARM, 0.9, 0.95, 0.1, 1.0)
 
@@ -32,7 +35,7 @@ def samples(advantage: float = 1.0) -> Samples:
     rng = np.random.default_rng(3)
     draw = lambda high, *shape: jnp.asarray(rng.integers(0, high, shape), jnp.int32)  # noqa: E731
     signs = jnp.asarray(np.sign(rng.normal(size=8)), jnp.float32)
-    return Samples(draw(10, 8, 4), draw(40, 8, 6), draw(40, 8, 6), advantage * signs, jnp.full(8, -2.0), None)
+    return Samples(draw(10, 8, 4), draw(40, 8, 6), draw(40, 8, 6), advantage * signs, {"ref_logp": jnp.full(8, -2.0)})
 
 
 @functools.cache
@@ -43,7 +46,7 @@ def first() -> TrainState:
 
 @functools.cache
 def step() -> Any:
-    return jax.jit(lambda s, x: update(CONFIG, Execution(), LOSS, ADAM, EmaPlan(0.9), jnp.float32, 8, s, x))
+    return jax.jit(lambda s, x: update(NETWORK, LOSS, ADAM, EmaPlan(0.9), jnp.float32, 8, s, x))
 
 
 def assert_same(one: Any, other: Any) -> None:

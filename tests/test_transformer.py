@@ -6,6 +6,7 @@ from golden_data import GoldenCase, assert_close, first_case, golden_cases
 from golden_model import load_model
 
 from udm_grpo.diffusion.pretrain import cross_entropy
+from udm_grpo.model.network import Network
 from udm_grpo.model.transformer import (
     Execution,
     TransformerConfig,
@@ -44,9 +45,8 @@ def test_input_ids(case: GoldenCase) -> None:
 def test_pretraining_loss(case: GoldenCase) -> None:
     model = load_model(case)
     prompts = model.ids("grpo_input_ids")[:, : case.setup["L"]]
-    loss = cross_entropy(
-        model.config, Execution(), model.params, prompts, model.ids("grpo_noisy"), model.ids("grpo_clean"), model.grid
-    )
+    network = Network(model.config, model.grid)
+    loss = cross_entropy(network, model.params, prompts, model.ids("grpo_noisy"), model.ids("grpo_clean"))
     assert_close(loss, case.arrays["pretrain_ce"])
 
 

@@ -7,7 +7,8 @@ import pytest
 from golden_data import GoldenCase, assert_close, golden_cases
 
 from udm_grpo.batches import Params
-from udm_grpo.model import quantizers, vq
+from udm_grpo.model.vq import codec as vq
+from udm_grpo.model.vq import quantizers
 from udm_grpo.released.weights import load_folder
 
 LFQ = vq.VQConfig(num_vq_embeddings=64, vq_embed_dim=6, quantizer_name="LFQuantizer")

@@ -17,7 +17,8 @@ from golden_data import GoldenCase, first_case, golden_cases
 from safetensors import safe_open
 
 from udm_grpo.batches import Params
-from udm_grpo.model import transformer, vq
+from udm_grpo.model import transformer
+from udm_grpo.model.vq import codec as vq
 from udm_grpo.released.weights import (
     Checkpoint,
     Scheduler,

@@ -1,4 +1,4 @@
-"""The records that pass between the stages of one iteration, and the letters for their sizes.
+"""The records that pass between the stages of one iteration, and their sizes.
 
 P  prompts of an iteration          K  trained steps of a trajectory
 G  images of a prompt (its group)   T  steps of a rollout
@@ -41,10 +41,6 @@ class Trajectory:
     """x_k, what the model sees."""
     action: Int32[Array, "k b n"]
     """y, what its log-probability is taken of."""
-    t: Float[Array, " k"]
-    """The time of each step, in [0, 1)."""
-    step: Int32[Array, " k"]
-    """The index of each step in the rollout's schedule."""
 
 
 @jax.tree_util.register_dataclass
@@ -59,10 +55,9 @@ class Samples:
     noisy: Int32[Array, "s n"]
     action: Int32[Array, "s n"]
     advantage: Float[Array, " s"]
-    ref_logp: Float[Array, " s"]
-    """Token-mean log-probability under the frozen start model."""
-    old_logp: Float[Array, " s"] | None
-    """Token-mean log-probability before the first update of this rollout; None when there is only one update."""
+    """What the objective made of the scores; 0 until they are there."""
+    frozen: dict[str, Float[Array, "s ..."]]
+    """What else the objective's loss needs, by name, computed before the first update of this rollout."""
     weight: Float[Array, " s"] | None = None
     """1 for a state of the rollout, 0 for one that only fills up the devices; None: there are none of those."""
 
@@ -79,3 +74,41 @@ class TrainState:
     """Exponential moving average of `params`, if asked for."""
     step: Int32[Array, ""]
     """Optimizer updates made so far."""
+
+
+def padded(size: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is at least `size`."""
+    return -(-size // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """The batches of an iteration and of an evaluation, over all devices together."""
+
+    images: int
+    """B, images of an iteration."""
+    rollout: int
+    """Images that are rolled out and decoded together."""
+    states: int
+    """S = K*B, training states of an iteration."""
+    minibatches: int
+    """Parts of the B images, each for an optimizer step of its own."""
+    update: int
+    """States whose gradients are taken together."""
+    evaluation: int
+    """Images of an evaluation that are drawn together."""
+
+    @property
+    def drawn(self) -> int:
+        """Images that are drawn for an iteration: the B, then the padding of the last micro-batch."""
+        return padded(self.images, self.rollout)
+
+    @property
+    def trained(self) -> int:
+        """States of an iteration: the S, then padding of weight 0."""
+        return padded(self.states, self.update)
+
+    @property
+    def stepped(self) -> int:
+        """States of one optimizer step: those of its images, then padding of weight 0."""
+        return padded(self.states // self.minibatches, self.update)

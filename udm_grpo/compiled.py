@@ -8,28 +8,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int32, Key, UInt8
+from jaxtyping import Array, Float, Int32, UInt8
 from optax import GradientTransformation as Optimizer
 from optax import OptState
 
 from udm_grpo import mesh as meshes
-from udm_grpo.batch_sizes import BatchSizes, batch_sizes
-from udm_grpo.batches import Params, Rollout, Samples, TrainState
-from udm_grpo.config import GRPOConfig, RunConfig
+from udm_grpo.batch_sizes import batch_sizes
+from udm_grpo.batches import BatchSizes, Params, Rollout, Samples, TrainState
+from udm_grpo.config import RunConfig
 from udm_grpo.diffusion.path import ProbabilityPath
 from udm_grpo.diffusion.pretrain import pretrain_loss
 from udm_grpo.diffusion.rollout import RolloutPlan, rollout
-from udm_grpo.grpo.advantages import advantages
-from udm_grpo.grpo.loss import LossPlan, token_mean_logps
-from udm_grpo.grpo.minibatches import of_images
+from udm_grpo.grpo.objective import Objective, objective_class
 from udm_grpo.grpo.optimizer import step as optimizer_step
-from udm_grpo.grpo.trajectory import TrajectoryPlan, trajectory
+from udm_grpo.grpo.samples import of_step, prepare
 from udm_grpo.grpo.update import EmaPlan, cast, update
-from udm_grpo.model import lora, vq
+from udm_grpo.model import lora
 from udm_grpo.model.attention import choose
-from udm_grpo.model.chunks import map_chunks, pad_rows
-from udm_grpo.model.transformer import Execution, TransformerConfig, head, hidden_states, image_rows
-from udm_grpo.model.vq_loss import tokenizer_loss, unit
+from udm_grpo.model.network import Network
+from udm_grpo.model.transformer import Execution, TransformerConfig
+from udm_grpo.model.vq import codec as vq
+from udm_grpo.model.vq.loss import tokenizer_loss, unit
 
 Metrics = dict[str, Float[Array, ""]]
 RolloutStep = Callable[[Params, Array, Array, Array, Array], Rollout]
@@ -39,12 +38,10 @@ RolloutStep = Callable[[Params, Array, Array, Array, Array], Rollout]
 class Plans:
     """Everything about a run's stages that is static under jit."""
 
-    transformer: TransformerConfig
+    network: Network
     vq: vq.VQConfig
-    execution: Execution
     rollout: RolloutPlan
-    trajectory: TrajectoryPlan
-    loss: LossPlan
+    objective: Objective
     compute_dtype: Any
 
 
@@ -81,35 +78,19 @@ def make_plans(
 ) -> Plans:
     """Return the static plans of a run on `mesh`; `shift` is the checkpoint's.
 
-    Raises ConfigError for an attention kernel that the devices cannot run.
+    Raises ConfigError for an attention kernel that the devices cannot run, and for an objective that is none.
     """
+    given = config.rollout
     grid = (config.model.height // vq_config.stride, config.model.width // vq_config.stride)
-    shift = config.rollout.shift or shift
+    shift = given.shift or shift
     rows = config.model.logit_rows * meshes.batch_shards(mesh)
-    grpo = config.grpo
+    execution = Execution(choose(config.model, mesh.devices.flat[0]).name, config.model.remat)
+    objective = objective_class(config.grpo.objective).from_config(config, shift, rows)
     return Plans(
-        transformer=transformer,
+        network=Network(transformer, grid, execution, rows),
         vq=vq_config,
-        execution=Execution(choose(config.model, mesh.devices.flat[0]).name, config.model.remat),
-        rollout=RolloutPlan(
-            grid=grid,
-            steps=config.rollout.steps,
-            shift=shift,
-            guidance_scale=config.rollout.guidance_scale,
-            guidance_trunc=config.rollout.guidance_trunc,
-            rows=rows,
-            keep_trajectory=grpo.trajectory == "rollout" or grpo.action == "intermediate",
-        ),
-        trajectory=TrajectoryPlan(
-            steps=config.rollout.steps,
-            shift=shift,
-            trained_steps=grpo.trained_steps,
-            window_starts=grpo.window_starts,
-            trajectory=grpo.trajectory,
-            action=grpo.action,
-            rows=rows,
-        ),
-        loss=LossPlan(grid=grid, clip_range=grpo.clip_range, kl_weight=grpo.kl_weight, rows=rows),
+        rollout=RolloutPlan(given.steps, shift, given.guidance_scale, given.guidance_trunc, objective.needs_rollout),
+        objective=objective,
         compute_dtype=jnp.dtype(config.model.dtype),
     )
 
@@ -119,90 +100,16 @@ def to_pixels(decoded: Float[Array, "b hh ww 3"]) -> UInt8[Array, "b hh ww 3"]:
     return jnp.round(jnp.clip((decoded + 1) / 2, 0, 1) * 255).astype(jnp.uint8)
 
 
-def logps_in_chunks(
-    plans: Plans, params: Params, prompts: Array, noisy: Array, action: Array, micro_batch: int
-) -> Float[Array, " s"]:
-    """Token-mean log-probabilities of S states without gradients, `micro_batch` at a time."""
-
-    def one(work: dict[str, Array]) -> Float[Array, " m"]:
-        return token_mean_logps(
-            plans.transformer, plans.execution, plans.loss, params, work["prompts"], work["noisy"], work["action"]
-        )[0]
-
-    return map_chunks(one, {"prompts": prompts, "noisy": noisy, "action": action}, micro_batch)
-
-
-def prepare_samples(
-    plans: Plans,
-    path: ProbabilityPath,
-    sizes: BatchSizes,
-    with_old: bool,
-    policy: Params,
-    reference: Params,
-    prompt_ids: Int32[Array, "b l"],
-    rolled: Rollout,
-    key: Key[Array, ""],
-) -> Samples:
-    """Training states of a rollout with their log-probabilities: all that an update needs but the scores.
-
-    Images past the B of an iteration have no states; states past their S are copies of the last one, of weight 0.
-    """
-    B, S = sizes.images, sizes.trained
-    image_index = jnp.arange(prompt_ids.shape[0], dtype=jnp.int32)
-    states = trajectory(path, plans.trajectory, rolled, image_index, key)
-    K = states.noisy.shape[0]
-    noisy, action = states.noisy, states.action
-    if prompt_ids.shape[0] > B:
-        prompt_ids, noisy, action = prompt_ids[:B], noisy[:, :B], action[:, :B]
-    noisy, action = (array.reshape(K * B, -1) for array in (noisy, action))
-    prompts = jnp.tile(prompt_ids, (K, 1))
-    weight = None
-    if sizes.states < S:
-        prompts, noisy, action = (plans.execution.spread(array) for array in pad_rows((prompts, noisy, action), S))
-        weight = (jnp.arange(S) < sizes.states).astype(jnp.float32)
-    ref_logp = logps_in_chunks(plans, reference, prompts, noisy, action, sizes.update)
-    old_logp = logps_in_chunks(plans, policy, prompts, noisy, action, sizes.update) if with_old else None
-    return Samples(
-        prompt_ids=prompts,
-        noisy=noisy,
-        action=action,
-        advantage=jnp.zeros(S),
-        ref_logp=ref_logp,
-        old_logp=old_logp,
-        weight=weight,
-    )
-
-
-def with_advantages(
-    samples: Samples, score: Float[Array, "p g"], sizes: BatchSizes, clip: float, global_std: bool
-) -> Samples:
-    """Return the training states with each image's advantage, repeated over the K steps."""
-    advantage = advantages(score, clip, global_std).reshape(-1)
-    repeated = jnp.tile(advantage, sizes.states // sizes.images)
-    return replace(samples, advantage=pad_rows(repeated, sizes.trained))
-
-
-def step_samples(
-    plans: Plans, sizes: BatchSizes, grpo: GRPOConfig, samples: Samples, score: Array, images: Array | None
-) -> Samples:
-    """Return the training states of one optimizer step with their advantages, of all images or of `images` i32[B/M]."""
-    samples = with_advantages(samples, score, sizes, grpo.advantage_clip, grpo.global_std)
-    if images is None:
-        return samples
-    part = of_images(samples, images, sizes.images, sizes.states, sizes.stepped)
-    return jax.tree.map(plans.execution.spread, part)
-
-
 def _placed(plans: Plans, mesh: Mesh) -> Plans:
     """Return the plans with the shardings of activations, blocks and head on `mesh`."""
     execution = replace(
-        plans.execution,
+        plans.network.execution,
         batch=meshes.over_batch(mesh),
         head=meshes.head(mesh),
         layers=meshes.LayersTogether(mesh),
         shards=meshes.batch_shards(mesh),
     )
-    return replace(plans, execution=execution)
+    return replace(plans, network=replace(plans.network, execution=execution))
 
 
 def build(
@@ -212,35 +119,33 @@ def build(
     over_batch, replicated = meshes.over_batch(mesh), meshes.replicated(mesh)
     plans = _placed(plans, mesh)
     state_shardings = meshes.shardings(mesh, state)
-    grpo, sizes = config.grpo, batch_sizes(config, mesh)
+    network, objective, sizes = plans.network, plans.objective, batch_sizes(config, mesh)
     factor = lora.factor(config.lora) if config.lora.rank else 1.0
 
     @cache  # a second evaluation with these steps compiles nothing, nor one whose plan is the rollout's own
     def rollout_step(plan: RolloutPlan) -> RolloutStep:
         kept: Any = meshes.over_second(mesh) if plan.keep_trajectory else None
         first: Any = over_batch
-        return free_rollout(plans.transformer, plans.execution, path, plan, Rollout(first, kept, kept))
+        return free_rollout(network, path, plan, Rollout(first, kept, kept))
 
     def evaluation_step(steps: int) -> RolloutStep:
-        kept = plans.rollout
-        return rollout_step(RolloutPlan(grid=kept.grid, steps=steps, shift=kept.shift, rows=kept.rows))
+        return rollout_step(RolloutPlan(steps, plans.rollout.shift))
 
     def decode(params: Params, ids: Int32[Array, "m n"]) -> UInt8[Array, "m hh ww 3"]:
-        return to_pixels(vq.decode(plans.vq, params, ids.reshape(-1, *plans.rollout.grid)))
+        return to_pixels(vq.decode(plans.vq, params, ids.reshape(-1, *network.grid)))
 
     def update_step(
         state: TrainState, samples: Samples, score: Array, reference: Params | None = None, images: Array | None = None
     ) -> tuple[TrainState, Metrics]:
         return update(
-            plans.transformer,
-            plans.execution,
-            plans.loss,
+            network,
+            objective,
             optimizer,
             EmaPlan(config.optimizer.ema_decay, config.optimizer.ema_every),
             plans.compute_dtype,
             sizes.update,
             state,
-            step_samples(plans, sizes, grpo, samples, score, images),
+            of_step(objective, network, sizes, samples, score, images),
             reference if config.lora.rank else None,
             factor,
         )
@@ -249,8 +154,8 @@ def build(
         ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay > 0 else None
         return TrainState(params=params, opt_state=optimizer.init(params), ema=ema, step=jnp.int32(0))
 
-    def prepare(path: ProbabilityPath, *given: Any) -> Samples:
-        return prepare_samples(plans, path, sizes, grpo.optimizer_steps > 1, *given)
+    def prepare_step(path: ProbabilityPath, *given: Any) -> Samples:
+        return prepare(objective, network, sizes, path, *given)
 
     return Steps(
         plans=plans,
@@ -258,7 +163,7 @@ def build(
         rollout=rollout_step(plans.rollout),
         rollout_in=evaluation_step,
         decode=jax.jit(decode, out_shardings=over_batch),
-        prepare=partial(jax.jit(prepare, out_shardings=over_batch), path),
+        prepare=partial(jax.jit(prepare_step, out_shardings=over_batch), path),
         update=jax.jit(update_step, out_shardings=(state_shardings, replicated), donate_argnums=0),
         compute_copy=_compute_copy(config, plans.compute_dtype, state_shardings.params),
         begin=jax.jit(begin, out_shardings=state_shardings, donate_argnums=0),
@@ -304,37 +209,23 @@ def tokenizer_codec(config: vq.VQConfig) -> tuple[Callable[[Params, Array], Arra
     return encode, decode
 
 
-def image_logits(
-    config: TransformerConfig, execution: Execution, grid: tuple[int, int]
-) -> Callable[[Params, Array, Array], Float[Array, "b n v"]]:
+def image_logits(network: Network) -> Callable[[Params, Array, Array], Float[Array, "b n v"]]:
     """(params, prompt_ids i32[B,L], image_ids i32[B,N]) -> logits f32[B,N,V], compiled per shape."""
-
-    def logits(params: Params, prompt_ids: Array, image_ids: Array) -> Float[Array, "b n v"]:
-        hidden = hidden_states(config, params, prompt_ids, image_ids, grid, execution)
-        return head(params, image_rows(hidden, image_ids.shape[1]))
-
-    return jax.jit(logits)
+    return jax.jit(lambda params, *ids: network.logits(params, network.features(params, *ids)))
 
 
-def free_rollout(
-    config: TransformerConfig, execution: Execution, path: ProbabilityPath, plan: RolloutPlan, out_shardings: Any = None
-) -> RolloutStep:
+def free_rollout(network: Network, path: ProbabilityPath, plan: RolloutPlan, out_shardings: Any = None) -> RolloutStep:
     """Return a rollout outside a run: for notebooks and sampling."""
 
     def step(path: ProbabilityPath, *given: Any) -> Rollout:
-        return rollout(config, execution, path, plan, *given)
+        return rollout(network, path, plan, *given)
 
     # The path is an argument: closed over, its codebook would be a constant of 134 MB in every program.
     return partial(jax.jit(step, out_shardings=out_shardings), path)
 
 
 def pretrain_step(
-    config: TransformerConfig,
-    execution: Execution,
-    path: ProbabilityPath,
-    shift: float,
-    grid: tuple[int, int],
-    optimizer: Optimizer,
+    network: Network, path: ProbabilityPath, shift: float, optimizer: Optimizer
 ) -> Callable[..., tuple[Params, OptState, Metrics]]:
     """One pre-training step: (params, opt_state, prompt_ids i32[B,L], empty_ids i32[L], clean i32[B,N], key)."""
 
@@ -342,7 +233,7 @@ def pretrain_step(
         params: Params, opt_state: OptState, prompt_ids: Array, empty_ids: Array, clean: Array, key: Array
     ) -> tuple[Params, OptState, Metrics]:
         loss, gradients = jax.value_and_grad(
-            lambda p: pretrain_loss(config, execution, path, shift, p, prompt_ids, empty_ids, clean, grid, key)
+            lambda p: pretrain_loss(network, path, shift, p, prompt_ids, empty_ids, clean, key)
         )(params)
         params, opt_state, norm = optimizer_step(optimizer, gradients, opt_state, params)
         return params, opt_state, {"loss": loss, "grad_norm": norm}

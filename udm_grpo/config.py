@@ -83,6 +83,8 @@ class RolloutConfig:
 class GRPOConfig:
     """The method."""
 
+    objective: str = "udm_grpo"
+    """udm_grpo, or module:Class for one of your own; udm_grpo/grpo/README.md shows how."""
     trained_steps: int = 3
     """K, consecutive steps that an update trains on."""
     window_starts: int = 3

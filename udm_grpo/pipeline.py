@@ -20,6 +20,7 @@ from udm_grpo.diffusion.path import ProbabilityPath, make_path
 from udm_grpo.diffusion.rollout import RolloutPlan
 from udm_grpo.files import places
 from udm_grpo.files.buckets import local
+from udm_grpo.model.network import Network
 from udm_grpo.model.transformer import Execution
 from udm_grpo.released.weights import Checkpoint, PathLike, load_folder, save_folder
 
@@ -74,7 +75,7 @@ class Pipeline:
         if len(prompts) != len(images):
             raise ValueError(f"{len(prompts)} prompts, but {len(images)} images; give one prompt for every image")
         grid = (images.shape[1], images.shape[2])
-        run = self._stage(("logits", grid), lambda: compiled.image_logits(config, self.execution, grid))
+        run = self._stage(("logits", grid), lambda: compiled.image_logits(self._network(grid)))
         return run(self.checkpoint.transformer, prompts, images.reshape(len(images), -1))
 
     def encode(self, pixels: Float[AnyArray, "b hh ww 3"]) -> Int32[Array, "b h w"]:
@@ -113,8 +114,8 @@ class Pipeline:
             raise ValueError(f"steps is {steps} and guidance_scale {guidance_scale}; both must be at least 1")
         if negative_prompt and guidance_scale == 1:
             raise ValueError("negative_prompt changes nothing without guidance; give a guidance_scale above 1 as well")
-        plan = RolloutPlan(grid, steps, self.checkpoint.scheduler.shift, guidance_scale)
-        run = self._stage(plan, lambda: self._rollout(plan))
+        plan = RolloutPlan(steps, self.checkpoint.scheduler.shift, guidance_scale)
+        run = self._stage((grid, plan), lambda: compiled.free_rollout(self._network(grid), self.path, plan))
         prompt_ids = jnp.asarray(self.tokenize(prompts))
         empty_ids = jnp.asarray(self.checkpoint.tokenizer.negative(negative_prompt))
         image_index = jnp.arange(len(prompts), dtype=jnp.int32)
@@ -125,8 +126,8 @@ class Pipeline:
         """Write the checkpoint in the released format; raises as `save_folder` does."""
         save_folder(self.checkpoint, folder)
 
-    def _rollout(self, plan: RolloutPlan) -> Callable[..., Any]:
-        return compiled.free_rollout(self.checkpoint.transformer_config, self.execution, self.path, plan)
+    def _network(self, grid: tuple[int, int]) -> Network:
+        return Network(self.checkpoint.transformer_config, grid, self.execution)
 
     def _pixels(self, image_ids: Int32[Array, "b h w"]) -> Float[Array, "b hh ww 3"]:
         run = self._stage("decode", lambda: compiled.tokenizer_codec(self.checkpoint.vq_config)[1])

@@ -31,7 +31,7 @@ from udm_grpo.files.folder_lock import lock_inside
 from udm_grpo.files.places import local_args
 from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.lifecycle.iteration_checks import DivergedError, check_finite
-from udm_grpo.model.transformer import Execution
+from udm_grpo.model.network import Network
 from udm_grpo.released.weights import Checkpoint, load_folder, save_folder
 from udm_grpo.run import path_of
 
@@ -91,9 +91,8 @@ def pretrain(
     rate = learning_rate(plan.learning_rate, "cosine", plan.updates, plan.warmup, final_fraction=0.02)
     optimizer = adamw(rate, 0.9, 0.98, plan.weight_decay, 1.0)
     grid = (data.image_ids.shape[1], data.image_ids.shape[2])
-    step = compiled.pretrain_step(
-        checkpoint.transformer_config, Execution(), path, plan.shift or checkpoint.scheduler.shift, grid, optimizer
-    )
+    network = Network(checkpoint.transformer_config, grid)
+    step = compiled.pretrain_step(network, path, plan.shift or checkpoint.scheduler.shift, optimizer)
     params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), checkpoint.transformer)
     opt_state = optimizer.init(params)
     start = 0

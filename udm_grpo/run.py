@@ -18,7 +18,7 @@ from rewards_bridge.redaction import redacted_values
 from udm_grpo import mesh as meshes
 from udm_grpo import shared_rewards
 from udm_grpo.batches import Params, TrainState
-from udm_grpo.checkpoints.checkpoint import Checkpoints, check_same_run
+from udm_grpo.checkpoints.checkpoint import Checkpoints
 from udm_grpo.checkpoints.checkpoint_fallback import restore_or_older
 from udm_grpo.compiled import Steps, build, make_plans
 from udm_grpo.config import ConfigError, RunConfig, as_dict
@@ -29,7 +29,7 @@ from udm_grpo.files.set_aside import CONFIG
 from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.lifecycle.disk_check import check_space
 from udm_grpo.lifecycle.fingerprint import agreed, fingerprint
-from udm_grpo.lifecycle.identity import Identity, identify
+from udm_grpo.lifecycle.identity import Identity, check_continues, identify
 from udm_grpo.lifecycle.interruption import Interruption
 from udm_grpo.lifecycle.output_folder import (
     check_inputs_stay,
@@ -264,7 +264,7 @@ def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position 
         run.identity.resume,
         {"state": abstract, "reference": reference},
         run.config.checkpoint.resume,
-        lambda meta: check_same_run(meta, run.identity.fingerprint),
+        lambda meta: check_continues(meta, run.identity.fingerprint),
     )
     return saved["state"], saved["reference"], Position(**meta["position"])
 

@@ -28,6 +28,10 @@ ADVICE = (
 """What to do about a run that has diverged."""
 
 
+SHOWN = ("kl", "entropy")
+"""Metrics of an objective that stand in the progress line where there are any of these; the files hold all of them."""
+
+
 @dataclass(frozen=True)
 class Reports:
     """The logs of a run."""
@@ -90,7 +94,7 @@ def write_iteration(
     check_finite("iteration", step, {"reward": reward, **values}, ADVICE.format(output=config.output_dir))
     if warning := reports.signal.watch(step, values["skipped"]):
         reports.progress.message(warning)
-    own = {"reward": reward, "kl": values["kl"], "entropy": values["entropy"]}
+    own = {"reward": reward, **{name: values[name] for name in SHOWN if name in values}}
     reports.progress.update({"reward": reward, **apart(raw, own), **own}, seconds)
 
 

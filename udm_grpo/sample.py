@@ -36,7 +36,7 @@ from PIL import Image
 from rewards_bridge.redaction import guarded
 from udm_grpo import compiled
 from udm_grpo import mesh as meshes
-from udm_grpo.batch_sizes import padded
+from udm_grpo.batches import padded
 from udm_grpo.checkpoints.checkpoint import CheckpointError
 from udm_grpo.config import DistributedConfig, MeshConfig
 from udm_grpo.data.prompt_files import PROMPT
@@ -48,7 +48,7 @@ from udm_grpo.files.buckets import local_prompts
 from udm_grpo.files.places import check_flags
 from udm_grpo.lifecycle.output_folder import lock_for_all
 from udm_grpo.machine.progress import progress_bar
-from udm_grpo.model.transformer import Execution
+from udm_grpo.model.network import Network
 from udm_grpo.models import Model, SamplingError, open_folder, open_run
 from udm_grpo.multihost import distributed, hosts
 from udm_grpo.released.weights import DTYPES, Checkpoint
@@ -74,16 +74,12 @@ def drawer(
         raise SamplingError(f"{sizes} must be multiples of {stride}, the pixels of a token.")
     mesh = meshes.make_mesh(asdict(MeshConfig()), devices)
     rows = padded(batch, meshes.batch_shards(mesh))
-    plan = RolloutPlan(
-        grid=(settings.height // stride, settings.width // stride),
-        steps=settings.steps,
-        shift=checkpoint.scheduler.shift,
-        guidance_scale=settings.guidance_scale,
-        guidance_trunc=settings.guidance_trunc,
-        rows=4 * meshes.batch_shards(mesh),  # images whose logits exist at a time
-    )
+    grid = (settings.height // stride, settings.width // stride)
+    network = Network(checkpoint.transformer_config, grid, rows=4 * meshes.batch_shards(mesh))
+    shift = checkpoint.scheduler.shift
+    plan = RolloutPlan(settings.steps, shift, settings.guidance_scale, settings.guidance_trunc)
     path = jax.device_put(path_of(checkpoint), meshes.replicated(mesh))
-    rollout = compiled.free_rollout(checkpoint.transformer_config, Execution(), path, plan)
+    rollout = compiled.free_rollout(network, path, plan)
     decode = compiled.tokenizer_codec(checkpoint.vq_config)[1]
     params = jax.tree.map(lambda leaf: np.asarray(leaf, settings.dtype), checkpoint.transformer)
     params = jax.device_put(params, meshes.shardings(mesh, params))
@@ -96,7 +92,7 @@ def drawer(
         prompt, image = np.pad(np.array(wanted, np.int32), ((0, rows - len(wanted)), (0, 0)), mode="edge").T
         ids, index = jax.device_put((prompt_ids[prompt], image * MAX_PROMPTS + prompt), meshes.over_batch(mesh))
         rolled = rollout(params, ids, empty_ids, index, key)
-        return compiled.to_pixels(decode(vq_params, rolled.clean.reshape(-1, *plan.grid)))
+        return compiled.to_pixels(decode(vq_params, rolled.clean.reshape(-1, *grid)))
 
     return draw
 

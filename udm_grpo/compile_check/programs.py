@@ -11,15 +11,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, Sharding
 
 from udm_grpo import mesh as meshes
-from udm_grpo.batch_sizes import BatchSizes
 from udm_grpo.batches import Rollout, Samples
-from udm_grpo.compiled import build, make_plans
+from udm_grpo.compiled import Steps, build, make_plans
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.data.tokenizer import MAX_LENGTH, load_tokenizer
 from udm_grpo.diffusion.path import ProbabilityPath
-from udm_grpo.model import lora, transformer, vq
+from udm_grpo.model import lora, transformer
 from udm_grpo.model.transformer import TransformerConfig
-from udm_grpo.model.vq_config import VQConfig
+from udm_grpo.model.vq import codec as vq
+from udm_grpo.model.vq.config import VQConfig
 from udm_grpo.released.contents import CONFIG_FILES, Scheduler
 from udm_grpo.run import abstract_state, check_sizes, optimizer_of, trained
 from udm_grpo.tensor_files.torch_files import read_json
@@ -91,7 +91,8 @@ def mesh_of(config: RunConfig, sizes: Sizes, devices: list[Any]) -> Mesh:
 def programs(config: RunConfig, sizes: Sizes, mesh: Mesh) -> dict[str, Program]:
     """Return the programs of one iteration by name: rollout, decode, reference and update."""
     held, steps = _held(config, sizes, mesh)
-    given = _given(config, sizes, mesh, steps.sizes)
+    given = _given(config, sizes, mesh, steps)
+    samples = _samples(held, given, steps, mesh)
     rollout, update = steps.sizes.rollout, steps.sizes.update
 
     def program(name: str, step: Any, micro_batch: int, taken: tuple[str, ...], *rest: Any) -> Program:
@@ -103,7 +104,7 @@ def programs(config: RunConfig, sizes: Sizes, mesh: Mesh) -> dict[str, Program]:
 
     drawn = (given["rollout prompts"], given["empty"], given["index"], given["key"])
     judged = (given["prompts"], Rollout(given["clean"], given["trajectory"], given["trajectory"]), given["key"])
-    learned = (given["samples"], given["score"], held["reference"], given["images"])
+    learned = (samples, given["score"], held["reference"], given["images"])
     made = (
         program("rollout", steps.rollout, rollout, ("policy",), *drawn),
         program("decode", steps.decode, rollout, ("tokenizer",), given["rollout clean"]),
@@ -117,7 +118,7 @@ def _spread(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.Shape
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def _held(config: RunConfig, sizes: Sizes, mesh: Mesh) -> tuple[dict[str, Any], Any]:
+def _held(config: RunConfig, sizes: Sizes, mesh: Mesh) -> tuple[dict[str, Any], Steps]:
     """Shapes of what lies on the devices all through an iteration, by name; and the stages."""
     plans = make_plans(config, sizes.transformer, sizes.vq, sizes.scheduler.shift, mesh)
     optimizer = optimizer_of(config)
@@ -146,22 +147,16 @@ def _held(config: RunConfig, sizes: Sizes, mesh: Mesh) -> tuple[dict[str, Any], 
     return held, build(config, plans, path, optimizer, mesh, state)
 
 
-def _given(config: RunConfig, sizes: Sizes, mesh: Mesh, batches: BatchSizes) -> dict[str, Any]:
+def _given(config: RunConfig, sizes: Sizes, mesh: Mesh, steps: Steps) -> dict[str, Any]:
     """Shapes of the batches that the stages are given."""
     over_batch, whole = meshes.over_batch(mesh), meshes.replicated(mesh)
-    L, m = sizes.text_length, batches.rollout
-    N = (config.model.height // sizes.vq.stride) * (config.model.width // sizes.vq.stride)
-    B, S, T = batches.drawn, batches.trained, config.rollout.steps
-    ablation = config.grpo.trajectory == "rollout" or config.grpo.action == "intermediate"
+    L, m, N = sizes.text_length, steps.sizes.rollout, steps.plans.network.tokens
+    B, T, M = steps.sizes.drawn, config.rollout.steps, config.grpo.minibatches
+    kept = steps.plans.rollout.keep_trajectory
 
     def whole_numbers(*shape: int) -> Any:
         return _spread(shape, jnp.int32, over_batch)
 
-    def numbers(*shape: int) -> Any:
-        return _spread(shape, jnp.float32, over_batch)
-
-    M = config.grpo.minibatches
-    old = numbers(S) if config.grpo.optimizer_steps > 1 else None
     return {
         "rollout prompts": whole_numbers(m, L),
         "rollout clean": whole_numbers(m, N),
@@ -170,19 +165,17 @@ def _given(config: RunConfig, sizes: Sizes, mesh: Mesh, batches: BatchSizes) -> 
         "key": _spread((), jax.random.key(0).dtype, whole),
         "prompts": whole_numbers(B, L),
         "clean": whole_numbers(B, N),
-        "trajectory": _spread((T, B, N), jnp.int32, meshes.over_second(mesh)) if ablation else None,
-        "samples": Samples(
-            prompt_ids=whole_numbers(S, L),
-            noisy=whole_numbers(S, N),
-            action=whole_numbers(S, N),
-            advantage=numbers(S),
-            ref_logp=numbers(S),
-            old_logp=old,
-            weight=numbers(S) if batches.states < S else None,
-        ),
+        "trajectory": _spread((T, B, N), jnp.int32, meshes.over_second(mesh)) if kept else None,
         "score": _spread((config.rollout.prompts, config.rollout.group_size), jnp.float32, whole),
-        "images": _spread((batches.images // M,), jnp.int32, whole) if M > 1 else None,
+        "images": _spread((steps.sizes.images // M,), jnp.int32, whole) if M > 1 else None,
     }
+
+
+def _samples(held: dict[str, Any], given: dict[str, Any], steps: Steps, mesh: Mesh) -> Samples:
+    """Shapes of the training states, which are what the objective of the run makes them."""
+    rolled = Rollout(given["clean"], given["trajectory"], given["trajectory"])
+    made = jax.eval_shape(steps.prepare, held["policy"], held["reference"], given["prompts"], rolled, given["key"])
+    return jax.tree.map(lambda leaf: _spread(leaf.shape, leaf.dtype, meshes.over_batch(mesh)), made)
 
 
 def device_bytes(tree: Any) -> int:

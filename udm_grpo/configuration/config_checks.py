@@ -8,6 +8,7 @@ from typing import Any
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.configuration.config_fields import field_values
 from udm_grpo.files import places
+from udm_grpo.grpo.objective import objective_class
 from udm_grpo.machine.gpu_split import device_problems
 from udm_grpo.model import lora
 
@@ -54,6 +55,10 @@ def _choices(config: RunConfig, problems: list[str]) -> None:
     _choice(problems, "model.dtype", config.model.dtype, ("float32", "bfloat16"))
     _choice(problems, "model.attention", config.model.attention, ("auto", "xla", "cudnn", "splash"))
     _choice(problems, "model.remat", config.model.remat, ("none", "dots", "full"))
+    try:
+        objective_class(config.grpo.objective)
+    except ConfigError as error:
+        problems.append(str(error))
     _choice(problems, "grpo.trajectory", config.grpo.trajectory, ("forward", "rollout"))
     _choice(problems, "grpo.action", config.grpo.action, ("clean", "intermediate"))
     _choice(problems, "optimizer.schedule", config.optimizer.schedule, ("constant", "cosine", "multistep"))

@@ -7,26 +7,24 @@ from jaxtyping import Array, Float, Int, Key
 from udm_grpo.batches import Params
 from udm_grpo.diffusion import path as paths
 from udm_grpo.diffusion.categorical import uniforms
+from udm_grpo.diffusion.denoiser import Denoiser
 from udm_grpo.diffusion.path import ProbabilityPath
 from udm_grpo.diffusion.schedule import pretraining_time
-from udm_grpo.model.transformer import Execution, TransformerConfig, head, hidden_states, image_rows
 
 EMPTY_PROMPT_PROBABILITY = 0.1
 """How many prompts are replaced by the empty one, so that the model also learns the unconditional law."""
 
 
 def cross_entropy(
-    config: TransformerConfig,
-    execution: Execution,
+    network: Denoiser,
     params: Params,
     prompt_ids: Int[Array, "b l"],
     noisy: Int[Array, "b n"],
     clean: Int[Array, "b n"],
-    grid: tuple[int, int],
 ) -> Float[Array, ""]:
     """Mean cross-entropy (nats) of the clean codes given the noisy ones, over all tokens."""
-    hidden = hidden_states(config, params, prompt_ids, noisy, grid, execution)
-    log_p = jax.nn.log_softmax(head(params, image_rows(hidden, clean.shape[1])), axis=-1)
+    logits = network.logits(params, network.features(params, prompt_ids, noisy))
+    log_p = jax.nn.log_softmax(logits, axis=-1)
     return -jnp.mean(jnp.take_along_axis(log_p, clean[:, :, None], axis=-1))
 
 
@@ -49,15 +47,13 @@ def corrupt(
 
 
 def pretrain_loss(
-    config: TransformerConfig,
-    execution: Execution,
+    network: Denoiser,
     path: ProbabilityPath,
     shift: float,
     params: Params,
     prompt_ids: Int[Array, "b l"],
     empty_ids: Int[Array, " l"],
     clean: Int[Array, "b n"],
-    grid: tuple[int, int],
     key: Key[Array, ""],
 ) -> Float[Array, ""]:
     """Return the loss of one batch of prompts and clean codes.
@@ -65,4 +61,4 @@ def pretrain_loss(
     Source: URSA, arXiv 2510.24717.
     """
     prompts, noisy = corrupt(path, shift, prompt_ids, empty_ids, clean, key)
-    return cross_entropy(config, execution, params, prompts, noisy, clean, grid)
+    return cross_entropy(network, params, prompts, noisy, clean)

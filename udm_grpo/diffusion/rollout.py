@@ -10,18 +10,15 @@ from jaxtyping import Array, Float, Int, Int32, Key
 from udm_grpo.batches import Params, Rollout
 from udm_grpo.diffusion import path as paths
 from udm_grpo.diffusion.categorical import categorical, uniforms
+from udm_grpo.diffusion.denoiser import Denoiser
 from udm_grpo.diffusion.path import ProbabilityPath
 from udm_grpo.diffusion.schedule import timesteps
-from udm_grpo.model.chunks import map_chunks
-from udm_grpo.model.transformer import Execution, TransformerConfig, head, hidden_states, image_rows
 
 
 @dataclass(frozen=True)
 class RolloutPlan:
     """The shape of a rollout; static under jit."""
 
-    grid: tuple[int, int]
-    """(h, w), the token grid."""
     steps: int = 10
     """T."""
     shift: float = 1.0
@@ -30,8 +27,6 @@ class RolloutPlan:
     """g; 1 is CFG-free."""
     guidance_trunc: float = 0.9
     """Guidance acts while t_k is below this."""
-    rows: int = 4
-    """Images whose logits exist at a time."""
     keep_trajectory: bool = False
     """Whether to return x_k and x_1 of every step, for the ablations."""
 
@@ -83,8 +78,7 @@ def step_times(path: ProbabilityPath, plan: RolloutPlan) -> dict[str, np.ndarray
 
 
 def denoise(
-    config: TransformerConfig,
-    execution: Execution,
+    network: Denoiser,
     path: ProbabilityPath,
     plan: RolloutPlan,
     params: Params,
@@ -95,36 +89,30 @@ def denoise(
     times: dict[str, Array],
     guided: bool,
 ) -> tuple[Int32[Array, "b n"], Int32[Array, "b n"]]:
-    """One step for B images: the trunk, logits at the image rows in chunks of `plan.rows` images, and the draws."""
-    tokens = x.shape[1]
-    params = execution.with_head(params)
-
-    def features(prompts: Int[Array, "b l"]) -> Float[Array, "b n d"]:
-        return image_rows(hidden_states(config, params, prompts, x, plan.grid, execution), tokens)
-
+    """One step for B images: the features of every token, then logits and draws of some images at a time."""
+    params = network.with_head(params)
     step_keys = jax.vmap(lambda key: jax.random.fold_in(key, times["index"] + 1))(keys)
-    u = jax.vmap(lambda key: uniforms(key, tokens, 5))(step_keys)
-    work = {"cond": features(prompt_ids), "x": x, "u": u}
+    u = jax.vmap(lambda key: uniforms(key, x.shape[1], 5))(step_keys)
+    work = {"cond": network.features(params, prompt_ids, x), "x": x, "u": u}
     if guided:
-        work["uncond"] = features(jnp.broadcast_to(empty_ids, prompt_ids.shape))
+        work["uncond"] = network.features(params, jnp.broadcast_to(empty_ids, prompt_ids.shape), x)
 
     def draw(chunk: dict[str, Array]) -> tuple[Int32[Array, "r n"], Int32[Array, "r n"]]:
-        logits = head(params, chunk["cond"])
+        logits = network.logits(params, chunk["cond"])
         if guided:
-            uncond = head(params, chunk["uncond"])
+            uncond = network.logits(params, chunk["uncond"])
             logits = uncond + plan.guidance_scale * (logits - uncond)
         after, x_1 = sample_step(
             path, logits.reshape(-1, path.codes), chunk["x"].reshape(-1), times, chunk["u"].reshape(-1, 5)
         )
         return after.reshape(chunk["x"].shape), x_1.reshape(chunk["x"].shape)
 
-    after, x_1 = map_chunks(draw, work, plan.rows)
+    after, x_1 = network.in_chunks(draw, work)
     return after, x_1
 
 
 def rollout(
-    config: TransformerConfig,
-    execution: Execution,
+    network: Denoiser,
     path: ProbabilityPath,
     plan: RolloutPlan,
     params: Params,
@@ -142,7 +130,7 @@ def rollout(
     """
     keys = image_keys(key, image_index)
     start_keys = jax.vmap(lambda image_key: jax.random.fold_in(image_key, 0))(keys)
-    x = start_tokens(path, start_keys, plan.grid[0] * plan.grid[1])
+    x = start_tokens(path, start_keys, network.tokens)
     first = plan.first_step(path)
     times = {name: value[first:] for name, value in step_times(path, plan).items()}
     guided = plan.guided()[first:]
@@ -154,7 +142,7 @@ def rollout(
             continue
 
         def body(x: Array, now: dict[str, Array], flag: bool = flag) -> tuple[Array, tuple[Array, Array] | None]:
-            after, x_1 = denoise(config, execution, path, plan, params, prompt_ids, empty_ids, keys, x, now, flag)
+            after, x_1 = denoise(network, path, plan, params, prompt_ids, empty_ids, keys, x, now, flag)
             return after, (x, x_1) if plan.keep_trajectory else None
 
         x, kept = jax.lax.scan(body, x, {name: jnp.asarray(value[mine]) for name, value in times.items()})

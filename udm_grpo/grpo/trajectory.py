@@ -35,6 +35,11 @@ class TrajectoryPlan:
     rows: int = 4
     """Images that are noised at a time."""
 
+    @property
+    def needs_rollout(self) -> bool:
+        """Whether the rollout has to keep what it met at every step."""
+        return self.trajectory == "rollout" or self.action == "intermediate"
+
 
 def window(plan: TrajectoryPlan, key: Key[Array, ""]) -> Int32[Array, " k"]:
     """Return the K consecutive steps of this update, the same on every device."""
@@ -72,17 +77,15 @@ def trajectory(
     """
     window_key, noise_key = jax.random.split(key)
     steps = window(plan, window_key)
-    t = timesteps(plan.steps, plan.shift)
     visited, predicted = rollout.visited, rollout.predicted
-    ablation = plan.trajectory == "rollout" or plan.action == "intermediate"
-    if ablation and (visited is None or predicted is None):
+    if plan.needs_rollout and (visited is None or predicted is None):
         raise ValueError("this ablation trains on the rollout's own steps: keep its trajectory.")
     if plan.trajectory == "rollout":
         noisy = visited[steps]  # type: ignore[index]
     else:
-        levels = jnp.asarray(np.asarray(paths.level(path, t), np.float32))[steps]
+        levels = jnp.asarray(np.asarray(paths.level(path, timesteps(plan.steps, plan.shift)), np.float32))[steps]
         keys = image_keys(noise_key, image_index)
         noisy = jax.lax.map(lambda at: noised(path, plan, rollout.clean, at[0], at[1], keys), (levels, steps))
     clean = jnp.broadcast_to(rollout.clean, noisy.shape)
     action = predicted[steps] if plan.action == "intermediate" else clean  # type: ignore[index]
-    return Trajectory(noisy=noisy, action=action, t=jnp.asarray(t.astype(np.float32))[steps], step=steps)
+    return Trajectory(noisy=noisy, action=action)

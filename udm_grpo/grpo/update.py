@@ -10,12 +10,12 @@ import optax
 from jaxtyping import Array, Bool, Float, Int32
 
 from udm_grpo.batches import Params, Samples, TrainState
-from udm_grpo.grpo.loss import LossPlan, grpo_loss
+from udm_grpo.grpo.objective import Objective
 from udm_grpo.grpo.optimizer import largest, unless
 from udm_grpo.grpo.optimizer import step as optimizer_step
 from udm_grpo.model import lora
 from udm_grpo.model.chunks import chunk_size, split
-from udm_grpo.model.transformer import Execution, TransformerConfig
+from udm_grpo.model.network import Network
 
 
 def cast(params: Params, dtype: Any) -> Params:
@@ -24,9 +24,8 @@ def cast(params: Params, dtype: Any) -> Params:
 
 
 def accumulated_gradients(
-    config: TransformerConfig,
-    execution: Execution,
-    plan: LossPlan,
+    network: Network,
+    objective: Objective,
     params: Params,
     samples: Samples,
     micro_batch: int,
@@ -41,7 +40,7 @@ def accumulated_gradients(
 
     def loss(weights: Params, part: Samples) -> tuple[Array, dict[str, Array]]:
         whole = weights if base is None else lora.attach(base, weights)
-        return grpo_loss(config, execution, plan, whole, part)
+        return objective.loss(network, whole, part)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
     total = samples.noisy.shape[0]
@@ -109,9 +108,8 @@ def apply_gradients(
 
 
 def update(
-    config: TransformerConfig,
-    execution: Execution,
-    plan: LossPlan,
+    network: Network,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     average: EmaPlan,
     compute_dtype: Any,
@@ -131,6 +129,6 @@ def update(
     """
     scale = partial(lora.scaled, by=factor) if base is not None else lambda params: params
     compute = cast(scale(state.params), compute_dtype)
-    gradients, metrics = accumulated_gradients(config, execution, plan, compute, samples, micro_batch, base)
+    gradients, metrics = accumulated_gradients(network, objective, compute, samples, micro_batch, base)
     state, of_step = apply_gradients(optimizer, average, state, scale(gradients), has_signal(samples))
     return state, metrics | of_step

@@ -2,12 +2,13 @@
 
 Everything in a configuration counts unless `FREE` (or, under a condition, `free_fields`) names it. Files count by what
 they hold, not by where they are: model and prompts are compared whole (large transformer and scorer weights by a
-sample, see host/digests.py), so a folder may be moved, linked or named by another path.
+sample, see files/digests.py), so a folder may be moved, linked or named by another path.
 
-What it cannot see: files of a scorer at an address, which are on its server; the code of a scorer of one's own;
+What it cannot see: files of a scorer at an address, which are on its server; the code of a user's own scorer;
 versions of packages and drivers, which environment.json notes at every start.
 """
 
+import inspect
 import os
 import warnings
 from collections.abc import Mapping
@@ -25,10 +26,13 @@ from udm_grpo.configuration.config_fields import field_values
 from udm_grpo.data.prompts import PromptSet
 from udm_grpo.files.buckets import local
 from udm_grpo.files.digests import digest_array, digest_files, digest_json, digest_path
+from udm_grpo.grpo.objective import OBJECTIVES, objective_class
 from udm_grpo.multihost import hosts
 from udm_grpo.released.part_files import open_part
 from udm_grpo.released.weights import Checkpoint, transformer_path
 
+ADDED_FIELDS = {"grpo.objective": "udm_grpo"}
+"""Fields that checkpoints of earlier versions do not name -> what they were trained with."""
 VERSION = 2
 """Of the form of a fingerprint; those of the first had no version and no contents."""
 
@@ -85,6 +89,7 @@ def fingerprint(config: RunConfig, checkpoint: Checkpoint, train: PromptSet, hel
             continue
         if not is_free(name, free):
             _put(found, name, value)
+    _put(found, "grpo.objective", _objective(config.grpo.objective))
     for name, scorer in config.rewards.scorers.items():
         _put(found, f"rewards.scorers.{name}.scorer", scorer.scorer or name)
         _put(found, f"rewards.scorers.{name}.options", _options(scorer))
@@ -116,7 +121,7 @@ def comparable(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[dict[s
     """
     saved = redacted_values(saved)  # those of earlier versions have logins in them
     if "version" in saved:
-        return saved, dict(now)
+        return _with_added_fields(saved, now), dict(now)
     warnings.warn(
         "the checkpoint is of an earlier version, which did not note what its model, prompts and scorers' files hold; "
         "they are taken to be those that it was trained with",
@@ -134,11 +139,28 @@ def _common(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _with_added_fields(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    tree = dict(saved)
+    for name, value in ADDED_FIELDS.items():
+        section, field = name.split(".")
+        if field in now.get(section, {}):
+            tree[section] = {field: value, **tree.get(section, {})}
+    return tree
+
+
 def _put(tree: dict[str, Any], name: str, value: Any) -> None:
     *parts, last = name.split(".")
     for part in parts:
         tree = tree.setdefault(part, {})
     tree[last] = value
+
+
+def _objective(name: str) -> str | dict[str, Any]:
+    """Return the name of an objective; of a user's own also what its file holds."""
+    source = inspect.getsourcefile(objective_class(name))
+    if name in OBJECTIVES or source is None:
+        return name
+    return {"class": name, "contents": digest_path(Path(source))}
 
 
 def _model(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -50,17 +50,21 @@ def new_id() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}"
 
 
+def check_continues(meta: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless a checkpoint's run, perhaps of an earlier version, is the one of `fingerprint`."""
+    if "fingerprint" not in meta:
+        check_same_run(meta, fingerprint)
+    saved, now = comparable(meta["fingerprint"], fingerprint)
+    check_same_run({"fingerprint": saved}, now)
+
+
 def identify(config: RunConfig, checkpoints: Checkpoints, fingerprint: Mapping[str, Any]) -> Identity:
     """Find what the run resumes from; raises CheckpointError if that is missing, damaged or of another run."""
     found = hosts.from_primary(lambda: _resume(config, checkpoints))
     if found is None:
         return Identity(hosts.from_primary(new_id), fingerprint)
     meta = read_meta(found)
-    if "fingerprint" in meta:
-        saved, now = comparable(meta["fingerprint"], fingerprint)
-        check_same_run({"fingerprint": saved}, now)
-    else:
-        check_same_run(meta, fingerprint)
+    check_continues(meta, fingerprint)
     here = _same_place(folder_of(found), str(checkpoints.folder))
     known = meta.get("run") if here else None  # checkpoints of earlier versions have none
     return Identity(known or hosts.from_primary(new_id), fingerprint, found, here, meta)

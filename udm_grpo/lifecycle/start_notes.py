@@ -8,8 +8,8 @@ from jax.sharding import Mesh
 
 from rewards_bridge.errors import BridgeError
 from udm_grpo import mesh as meshes
-from udm_grpo.batch_sizes import BatchSizes, batch_sizes
-from udm_grpo.batches import Params
+from udm_grpo.batch_sizes import batch_sizes
+from udm_grpo.batches import BatchSizes, Params
 from udm_grpo.config import RunConfig
 from udm_grpo.data.prompt_warnings import NAMES, cut_warnings, places, set_warnings, special_warnings, write_warnings
 from udm_grpo.mesh import Undivided

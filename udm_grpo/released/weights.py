@@ -19,9 +19,10 @@ from udm_grpo.data.tokenizer import load_tokenizer
 from udm_grpo.files.atomic import replacing_folder
 from udm_grpo.files.folder_lock import FolderLockedError
 from udm_grpo.files.places import PlaceError, with_home
-from udm_grpo.model import transformer, vq
+from udm_grpo.model import transformer
 from udm_grpo.model.transformer import TransformerConfig
-from udm_grpo.model.vq_config import VQConfig
+from udm_grpo.model.vq import codec as vq
+from udm_grpo.model.vq.config import VQConfig
 from udm_grpo.released.contents import (
     CODEBOOK_NAME,
     CONFIG_FILES,

@@ -28,7 +28,8 @@ from udm_grpo.devices import on_devices, prepare
 from udm_grpo.files.folder_lock import lock_inside
 from udm_grpo.files.places import local_args
 from udm_grpo.lifecycle.iteration_checks import check_finite
-from udm_grpo.model import transformer, vq
+from udm_grpo.model import transformer
+from udm_grpo.model.vq import codec as vq
 from udm_grpo.released.new_checkpoint import new_checkpoint
 from udm_grpo.released.weights import Checkpoint, Scheduler, save_folder
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from udm_grpo.model.vq_config import GROUPS, VQConfig
+from udm_grpo.model.vq.config import GROUPS, VQConfig
 
 NORM_EPS = 1e-6
 # vq.init draws the parameters. Here they only have shapes: zeros without keys, since to trace a draw for each of them

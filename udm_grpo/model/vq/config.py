@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from udm_grpo.model.quantizers import FSQ_LEVELS
 from udm_grpo.model.sizes import check_vq_sizes
+from udm_grpo.model.vq.quantizers import FSQ_LEVELS
 
 GROUPS = 32
 """Of every group norm; the release computes with it whatever the file says."""

@@ -1,6 +1,6 @@
 """The image tokenizer: AutoencoderVQ, a convolutional encoder and decoder around a quantizer.
 
-Flax NNX in tree style: the modules of vq_modules.py only describe the computation. `abstract` and `init` give the
+Flax NNX in tree style: the modules of modules.py only describe the computation. `abstract` and `init` give the
 parameters as a plain nested dict of arrays (convolution kernels HWIO, linear kernels (in, out)), and every other
 function is pure. Letters: B images, H x W pixels, h x w = H/stride x W/stride tokens, e code channels, V codes.
 
@@ -18,9 +18,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from udm_grpo.batches import Params
-from udm_grpo.model import quantizers
-from udm_grpo.model.vq_config import VQConfig
-from udm_grpo.model.vq_modules import AutoencoderVQ
+from udm_grpo.model.vq import quantizers
+from udm_grpo.model.vq.config import VQConfig
+from udm_grpo.model.vq.modules import AutoencoderVQ
 
 
 @functools.lru_cache(maxsize=16)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from udm_grpo.batches import Params
-from udm_grpo.model import vq
+from udm_grpo.model.vq import codec as vq
 
 COMMITMENT_WEIGHT = 0.25
 """How strongly a latent is drawn to its code."""

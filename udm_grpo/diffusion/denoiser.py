@@ -1,0 +1,36 @@
+"""What the diffusion asks of a model; it knows nothing else about it."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Array, Float, Int
+
+from udm_grpo.batches import Params
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """A model that predicts clean codes from noisy ones; `model.network.Network` is one."""
+
+    @property
+    def tokens(self) -> int:
+        """N, the tokens of an image."""
+        ...
+
+    def features(
+        self, params: Params, prompt_ids: Int[Array, "b l"], image_ids: Int[Array, "b n"]
+    ) -> Float[Array, "b n d"]:
+        """Return what `logits` needs of every image token."""
+        ...
+
+    def logits(self, params: Params, features: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Return float32 logits of the clean code."""
+        ...
+
+    def with_head(self, params: Params) -> Params:
+        """Return the parameters prepared for `logits` of many chunks."""
+        ...
+
+    def in_chunks(self, fn: Callable[[Any], Any], images: Any) -> Any:
+        """Apply `fn` to some images at a time along the first axis of every array."""
+        ...

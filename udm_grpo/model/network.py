@@ -1,0 +1,75 @@
+"""The model as everything else sees it: pure functions of its parameters; one record of all that is static about it.
+
+Another model takes part by another class with these methods.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+from udm_grpo.batches import Params
+from udm_grpo.model.chunks import map_chunks
+from udm_grpo.model.head import ONE_DEVICE, head_logps
+from udm_grpo.model.transformer import Execution, TransformerConfig, head, hidden_states, image_rows
+
+
+@dataclass(frozen=True)
+class Network:
+    """URSA's transformer over a grid of image tokens; static under jit."""
+
+    config: TransformerConfig
+    grid: tuple[int, int]
+    """(h, w), the token grid of an image."""
+    execution: Execution = ONE_DEVICE
+    rows: int = 4
+    """Images whose logits exist at a time."""
+
+    @property
+    def tokens(self) -> int:
+        """N, the tokens of an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def codes(self) -> int:
+        """V, the visual codes."""
+        return self.config.lm_head_size
+
+    def features(
+        self, params: Params, prompt_ids: Int[Array, "b l"], image_ids: Int[Array, "b n"]
+    ) -> Float[Array, "b n d"]:
+        """Return the trunk's output at the rows that predict the N image tokens, in the dtype of `params`.
+
+        Raises ValueError where the images do not have the tokens of the grid.
+        """
+        hidden = hidden_states(self.config, params, prompt_ids, image_ids, self.grid, self.execution)
+        return image_rows(hidden, self.tokens)
+
+    def logits(self, params: Params, features: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Return float32 logits over the V codes; give features in chunks, for V is wide."""
+        return head(params, features)
+
+    def log_probs(
+        self,
+        params: Params,
+        prompt_ids: Int[Array, "b l"],
+        noisy: Int[Array, "b n"],
+        action: Int[Array, "b n"],
+    ) -> tuple[Float[Array, "b n"], Float[Array, "b n"]]:
+        """(log p(action | noisy), entropy) of every token, float32; the gradient keeps no logits."""
+        features = self.features(params, prompt_ids, noisy)
+        kernel = self.execution.with_head(params)["lm_head"]["kernel"]
+        return head_logps(features, kernel, action, self.rows, self.execution)
+
+    def with_head(self, params: Params) -> Params:
+        """Return the parameters with the head brought together once, for `logits` of many chunks."""
+        return self.execution.with_head(params)
+
+    def in_chunks(self, fn: Callable[[Any], Any], images: Any) -> Any:
+        """Apply `fn` to `rows` images at a time along the first axis of every array; it treats them independently."""
+        return map_chunks(fn, images, self.rows)
+
+    def spread(self, batch: Array) -> Array:
+        """Keep a batch spread over its devices."""
+        return self.execution.spread(batch)
