@@ -15,7 +15,7 @@ from rewards_bridge.errors import BridgeError, PromptError, UsageError
 from rewards_bridge.options import parse_pairs, read_file
 from rewards_bridge.protocol.messages import MalformedError
 from rewards_bridge.redaction import guarded, redacted
-from rewards_bridge.scorers import KNOWN
+from rewards_bridge.scorers import SCORERS
 from rewards_bridge.server import ServeConfig, serve
 
 CONNECT_S, LOAD_S, SCORE_S = 10.0, 3600.0, 3600.0
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     serving = commands.add_parser("serve", help="load a scorer and serve it until stopped")
     scoring = commands.add_parser("score", help="score images, one JSON object a line")
     examining = commands.add_parser("doctor", help="say of each scorer whether it is ready, and how to fix it if not")
-    names = f'{", ".join(sorted(KNOWN))}, or your own "module:Class"'
+    names = f'{", ".join(sorted(SCORERS))}, or your own "module:Class"'
     examining.add_argument("--scorer", action="append", default=[], help=f"{names}; may be repeated; all if left out")
     what = "all that a training needs, by its configuration; --config.field=value as there"
     examining.add_argument("--config", type=_path, metavar="FILE", help=what)

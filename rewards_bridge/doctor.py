@@ -15,50 +15,13 @@ from pathlib import Path
 
 from rewards_bridge.errors import UsageError
 from rewards_bridge.process import with_package
-from rewards_bridge.scorers import KNOWN, Scorer, load_scorer, with_device
+from rewards_bridge.scorers import SCORERS, Scorer, load_scorer, with_device
 from rewards_bridge.scorers.torchvision_ops import declare_operators
 from rewards_bridge.surroundings import environment_advice
 
 _REQUIREMENTS = Path(__file__).parent / "requirements.txt"
-_TORCH = ("torch", "transformers", "safetensors", "skimage")  # the last for the photographs of examples.py
-_CLIP = (*_TORCH, "torchvision", "timm", "open_clip")
-
-PACKAGES: Mapping[str, tuple[str, ...]] = {
-    "aesthetic": _CLIP,
-    "clipscore": _CLIP,
-    "geneval": _CLIP,
-    "hpsv2": _CLIP,
-    "imagereward": (),  # an environment of its own, which its own error spells out
-    "jpeg": ("PIL",),
-    "ocr": ("paddleocr", "onnxruntime", "rapidfuzz"),
-    "pickscore": _CLIP,
-    "shapes": ("skimage", "scipy"),
-    "vlm": ("PIL",),
-}
-"""Scorer -> the modules it imports beside numpy."""
 DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open-clip-torch", "skimage": "scikit-image"}
 """Module -> what pip calls it, where that differs."""
-MEMORY_GIB: Mapping[str, float] = {
-    "aesthetic": 3.0,
-    "clipscore": 3.0,
-    "geneval": 8.0,
-    "hpsv2": 6.0,
-    "imagereward": 4.0,
-    "jpeg": 0.5,
-    "ocr": 1.5,
-    "pickscore": 6.0,
-    "shapes": 0.5,
-    "vlm": 0.5,
-}
-"""Scorer -> GiB of its device that one process needs with the published weights in float32 and its default batch_size.
-
-An estimate, from the number of parameters (4 bytes each: CLIP ViT-L/14 428 M, ViT-H/14 986 M, Swin-S Mask2Former 69 M)
-and the largest activations, with 1 GiB for CUDA; half of it in 16 bits.
-"""
-DETECTOR = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco"
-DETECTOR_URL = (
-    f"https://download.openmmlab.com/mmdetection/v2.0/mask2former/{DETECTOR}/{DETECTOR}_20220504_001756-743b7d99.pth"
-)
 
 
 @dataclass(frozen=True)
@@ -73,22 +36,6 @@ class Checks:
     """Whether it is loaded; without, only packages and memory are looked at."""
     example: bool = True
     """Whether a wrong verdict on its test images makes it not ready."""
-
-
-def hint(name: str, options: Mapping[str, str]) -> list[str]:
-    """Return the command that leaves a scorer's weights where these options name them, where its error cannot know."""
-    if name == "geneval":
-        file = options.get("detector", f"{DETECTOR}.pth")
-        advice = "" if "detector" in options else f" ; and give --option detector={file}"
-        return [f"  fix: {shlex.join(['curl', '-fL', '--create-dirs', '-o', file, DETECTOR_URL])}{advice}"]
-    if name == "ocr":
-        folder = str(Path(options.get("detection", "ocr-models/PP-OCRv5_mobile_det")).parent)
-        given = [f"--option {key}={folder}/PP-OCRv5_mobile_{key[:3]}" for key in ("detection", "recognition")]
-        advice = "" if "detection" in options else f" ; and give {' '.join(given)}"
-        return [f"  fix: python -m rewards_bridge.scorers.ocr_models --output {shlex.quote(folder)}{advice}"]
-    if name == "vlm":
-        return ["  fix: a running endpoint: give --option url=http://HOST:PORT/v1 --option model=NAME"]
-    return []
 
 
 def examine(name: str, options: Mapping[str, str], checks: Checks = Checks()) -> tuple[bool, list[str]]:
@@ -106,7 +53,7 @@ def examine(name: str, options: Mapping[str, str], checks: Checks = Checks()) ->
     except Exception as error:  # of any library underneath
         said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
         advice = environment_advice(error)
-        remedy = [f"  fix: {advice}"] if advice else hint(name, options)
+        remedy = [f"  fix: {advice}"] if advice else SCORERS[name].hint(options) if name in SCORERS else []
         return False, [*lines, f"weights: {said}", *remedy]
     lines += ["weights: loaded", *_room(options.get("device", "cpu"))]
     try:
@@ -121,9 +68,9 @@ def examine(name: str, options: Mapping[str, str], checks: Checks = Checks()) ->
 
 def _memory(name: str, options: Mapping[str, str], memory_gib: float | None) -> tuple[bool, list[str]]:
     """(whether the scorer fits, a line about it)."""
-    if name not in MEMORY_GIB or memory_gib is None:
+    if name not in SCORERS or memory_gib is None:
         return True, []
-    needed = MEMORY_GIB[name] / (2 if options.get("dtype") in ("float16", "bfloat16") else 1)
+    needed = SCORERS[name].memory_gib / (2 if options.get("dtype") in ("float16", "bfloat16") else 1)
     line = f"memory: needs about {needed:g} GiB, its device has {memory_gib:.1f} for it"
     if needed <= memory_gib:
         return True, [line]
@@ -151,7 +98,7 @@ def check_example(name: str, scorer: Scorer) -> tuple[bool, str]:
 def failed_imports(name: str) -> dict[str, Exception]:
     """Return the scorer's modules that this interpreter cannot import, with what they raise."""
     failed: dict[str, Exception] = {}
-    for module in PACKAGES.get(name, ()):
+    for module in SCORERS[name].packages if name in SCORERS else ():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -209,7 +156,7 @@ def report(names: list[str], options: Mapping[str, str], checks: Checks = Checks
     if options and len(names) != 1:
         raise UsageError("options are for one scorer: name it with --scorer, or leave the options out")
     ready = True
-    for name in names or sorted(KNOWN):
+    for name in names or sorted(SCORERS):
         fine, lines = examine(name, options, checks)
         ready = ready and fine
         print("\n".join([f"{name}: {'ready' if fine else 'not ready'}", *(f"  {line}" for line in lines)]), flush=True)

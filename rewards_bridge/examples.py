@@ -6,6 +6,7 @@ pictures that are drawn.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +15,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from rewards_bridge.scorers.base import Scorer, Scores
+from rewards_bridge.scorers.records import SCORERS
 
 SIDE = 224
 PHOTOGRAPH_SIDE = 256
 GROUND, RED = (228, 228, 228), (214, 40, 44)
 MIDDLE_GREY = (128, 128, 128)
+CIRCLE = "a photo of a red circle"
 
 PHOTOGRAPHS = {
     "chelsea": ("cat", "a photo of a cat"),
@@ -86,8 +89,8 @@ def _drawn(
     return Example(image[None], (prompt,), expected, is_right, (metadata,))
 
 
-def _each_prefers_its_own_prompt() -> Example:
-    """Each photograph with each of the prompts."""
+def each_prefers_its_own_prompt() -> Example:
+    """Return each photograph with each of the prompts."""
     prompts = [prompt for _, prompt in PHOTOGRAPHS.values()]
     count = len(prompts)
 
@@ -99,7 +102,7 @@ def _each_prefers_its_own_prompt() -> Example:
     return Example(np.repeat(photographs(), count, axis=0), prompts * count, expected, in_order)
 
 
-def _finds_what_is_there() -> Example:
+def finds_what_is_there() -> Example:
     """Return the photographs, each asked for what is in it; and the first of them for what is not."""
     images = photographs()
     asked = [name for name, _ in PHOTOGRAPHS.values()] + ["bench"]
@@ -116,24 +119,39 @@ def _finds_what_is_there() -> Example:
     )
 
 
+def ordinary_marks() -> Example:
+    """Return the photographs, which get about 5 of 10."""
+    prompts = [prompt for _, prompt in PHOTOGRAPHS.values()]
+    right = _all_between("aesthetic", 3, 8)
+    return Example(photographs(), prompts, "three good photographs get marks from 3 to 8", right)
+
+
+def reads_a_word() -> Example:
+    """Return a word in print."""
+    return _drawn(word("HELLO"), 'a sign that says "HELLO"', "HELLO is read", _near("ocr", 1, 0))
+
+
+def sees_a_red_circle() -> Example:
+    """Return a red circle that is asked for."""
+    include = [{"class": "circle", "count": 1, "color": "red"}]
+    right = _near("strict", 1, 0)
+    return _drawn(red_circle(), CIRCLE, "a red circle is seen", right, tag="colors", include=include)
+
+
+def compresses_well() -> Example:
+    """Return a red circle, whose JPEG has a known size."""
+    return _drawn(red_circle(), CIRCLE, "5.1 kilobytes", _near("jpeg_kilobytes", 5.13, 0.2))
+
+
+def answers_with_a_number() -> Example:
+    """Return a red circle, of which any clear score will do."""
+    return _drawn(red_circle(), CIRCLE, "an answer with a number in it", lambda scores: True)
+
+
 def example(scorer: str) -> Example | None:
-    """Return the example of a known scorer, None for another; ImportError where its photographs are not installed."""
-    if scorer in ("pickscore", "clipscore", "hpsv2", "imagereward"):
-        return _each_prefers_its_own_prompt()
-    if scorer == "geneval":
-        return _finds_what_is_there()
-    if scorer == "aesthetic":
-        prompts = [prompt for _, prompt in PHOTOGRAPHS.values()]
-        right = _all_between("aesthetic", 3, 8)  # ordinary photographs get about 5
-        return Example(photographs(), prompts, "three good photographs get marks from 3 to 8", right)
-    if scorer == "ocr":
-        return _drawn(word("HELLO"), 'a sign that says "HELLO"', "HELLO is read", _near("ocr", 1, 0))
-    circle, prompt = red_circle(), "a photo of a red circle"
-    if scorer == "shapes":
-        include = [{"class": "circle", "count": 1, "color": "red"}]
-        return _drawn(circle, prompt, "a red circle is seen", _near("strict", 1, 0), tag="colors", include=include)
-    if scorer == "jpeg":
-        return _drawn(circle, prompt, "5.1 kilobytes", _near("jpeg_kilobytes", 5.13, 0.2))
-    if scorer == "vlm":
-        return _drawn(circle, prompt, "an answer with a number in it", lambda scores: True)
-    return None
+    """Return the test images of a scorer, None for one without a record; ImportError where they are not installed."""
+    if scorer not in SCORERS:
+        return None
+    module, _, function = SCORERS[scorer].example.partition(":")
+    made: Example = getattr(importlib.import_module(module), function)()
+    return made

@@ -23,7 +23,7 @@ from typing import Any
 from rewards_bridge import transport
 from rewards_bridge.client import BridgeError
 from rewards_bridge.redaction import guarded
-from rewards_bridge.scorers import KNOWN
+from rewards_bridge.scorers import SCORERS
 from scripts.demo_models import Demo, DemoError, Drawer, sharing_programs
 from udm_grpo.checkpoints.checkpoint import CheckpointError
 from udm_grpo.config import RewardsConfig, ScorerConfig
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     trained.add_argument("--run", metavar="OUTPUT_DIR", help="a training run, at its latest checkpoint")
     parser.add_argument("--step", help="of --run: a number, latest (the default) or best")
-    names = f'{", ".join(sorted(KNOWN))}, or your own "module:Class"'
+    names = f'{", ".join(sorted(SCORERS))}, or your own "module:Class"'
     parser.add_argument("--scorer", default="shapes", help=f"{names} (default: %(default)s)")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the scorer")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -11,15 +12,20 @@ import pytest
 from rewards_bridge import doctor, examples
 from rewards_bridge.__main__ import main
 from rewards_bridge.examples import example
-from rewards_bridge.scorers import KNOWN
+from rewards_bridge.scorers import SCORERS
 from rewards_bridge.scorers.base import Scores
 from rewards_bridge.scorers.geneval import check_metadata
 from rewards_bridge.server import ServeConfig, _ready_scorer
 
+ROOT = Path(__file__).resolve().parent.parent
 
-def test_every_known_scorer_has_its_packages_and_its_picture():
-    assert set(doctor.PACKAGES) == set(KNOWN)
-    for name in KNOWN:
+
+def test_every_scorer_has_one_record_with_all_that_is_known_of_it():
+    for name, record in SCORERS.items():
+        module, _, attribute = record.target.partition(":")
+        assert f"class {attribute}:" in (ROOT / f"{module.replace('.', '/')}.py").read_text(), name
+        assert record.memory_gib > 0
+        assert all(line.startswith("  fix: ") for line in record.hint({}))
         found = example(name)
         assert found is not None
         assert found.images.dtype == np.uint8
@@ -82,7 +88,8 @@ def test_a_scorer_that_needs_no_weights_is_ready(name, capsys):
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch, capsys):
-    monkeypatch.setitem(doctor.PACKAGES, "jpeg", ("PIL", "no_such_module"))
+    record = dataclasses.replace(SCORERS["jpeg"], packages=("PIL", "no_such_module"))
+    monkeypatch.setitem(SCORERS, "jpeg", record)
     monkeypatch.setitem(sys.modules, "PIL", None)  # import then raises ImportError
     assert main(["doctor", "--scorer", "jpeg"]) == 1
     said = capsys.readouterr().out

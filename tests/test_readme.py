@@ -12,7 +12,7 @@ import pytest
 from pages import manual, readme_commands
 from running import ROOT, environment
 
-from rewards_bridge.scorers import KNOWN
+from rewards_bridge.scorers import SCORERS
 from scripts import prepare_prompts
 from udm_grpo import config as config_module
 from udm_grpo.config import RunConfig
@@ -59,7 +59,7 @@ def test_the_doctor_says_what_every_scorer_lacks(tmp_path: Path) -> None:
     done = subprocess.run(words, cwd=ROOT, env=offline, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
     said = dict(re.findall(r"^(\w+): (ready|not ready)$", done.stdout, re.MULTILINE))
-    assert set(said) == set(KNOWN)
+    assert set(said) == set(SCORERS)
     assert {name for name, state in said.items() if state == "ready"} == {"jpeg", "shapes"}
     for command in ("hf download yuvalkirstain/PickScore_v1", "curl -fL", "ocr_models --output", "pip install"):
         assert command in done.stdout, command

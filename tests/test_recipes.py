@@ -8,7 +8,7 @@ import pytest
 from pages import manual, recipe_commands
 
 from configs import geneval, ocr, pickscore
-from rewards_bridge.scorers import KNOWN
+from rewards_bridge.scorers import SCORERS
 from scripts import prepare_prompts
 from udm_grpo import train
 from udm_grpo.configuration.command_line import parse
@@ -40,7 +40,7 @@ def test_a_recipe_is_what_was_published(name):
     assert (model.dtype, model.height, model.width, model.text_length) == ("bfloat16", 512, 512, 320)
     assert (evaluation.steps, evaluation.final_prompts, evaluation.images_per_prompt) == ((25,), final_prompts, images)
     assert list(config.rewards.scorers) == [name]
-    assert name in KNOWN
+    assert name in SCORERS
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -12,21 +12,9 @@ from rewards_bridge.errors import UsageError
 from rewards_bridge.options import resolve_secrets
 from rewards_bridge.redaction import shown
 from rewards_bridge.scorers.base import Scorer, Scores
+from rewards_bridge.scorers.records import SCORERS
 
-__all__ = ["KNOWN", "Scorer", "Scores", "default_options", "load_scorer", "with_device", "with_given"]
-
-KNOWN = {
-    "aesthetic": "rewards_bridge.scorers.aesthetic:AestheticScorer",
-    "clipscore": "rewards_bridge.scorers.clipscore:ClipScoreScorer",
-    "geneval": "rewards_bridge.scorers.geneval:GenevalScorer",
-    "hpsv2": "rewards_bridge.scorers.hpsv2:HpsV2Scorer",
-    "imagereward": "rewards_bridge.scorers.imagereward:ImageRewardScorer",
-    "jpeg": "rewards_bridge.scorers.jpeg:JpegScorer",
-    "ocr": "rewards_bridge.scorers.ocr:OcrScorer",
-    "pickscore": "rewards_bridge.scorers.pickscore:PickScoreScorer",
-    "shapes": "rewards_bridge.scorers.shapes:ShapesScorer",
-    "vlm": "rewards_bridge.scorers.vlm:VlmScorer",
-}
+__all__ = ["SCORERS", "Scorer", "Scores", "default_options", "load_scorer", "with_device", "with_given"]
 
 
 def load_scorer(name: str, options: Mapping[str, str]) -> Scorer:
@@ -61,11 +49,11 @@ def with_device(name: str, options: Mapping[str, str], device: str | None) -> di
 
 
 def _target(name: str) -> str:
-    if name in KNOWN:
-        return KNOWN[name]
+    if name in SCORERS:
+        return SCORERS[name].target
     if ":" in name:
         return name
-    raise UsageError(f'unknown scorer {name!r}; known: {", ".join(sorted(KNOWN))}, or your own as "module:Class"')
+    raise UsageError(f'unknown scorer {name!r}; known: {", ".join(sorted(SCORERS))}, or your own as "module:Class"')
 
 
 def _find_class(name: str) -> Callable[..., Scorer]:
