@@ -8,7 +8,7 @@ Files. Each command leaves its files where this recipe reads them:
         https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth
     curl -fL --create-dirs -o downloads/evaluation_metadata.jsonl \\
         https://raw.githubusercontent.com/djghosh13/geneval/main/prompts/evaluation_metadata.jsonl
-    python -m scripts.prepare_prompts generate-geneval --leave-out downloads/evaluation_metadata.jsonl \\
+    python -m scripts.prepare_prompts generate-geneval --leave_out downloads/evaluation_metadata.jsonl \\
         --output data/geneval
 
 Check that everything is there, see what it needs, train, and resume after an interruption:

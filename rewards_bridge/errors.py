@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+USER_ERROR_STATUS = 2
+"""Exit status of a command that ends with a UserError or an OSError; 1 is a bug, with its traceback."""
 
-class UsageError(ValueError):
+
+class UserError(Exception):
+    """What its user can put right: a command shows it in a line that says how, without a traceback.
+
+    Every error of this project that is raised for its users is one.
+    """
+
+
+class UsageError(UserError, ValueError):
     """Arguments or options that cannot work; the text says what to change."""
 
 
@@ -11,7 +21,7 @@ class PromptError(UsageError):
     """Prompts or their metadata that a scorer cannot judge; the text says which, and why."""
 
 
-class BridgeError(RuntimeError):
+class BridgeError(UserError, RuntimeError):
     """The scorer process cannot be started, reached or understood, or died more often than it may."""
 
 

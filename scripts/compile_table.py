@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rewards_bridge.flags import Parser
 from rewards_bridge.redaction import guarded
 from udm_grpo.compile_check.compile_only import PROGRAMS
 from udm_grpo.compile_check.topology import GIB, TESTED
@@ -48,7 +49,7 @@ the SparseCores; its reference gathers the head for every part of a micro-batch,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status, 0 if everything fits."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the table, .md")
     parser.add_argument("--topology", action="append", help="one slice, may be repeated (default: all of TESTED)")
     parser.add_argument("--programs", default=",".join(PROGRAMS), help="some of rollout,decode,reference,update")

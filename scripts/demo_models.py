@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from rewards_bridge.client import BridgeConfig, BridgeError, RewardsClient
+from rewards_bridge.errors import UserError
 from rewards_bridge.scorers.base import Scores
 from udm_grpo.data.prompts import UNTAGGED
 from udm_grpo.pipeline import Pipeline
@@ -22,7 +23,7 @@ MAX_COMPILED = 32
 """Every number of steps and every guidance is a program of its own; so many are kept."""
 
 
-class DemoError(ValueError):
+class DemoError(UserError, ValueError):
     """What was asked for cannot be done; the message says what to change."""
 
 

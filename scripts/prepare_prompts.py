@@ -1,13 +1,13 @@
 """Make prompt sets that training reads fast: TensorFlow Datasets folders (ArrayRecord; without TensorFlow).
 
-    python -m scripts.prepare_prompts generate-geneval --leave-out evaluation_metadata.jsonl --output data/geneval
+    python -m scripts.prepare_prompts generate-geneval --leave_out evaluation_metadata.jsonl --output data/geneval
     python -m scripts.prepare_prompts geneval --train train_metadata.jsonl --test evaluation_metadata.jsonl \\
         --output data/geneval
     python -m scripts.prepare_prompts ocr --train ocr/train.txt --test ocr/test.txt --output data/ocr
     python -m scripts.prepare_prompts prompts --train pick/train.txt --test pick/test.txt --output data/pickscore
     python -m scripts.prepare_prompts prompts --test DrawBench.csv --output data/drawbench
     python -m scripts.prepare_prompts prompts --test dpg_bench/prompts --output data/dpg
-    python -m scripts.prepare_prompts prompts --test prompts.json --prompt-key dense_prompt --output data/dense
+    python -m scripts.prepare_prompts prompts --test prompts.json --prompt_key dense_prompt --output data/dense
 
 Training takes such a folder and one of its splits: prompts.train is data/geneval:train, prompts.heldout is
 data/geneval:test; so does udm_grpo.sample --prompts. The published recipes (configs/geneval.py, ocr.py, pickscore.py)
@@ -20,7 +20,7 @@ prompts           any others: .jsonl (objects with a prompt), .json (an array of
                   header), a folder of .txt
 generate-geneval  GenEval's grammar over its 80 classes, drawn with a seed; the file to leave out becomes the split test
 
-Bad lines are errors, all in one with their numbers; --drop-bad leaves them out and says which.
+Bad lines are errors, all in one with their numbers; --drop_bad leaves them out and says which.
 """
 
 import argparse
@@ -32,12 +32,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from rewards_bridge.errors import USER_ERROR_STATUS, UserError
+from rewards_bridge.flags import Parser
 from rewards_bridge.redaction import guarded
 from rewards_bridge.scorers.text_match import ambiguity, target_text
 from udm_grpo import devices
 from udm_grpo.data import geneval_prompts
 from udm_grpo.data.prompt_dataset import write_dataset
 from udm_grpo.data.prompt_files import PROMPT, Parsed, Row, parse_file
+from udm_grpo.data.prompt_text import PromptsError
 from udm_grpo.files.atomic import replace_file
 from udm_grpo.files.folder_lock import lock_beside
 from udm_grpo.files.places import local_args
@@ -79,15 +82,15 @@ def rows_of(parsed: dict[str, Parsed], drop_bad: bool) -> Splits:
     """Split -> rows. ValueError with the bad lines of all files together, unless they are to be dropped."""
     bad = [one for one in parsed.values() if one.bad]
     if bad and not drop_bad:
-        advice = "correct or remove, or leave out with --drop-bad"
-        raise ValueError("\n".join(one.bad_text(advice) for one in bad))
+        advice = "correct or remove, or leave out with --drop_bad"
+        raise PromptsError("\n".join(one.bad_text(advice) for one in bad))
     for one in bad:
         warn(one.bad_text("left out"))
     for one in parsed.values():
         for remark in one.remarks():
             warn(remark)
         if one.bad and not one.rows:
-            raise ValueError(f"{one.path}: no prompt is left; every one of its {one.unit}s is bad")
+            raise PromptsError(f"{one.path}: no prompt is left; every one of its {one.unit}s is bad")
     return {split: replace(one, bad=()).all_or_error() for split, one in parsed.items()}
 
 
@@ -117,7 +120,7 @@ def unrepeated(splits: Splits, unique: bool) -> Splits:
     for prompt in shared:
         del first["train"][prompt]
     if not all(first.values()):
-        raise ValueError("no training prompt is left: all of them are also in test")
+        raise PromptsError("no training prompt is left: all of them are also in test")
     return {split: list(rows.values()) for split, rows in first.items()}
 
 
@@ -133,7 +136,7 @@ def prepare(given: argparse.Namespace) -> None:
     """Run a command that reads files."""
     files = {split: file for split, file in (("train", given.train), ("test", given.test)) if file}
     if not files:
-        raise ValueError("there is nothing to prepare; give --train FILE, --test FILE or both")
+        raise PromptsError("there is nothing to prepare; give --train FILE, --test FILE or both")
     columns = {"column": given.column, "tag_column": given.tag_column} if given.command == "prompts" else {}
     check = PROBLEMS[given.command]
     columns["key"] = given.prompt_key
@@ -179,7 +182,7 @@ def tag_share(text: str) -> tuple[str, float]:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.prepare_prompts", description=__doc__, formatter_class=raw, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -192,24 +195,24 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--train", type=Path, metavar="FILE", help="becomes the split train")
         made.add_argument("--test", type=Path, metavar="FILE", help="becomes the split test")
         made.add_argument(
-            "--prompt-key",
+            "--prompt_key",
             default=PROMPT,
             metavar="KEY",
             help="of .json and .jsonl: the prompts (default: prompt)",
         )
         if name == "prompts":
             made.add_argument("--column", default="", help="of a .csv: the prompts (default: prompt, caption or text)")
-            made.add_argument("--tag-column", default="", help="of a .csv: the tags (default: tag or category)")
-        made.add_argument("--drop-bad", action="store_true", help="leave bad lines out, with a warning that names them")
+            made.add_argument("--tag_column", default="", help="of a .csv: the tags (default: tag or category)")
+        made.add_argument("--drop_bad", action="store_true", help="leave bad lines out, with a warning that names them")
         made.add_argument("--unique", action="store_true", help="leave out repeats, and from train what is in test")
         made.set_defaults(run=prepare)
     text = "draw training prompts from GenEval's grammar; no prompt comes twice"
     made = commands.add_parser("generate-geneval", help=text, description=text, allow_abbrev=False)
     what = made.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--leave-out", type=Path, metavar="FILE", help="evaluation metadata, none of which is drawn; the split test"
+        "--leave_out", type=Path, metavar="FILE", help="evaluation metadata, none of which is drawn; the split test"
     )
-    what.add_argument("--leave-nothing-out", action="store_true", help="draw from the whole grammar; no split test")
+    what.add_argument("--leave_nothing_out", action="store_true", help="draw from the whole grammar; no split test")
     made.add_argument("--count", type=int, default=50_000, help="prompts to draw (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0, help="another one draws others (default: %(default)s)")
     published = " ".join(f"{tag}={share}" for tag, share in geneval_prompts.RATIO.items())
@@ -235,9 +238,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with lock_beside(given.output):
             given.run(given)
-    except (OSError, ValueError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR_STATUS
     return 0
 
 

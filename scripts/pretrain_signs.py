@@ -72,9 +72,9 @@ WORLD = World(
 )
 
 
-def main(argv: Sequence[str] | None = None, plan: Plan | None = None) -> None:
-    """Run the command line."""
-    command_line(WORLD, plan or Plan(), argv)
+def main(argv: Sequence[str] | None = None, plan: Plan | None = None) -> int:
+    """Run the command line; return the exit status."""
+    return command_line(WORLD, plan or Plan(), argv)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rewards_bridge.errors import USER_ERROR_STATUS, UserError
+from rewards_bridge.flags import Parser
 from rewards_bridge.redaction import guarded
 from scripts.torture_run import ITERATIONS, STOPPED, Pace, Progress, Training, TrainingError, measure
 from udm_grpo.files.places import local_args
@@ -164,7 +166,7 @@ def _line(result: dict[str, Any], trials: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/torture"), help="folder of all runs")
     parser.add_argument("--trials", type=int, default=50, help="trials in all, those of earlier calls included")
     parser.add_argument("--seed", type=int, default=0, help="decides every moment")
@@ -179,9 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
     try:
         reference, pace = measure(folder)
-    except TrainingError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return USER_ERROR_STATUS
     if problems := differences(reference, folder / "again"):
         print(f"error: two uninterrupted runs differ, so nothing can be compared: {'; '.join(problems)}")
         return 1

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rewards_bridge.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 ITERATIONS = 3
 STOPPED = 75
@@ -34,7 +36,7 @@ LEFT_OVER_S = 15.0
 """Seconds that a scorer may outlive its trainer."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """A training that does not do what it should; the message names its log."""
 
 

@@ -81,7 +81,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         *LOOKING,
     ),
     "geneval": (
-        Rule(r"--leave-out evaluation_metadata", "--count 60", before="cp downloads/evaluation_metadata.jsonl ."),
+        Rule(r"--leave_out evaluation_metadata", "--count 60", before="cp downloads/evaluation_metadata.jsonl ."),
         *DOWNLOADS,
         LAUNCHES,
         *LOOKING,

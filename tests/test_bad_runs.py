@@ -25,7 +25,7 @@ def leaves_of(checkpoint: Path) -> dict[str, np.ndarray]:
 def test_a_run_that_diverges_ends_with_an_error_and_keeps_its_last_finite_checkpoint(tmp_path: Path) -> None:
     output = tmp_path / "run"
     done = train(output, *QUICK, "optimizer.learning_rate=1e30", "checkpoint.keep=1")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "error: iteration 2: grad_norm is nan" in done.stderr, done.stderr
     assert [row.get("nonfinite") for row in metrics(output)] == [None, {"grad_norm": "nan"}]
     assert [row["skipped"] for row in metrics(output)] == [0, 1]

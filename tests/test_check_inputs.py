@@ -20,7 +20,7 @@ def test_every_file_that_is_missing_is_named(tmp_path: Path, capsys: pytest.Capt
         "rewards.scorers.shapes.token_file": tmp_path / "token",
     }
     words = [f"--config.{name}={file}" for name, file in fields.items()]
-    assert main(["--config", SMOKE, "--config.rewards.scorers.shapes.addresses=judge:7000", *words]) == 1
+    assert main(["--config", SMOKE, "--config.rewards.scorers.shapes.addresses=judge:7000", *words]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == len(fields)
     for line, (name, file) in zip(said, fields.items(), strict=True):
@@ -29,5 +29,5 @@ def test_every_file_that_is_missing_is_named(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_configuration_that_cannot_run_is_an_error_too(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--config", SMOKE, "--config.iterations=0"]) == 1
+    assert main(["--config", SMOKE, "--config.iterations=0"]) == 2
     assert "iterations is 0" in capsys.readouterr().err

@@ -273,7 +273,7 @@ def test_errors_are_one_line(file, capsys):
         "--flagfile=nowhere",
         "--config=",
     ):
-        assert train.main([f"--config={file}", argument]) == 1
+        assert train.main([f"--config={file}", argument]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1, argument
 
 
@@ -423,7 +423,7 @@ def test_help_shows_every_field_with_its_type_and_documentation(capsys, file):
     assert set(documentation(OptimizerConfig)) == {field.name for field in fields(OptimizerConfig)}
     assert train.main([f"--config={file}:smoke", "-h"]) == 0
     assert "--config.iterations=2" in capsys.readouterr().out
-    assert train.main(["--config=nowhere.py", "--help"]) == 1
+    assert train.main(["--config=nowhere.py", "--help"]) == 2
     assert "there is no nowhere.py" in capsys.readouterr().err
 
 

@@ -101,7 +101,7 @@ def test_the_devices_at_hand(config_file, capsys):
     ],
 )
 def test_what_cannot_be_compiled_is_said_in_a_line(config_file, flags, wanted, capsys):
-    assert run(config_file, *flags) == 1
+    assert run(config_file, *flags) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert wanted in said
@@ -110,7 +110,7 @@ def test_what_cannot_be_compiled_is_said_in_a_line(config_file, flags, wanted, c
 def test_without_libtpu_the_way_out_is_named(config_file, monkeypatch, capsys):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else real(name))
-    assert run(config_file, "--topology=v5e:2x2") == 1
+    assert run(config_file, "--topology=v5e:2x2") == 2
     assert "pip install 'libtpu==" in capsys.readouterr().err
 
 
@@ -250,7 +250,7 @@ def test_a_compiler_of_another_jax_is_named(config_file, monkeypatch, capsys):
     monkeypatch.setattr(topology, "libtpu_series", lambda: "libtpu==0.0.4.*")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.42.1")
-    assert run(config_file, "--topology=v5e:2x2") == 1
+    assert run(config_file, "--topology=v5e:2x2") == 2
     assert "libtpu 0.0.42.1 does not fit jax" in capsys.readouterr().err
 
 

@@ -105,7 +105,7 @@ def test_an_error_of_a_device_is_one_line(monkeypatch, capsys):
     with pytest.raises(DeviceError, match=r"too little memory \(RESOURCE_EXHAUSTED: 9 GiB\). Lower rollout"):
         fail("RESOURCE_EXHAUSTED: 9 GiB\nmany\nlines")
     monkeypatch.setattr(train, "train", lambda config: fail("INTERNAL: an illegal memory access\nmore"))
-    assert train.main(["--config=configs/shapes.py:smoke"]) == 1
+    assert train.main(["--config=configs/shapes.py:smoke"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: a device failed (INTERNAL: an illegal memory access). If it happens again")
 
@@ -150,7 +150,7 @@ def test_a_run_says_so_and_not_more(tmp_path):
     done = subprocess.run(
         [*words, f"--config.output_dir={tmp_path}/run"], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
     assert "JAX_PLATFORMS=nonsense" in lines[0]

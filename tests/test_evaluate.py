@@ -257,7 +257,7 @@ def test_grids_are_scored_with_the_prompts_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "grids").mkdir()
     for row, four in zip(rows, pictures, strict=True):
         Image.fromarray(join_grid(four)).save(tmp_path / "grids" / f"{row['id']}.png")
-    words = (f"--prompts={tmp_path / 'prompts.json'}", "--prompt-key=dense")
+    words = (f"--prompts={tmp_path / 'prompts.json'}", "--prompt_key=dense")
     assert run(tmp_path / "grids", tmp_path / "scores", *ECHO, *words) == 0
     marks = {mark["image"]: mark["score"] for mark in lines(tmp_path / "scores" / "scores.jsonl")}
     assert marks == {f"p{prompt}.png#{image}": prompt + 256 * image for prompt in range(2) for image in range(4)}
@@ -368,7 +368,7 @@ def test_what_a_scorer_says_of_prompts_is_told_at_the_start_and_kept(tmp_path: P
         (("--scorer=jpeg", "--config.seed=1"), "--config.seed=1 needs --config FILE"),
         (("--scorer=jpeg", "--batch=0", "--resamples=5"), "--batch is 0; choose at least 1.\n  --resamples is 5"),
         (("--scorer=jpeg", "--prompts=x.json"), "these pictures have prompts of their own"),
-        (("--scorer=jpeg", "--prompt-key=x"), "--prompt-key chooses a text of --prompts FILE"),
+        (("--scorer=jpeg", "--prompt_key=x"), "--prompt_key chooses a text of --prompts FILE"),
         (("--scorer=jpeg", "--compare=nowhere"), "there is no folder nowhere"),
         (("--scorer=jpeg", "--compare={scores}"), "no scorer is in both: echo scored"),
         ((*ECHO, "--option=echo.delay=1", "--compare={scores}"), "echo: before {'scorer': 'bridge_scorers:Echo', 'opt"),

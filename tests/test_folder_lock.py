@@ -12,6 +12,7 @@ import time
 import pytest
 from running import ROOT
 
+from rewards_bridge.errors import UserError
 from scripts import prepare_prompts, pretrain_shapes
 from udm_grpo import convert, evaluate, pretrain, sample, train
 from udm_grpo.files import folder_lock
@@ -234,7 +235,7 @@ def test_a_run_that_has_lost_the_lock_ends(tmp_path, holder):
 
 def test_a_bad_waiting_time_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv(folder_lock.WAIT_VARIABLE, "soon")
-    with pytest.raises(ValueError, match="UDM_GRPO_LOCK_WAIT_S is 'soon'"), lock_inside(tmp_path):
+    with pytest.raises(UserError, match="UDM_GRPO_LOCK_WAIT_S is 'soon'"), lock_inside(tmp_path):
         pass
 
 
@@ -260,7 +261,7 @@ def test_every_command_that_writes_a_folder_waits_for_its_lock(tmp_path, holder,
         pretrain_shapes.main: ["--output", run],
     }
     for main, words in pretraining.items():
-        with pytest.raises(SystemExit, match=f"error: {run} is in use by -c .process {holder.pid} on"):
-            main(words)
+        assert main(words) == 2, words
+        assert f"error: {run} is in use by -c (process {holder.pid} on" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == [".run2.lock", "run", "train.txt"]
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]

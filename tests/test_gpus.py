@@ -239,7 +239,7 @@ def test_a_device_is_for_scorers_that_take_one_and_name_none():
     assert with_device("jpeg", {}, "cuda:0") == {}
     assert with_device("imagereward", {}, None) == {}
     words = scorer_arguments(BridgeConfig(scorer="jpeg", options={"quality": "3"}, device="cuda:0"))
-    assert words == ["--scorer", "jpeg", "--options-file", "-", "--device", "cuda:0"]
+    assert words == ["--scorer", "jpeg", "--options_file", "-", "--device", "cuda:0"]
 
 
 def test_memory_is_limited_on_every_gpu_that_the_scorer_sees(monkeypatch):
@@ -248,13 +248,13 @@ def test_memory_is_limited_on_every_gpu_that_the_scorer_sees(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: asked.append(given))
     _limit_memory(0.1)
     assert asked == [(0.1, 0), (0.1, 1)]
-    with pytest.raises(UsageError, match=r"--memory-fraction is 1\.5"):
+    with pytest.raises(UsageError, match=r"--memory_fraction is 1\.5"):
         ServeConfig(scorer="jpeg", listen="unix:/a", memory_fraction=1.5)
 
 
 def test_the_demo_takes_one_gpu_for_its_scorer(tmp_path):
     words = ["--base", "x", "--scorer", "pickscore", "--option", "dtype=bfloat16"]
-    scorer = demo.read_scorer(demo._parser().parse_args([*words, "--devices", "auto", "--no-check-example"]))
+    scorer = demo.read_scorer(demo._parser().parse_args([*words, "--devices", "auto", "--no_check_example"]))
     assert scorer == ScorerConfig("pickscore", 1.0, {"dtype": "bfloat16"}, devices=("auto",), check_example=False)
     assert placed(machine(tmp_path, 2), pickscore=scorer)[0] == {"pickscore": ("1",)}
     assert demo.read_scorer(demo._parser().parse_args(words)).devices == ()

@@ -45,6 +45,7 @@ BRIDGE_FACE = (
     "rewards_bridge.client",
     "rewards_bridge.composition",
     "rewards_bridge.errors",
+    "rewards_bridge.flags",
     "rewards_bridge.picture_files",
     "rewards_bridge.redaction",
     "rewards_bridge.scorers.base",
@@ -414,3 +415,27 @@ def test_every_package_that_is_imported_is_pinned(file, folders):
             if top not in own and not {canonical(given) for given in provided.get(top, [])} & set(pinned):
                 broken.append(f"{path}:{line}: {name}")
     check(broken, f"{file} pins every package that is imported")
+
+
+def test_commands_catch_the_errors_that_are_for_users_and_no_others():
+    """A ValueError or a KeyError of a library is a bug: it has a traceback and status 1."""
+    allowed = {
+        "UserError",
+        "OSError",
+        "BridgeError",
+        "ConfigError",
+        "KeyboardInterrupt",
+        "StopRequestedError",
+        "expected",
+    }
+    broken = []
+    for path in sources(*PRODUCT):
+        for function in ast.walk(tree_of(path)):
+            if not isinstance(function, ast.FunctionDef) or function.name not in ("main", "_main"):
+                continue
+            for handler in ast.walk(function):
+                if not isinstance(handler, ast.ExceptHandler) or handler.type is None:
+                    continue
+                types = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+                broken += [f"{path}:{handler.lineno}: {name}" for name in map(last_name, types) if name not in allowed]
+    check(broken, "a command catches UserError and OSError")

@@ -75,10 +75,10 @@ def test_an_nvidia_smi_without_a_driver_counts_no_gpus(machine):
 
 def test_training_says_so_at_the_start(machine, monkeypatch, capsys):
     nvidia_smi(machine)
-    assert train.main(["--config=configs/shapes.py:smoke", f"--config.model.path={machine}/none"]) == 1
+    assert train.main(["--config=configs/shapes.py:smoke", f"--config.model.path={machine}/none"]) == 2
     warning, *rest = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: This machine has 2 NVIDIA GPU(s)")
     assert rest[0].startswith("error: ")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert train.main(["--config=configs/shapes.py:smoke", f"--config.model.path={machine}/none"]) == 1
+    assert train.main(["--config=configs/shapes.py:smoke", f"--config.model.path={machine}/none"]) == 2
     assert "warning" not in capsys.readouterr().err

@@ -169,7 +169,7 @@ def test_an_address_in_a_bucket_has_no_letters_of_patterns(letter):
 
 
 HERE = {
-    "--leave-out": "x",
+    "--leave_out": "x",
     "--train": "x",
     "--checkpoint": "x",
     "--data": "x",
@@ -185,15 +185,15 @@ COMMANDS = {
     "convert to-pytorch": (
         convert.main,
         [],
-        ["--checkpoint", "--base", "--output", "--transformer-only", "--adapter"],
+        ["--checkpoint", "--base", "--output", "--transformer_only", "--adapter"],
     ),
     "convert info": (convert.main, [], [""]),
     "pretrain": (pretrain.main, [], ["--checkpoint", "--data", "--output"]),
     "pretrain_shapes": (pretrain_shapes.main, [], ["--output"]),
     "compile_table": (compile_table.main, [], ["--output"]),
-    "demo": (demo.main, [], ["--base", "--trained", "--run", "--auth-file", "--tls-cert", "--tls-key"]),
+    "demo": (demo.main, [], ["--base", "--trained", "--run", "--auth_file", "--tls_cert", "--tls_key"]),
     "prepare_prompts ocr": (prepare_prompts.main, [], ["--train", "--test", "--output"]),
-    "prepare_prompts generate-geneval": (prepare_prompts.main, [], ["--leave-out", "--jsonl", "--output"]),
+    "prepare_prompts generate-geneval": (prepare_prompts.main, [], ["--leave_out", "--jsonl", "--output"]),
     "ocr_models": (ocr_models.main, [], ["--output"]),
     "train": (train.main, [], ["--config"]),
     "compile_only": (compile_only.main, ["--config", "configs/shapes.py:smoke", "--compile_only"], ["--report"]),
@@ -205,9 +205,9 @@ NEEDED = {
     "pretrain": ["--checkpoint", "--data", "--output", "--updates"],
     "demo": ["--base"],
     "prepare_prompts ocr": ["--train", "--output"],
-    "prepare_prompts generate-geneval": ["--leave-out", "--output"],
+    "prepare_prompts generate-geneval": ["--leave_out", "--output"],
 }
-INSTEAD = {"--run": "--checkpoint", "--transformer-only": "--output", "--adapter": "--output", "--prompts": "--prompt"}
+INSTEAD = {"--run": "--checkpoint", "--transformer_only": "--output", "--adapter": "--output", "--prompts": "--prompt"}
 """Flags that exclude another one."""
 
 
@@ -250,7 +250,7 @@ def test_texts_are_no_paths():
 def test_training_refuses_before_anything_is_made(field, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = str(ASSETS.parent.parent / "configs" / "shapes.py:smoke")
-    assert train.main(["--config", config, f"--config.{field}=s3://bucket/x"]) == 1
+    assert train.main(["--config", config, f"--config.{field}=s3://bucket/x"]) == 2
     assert f"{field} is 's3://bucket/x'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -104,7 +104,7 @@ def test_the_readme_names_the_command_of_the_page():
 
 def test_missing_weights_are_an_error_that_names_the_folder(tmp_path, capsys):
     """Before prompts are read and a scorer is started."""
-    assert train.main(["--config", "configs/geneval.py", f"--config.output_dir={tmp_path / 'run'}"]) == 1
+    assert train.main(["--config", "configs/geneval.py", f"--config.output_dir={tmp_path / 'run'}"]) == 2
     said = capsys.readouterr().err
     assert "models/URSA-1.7B-IBQ512: no such folder" in said
     assert not (tmp_path / "run").exists()

@@ -148,8 +148,8 @@ def test_a_negative_prompt_takes_the_place_of_the_empty_one(tmp_path: Path) -> N
     words = ("--layout=flat", "--images_per_prompt=2", "--batch=8", "--prompt", star)
     guided = (*words, "--guidance_scale=3", "--guidance_trunc=0.9")
     plain = draw(tmp_path / "plain", *guided)
-    assert_same(draw(tmp_path / "empty", *guided, "--negative-prompt", ""), plain)
-    other = draw(tmp_path / "other", *guided, "--negative-prompt", star)
+    assert_same(draw(tmp_path / "empty", *guided, "--negative_prompt", ""), plain)
+    other = draw(tmp_path / "other", *guided, "--negative_prompt", star)
     assert any((other[name] != picture).any() for name, picture in plain.items())
     settings = tmp_path / "other" / "settings.json"
     assert json.loads(settings.read_text())["negative_prompt"] == star
@@ -160,7 +160,7 @@ def test_a_negative_prompt_takes_the_place_of_the_empty_one(tmp_path: Path) -> N
     del old["negative_prompt"]
     settings.write_text(json.dumps(old))
     again = ["--checkpoint", SHAPES, *FEW, f"--output={tmp_path / 'other'}", *guided]
-    assert sample.main([*again, "--negative-prompt=a"]) == 2
+    assert sample.main([*again, "--negative_prompt=a"]) == 2
     assert sample.main(again) == 0
 
 
@@ -292,10 +292,10 @@ def test_the_best_weights_of_a_run(run: Path, tmp_path: Path) -> None:
         (["--devices=1000"], "--devices is 1000; choose 1 to"),
         (["--height=33"], "--height 33 and --width 32 must be multiples of 8"),
         (["--weights=ema"], "--step and --weights choose from a training run"),
-        (["--negative-prompt=a"], "--negative-prompt changes nothing without guidance"),
+        (["--negative_prompt=a"], "--negative_prompt changes nothing without guidance"),
         (["--negative_prompt=a", "--guidance_scale=2", "--guidance_trunc=0"], "changes nothing without guidance"),
         (["--layout=dpgbench", "--images_per_prompt=2"], "takes exactly 4 --images_per_prompt"),
-        (["--prompt-key=dense_prompt"], "--prompt-key chooses a text of --prompts FILE"),
+        (["--prompt_key=dense_prompt"], "--prompt_key chooses a text of --prompts FILE"),
     ],
 )
 def test_wrong_options_are_named(words: list[str], said: str, tmp_path: Path, capsys) -> None:

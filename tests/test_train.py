@@ -313,7 +313,7 @@ def test_every_option_at_once(finished: Path) -> None:
 )
 def test_bad_input_is_one_clear_error(tmp_path: Path, overrides: list[str], message: str) -> None:
     done = train(tmp_path / "run", *overrides)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert message in done.stderr, done.stderr
     assert "error:" in done.stderr
 
@@ -321,7 +321,7 @@ def test_bad_input_is_one_clear_error(tmp_path: Path, overrides: list[str], mess
 def test_an_empty_prompt_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "none.jsonl").write_text("\n\n")
     done = train(tmp_path / "run", f"prompts.train={tmp_path / 'none.jsonl'}")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "none.jsonl" in done.stderr
 
 
@@ -333,7 +333,7 @@ def test_prompts_that_the_scorer_cannot_judge_are_all_named_before_the_first_rol
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(json.dumps(line) for line in lines))
     done = train(tmp_path / "run", f"prompts.heldout={file}")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "prompts.heldout: 2 of 4 prompts cannot be scored" in done.stderr
     assert (
         "prompt 2 ('a photo of a giraffe'): shapes: \"include\"[0]: the shapes judge knows no class 'giraffe'"
@@ -360,5 +360,5 @@ def test_several_scorers_and_replicas_train_together(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_run_is_refused(finished: Path) -> None:
     done = train(finished.parent / "other", f"checkpoint.resume={finished}", "grpo.kl_weight=9.0")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "grpo.kl_weight" in done.stderr

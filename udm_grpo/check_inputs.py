@@ -11,19 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rewards_bridge.errors import USER_ERROR_STATUS, UserError
 from rewards_bridge.redaction import guarded
-from udm_grpo.config import ConfigError, RunConfig
+from udm_grpo.config import RunConfig
 from udm_grpo.configuration.command_line import parse
 from udm_grpo.configuration.config_checks import validate
 from udm_grpo.data.prompts import read_prompts
 from udm_grpo.files.buckets import local, local_prompts
-from udm_grpo.released.weights import WeightsError, load_folder
+from udm_grpo.released.weights import load_folder
 
 
 def _error(read: Callable[[], Any]) -> str:
     try:
         read()
-    except (WeightsError, ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         return str(error)
     return ""
 
@@ -44,18 +45,18 @@ def problems(config: RunConfig) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit status: 0 if everything is there, 1 otherwise."""
+    """Return the exit status: 0 if everything is there, else that of a user's mistake."""
     try:
         config = parse(list(sys.argv[1:] if argv is None else argv))
         validate(config)
         found = list(problems(config))
-    except (ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         found = [str(error)]
     for line in found:
         print(f"error: {line}", file=sys.stderr)
     if not found:
         print("the start model and the prompt files are there")
-    return 1 if found else 0
+    return USER_ERROR_STATUS if found else 0
 
 
 if __name__ == "__main__":

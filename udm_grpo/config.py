@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from rewards_bridge.errors import UserError
+
 
 @dataclass
 class ModelConfig:
@@ -306,7 +308,7 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration that cannot run; the message says what to change, one line a problem."""
 
 

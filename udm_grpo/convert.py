@@ -26,8 +26,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from rewards_bridge.errors import USER_ERROR_STATUS, UserError
+from rewards_bridge.flags import Parser
 from rewards_bridge.redaction import guarded
-from udm_grpo.checkpoints.checkpoint import CheckpointError
 from udm_grpo.checkpoints.trained import PREFIXES, Training, is_released, open_training, part_of
 from udm_grpo.data.tokenizer import load_tokenizer
 from udm_grpo.devices import device_errors, prepare
@@ -111,16 +112,21 @@ def _dtypes(layout: Layout) -> str:
 
 
 def describe_released(folder: Path) -> dict[str, Any]:
-    """Return sizes, parameters, dtypes, schedule, tokenizer and files of a released folder."""
-    transformer_json, vq_json, scheduler_json = (read_json(folder / name) for name in CONFIG_FILES)
-    tokenizer, vq_config = load_tokenizer(folder / "tokenizer"), VQConfig.from_json(vq_json)
+    """Return sizes, parameters, dtypes, schedule, tokenizer and files of a released folder; raises WeightsError."""
+    found = [read_json(folder / name) for name in CONFIG_FILES]
+    try:
+        config, vq_config = TransformerConfig.from_json(found[0]), VQConfig.from_json(found[1])
+        scheduler = Scheduler.from_json(found[2])
+    except ValueError as error:
+        raise WeightsError(f"{folder}: {error}") from error
+    tokenizer = load_tokenizer(folder / "tokenizer")
     return {
         "kind": "released folder",
         "name": folder.resolve().name,
         "parts": {name: _counted(opened.infos.values()) for name, opened in open_released(folder).items()},
-        "transformer": dataclasses.asdict(TransformerConfig.from_json(transformer_json)),
+        "transformer": dataclasses.asdict(config),
         "vae": dataclasses.asdict(vq_config) | {"stride": vq_config.stride},
-        "scheduler": dataclasses.asdict(Scheduler.from_json(scheduler_json)),
+        "scheduler": dataclasses.asdict(scheduler),
         "tokenizer": {"length": tokenizer.length, "vocabulary": tokenizer.vocabulary},
     } | _files(folder)
 
@@ -270,7 +276,7 @@ def _free(text: str) -> Path:
     return target
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; {self.prog} --help says what is wanted\n")
 
@@ -290,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--base", type=Path, required=True, help="released folder: all but the transformer's values")
     target = one.add_mutually_exclusive_group(required=True)
     target.add_argument("--output", type=_free, help="folder to write")
-    target.add_argument("--transformer-only", type=_free, metavar="FILE", help="a .safetensors or .bin instead")
+    target.add_argument("--transformer_only", type=_free, metavar="FILE", help="a .safetensors or .bin instead")
     target.add_argument("--adapter", type=_free, metavar="FOLDER", help="of a LoRA run, for PEFT, instead")
     two = command(rewrite, "rewrite", "a released folder with trained transformer weights or in another dtype")
     two.add_argument("--base", type=Path, required=True, help="released folder")
@@ -323,9 +329,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         target = next(filter(None, (vars(given).get(name) for name in TARGETS)), None)
         with lock_beside(target) if target else contextlib.nullcontext(), device_errors():
             return given.run(given)
-    except (ValueError, KeyError, CheckpointError, OSError) as error:
+    except (UserError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)
-        return 2
+        return USER_ERROR_STATUS
 
 
 if __name__ == "__main__":

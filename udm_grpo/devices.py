@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.errors import JaxRuntimeError
 
+from rewards_bridge.errors import UserError
 from udm_grpo.files.places import is_bucket
 from udm_grpo.machine.idle_gpus import idle_gpus
 
@@ -32,7 +33,7 @@ MAX_REASON = 300
 """Characters of an error of JAX that are shown."""
 
 
-class DeviceError(OSError):
+class DeviceError(UserError, OSError):
     """A device that cannot be used or gave up; the message is one line that says what to change."""
 
 

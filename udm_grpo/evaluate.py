@@ -24,7 +24,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from rewards_bridge.errors import BridgeError
+from rewards_bridge.errors import USER_ERROR_STATUS, BridgeError, UserError
+from rewards_bridge.flags import Parser
 from rewards_bridge.redaction import guarded
 from udm_grpo.config import RewardsConfig, ScorerConfig
 from udm_grpo.configuration.command_line import parse
@@ -126,7 +127,7 @@ def _read(samples: Path, allow_missing: bool, prompts: Rows | None) -> SampleFol
 def read_listed(given: argparse.Namespace) -> Rows | None:
     """Return the prompts of --prompts; raises ScoringError if no folder of pictures lacks its own."""
     if given.prompt_key and not given.prompts:
-        raise ScoringError("--prompt-key chooses a text of --prompts FILE; give that as well.")
+        raise ScoringError("--prompt_key chooses a text of --prompts FILE; give that as well.")
     if not given.prompts:
         return None
     folders = [Path(folder) for folder in (given.samples, given.compare) if folder]
@@ -145,7 +146,7 @@ def _say(text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m udm_grpo.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -155,9 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="FOLDER", required=True, help="for the scores")
     parser.add_argument("--compare", metavar="FOLDER", help="the same before: of scores, or of pictures to score too")
     parser.add_argument("--prompts", metavar="FILE", help="of pictures that have none beside them: DPG-Bench's ID.png")
-    parser.add_argument(
-        *("--prompt-key", "--prompt_key"), metavar="KEY", help="of --prompts: the text that was drawn (default: prompt)"
-    )
+    parser.add_argument("--prompt_key", metavar="KEY", help="of --prompts: the text that was drawn (default: prompt)")
     parser.add_argument(
         "--allow_missing", action="store_true", help="count missing and unreadable pictures, and continue"
     )
@@ -289,10 +288,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run(placed.scorers, output, given)
     except BridgeError as error:
         _say(f"error: {error}\nWhat was scored is in {output}; the same command resumes from there.")
-        return 2
-    except (OSError, ValueError) as error:  # ValueError: SampleFolderError, ScoringError, ConfigError, UsageError
+        return USER_ERROR_STATUS
+    except (UserError, OSError) as error:
         _say(f"error: {error}")
-        return 2
+        return USER_ERROR_STATUS
     _say(f"the scores are in {output}")
     return 0
 

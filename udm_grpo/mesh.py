@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from rewards_bridge.errors import UserError
+
 AXES = ("data", "fsdp", "tensor")
 
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -30,7 +32,7 @@ image tokenizer, of which every device decodes its own images. Moments, averages
 parameter end in its path, so they follow the same rules."""
 
 
-class MeshError(ValueError):
+class MeshError(UserError, ValueError):
     """A mesh that does not fit the devices."""
 
 

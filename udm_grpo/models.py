@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rewards_bridge.errors import UserError
 from udm_grpo.checkpoints.checkpoint import Checkpoints
 from udm_grpo.checkpoints.trained import read_training
 from udm_grpo.files.buckets import local
@@ -12,7 +13,7 @@ from udm_grpo.released.peft_files import with_adapter
 from udm_grpo.released.weights import Checkpoint, load_folder
 
 
-class SamplingError(ValueError):
+class SamplingError(UserError, ValueError):
     """What was asked for cannot be drawn; the message says what to change."""
 
 

@@ -6,11 +6,10 @@
 and images i32[M,h,w]. A killed run continues where it stopped, from its last saved state, to the same end.
 """
 
-import argparse
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rewards_bridge.errors import USER_ERROR_STATUS, UserError
+from rewards_bridge.flags import Parser
 from rewards_bridge.redaction import guarded
 from udm_grpo import compiled
 from udm_grpo.batches import Params
-from udm_grpo.checkpoints.checkpoint import CheckpointError, Checkpoints
+from udm_grpo.checkpoints.checkpoint import Checkpoints
 from udm_grpo.checkpoints.checkpoint_fallback import restore_newest
 from udm_grpo.devices import on_devices, prepare
 from udm_grpo.diffusion.path import ProbabilityPath
@@ -30,7 +31,7 @@ from udm_grpo.files.finite import finite_number
 from udm_grpo.files.folder_lock import lock_inside
 from udm_grpo.files.places import local_args
 from udm_grpo.grpo.optimizer import adamw, learning_rate
-from udm_grpo.lifecycle.iteration_checks import DivergedError, check_finite
+from udm_grpo.lifecycle.iteration_checks import check_finite
 from udm_grpo.model.network import Network
 from udm_grpo.released.weights import Checkpoint, load_folder, save_folder
 from udm_grpo.run import path_of
@@ -129,15 +130,21 @@ def pretrain(
 
 
 def read_tokens(file: Path, checkpoint: Checkpoint) -> TokenData:
-    """Read tokens.npz and tokenize its prompts; raises ValueError when it lacks an array or holds foreign codes."""
-    with np.load(file, allow_pickle=False) as archive:
-        missing = {"prompts", "images"} - set(archive.files)
-        if missing:
-            raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; found {', '.join(archive.files)}.")
-        prompts, images = archive["prompts"], archive["images"].astype(np.int32)
+    """Read tokens.npz and tokenize its prompts; raises UserError for a file that is no such archive, lacks an
+    array, or holds codes that the checkpoint does not have.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file} is no archive of NumPy arrays ({error}); give a tokens.npz.") from error
+    missing = {"prompts", "images"} - arrays.keys()
+    if missing:
+        raise UserError(f"{file} lacks {', '.join(sorted(missing))}; found {', '.join(arrays)}.")
+    prompts, images = arrays["prompts"], arrays["images"].astype(np.int32)
     codes = checkpoint.transformer_config.lm_head_size
     if images.ndim != 3 or len(images) != len(prompts) or images.min() < 0 or images.max() >= codes:
-        raise ValueError(
+        raise UserError(
             f"{file}: images must be i32[{len(prompts)}, h, w] with codes in [0, {codes}); found shape {images.shape}, "
             f"codes {images.min()} to {images.max()}."
         )
@@ -145,9 +152,9 @@ def read_tokens(file: Path, checkpoint: Checkpoint) -> TokenData:
     return TokenData(prompt_ids=ids, image_ids=images, empty_ids=checkpoint.tokenizer.empty())
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description="Pre-train a transformer on (prompt, image tokens) pairs.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = Parser(description="Pre-train a transformer on (prompt, image tokens) pairs.")
     parser.add_argument("--checkpoint", required=True, help="folder in the released format to start from")
     parser.add_argument("--data", required=True, help="tokens.npz with prompts and images i32[M,h,w]")
     parser.add_argument("--output", required=True, help="folder for the trained checkpoint, its log and its states")
@@ -162,22 +169,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.updates, arguments.batch, arguments.learning_rate, shift=arguments.shift, seed=arguments.seed
     )
     output = Path(arguments.output)
-    with errors_in_words(), on_devices(), lock_inside(output):
-        _pretrain_folder(load_folder(arguments.checkpoint), Path(arguments.data), output, plan)
-
-
-@contextlib.contextmanager
-def errors_in_words() -> Iterator[None]:
-    """End the command with status 1 and a line for what the user can change, without a traceback."""
     try:
-        yield
-    except (DivergedError, CheckpointError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+        with on_devices():
+            pretrain_folder(arguments.checkpoint, Path(arguments.data), output, plan)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR_STATUS
+    return 0
 
 
-def _pretrain_folder(checkpoint: Checkpoint, tokens: Path, output: Path, plan: PretrainPlan) -> None:
-    """Pre-train with log, states and result in `output`, whose lock is held."""
-    with open(output / "pretrain.jsonl", "a", encoding="utf-8") as file:
+def pretrain_folder(start: str | Path, tokens: Path, output: Path, plan: PretrainPlan) -> None:
+    """Pre-train the checkpoint folder `start` with log, states and result in `output`, which is locked meanwhile.
+
+    Raises what `load_folder`, `read_tokens`, `pretrain` and the lock raise.
+    """
+    checkpoint = load_folder(start)
+    with lock_inside(output), open(output / "pretrain.jsonl", "a", encoding="utf-8") as file:
 
         def log(row: dict[str, Any]) -> None:
             print(row, flush=True)

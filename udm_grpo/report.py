@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rewards_bridge.errors import USER_ERROR_STATUS, UserError
+from rewards_bridge.flags import Parser
 from rewards_bridge.redaction import guarded
 from udm_grpo.devices import prepare
 from udm_grpo.files.atomic import replace_file
@@ -44,7 +46,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 2 for a user's mistake, reported without a traceback."""
     prepare()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m udm_grpo.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="OUTPUT_DIR", help="output_dir of a training run")
@@ -59,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if output.suffix.lower() not in (".html", ".htm"):
             raise RunFolderError(f"--output is {output}; give a file whose name ends in .html.")
         write_report([local(run, NOT_BROUGHT_BACK) for run in given.runs], output)
-    except (RunFolderError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR_STATUS
     print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB", file=sys.stderr)
     return 0
 

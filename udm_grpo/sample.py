@@ -33,11 +33,12 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from rewards_bridge.errors import USER_ERROR_STATUS, UserError
+from rewards_bridge.flags import Parser
 from rewards_bridge.redaction import guarded
 from udm_grpo import compiled
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import padded
-from udm_grpo.checkpoints.checkpoint import CheckpointError
 from udm_grpo.config import DistributedConfig, MeshConfig
 from udm_grpo.data.prompt_files import PROMPT
 from udm_grpo.data.prompts import UNTAGGED, PromptSet, read_prompts
@@ -142,7 +143,7 @@ def contact_sheet(settings: Settings, prompts: PromptSet, output: Path, count: i
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m udm_grpo.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model = parser.add_mutually_exclusive_group(required=True)
@@ -160,9 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", nargs="+", action="extend", help="one or several, each quoted")
     what.add_argument("--prompts", metavar="FILE", help=".jsonl, .json, .txt, .csv; FOLDER:SPLIT of prepare_prompts")
-    parser.add_argument(
-        *("--prompt-key", "--prompt_key"), metavar="KEY", help="of --prompts: the text to draw (default: prompt)"
-    )
+    parser.add_argument("--prompt_key", metavar="KEY", help="of --prompts: the text to draw (default: prompt)")
     parser.add_argument("--output", metavar="FOLDER", required=True)
     parser.add_argument("--layout", choices=LAYOUTS, default="geneval", help="default: geneval")
     for name, default, meaning in (
@@ -176,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{meaning} (default: %(default)s)")
     parser.add_argument(
-        *("--negative-prompt", "--negative_prompt"),
+        "--negative_prompt",
         metavar="TEXT",
         help="guidance contrasts with this instead of the empty prompt",
     )
@@ -211,7 +210,7 @@ def _check(given: argparse.Namespace, available: int) -> None:
         if given.run and vars(given)[name]:
             found.append(f"--{name} belongs to a released folder; give that as --checkpoint instead of --run.")
     if given.negative_prompt and (given.guidance_scale == 1 or given.guidance_trunc == 0):
-        found.append("--negative-prompt changes nothing without guidance; give a --guidance_scale above 1 as well.")
+        found.append("--negative_prompt changes nothing without guidance; give a --guidance_scale above 1 as well.")
     if given.layout == GRID and given.images_per_prompt != QUARTERS:
         found.append(f"--layout {GRID} takes exactly {QUARTERS} --images_per_prompt, a 2 x 2 grid a prompt.")
     if found:
@@ -222,7 +221,7 @@ def _read_prompts(given: argparse.Namespace) -> PromptSet:
     texts = given.prompt or []
     rows = tuple({"tag": UNTAGGED, "prompt": text} for text in texts)
     if given.prompt_key and not given.prompts:
-        raise SamplingError("--prompt-key chooses a text of --prompts FILE; give that instead of --prompt.")
+        raise SamplingError("--prompt_key chooses a text of --prompts FILE; give that instead of --prompt.")
     key = given.prompt_key or PROMPT
     prompts = (
         read_prompts(local_prompts(given.prompts), key=key)
@@ -266,14 +265,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 2 for a user's mistake, reported without a traceback."""
     prepare()
     given = _parser().parse_args(argv)
-    expected = (CheckpointError, OSError, ValueError)  # ValueError: SamplingError, WeightsError, MeshError, prompts
+    expected = (UserError, OSError)
     try:
         check_flags(given, ("checkpoint", "run", "adapter", "prompts"))
         with distributed.joined(DistributedConfig(), expected), on_devices(), lock_for_all(given.output):
             draw_all(given)
     except expected as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR_STATUS
     return 0
 
 

@@ -27,12 +27,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rewards_bridge.errors import BridgeError, UsageError
+from rewards_bridge.errors import USER_ERROR_STATUS, UserError
+from rewards_bridge.flags import with_underscores
 from rewards_bridge.redaction import guarded
 from udm_grpo import mesh as meshes
 from udm_grpo import run_reports, shared_rewards
 from udm_grpo.batches import Params, Rollout, TrainState
-from udm_grpo.checkpoints.checkpoint import CheckpointError
 from udm_grpo.compile_check import compile_only
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.configuration.command_line import parse, usage
@@ -45,12 +45,9 @@ from udm_grpo.lifecycle import endings
 from udm_grpo.lifecycle.best_weights import best_or_last, judged, save_best, take_over
 from udm_grpo.lifecycle.endings import Standing
 from udm_grpo.lifecycle.interruption import StopRequestedError, ignore_stopping, interruption
-from udm_grpo.lifecycle.iteration_checks import DivergedError
 from udm_grpo.lifecycle.start_notes import prompt_notes, start_notes
 from udm_grpo.machine.gpu_split import reserved
-from udm_grpo.mesh import MeshError
 from udm_grpo.multihost import distributed, hosts
-from udm_grpo.released.weights import WeightsError
 from udm_grpo.reporting.metrics import StageTimer, check_tools, write_json
 from udm_grpo.reporting.pictures import before_after, image_grid
 from udm_grpo.run import Position, Run, Stage, open_run, save, start
@@ -297,7 +294,7 @@ def _help(words: Sequence[str]) -> int:
         fields = usage(words)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return USER_ERROR_STATUS
     print(__doc__)
     print("The fields, each with its value: the default, or that of the file which --config names.\n")
     print(fields)
@@ -313,12 +310,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     stopped_by = early_signals.heard()
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = with_underscores(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):
         return _help(words)
     if "--compile_only" in words:
         return compile_only.main(words)
-    expected = (ConfigError, MeshError, WeightsError, CheckpointError, BridgeError, UsageError, DivergedError, OSError)
+    expected = (UserError, OSError)
     try:
         config = parse(words)
         validate(config)
@@ -329,7 +326,7 @@ def _main(argv: Sequence[str] | None) -> int:
             summary = train(config)
     except expected as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return USER_ERROR_STATUS
     return config.checkpoint.stopped_status if summary.get("stopped") else 0
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from rewards_bridge.errors import UserError
 from rewards_bridge.protocol import bridge_pb2
 from rewards_bridge.scorers.base import Scores
 
@@ -29,11 +30,11 @@ MAX_DEADLINE_S = 86_400
 _PIXELS_TAG = bridge_pb2.ScoreRequest.PIXELS_FIELD_NUMBER << 3 | 2  # wire type 2: length, then bytes
 
 
-class MalformedError(ValueError):
+class MalformedError(UserError, ValueError):
     """A message that is not of this protocol; its text says what was found and what was wanted."""
 
 
-class VersionError(ValueError):
+class VersionError(UserError, ValueError):
     """The other side speaks another version of the protocol."""
 
 

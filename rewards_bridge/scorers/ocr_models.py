@@ -22,7 +22,8 @@ from typing import Any
 
 import yaml
 
-from rewards_bridge.errors import UsageError
+from rewards_bridge.errors import USER_ERROR_STATUS, UsageError, UserError
+from rewards_bridge.flags import Parser
 from rewards_bridge.redaction import guarded
 
 DETECTION, RECOGNITION = "PP-OCRv5_mobile_det", "PP-OCRv5_mobile_rec"
@@ -155,7 +156,7 @@ def _write_yaml(path: Path, config: dict[str, Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Make the folders and print the options that name them; 2 and one line on stderr if that cannot be done."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m rewards_bridge.scorers.ocr_models",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -168,9 +169,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--output is {address[1]}://{address[2]}, which is no local path; {advice}")
     try:
         detection, recognition = make_folders(parsed.output, parsed.engine)
-    except (UsageError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"ocr_models: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR_STATUS
     print(f"--option detection={detection} --option recognition={recognition} --option engine={parsed.engine}")
     return 0
 

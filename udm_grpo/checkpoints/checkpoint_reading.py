@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from rewards_bridge.errors import UserError
 from udm_grpo.checkpoints.checkpoint_folders import COMMITTED, PathLike, absolute, committed_steps, is_committed
 from udm_grpo.checkpoints.checkpoint_leaves import State, abstract_leaves, by_name, differences
 from udm_grpo.checkpoints.checkpoint_storage import plain
@@ -21,7 +22,7 @@ MANIFEST = "state/manifest.ocdbt"
 """Where Orbax keeps, in a checkpoint, which file holds which array."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be written, found or read, or belongs to another run; the message says what to do."""
 
 

@@ -27,21 +27,20 @@ from typing import Any
 import jax
 from jax.errors import JaxRuntimeError
 
+from rewards_bridge.errors import USER_ERROR_STATUS, UserError
 from udm_grpo import mesh as meshes
 from udm_grpo.batch_sizes import micro_batch
 from udm_grpo.compile_check.flops import matrix_flops
 from udm_grpo.compile_check.hlo_collectives import collectives
 from udm_grpo.compile_check.programs import Program, Sizes, device_bytes, mesh_of, programs, read_sizes
-from udm_grpo.compile_check.topology import GIB, TopologyError, compiler_options, devices_of, usable_bytes
+from udm_grpo.compile_check.topology import GIB, compiler_options, devices_of, usable_bytes
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.configuration.command_line import parse
 from udm_grpo.configuration.config_checks import validate
 from udm_grpo.files import places
 from udm_grpo.lifecycle.start_notes import start_notes
 from udm_grpo.machine.gpu_split import reserved
-from udm_grpo.mesh import MeshError
 from udm_grpo.model import transformer
-from udm_grpo.tensor_files.torch_files import WeightsError
 
 PROGRAMS = ("rollout", "decode", "reference", "update")
 ROLLOUT_PROGRAMS = ("rollout", "decode")
@@ -290,9 +289,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"{given.topology or 'the devices at hand'}: {len(devices)} x {kind}, mesh {asdict(config.mesh)}")
         print(f"sizes of {sizes.folder}, {config.model.height} x {config.model.width} pixels", flush=True)
         found = report_all(config, sizes, devices, given.programs, given.search)
-    except (ConfigError, MeshError, WeightsError, TopologyError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return USER_ERROR_STATUS
     if given.report:
         made = [
             asdict(report)

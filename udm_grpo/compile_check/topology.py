@@ -10,6 +10,8 @@ import jax
 from jax.errors import JaxRuntimeError
 from jax.experimental import topologies
 
+from rewards_bridge.errors import UserError
+
 TESTED = ("v5e:4x4", "v5p:2x2x2", "v5p:2x2x4", "v6e:4x4", "tpu7x:2x2x1")
 """Topology names that libtpu takes, of those that were tried."""
 
@@ -71,7 +73,7 @@ _QUIET = {
 }
 
 
-class TopologyError(ValueError):
+class TopologyError(UserError, ValueError):
     """A slice that cannot be compiled for; the message says what to change."""
 
 

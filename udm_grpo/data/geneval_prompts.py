@@ -15,6 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 from udm_grpo.data.prompt_files import Row
+from udm_grpo.data.prompt_text import PromptsError
 from udm_grpo.data.shuffle import GENERATE, MIX, shuffle
 
 CLASSES: tuple[str, ...] = (
@@ -237,13 +238,15 @@ def generate(
     ratio make up the number, in proportion. With `repeats` every tag has exactly its share, and a tag with fewer
     prompts has them as often, give or take one.
 
-    Raises ValueError for a ratio that names no known tag with more than 0, or for a count that cannot be reached.
+    Raises PromptsError for a ratio that names no known tag with more than 0, or for a count that cannot be reached.
     """
     unknown = sorted(set(ratio) - set(TAGS))
     if unknown or not any(ratio.values()) or not all(0 <= weight < math.inf for weight in ratio.values()):
-        raise ValueError(f"the ratio is {dict(ratio)}; wanted numbers of at least 0, one above, for {', '.join(TAGS)}")
+        raise PromptsError(
+            f"the ratio is {dict(ratio)}; wanted numbers of at least 0, one above, for {', '.join(TAGS)}"
+        )
     if count < 1:
-        raise ValueError(f"count is {count}; wanted at least 1")
+        raise PromptsError(f"count is {count}; wanted at least 1")
     left_out = {combination(row) for row in leave_out}
     texts = {_words(row["prompt"]) for row in leave_out}
     weights = {tag: Fraction(str(ratio[tag])) for tag in TAGS if ratio.get(tag, 0) > 0}
@@ -286,7 +289,7 @@ def _within(count: int, weights: Mapping[str, Fraction], available: Mapping[str,
     """Split a number in proportion to weights, no part larger than what is available of it."""
     if sum(available.values()) < count:
         there = ", ".join(f"{number} {tag}" for tag, number in available.items())
-        raise ValueError(
+        raise PromptsError(
             f"count is {count}, but without repeats there are {sum(available.values())} prompts ({there}); ask for "
             "fewer, for other tags, or for repeats"
         )

@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from udm_grpo.data.prompt_files import DATASET, Row
+from udm_grpo.data.prompt_text import PromptsError
 from udm_grpo.files.atomic import replacing_folder
 from udm_grpo.machine.progress import progress_bar
 
@@ -61,7 +62,7 @@ def write_dataset(folder: str | Path, splits: Mapping[str, Sequence[Row]]) -> No
     """
     for split, rows in splits.items():
         if not rows:
-            raise ValueError(f"the split {split} has no prompts; a split needs at least one")
+            raise PromptsError(f"the split {split} has no prompts; a split needs at least one")
     with replacing_folder(Path(folder), INFO) as fresh, contextlib.redirect_stdout(io.StringIO()):
         tfds.disable_progress_bar()
         # TFDS's own default is TFRecord, which needs TensorFlow.
@@ -81,14 +82,15 @@ def split_names(folder: str | Path) -> list[str]:
 def read_dataset(folder: str | Path, split: str = "") -> tuple[Row, ...]:
     """Read the rows of a split, in order; "" is the only one that there is.
 
-    Raises ValueError for an unknown split (naming those that there are), several where none is named, or damaged files.
+    Raises PromptsError for an unknown split (naming those that there are), several where none is named, and damaged
+    files.
     """
     names = split_names(folder)
     if not split and len(names) == 1:
         split = names[0]
     if split not in names:
         found = f"has no split {split!r}" if split else "has several splits"
-        raise ValueError(f"{folder} {found}; write {' or '.join(f'{folder}:{name}' for name in names)}")
+        raise PromptsError(f"{folder} {found}; write {' or '.join(f'{folder}:{name}' for name in names)}")
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     try:
         source = tfds.data_source(

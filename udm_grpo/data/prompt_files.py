@@ -26,7 +26,7 @@ from udm_grpo.data.prompt_objects import (
     with_key,
     wrong_text,
 )
-from udm_grpo.data.prompt_text import clean, decode, is_blank, is_comment, lines_of, undecodable
+from udm_grpo.data.prompt_text import PromptsError, clean, decode, is_blank, is_comment, lines_of, undecodable
 from udm_grpo.machine.progress import progress_bar
 
 __all__ = ["DATASET", "KINDS", "PROMPT", "UNTAGGED", "Parsed", "Row", "parse_file", "with_key", "wrong_text"]
@@ -91,9 +91,9 @@ class Parsed:
     def all_or_error(self) -> tuple[Row, ...]:
         """Return the rows; ValueError with every bad place, or if there is no row at all."""
         if self.bad:
-            raise ValueError(self.bad_text("correct or remove"))
+            raise PromptsError(self.bad_text("correct or remove"))
         if not self.rows:
-            raise ValueError(f"{self.path}: the prompt file is empty; it needs at least one prompt")
+            raise PromptsError(f"{self.path}: the prompt file is empty; it needs at least one prompt")
         return self.rows
 
     def remarks(self) -> list[str]:
@@ -136,19 +136,19 @@ def parse_file(path: str | Path, column: str = "", tag_column: str = "", key: st
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in (".jsonl", ".json", ".txt", *TABLES) and not path.is_dir():
-        raise ValueError(f"{path}: a prompt file is {KINDS}")
+        raise PromptsError(f"{path}: a prompt file is {KINDS}")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such prompt file")
     if (column or tag_column) and suffix not in TABLES:
-        raise ValueError(f"{path}: only a .csv file has columns; leave out the names of columns")
+        raise PromptsError(f"{path}: only a .csv file has columns; leave out the names of columns")
     if key != PROMPT and (path.is_dir() or suffix == ".txt"):
-        raise ValueError(f"{path}: only .json, .jsonl and .csv files have keys; leave out the prompt key {key!r}")
+        raise PromptsError(f"{path}: only .json, .jsonl and .csv files have keys; leave out the prompt key {key!r}")
     if path.is_dir():
         return _parse_folder(path)
     try:
         text = decode(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise PromptsError(f"{path}: {error}") from None
     if suffix in TABLES:
         return _parse_csv(path, text, column or (key if key != PROMPT else ""), tag_column)
     return _parse_objects(path, text, key) if suffix != ".txt" else _parse_plain(path, text)
@@ -201,11 +201,11 @@ def _parse_lines(path: Path, text: str, row_of: Callable[[str], Row], comment: C
 def _parse_plain(path: Path, text: str) -> Parsed:
     """One prompt a line; ValueError for a file that is something else by its contents: JSON, or a table."""
     if text.lstrip().startswith(("[", "{")) and json_sequence(text) is not None:
-        raise ValueError(f"{path}: holds JSON, not one prompt a line; give it the suffix .json or .jsonl")
+        raise PromptsError(f"{path}: holds JSON, not one prompt a line; give it the suffix .json or .jsonl")
     lines = [line.strip() for line in lines_of(text) if not is_blank(line)]
     tabs = {line.count("\t") for line in lines}
     if lines and len(tabs) == 1 and (values := tabs.pop() + 1) > 1:
-        raise ValueError(
+        raise PromptsError(
             f"{path}: every line has {values} values divided by tabs, as line 1: {lines[0]!r}; it is a table, not one "
             "prompt a line: put a line with the names of its columns, such as prompt, first and give it the suffix .tsv"
         )
@@ -233,18 +233,18 @@ def _parse_objects(path: Path, text: str, key: str) -> Parsed:
                 found.read(str(number), row_of, thing)
             parsed = found.parsed(path)
     if keys and key not in keys:
-        raise ValueError(
+        raise PromptsError(
             f"{path}: no prompt has the key {key!r}; the keys are {', '.join(map(repr, keys))}; name the one of the "
-            "prompts with --prompt-key (prompts.prompt_key in a config)"
+            "prompts with --prompt_key (prompts.prompt_key in a config)"
         )
     return parsed
 
 
 def _plain_row(text: str) -> Row:
     if wrong := undecodable(text):
-        raise ValueError(wrong)
+        raise PromptsError(wrong)
     if "\r" in text:
-        raise ValueError("a carriage return within the line: the file mixes line ends; save it with one kind of them")
+        raise PromptsError("a carriage return within the line: the file mixes line ends; save it with one kind of them")
     return {"tag": UNTAGGED, "prompt": text}
 
 
@@ -253,13 +253,13 @@ def _parse_folder(path: Path) -> Parsed:
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     files = [entry for entry in entries if entry.suffix.lower() == ".txt"]
     if not files:
-        raise ValueError(f"{path}: the folder holds no prompts; a set is {KINDS}, or one that was prepared")
+        raise PromptsError(f"{path}: the folder holds no prompts; a set is {KINDS}, or one that was prepared")
     found = _Collector(bad=[(entry.name, "not a .txt file") for entry in entries if entry not in files])
     for file in files:
         try:
             lines = lines_of(decode(file.read_bytes()))
             if wrong := undecodable("\n".join(lines)):
-                raise ValueError(wrong)
+                raise PromptsError(wrong)
         except ValueError as error:
             found.bad.append((file.name, str(error)))
             continue
@@ -274,14 +274,14 @@ def _parse_folder(path: Path) -> Parsed:
 def _parse_csv(path: Path, text: str, column: str, tag_column: str) -> Parsed:
     if wrong := undecodable(text):
         line = next(number for number, line in enumerate(lines_of(text), start=1) if undecodable(line))
-        raise ValueError(f"{path}: line {line}: {wrong}")
+        raise PromptsError(f"{path}: line {line}: {wrong}")
     records = _csv_records(text, _delimiter(path, text, column))
     header_line, header = next(records, (1, []))
     if isinstance(header, str):
-        raise ValueError(f"{path}: line {header_line}: {header}")
+        raise PromptsError(f"{path}: line {header_line}: {header}")
     names = [name.strip() for name in header]
     if len(set(names)) < len(names):
-        raise ValueError(f"{path}: the header names a column twice: {', '.join(names)}")
+        raise PromptsError(f"{path}: the header names a column twice: {', '.join(names)}")
     prompt = _column(path, names, column, PROMPT_COLUMNS, "column")
     others = [name for name in names if name != prompt]
     tagged = tag_column or _has(others, TAG_COLUMNS)
@@ -340,4 +340,4 @@ def _column(path: Path, names: Sequence[str], asked: str, usual: Sequence[str], 
         return fitting[0]
     advice = f"python -m scripts.prepare_prompts prompts --{option} NAME"
     wanted = f"a column {asked!r}" if asked else f"one column named {', '.join(usual)}"
-    raise ValueError(f"{path}: wanted {wanted}; found {', '.join(names) or 'none'}; name one: {advice}")
+    raise PromptsError(f"{path}: wanted {wanted}; found {', '.join(names) or 'none'}; name one: {advice}")

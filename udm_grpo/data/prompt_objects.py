@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards_bridge.scorers.geneval_metadata import problems, read_metadata
-from udm_grpo.data.prompt_text import control_character, is_blank, undecodable
+from udm_grpo.data.prompt_text import PromptsError, control_character, is_blank, undecodable
 
 Row = dict[str, Any]
 
@@ -28,7 +28,7 @@ def with_key(row: Row, key: str) -> Row:
     if key == PROMPT:
         return row
     if wrong := wrong_text(key, row.get(key)):
-        raise ValueError(wrong[0])
+        raise PromptsError(wrong[0])
     return {**row, PROMPT: row[key], **({ORIGINAL: row[PROMPT]} if PROMPT in row else {})}
 
 
@@ -52,12 +52,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         twice = next(key for i, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:i]))
-        raise ValueError(f"the key {twice!r} is there twice in one object; keep one of them")
+        raise PromptsError(f"the key {twice!r} is there twice in one object; keep one of them")
     return made
 
 
 def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is not a number of JSON; write a number, or null for none")
+    raise PromptsError(f"{text} is not a number of JSON; write a number, or null for none")
 
 
 def _float(text: str) -> float:
@@ -69,15 +69,15 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number
 
 
 def json_of(text: str) -> Any:
-    """Return what a line holds, or raise ValueError; also for NaN, infinite numbers and a key twice in an object."""
+    """Return what a line holds, or raise PromptsError; also for NaN, infinite numbers and a key twice in an object."""
     if wrong := undecodable(text):
-        raise ValueError(wrong)
+        raise PromptsError(wrong)
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+        raise PromptsError(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
-        raise ValueError("not JSON that can be read: nested too deeply") from None
+        raise PromptsError("not JSON that can be read: nested too deeply") from None
 
 
 def json_sequence(text: str) -> list[tuple[int, Any]] | None:
@@ -102,7 +102,7 @@ def json_sequence(text: str) -> list[tuple[int, Any]] | None:
 
 
 def object_row(line: Any, key: str) -> Row:
-    """Return an object as a row, or raise ValueError with everything that is wrong with it.
+    """Return an object as a row, or raise PromptsError with everything that is wrong with it.
 
     With "include" it is GenEval's and is read as every scorer reads it (rewards_bridge.scorers.geneval_metadata);
     without, a prompt and perhaps a tag will do, and a text alone is a prompt. A tag, "include" or "exclude" of null is
@@ -111,13 +111,13 @@ def object_row(line: Any, key: str) -> Row:
     if isinstance(line, str) and key == PROMPT:
         line = {PROMPT: line}
     if not isinstance(line, dict):
-        raise ValueError('not a JSON object like {"tag": ..., "include": [...], "prompt": ...}')
+        raise PromptsError('not a JSON object like {"tag": ..., "include": [...], "prompt": ...}')
     line = with_key(line, key)
     if line.get("include") is None:
         there = {key: value for key, value in line.items() if value is not None or key not in GENEVAL}
         return {"tag": UNTAGGED, **there}
     if wrong := [*problems(line), *wrong_text("prompt", line.get("prompt"))]:
-        raise ValueError("; ".join(wrong))
+        raise PromptsError("; ".join(wrong))
     return read_metadata(line)
 
 
@@ -128,19 +128,19 @@ def json_array(path: Path, text: str) -> list[Any] | None:
     if not is_json and not content.startswith("["):
         return None
     if wrong := undecodable(content):
-        raise ValueError(f"{path}: {wrong}")
+        raise PromptsError(f"{path}: {wrong}")
     try:
         array = _DECODER.decode(content)
     except json.JSONDecodeError as error:
         if not is_json or error.msg == "Extra data":
             return None  # objects, one a line
-        raise ValueError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+        raise PromptsError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise PromptsError(f"{path}: {error}") from None
     except RecursionError:
-        raise ValueError(f"{path}: not JSON that can be read: nested too deeply") from None
+        raise PromptsError(f"{path}: not JSON that can be read: nested too deeply") from None
     if isinstance(array, dict) and is_json and "\n" not in content:
         return None  # a single line
     if not isinstance(array, list):
-        raise ValueError(f'{path}: expected one JSON array of objects like {{"id": ..., "prompt": ...}}')
+        raise PromptsError(f'{path}: expected one JSON array of objects like {{"id": ..., "prompt": ...}}')
     return array

@@ -11,6 +11,13 @@ import codecs
 import re
 import unicodedata
 
+from rewards_bridge.errors import UserError
+
+
+class PromptsError(UserError, ValueError):
+    """Prompts, or files or sets of them, that cannot be read or used; the text says which and why."""
+
+
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark it begins with
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -38,7 +45,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
 def decode(raw: bytes) -> str:
     """Return the text of a file; a byte 0xNN that is not UTF-8 is the character U+DCNN.
 
-    Raises ValueError for UTF-16 and UTF-32 that is cut off or damaged.
+    Raises PromptsError for UTF-16 and UTF-32 that is cut off or damaged.
     """
     encoding, start = next(((name, len(mark)) for mark, name in _MARKS if raw.startswith(mark)), ("", 0))
     encoding = encoding or _encoding_by_zeros(raw[:_SAMPLE])
@@ -47,7 +54,7 @@ def decode(raw: bytes) -> str:
     try:
         return raw[start:].decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise PromptsError(
             f"not {encoding[:-3].upper()} text, as it begins: {error.reason} at byte {start + error.start}; "
             "save the file as UTF-8"
         ) from None

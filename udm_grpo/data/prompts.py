@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from udm_grpo.data.prompt_files import DATASET, PROMPT, UNTAGGED, parse_file, with_key
+from udm_grpo.data.prompt_text import PromptsError
 from udm_grpo.data.shuffle import FIXED, POOL, SCHEDULE, shuffle
 
 __all__ = ["UNTAGGED", "Batch", "PromptSet", "read_prompts"]
@@ -42,7 +43,7 @@ class PromptSet:
     `weights` (tag -> share of the training prompts, whole or decimal numbers; 0 leaves a tag out) must name every tag
     in the set. None means no weighting: every prompt comes equally often.
 
-    Raises ValueError for an empty set, rows of unequal length, or weights that do not fit the tags.
+    Raises PromptsError for an empty set, rows of unequal length, or weights that do not fit the tags.
     """
 
     prompts: tuple[str, ...]
@@ -58,10 +59,10 @@ class PromptSet:
 
     def __post_init__(self) -> None:
         if not self.prompts:
-            raise ValueError("a prompt set needs at least one prompt")
+            raise PromptsError("a prompt set needs at least one prompt")
         if not len(self.prompts) == len(self.metadata) == len(self.tags):
             sizes = f"{len(self.prompts)} prompts, {len(self.metadata)} metadata, {len(self.tags)} tags"
-            raise ValueError(f"prompts, metadata and tags must be equally many, found {sizes}")
+            raise PromptsError(f"prompts, metadata and tags must be equally many, found {sizes}")
         if self.weights is not None:
             _whole_weights(self.weights, Counter(self.tags))
 
@@ -136,7 +137,7 @@ def read_prompts(path: str | Path, weights: Mapping[str, float] | None = None, k
         rows = read_dataset(folder, split)
         if not any(key in row for row in rows):
             keys = ", ".join(map(repr, dict.fromkeys(name for row in rows for name in row)))
-            raise ValueError(f"{path}: no prompt has the key {key!r}; the keys are {keys}")
+            raise PromptsError(f"{path}: no prompt has the key {key!r}; the keys are {keys}")
         rows = tuple(with_key(row, key) for row in rows)
         origin: dict[str, Any] = {}
     else:
@@ -148,7 +149,7 @@ def read_prompts(path: str | Path, weights: Mapping[str, float] | None = None, k
     try:
         return PromptSet(prompts, rows, tags, weights, **origin)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise PromptsError(f"{path}: {error}") from None
 
 
 def _prepared(path: str) -> tuple[Path | None, str]:
@@ -158,7 +159,7 @@ def _prepared(path: str) -> tuple[Path | None, str]:
         if folder and (Path(folder) / DATASET).is_dir():
             return Path(folder), named
     if colon and Path(whole).is_dir():
-        raise ValueError(f"{path}: {whole} was not made by scripts.prepare_prompts; only such folders have splits")
+        raise PromptsError(f"{path}: {whole} was not made by scripts.prepare_prompts; only such folders have splits")
     if whole and split.isidentifier() and not Path(path).exists():
         raise FileNotFoundError(
             f"{path}: there is no folder {whole}, so no split {split} of it; python -m scripts.prepare_prompts makes "
@@ -171,7 +172,7 @@ def _whole_weights(weights: Mapping[str, float], present: Mapping[str, int]) -> 
     """Return the weights above 0 as the smallest whole numbers of the same ratio, by tag name."""
     wrong = [f"{tag!r} is {w!r}, not a number of at least 0" for tag, w in weights.items() if not _is_weight(w)]
     if wrong:
-        raise ValueError(f"tag weights: {'; '.join(wrong)}")
+        raise PromptsError(f"tag weights: {'; '.join(wrong)}")
     unknown = sorted(tag for tag, weight in weights.items() if weight > 0 and tag not in present)
     unnamed = sorted(tag for tag in present if tag not in weights)
     if unknown:
@@ -181,7 +182,7 @@ def _whole_weights(weights: Mapping[str, float], present: Mapping[str, int]) -> 
     if not any(weight > 0 for weight in weights.values()):
         wrong.append("at least one weight must be above 0")
     if wrong:
-        raise ValueError(f"tag weights: {'; '.join(wrong)}")
+        raise PromptsError(f"tag weights: {'; '.join(wrong)}")
     exact = {tag: Fraction(str(weights[tag])) for tag in sorted(weights) if weights[tag] > 0}
     unit = Fraction(
         math.gcd(*(weight.numerator for weight in exact.values())),
@@ -190,7 +191,7 @@ def _whole_weights(weights: Mapping[str, float], present: Mapping[str, int]) -> 
     whole = {tag: int(weight / unit) for tag, weight in exact.items()}
     if sum(whole.values()) > MAX_CYCLE:
         advice = "use rounder numbers, such as 7, 5, 3, 1, 1"
-        raise ValueError(f"tag weights: {dict(weights)} are the ratio {whole}; {advice}")
+        raise PromptsError(f"tag weights: {dict(weights)} are the ratio {whole}; {advice}")
     return whole
 
 

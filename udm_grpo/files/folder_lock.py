@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from rewards_bridge.errors import UserError
 from udm_grpo.multihost.process_identity import process_identity, runs_here
 
 NAME = ".lock"
@@ -46,7 +47,7 @@ _threads: dict[str, int] = {}
 """Lock -> the thread of this process that holds it."""
 
 
-class FolderLockedError(OSError):
+class FolderLockedError(UserError, OSError):
     """Another process writes to the folder; the message says which, and what to do."""
 
 
@@ -331,9 +332,7 @@ def _busy_s() -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise ValueError(
-            f"the environment variable {WAIT_VARIABLE} is {text!r}; give a number of seconds, or unset it."
-        )
+        raise UserError(f"the environment variable {WAIT_VARIABLE} is {text!r}; give a number of seconds, or unset it.")
     return seconds
 
 

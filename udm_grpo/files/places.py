@@ -15,6 +15,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rewards_bridge.errors import UserError
+
 BUCKET = "gs"
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)  # pathlib turns gs://bucket into gs:/bucket
 _HOW = {
@@ -40,7 +42,7 @@ _POSITIONAL = ("a", "b", "path", "runs")
 """Arguments without a flag."""
 
 
-class PlaceError(OSError):
+class PlaceError(UserError, OSError):
     """An address that cannot be used where it was given; the message says what to do instead."""
 
 
@@ -176,7 +178,7 @@ def check_flags(given: argparse.Namespace, supported: Collection[str] = ()) -> N
 
 
 def _flag(name: str) -> str:
-    return name.upper() if name in _POSITIONAL else f"--{name.replace('_', '-')}"
+    return name.upper() if name in _POSITIONAL else f"--{name}"
 
 
 def _flag_with_home(flag: str, value: Any) -> Any:

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Mapping
 
+from rewards_bridge.errors import UserError
+
 WARN_AFTER = (3, 30, 300, 3000)
 """Iterations without an update, in a row, after which a warning is given."""
 
 
-class DivergedError(RuntimeError):
+class DivergedError(UserError, RuntimeError):
     """A number of the training is NaN or infinite; nothing was saved since, so that the last checkpoint stays good."""
 
 

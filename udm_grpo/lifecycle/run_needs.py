@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rewards_bridge.client import BridgeError, RewardsClient, examine
-from rewards_bridge.errors import UsageError
+from rewards_bridge.errors import UsageError, UserError
 from udm_grpo.config import ConfigError, RunConfig, ScorerConfig
 from udm_grpo.configuration.command_line import INSTALLED, parse
 from udm_grpo.configuration.config_checks import validate
@@ -18,7 +18,7 @@ from udm_grpo.data.recipe_page import fixes, page_commands
 from udm_grpo.files.buckets import local, local_prompts
 from udm_grpo.machine.gpu_split import CPU, reserved, uses_gpus
 from udm_grpo.machine.gpus import Gpus, visible_gpus
-from udm_grpo.released.weights import WeightsError, load_folder
+from udm_grpo.released.weights import load_folder
 from udm_grpo.scoring.rewards import bridge_configs
 
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
@@ -116,7 +116,7 @@ def _file(what: str, place: str, usual: str, needs: Needs, read: Callable[[], ob
     """Whether a file or folder of the trainer can be read."""
     try:
         read()
-    except (OSError, ValueError, WeightsError) as error:
+    except (UserError, OSError) as error:
         commands = fixes(place, usual, needs.page)
         return Finding(f"{what} {place}", False, (str(error), *(f"fix: {command}" for command in commands)))
     return Finding(f"{what} {place}", True)
@@ -142,9 +142,9 @@ def _local(name: str, given: ScorerConfig, usual: Mapping[str, str], gpus: Gpus,
     config = bridge_configs(name, given, None)[0]
     limits = [f"--memory={memory:.1f}"] if (memory := _memory_gib(given, gpus)) is not None else []
     if lines:
-        limits.append("--no-load")
+        limits.append("--no_load")
     if not given.check_example:
-        limits.append("--no-check-example")
+        limits.append("--no_check_example")
     ready, said = examine(config, limits)
     return Finding(f"scorer {name}", ready and not lines, (*lines, said))
 

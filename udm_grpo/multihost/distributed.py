@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 import jax
 
+from rewards_bridge.errors import USER_ERROR_STATUS
 from udm_grpo.config import ConfigError, DistributedConfig
 from udm_grpo.multihost.handshake import SECRET_VARIABLE, Member
 from udm_grpo.multihost.peers import Peers, PeersError, meet
@@ -37,9 +38,9 @@ GRACE_S = 3.0
 def joined(config: DistributedConfig, expected: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Be one of the processes of a run for the length of the block; with one process, nothing happens.
 
-    With several, an exception inside ends this process with status 1, after a line on stderr (for `expected` ones;
-    a traceback for others), and all other processes with a line that names this one. A process that dies does the same
-    to the others, at once, or after distributed.silence_s if its machine is gone.
+    With several, an exception inside ends this process (an `expected` one with a line on stderr and the status of a
+    user's error, others with a traceback and status 1) and all other processes, with a line that names this one. A
+    process that dies does the same to the others, at once, or after distributed.silence_s if its machine is gone.
 
     Raises ConfigError and PeersError when the processes do not find each other. Must come before jax uses a device.
     """
@@ -94,7 +95,8 @@ def _end_with_the_others(reason: str) -> None:
 
 def _end(me: Member, peers: Peers, error: BaseException, expected: tuple[type[Exception], ...]) -> None:
     """Say what happened, here and to the others, and end; in this order, for the news may end this process first."""
-    if not isinstance(error, expected):
+    of_the_user = isinstance(error, expected)
+    if not of_the_user:
         threading.Event().wait(GRACE_S)
         traceback.print_exception(error)
     else:
@@ -102,4 +104,4 @@ def _end(me: Member, peers: Peers, error: BaseException, expected: tuple[type[Ex
     peers.fail(f"{type(error).__name__}: {str(error)[:2000]}")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)  # an orderly end would wait for the others
+    os._exit(USER_ERROR_STATUS if of_the_user else 1)  # an orderly end would wait for the others

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rewards_bridge.errors import UserError
 from udm_grpo.multihost.handshake import Line, Member, answer, hello, read_answer, read_hello
 
 HELLO_TIMEOUT_S = 10.0
@@ -35,7 +36,7 @@ MAX_GREETED = 256
 MAX_STRANGERS_NAMED = 5
 
 
-class PeersError(RuntimeError):
+class PeersError(UserError, RuntimeError):
     """The processes of a run do not find each other; the message says what to change."""
 
 

@@ -11,11 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rewards_bridge.errors import UserError
 from udm_grpo.files.set_aside import CONFIG
 from udm_grpo.reporting.grid_file import run_of
 
 
-class RunFolderError(ValueError):
+class RunFolderError(UserError, ValueError):
     """A folder that is no run or holds a damaged file; the message says what to do, one line a problem."""
 
 

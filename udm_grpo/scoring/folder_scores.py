@@ -23,6 +23,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from rewards_bridge.composition import Composition
+from rewards_bridge.errors import UserError
 from rewards_bridge.redaction import redacted_texts, redacted_values
 from rewards_bridge.scorers.base import Scores
 from udm_grpo.config import RewardsConfig, ScorerConfig
@@ -37,7 +38,7 @@ MAX_BATCH = 2**28
 """Bytes of pixels that are sent together at most."""
 
 
-class ScoringError(ValueError):
+class ScoringError(UserError, ValueError):
     """Pictures that cannot be scored as asked; the message says what to change."""
 
 

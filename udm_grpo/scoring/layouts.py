@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from udm_grpo.data.prompt_text import PromptsError
+
 LAYOUTS = ("geneval", "flat", "dpgbench")
 GRID = "dpgbench"
 QUARTERS = 4
@@ -71,7 +73,7 @@ def grid_names(metadata: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     wrong += [f"the id {name!r} comes more than once" for name in repeated]
     if wrong:
         shown = "; ".join(wrong[:MAX_SHOWN]) + (f"; and {len(wrong) - MAX_SHOWN} more" if wrong[MAX_SHOWN:] else "")
-        raise ValueError(
+        raise PromptsError(
             f"DPG-Bench's files are named by the ids of the prompts, so each needs one that is a file name: {shown}"
         )
     return tuple(names)

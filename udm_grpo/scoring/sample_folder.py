@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rewards_bridge.errors import UserError
 from udm_grpo.data.prompt_objects import PROMPT, json_of, object_row, wrong_text
 from udm_grpo.machine.progress import progress_bar
 from udm_grpo.scoring.layouts import GRID, QUARTERS, grid_names
@@ -33,7 +34,7 @@ _MOST = 2**20  # of prompts, and of pictures of one
 _BESIDE = ("contact_sheet.png", "prompts.jsonl", "settings.json")  # what lies beside the pictures of a flat folder
 
 
-class SampleFolderError(ValueError):
+class SampleFolderError(UserError, ValueError):
     """A folder of pictures that cannot be scored as it is; the message names every file and what to do."""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards_bridge.composition import Composition
+from rewards_bridge.errors import UserError
 from udm_grpo.data.prompt_warnings import listed
 from udm_grpo.reporting.metrics import write_json
 
@@ -74,7 +75,7 @@ def _kept(folder: Path, said: Mapping[str, Sequence[str]]) -> list[str]:
                 str(scorer): [str(line) for line in lines] for scorer, lines in json.loads(file.read_bytes()).items()
             }
         except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{file} is damaged ({error}); remove it.") from error
+            raise UserError(f"{file} is damaged ({error}); remove it.") from error
     kept.update(said)
     if said:
         write_json(file, kept)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from rewards_bridge.errors import UserError
 from udm_grpo.machine.progress import progress_bar
 from udm_grpo.tensor_files.other_weights import interrupted, other_weights
 from udm_grpo.tensor_files.tensor_pickle import ForbiddenError
@@ -29,7 +30,7 @@ _NUMPY_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "b
 _SAFETENSORS_NAMES = {name: short for short, name in _NUMPY_NAMES.items()}
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
     """A checkpoint that cannot be read or does not fit; the message names every problem and what to do."""
 
 

@@ -5,9 +5,9 @@ transformer learns those. Seeded; every stage leaves its result in the output fo
 last one, to the same end. The worlds: scripts/pretrain_shapes.py, scripts/pretrain_signs.py.
 """
 
-import argparse
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +20,8 @@ import numpy as np
 import optax
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from rewards_bridge.errors import USER_ERROR_STATUS, UserError
+from rewards_bridge.flags import Parser
 from udm_grpo import compiled, pretrain
 from udm_grpo.batches import Params
 from udm_grpo.checkpoints.checkpoint import Checkpoints
@@ -278,27 +280,24 @@ def make_base(world: World, plan: Plan, output: Path) -> None:
     if not tokens.exists():
         write_tokens(world, plan, params, tokens)
     save_folder(fresh_checkpoint(world, params), output / "start")
-    options: dict[str, Any] = {
-        "checkpoint": output / "start",
-        "data": tokens,
-        "output": output / "base",
-        "updates": plan.updates,
-        "batch": plan.batch,
-        "learning_rate": plan.learning_rate,
-        "shift": plan.shift,
-    }
-    pretrain.main([word for name, value in options.items() for word in (f"--{name}", str(value))])
+    given = pretrain.PretrainPlan(plan.updates, plan.batch, plan.learning_rate, shift=plan.shift)
+    pretrain.pretrain_folder(output / "start", tokens, output / "base", given)
 
 
-def command_line(world: World, plan: Plan, argv: Sequence[str] | None) -> None:
-    """Run the command line of a world's script."""
-    parser = argparse.ArgumentParser(description=f"Make the base checkpoint of the {world.name} world.")
+def command_line(world: World, plan: Plan, argv: Sequence[str] | None) -> int:
+    """Run the command line of a world's script; return the exit status."""
+    parser = Parser(description=f"Make the base checkpoint of the {world.name} world.")
     parser.add_argument("--output", required=True, help="folder for the checkpoint, its logs and its saved states")
     parser.add_argument("--install", action="store_true", help="put the result into udm_grpo/assets")
     prepare()
     arguments = local_args(parser, argv)
     output = Path(arguments.output)
-    with pretrain.errors_in_words(), on_devices(), lock_inside(output):
-        make_base(world, plan, output)
-        if arguments.install:
-            install(world, output)
+    try:
+        with on_devices(), lock_inside(output):
+            make_base(world, plan, output)
+            if arguments.install:
+                install(world, output)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR_STATUS
+    return 0
