@@ -1,4 +1,8 @@
-"""What an HTTP endpoint answers: its body within bounds, and whether another try may go better."""
+"""What an HTTP endpoint answers: its body within bounds, and whether another try may go better.
+
+On the standard library: httpx and tenacity bound neither the time of a whole answer (their time-outs start anew with
+every byte) nor its size, and would be all that the interpreter of the `vlm` scorer needs beside NumPy and Pillow.
+"""
 
 from __future__ import annotations
 

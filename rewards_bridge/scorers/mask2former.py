@@ -161,7 +161,8 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     """Return u8[B,3,height,width] from images u8[B,H,W,3], bilinear, bit for bit as OpenCV's INTER_LINEAR.
 
     Its weights are whole numbers of 11 bits, and it drops 4 and then 16 bits of the products on the way; others
-    differ from it by a grey level in one pixel of eight.
+    differ from it by a grey level in one pixel of eight. OpenCV itself would be another dependency of this judge (its
+    wheels, of which paddleocr brings one, overwrite each other) and would work on one image at a time on the CPU.
     """
     source = images.permute(0, 3, 1, 2).int()
     left, right, from_left, from_right = (tap.to(images.device) for tap in _taps(source.shape[3], width, inside=True))

@@ -11,6 +11,10 @@ What a caller may rely on:
   state given to `restore`, bit for bit, dtypes included, on the shardings given there: no flax or optax type is stored.
 * `meta` is any JSON dictionary. What makes two runs the same run goes under "fingerprint" (see `check_same_run`).
 
+Orbax writes and reads the arrays; its CheckpointManager and preservation policies do not decide what stays, for they
+choose by step and metric alone: here a checkpoint goes only after a newer one was read back, the best weights have a
+slot that a run resumed from an earlier step does not inherit, and what another run left is set aside, never deleted.
+
 `begin` copies the state and writes it while the caller continues; `finish` waits for it, and `save` is both. With
 several processes all of them call these and `restore` alike, and all see the same folder.
 """

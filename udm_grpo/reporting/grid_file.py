@@ -1,6 +1,7 @@
 """Takes the PNGs of `pictures.py` apart again: a text chunk of each says where its pictures are and what they show.
 
-So one file serves the eye and the report, and it is there whole or not at all.
+So one file serves the eye and the report, and it is there whole or not at all, as a folder of files would not be: it
+is copied into buckets, sent to trackers and set aside by older runs as one thing.
 """
 
 import json

@@ -1,4 +1,9 @@
-"""Puts the report's page together: markup, style, script and data in one HTML file that loads nothing."""
+"""Puts the report's page together: markup, style, script and data in one HTML file that loads nothing.
+
+The template has five places, each with an escaping of its own and two of them hashed for the page's policy, so that
+jinja2 would replace one line of this file. The charts are a small script, since a library of charts is a megabyte in
+every report.
+"""
 
 import base64
 import hashlib
