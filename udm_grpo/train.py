@@ -57,30 +57,23 @@ from udm_grpo.scoring.rewards import Rewards
 
 
 def roll_out(
-    run: Run, policy: Params, texts: Sequence[str], metadata: Sequence[dict[str, Any]], step: int
-) -> tuple[jax.Array, Rollout, list[shared_rewards.Ticket]]:
-    """Draw the B images of an iteration in micro-batches, each on its way to the scorer while the next is computed.
+    run: Run, policy: Params, texts: Sequence[str], step: int
+) -> tuple[jax.Array, Rollout, list[tuple[int, jax.Array]]]:
+    """Draw an image of each of the B texts in micro-batches, the last of which is filled up with copies of the last.
 
-    Returns the prompt ids and the rollout of the B images and of those that fill up the last micro-batch, and the
-    tickets of this host's images, of the B only.
+    Returns the prompt ids and the rollout of all of them, and the pictures of each micro-batch with the number of the
+    first. Waits for nothing: all of it may still be computed.
     """
-    given, sizes = run.config.rollout, run.steps.sizes
-    rows = np.repeat(np.arange(given.prompts), given.group_size)
-    drawn = [texts[row] for row in np.pad(rows, (0, sizes.drawn - len(rows)), mode="edge")]
-    asked, about = drawn[: len(rows)], [metadata[row] for row in rows]
-    empty_ids, key = run.empty_ids(), run.key(Stage.ROLLOUT, step)
-    slices = [slice(at, at + sizes.rollout) for at in range(0, sizes.drawn, sizes.rollout)]
-    parts, decoded = [], []
-    for part in slices:
-        index = hosts.put(np.arange(part.start, part.stop, dtype=np.int32), meshes.over_batch(run.mesh))
-        parts.append(run.steps.rollout(policy, run.prompt_ids(drawn[part]), empty_ids, index, key))
-        decoded.append(run.steps.decode(run.vq_params, parts[-1].clean))
-    tickets = [
-        ticket
-        for part, images in zip(slices, decoded, strict=True)
-        for ticket in shared_rewards.submit(run.client, images, part.start, asked[part], about[part])
-    ]
-    return run.prompt_ids(drawn), _joined(parts), tickets
+    sizes, key = run.steps.sizes, run.key(Stage.ROLLOUT, step)
+    drawn = [*texts, *([texts[-1]] * (sizes.drawn - len(texts)))]
+    empty_ids = run.empty_ids()
+    parts, pictures = [], []
+    for first in range(0, sizes.drawn, sizes.rollout):
+        stop = first + sizes.rollout
+        index = hosts.put(np.arange(first, stop, dtype=np.int32), meshes.over_batch(run.mesh))
+        parts.append(run.steps.rollout(policy, run.prompt_ids(drawn[first:stop]), empty_ids, index, key))
+        pictures.append((first, run.steps.decode(run.vq_params, parts[-1].clean)))
+    return run.prompt_ids(drawn), _joined(parts), pictures
 
 
 def _joined(parts: Sequence[Rollout]) -> Rollout:
@@ -98,12 +91,20 @@ def iterate(
 ) -> tuple[TrainState, Rewards, dict[str, Any]]:
     """One iteration: rollout, scores, update(s). Returns the next state (the given one is used up), scores, metrics."""
     given = run.config.rollout
-    texts, metadata, _ = run.train.batch(step, given.prompts, run.config.seed)
+    prompts, metadata, _ = run.train.batch(step, given.prompts, run.config.seed)
+    of_prompt = np.repeat(np.arange(given.prompts), given.group_size)
+    texts, about = [prompts[row] for row in of_prompt], [metadata[row] for row in of_prompt]
     policy = run.steps.compute_copy(state.params, reference)
     with timer("rollout"):
-        prompt_ids, rolled, tickets = roll_out(run, policy, texts, metadata, step)
-    with timer("reference"):
+        prompt_ids, rolled, pictures = roll_out(run, policy, texts, step)
+        # Queued before the pictures are fetched: the devices go on while the scorers work.
         samples = run.steps.prepare(policy, reference, prompt_ids, rolled, run.key(Stage.STATES, step))
+        tickets = [
+            ticket
+            for start, images in pictures
+            for ticket in shared_rewards.submit(run.client, images, start, texts[start:], about[start:])
+        ]
+    with timer("reference"):
         jax.block_until_ready(samples)
     with timer("reward"):
         rewards = shared_rewards.collect(tickets, given.prompts * given.group_size)
