@@ -51,8 +51,8 @@ BRIDGE_FACE = (
     "rewards_bridge.scorers.base",
     "rewards_bridge.scorers.geneval_metadata",
 )
-TORCH_FILES = ("scripts/torch_reference.py",)
-"""The independent model that ours is compared with, run as a process of its own."""
+TORCH_FILES = ("scripts/torch_reference.py", "scripts/benchmark_torch.py", "scripts/benchmark_versus.py")
+"""The independent models that ours is compared with; the first is run as a process of its own."""
 TORCH = ("torch", "transformers", "diffusers", "peft", "timm", "open_clip", "torchvision")
 """Torch and what imports it. safetensors has a part for torch too."""
 TORCHVISION_FILES = ("rewards_bridge/scorers/torch_models.py", "rewards_bridge/scorers/clip_open.py")

@@ -18,7 +18,7 @@ from udm_grpo.batches import BatchSizes, Params, Rollout, Samples, TrainState
 from udm_grpo.config import RunConfig
 from udm_grpo.diffusion.path import ProbabilityPath
 from udm_grpo.diffusion.pretrain import pretrain_loss
-from udm_grpo.diffusion.rollout import RolloutPlan, rollout
+from udm_grpo.diffusion.rollout import RolloutPlan, rollout, sample_step
 from udm_grpo.grpo.objective import Objective, objective_class
 from udm_grpo.grpo.optimizer import step as optimizer_step
 from udm_grpo.grpo.samples import of_step, prepare
@@ -212,6 +212,16 @@ def tokenizer_codec(config: vq.VQConfig) -> tuple[Callable[[Params, Array], Arra
 def image_logits(network: Network) -> Callable[[Params, Array, Array], Float[Array, "b n v"]]:
     """(params, prompt_ids i32[B,L], image_ids i32[B,N]) -> logits f32[B,N,V], compiled per shape."""
     return jax.jit(lambda params, *ids: network.logits(params, network.features(params, *ids)))
+
+
+def features(network: Network) -> Callable[[Params, Array, Array], Float[Array, "b n d"]]:
+    """(params, prompt_ids i32[B,L], image_ids i32[B,N]) -> features [B,N,D]: a forward pass without the head."""
+    return jax.jit(network.features)
+
+
+def sampler() -> Callable[..., tuple[Int32[Array, " r"], Int32[Array, " r"]]]:
+    """Return `sample_step` by itself: (path, logits f32[R,V], codes i32[R], times, uniform numbers f32[R,5])."""
+    return jax.jit(sample_step)
 
 
 def free_rollout(network: Network, path: ProbabilityPath, plan: RolloutPlan, out_shardings: Any = None) -> RolloutStep:
