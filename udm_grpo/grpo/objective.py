@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int32, Key
 from udm_grpo.batches import Params, Rollout, Samples, Trajectory
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.diffusion.path import ProbabilityPath
-from udm_grpo.grpo.best_of_group import BestOfGroup
 from udm_grpo.grpo.loss import UDMGRPO
 from udm_grpo.model.network import Network
 
@@ -54,7 +53,7 @@ class Objective(Protocol):
         ...
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"udm_grpo": UDMGRPO, "best_of_group": BestOfGroup}
+OBJECTIVES: dict[str, type[Objective]] = {"udm_grpo": UDMGRPO}
 """The objectives by the name that `grpo.objective` gives them."""
 
 
