@@ -25,7 +25,7 @@ def assert_same(left: Any, right: Any) -> None:
 def run_file(file: str, *arguments: str, devices: int = 1, **options: Any) -> subprocess.Popen:
     """Start a test file as a program on so many virtual CPU devices."""
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }

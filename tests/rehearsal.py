@@ -9,7 +9,6 @@ import importlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from pages import Command, commands
-from running import COMPILED_QUICKLY, ROOT, environment
+from running import COMPILED_QUICKLY, ROOT, environment, free_port
 
 TESTS = Path(__file__).resolve().parent
 LIMIT_S = float(os.environ.get("UDM_GRPO_REHEARSAL_LIMIT_S", "400"))
@@ -204,12 +203,6 @@ def make_secrets(folder: Path) -> None:
     command += " -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout key.pem -out cert.pem"
     subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
     (folder / "token").write_text("a-token-that-nobody-guesses\n")
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ PICK = UNCHECKED.format("pickscore")
 READER = "--config.rewards.scorers.ocr.replicas=1"
 TRAINED = 'cp -r "$STANDINS/checkpoint-100" .'
 """What the public release has trained."""
-LAUNCHES = Rule(r"(^|\s)(scripts/launch_|sbatch )", how="elsewhere", test="tests/test_launch.py")
+LAUNCHES = Rule(r"(^|\s)(scripts/launch_|sbatch )", how="elsewhere", test="tests/scripts/test_launch.py")
 SHAPES = (
     "--config.iterations={} --config.optimizer.schedule=constant --config.optimizer.warmup_updates=1"
     " --config.rollout.prompts=4 --config.rollout.group_size=4 --config.rollout.micro_batch=8"
@@ -43,20 +43,21 @@ LOOKING = (Rule(r"^python -m rewards_bridge doctor", statuses=(0, 1)),)
 COMPILATION = "--config.model.height=64 --config.model.width=64 --no_search --programs "
 """At the sizes of the stand-ins, one program: the one that needs most, or the one that takes the compiler least."""
 
-PRETRAINING = "test_the_base_is_made_in_small_and_goes_on"
+PRETRAINING = "tests/{}.py::test_the_base_is_made_in_small_and_goes_on"
+COMPILER = "tests/compile_check/test_compile_only.py::test_the_compiler_that_is_named_is_the_one_that_is_pinned"
 INLINE = {
-    r"^pytest tests/test_prepare_prompts": "tests/test_prepare_prompts.py",
-    r"^python -m udm_grpo\.convert to-pytorch$": "tests/test_convert.py",
-    r"^pip install libtpu==": "tests/test_compile_only.py::test_the_compiler_that_is_named_is_the_one_that_is_pinned",
-    r"^python -m scripts\.compile_table ": "tests/test_compile_table.py",
+    r"^pytest tests/scripts/test_prepare_prompts": "tests/scripts/test_prepare_prompts.py",
+    r"^python -m udm_grpo\.convert to-pytorch$": "tests/commands/test_convert.py",
+    r"^pip install libtpu==": COMPILER,
+    r"^python -m scripts\.compile_table ": "tests/scripts/test_compile_table.py",
     r"^apt-get install chromium": ".ci/run",
-    r"^pip install gcsfs$": "tests/test_buckets.py",
-    r"^pip install -e ": "tests/test_install.py",
-    r"^pip wheel \.$": "tests/test_install.py",
-    r"^pip install torch==\S+ --index-url ": "tests/test_install.py",
-    r"^pip install .?jax\[cuda13\]": "tests/test_cuda_compiler.py",
-    r"^python -m scripts\.torture$": "tests/test_torture.py",
-    r"^python -m udm_grpo\.doctor$": "tests/test_run_needs.py",
+    r"^pip install gcsfs$": "tests/files/test_buckets.py",
+    r"^pip install -e ": "tests/project/test_install.py",
+    r"^pip wheel \.$": "tests/project/test_install.py",
+    r"^pip install torch==\S+ --index-url ": "tests/project/test_install.py",
+    r"^pip install .?jax\[cuda13\]": "tests/model/test_cuda_compiler.py",
+    r"^python -m scripts\.torture$": "tests/scripts/test_torture.py",
+    r"^python -m udm_grpo\.doctor$": "tests/lifecycle/test_run_needs.py",
 }
 """Commands in running text that are no part of a command of a page -> what runs them or holds them right."""
 
@@ -64,9 +65,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "README": (
         *DOWNLOADS,
         LAUNCHES,
-        Rule(r"^python -m scripts\.pretrain_shapes ", how="elsewhere", test="tests/test_readme.py::" + PRETRAINING),
-        Rule(r"^python -m scripts\.pretrain_signs ", how="elsewhere", test="tests/test_signs.py::" + PRETRAINING),
-        Rule(r"python -m pytest$", "-n 0 -p no:cacheprovider tests/test_chunks.py"),
+        Rule(
+            r"^python -m scripts\.pretrain_shapes ",
+            how="elsewhere",
+            test=PRETRAINING.format("project/test_readme"),
+        ),
+        Rule(r"^python -m scripts\.pretrain_signs ", how="elsewhere", test=PRETRAINING.format("worlds/test_signs")),
+        Rule(r"python -m pytest$", "-n 0 -p no:cacheprovider tests/model/test_chunks.py"),
         Rule(r"JAX_NUM_PROCESSES=2", f"{SHAPES.format(1)} --config.output_dir=outputs/together", processes=2),
         Rule(r"shapes_ocr\.py", SHAPES.format(1)),
         Rule(r"configs/shapes\.py --config\.checkpoint\.resume=latest", SHAPES.format(2)),

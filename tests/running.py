@@ -26,6 +26,18 @@ COMPILED_QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 """For programs over several devices or processes: to optimize them takes longer than to run them."""
 
 
+def free_port() -> int:
+    """A port that is free, and so is the next one."""
+    while True:
+        with socket.create_server(("", 0)) as first:
+            port = first.getsockname()[1]
+            try:
+                with socket.create_server(("", port + 1)):
+                    return port
+            except OSError:
+                continue
+
+
 def environment(devices: int = 1, quickly: bool | None = None) -> dict[str, str]:
     """The environment of a run with this many virtual devices; all tests share what is compiled.
 

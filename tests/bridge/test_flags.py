@@ -1,0 +1,47 @@
+"""One style of flags: underscores, for which hyphens are taken."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from rewards_bridge.flags import Parser, with_underscores
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (["--tls-cert", "a-b.pem"], ["--tls_cert", "a-b.pem"]),
+        (["--prompt-key=a-b", "--no_load"], ["--prompt_key=a-b", "--no_load"]),
+        (["--config.rewards.scorers.my-judge.weight=2"], ["--config.rewards.scorers.my-judge.weight=2"]),
+        (["-h", "--", "--my-file", "a-b"], ["-h", "--", "--my-file", "a-b"]),
+    ],
+)
+def test_names_of_flags_alone_are_rewritten(given: list[str], taken: list[str]) -> None:
+    assert with_underscores(given) == taken
+
+
+def test_a_parser_and_its_commands_take_both() -> None:
+    parser = Parser()
+    command = parser.add_subparsers().add_parser("serve")
+    command.add_argument("--tls_cert")
+    for flag in ("--tls-cert", "--tls_cert", "--tls-c"):
+        assert parser.parse_args(["serve", flag, "a-b"]).tls_cert == "a-b"
+
+
+def test_no_command_has_a_flag_with_a_hyphen_nor_a_parser_of_another_kind() -> None:
+    found = []
+    for folder in ("udm_grpo", "rewards_bridge", "scripts"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.name in ("flags.py", "torch_reference.py"):  # the latter is run without the project's packages
+                continue
+            text = path.read_text()
+            found += [f"{path}: ArgumentParser"] if re.search(r"ArgumentParser\(", text) else []
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+                    flags = [word.value for word in node.args if isinstance(word, ast.Constant)]
+                    found += [f"{path}: {flag}" for flag in flags if re.fullmatch(r"--\w+-.*", str(flag))]
+    assert not found

@@ -1,0 +1,134 @@
+"""What processes hold and tell each other, checkpoints that move between them, and weights that stream to their shards.
+
+Run as a program (`python test_hosts.py WHAT folder ...`) this file is one process of its own tests.
+"""
+
+import contextlib
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoint_helpers import assert_same, finish, run_file
+from golden_data import first_case
+from running import free_port
+
+from udm_grpo import mesh as meshes
+from udm_grpo.checkpoints.checkpoint import Checkpoints, restore
+from udm_grpo.config import ConfigError, DistributedConfig, RunConfig
+from udm_grpo.lifecycle import output_folder
+from udm_grpo.multihost import hosts
+from udm_grpo.multihost.distributed import joined
+from udm_grpo.released.weights import load_folder, load_transformer, save_folder
+from udm_grpo.tensor_files import streaming
+
+ROWS = 8
+
+
+def params_of(step: int) -> dict[str, Any]:
+    """Parameters whose every number says where it is, under names that the mesh's rules know."""
+    shapes = {"embed": {"embedding": (8, 16)}, "layers": {"mlp": {"up": {"kernel": (2, 8, 16)}}}, "norm": (6,)}
+    leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda node: isinstance(node, tuple))
+    numbers = [np.arange(np.prod(shape), dtype=np.float32).reshape(shape) + 1000 * step for shape in leaves]
+    return jax.tree.unflatten(tree, numbers)
+
+
+def on(mesh: Any, params: Any) -> Any:
+    """Their shapes with shardings."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        params,
+        meshes.shardings(mesh, params),
+    )
+
+
+def exchange(mesh: Any) -> None:
+    """Every function of udm_grpo/multihost/hosts.py, on rows that are spread over the processes."""
+    me, spread = jax.process_index(), meshes.over_batch(mesh)
+    rows = hosts.owned_rows(spread, ROWS)
+    assert rows.tolist() == [4 * me, 4 * me + 1, 4 * me + 2, 4 * me + 3]
+    made = hosts.put_rows(lambda mine: np.asarray(mine)[:, None] * np.ones(3), ROWS, spread)
+    np.testing.assert_array_equal(hosts.whole(made), np.arange(ROWS)[:, None] * np.ones(3))
+    np.testing.assert_array_equal(hosts.take(made, rows), rows[:, None] * np.ones(3))
+    np.testing.assert_array_equal(hosts.whole(hosts.put(np.arange(ROWS), spread)), np.arange(ROWS))
+    assert hosts.gather({"process": me, "text": "ü" * me}) == [{"process": 0, "text": ""}, {"process": 1, "text": "ü"}]
+    assert hosts.from_primary(lambda: f"of {me}") == "of 0"
+    assert [hosts.any_process(me == 1), hosts.any_process(False)] == [True, False]
+    third = np.float32(1) / 3
+    found = hosts.gather_rows({"score": rows.astype(np.float32) * third}, rows, ROWS)
+    np.testing.assert_array_equal(found["score"], np.arange(ROWS, dtype=np.float32) * third)
+    only = hosts.gather_rows({"score": np.ones(ROWS, np.float32)} if me else {}, np.arange(ROWS if me else 0), ROWS)
+    np.testing.assert_array_equal(only["score"], 1)
+
+
+def move(mesh: Any, folder: Path) -> None:
+    """Go on from what one process saved, and save asynchronously while the arrays are used up."""
+    state, meta = restore(folder / "checkpoints" / "00000001", on(mesh, params_of(1)))
+    assert meta == {"by": "one"}
+    shards = state["layers"]["mlp"]["up"]["kernel"].addressable_shards
+    assert sum(shard.data.size for shard in shards) == 2 * 8 * 16 // 2, "a process holds half of it"
+    checkpoints = Checkpoints(folder / "checkpoints", keep=2)
+    forward = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1000, tree), donate_argnums=0)
+    for step in (2, 3, 4):
+        state = forward(state)
+        checkpoints.begin(step, state, {"by": "two"})
+    checkpoints.begin_best(4, forward(state), {"by": "two"})
+    checkpoints.finish()
+
+
+def stream(mesh: Any, folder: Path) -> None:
+    """Read a released folder to the shards of both processes, and write it from there."""
+    base = load_folder(first_case().checkpoint, read_transformer=False)
+    shardings = meshes.shardings(mesh, base.transformer)
+    params = load_transformer(first_case().checkpoint / "transformer", base.transformer_config, shardings=shardings)
+    assert not params["embed"]["embedding"].is_fully_addressable
+    export = dataclasses.replace(base, transformer=params)
+    save_folder(export, folder / "export", fetch=hosts.block, write=hosts.is_primary())
+
+
+def open_folder_of_its_own(folder: Path) -> None:
+    """A run's folder that each process has for itself is refused by all of them."""
+    output_folder.SEEN_WITHIN_S = 0.5
+    own = RunConfig(output_dir=str(folder / f"own-{jax.process_index()}"))
+    with pytest.raises(ConfigError, match=r"own-\d is not the same folder for all: process\(es\) 1 do not see there"):
+        output_folder.claim_output(own, contextlib.ExitStack())
+    assert not Path(own.output_dir).exists()
+    shared = RunConfig(output_dir=str(folder / "shared"))
+    assert output_folder.claim_output(shared, contextlib.ExitStack()) is None
+    assert (folder / "shared").is_dir()
+
+
+def together(folder: str, port: str, process: str) -> None:
+    with joined(DistributedConfig(f"127.0.0.1:{port}", 2, int(process), 60.0, 60.0)):
+        mesh = meshes.make_mesh({"data": 1, "fsdp": 2, "tensor": 2})
+        exchange(mesh)
+        open_folder_of_its_own(Path(folder))
+        move(mesh, Path(folder))
+        streaming.BLOCK_BYTES = 1 << 12  # several blocks a tensor
+        stream(mesh, Path(folder))
+
+
+def test_two_processes_share_rows_checkpoints_and_weights(tmp_path):
+    Checkpoints(tmp_path / "checkpoints", keep=9).save(1, jax.tree.map(jnp.asarray, params_of(1)), {"by": "one"})
+    port = free_port()
+    processes = [run_file(__file__, "TOGETHER", str(tmp_path), str(port), str(i), devices=2) for i in range(2)]
+    for process in processes:
+        finish(process)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    assert checkpoints.steps() == [3, 4]
+    for step in (3, 4):
+        state, meta = checkpoints.restore(step, params_of(0))
+        assert_same(state, params_of(step))
+        assert meta == {"by": "two"}
+    assert_same(checkpoints.restore(checkpoints.best(), params_of(0))[0], params_of(5))
+    base, export = load_folder(first_case().checkpoint), load_folder(tmp_path / "export")
+    assert_same(jax.tree.map(np.asarray, export.transformer), jax.tree.map(np.asarray, base.transformer))
+    assert export.files == base.files
+
+
+if __name__ == "__main__":
+    together(*sys.argv[2:])
