@@ -162,7 +162,7 @@ def open_models(given: argparse.Namespace) -> tuple[list[Drawer], tuple[int, int
         model = open_run(given.run, given.step)
         sizes |= {name: model.defaults[name] for name in sizes}
         source = f"{given.run}, iteration {model.source['step']}"
-        drawers.append(Drawer("Trained", source, sharing_programs(base, Pipeline(model.checkpoint))))
+        drawers.append(Drawer("Trained", source, sharing_programs(base, Pipeline(model.released))))
     return drawers, (given.height or sizes["height"], given.width or sizes["width"])
 
 

@@ -114,7 +114,7 @@ def sharing_programs(base: Pipeline, trained: Pipeline) -> Pipeline:
     """Return the trained pipeline, with the base's compiled programs if both compute alike: one compilation serves
     both.
     """
-    ours, theirs = base.checkpoint, trained.checkpoint
+    ours, theirs = base.released, trained.released
     alike = (
         ours.transformer_config == theirs.transformer_config
         and ours.vq_config == theirs.vq_config

@@ -42,7 +42,7 @@ from udm_grpo.pipeline import Pipeline
 from udm_grpo.released.contents import CONFIG_FILES, SCHEDULER_FILE, Scheduler
 from udm_grpo.released.part_files import open_part
 from udm_grpo.released.peft_files import write_adapter
-from udm_grpo.released.weights import DTYPES, Checkpoint, WeightsError, load_folder, save_folder
+from udm_grpo.released.weights import DTYPES, ReleasedModel, WeightsError, load_folder, save_folder
 from udm_grpo.run import exported
 from udm_grpo.tensor_files.torch_files import Layout, TensorFiles, open_tensors, read_json
 from udm_grpo.tensor_files.weight_table import TRANSFORMER_TABLE, TensorInfo, from_tree, leaves_by_path, sources
@@ -84,7 +84,7 @@ def to_pytorch(given: argparse.Namespace) -> int:
     return 0
 
 
-def to_peft(given: argparse.Namespace, base: Checkpoint, training: Training) -> int:
+def to_peft(given: argparse.Namespace, base: ReleasedModel, training: Training) -> int:
     """Run the command to-pytorch with --adapter: what a LoRA run has trained, as a folder that PEFT reads."""
     lora = training.lora
     if lora is None:

@@ -28,7 +28,7 @@ def export(run: Run, state: TrainState, judged: Params, reference: Params) -> No
     kinds = {"": judged} if state.ema is None else {"": judged, "_raw": state.params}
     if not run.config.lora.rank:
         for ending, params in kinds.items():
-            whole = exported(run.checkpoint, params)
+            whole = exported(run.released, params)
             save_folder(whole, run.output / f"export{ending}", fetch=hosts.block, write=hosts.is_primary())
         return
     frozen = jax.tree.map(hosts.whole, reference)
@@ -49,11 +49,11 @@ def digest_exports(output: Path) -> dict[str, str]:
 def _export_adapters(run: Run, adapters: Mapping[str, Params], frozen: Params) -> None:
     given = run.config.lora
     model = run.config.model
-    base = start_weights(local(model.path), run.checkpoint.transformer_config, frozen, model.transformer)
+    base = start_weights(local(model.path), run.released.transformer_config, frozen, model.transformer)
     for ending, adapter in adapters.items():
         write_adapter(run.output / f"export_lora{ending}", adapter, given.alpha)
         merged = merge_on_host(base, adapter, lora.factor(given))
-        save_folder(exported(run.checkpoint, merged), run.output / f"export{ending}")
+        save_folder(exported(run.released, merged), run.output / f"export{ending}")
 
 
 def start_weights(

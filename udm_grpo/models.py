@@ -10,7 +10,7 @@ from udm_grpo.checkpoints.checkpoint import Checkpoints
 from udm_grpo.checkpoints.trained import read_training
 from udm_grpo.files.buckets import local
 from udm_grpo.released.peft_files import with_adapter
-from udm_grpo.released.weights import Checkpoint, load_folder
+from udm_grpo.released.weights import ReleasedModel, load_folder
 
 
 class SamplingError(UserError, ValueError):
@@ -21,7 +21,7 @@ class SamplingError(UserError, ValueError):
 class Model:
     """What draws: a checkpoint in float32, where it comes from (for the record); height, width, dtype by default."""
 
-    checkpoint: Checkpoint
+    released: ReleasedModel
     source: dict[str, Any]
     defaults: dict[str, Any]
 

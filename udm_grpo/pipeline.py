@@ -22,7 +22,7 @@ from udm_grpo.files import places
 from udm_grpo.files.buckets import local
 from udm_grpo.model.network import Network
 from udm_grpo.model.transformer import Execution
-from udm_grpo.released.weights import Checkpoint, PathLike, load_folder, save_folder
+from udm_grpo.released.weights import PathLike, ReleasedModel, load_folder, save_folder
 
 AnyArray = Array | np.ndarray
 
@@ -43,7 +43,7 @@ def load_pipeline(folder: PathLike, dtype: str = "float32", transformer: PathLik
 class Pipeline:
     """A loaded checkpoint; V codes, L text tokens, tokens of `stride` x `stride` pixels."""
 
-    checkpoint: Checkpoint
+    released: ReleasedModel
     execution: Execution = field(default_factory=Execution)
     """How the transformer is computed."""
     compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict, repr=False)
@@ -52,39 +52,39 @@ class Pipeline:
     @property
     def stride(self) -> int:
         """Pixels of a token along each axis."""
-        return self.checkpoint.vq_config.stride
+        return self.released.vq_config.stride
 
     @property
     def path(self) -> ProbabilityPath:
         """The probability path of the checkpoint's scheduler."""
-        scheduler = self.checkpoint.scheduler
-        return make_path(self.checkpoint.path_codebook, scheduler.alpha, scheduler.c, scheduler.eps)
+        scheduler = self.released.scheduler
+        return make_path(self.released.path_codebook, scheduler.alpha, scheduler.c, scheduler.eps)
 
     def tokenize(self, prompts: Sequence[str]) -> Int32[np.ndarray, "b l"]:
         """Return L ids a prompt, padded on the left; longer ones are cut, with one warning that counts them."""
-        return self.checkpoint.tokenizer(prompts)
+        return self.released.tokenizer(prompts)
 
     def logits(self, prompt_ids: Int[AnyArray, "b l"], image_ids: Int[AnyArray, "b h w"]) -> Float[Array, "b n v"]:
         """Return float32 logits of the clean code at each of the N = h*w tokens, given noisy ones.
 
         Raises ValueError for ids out of range or of another rank.
         """
-        config = self.checkpoint.transformer_config
+        config = self.released.transformer_config
         prompts = _ids("prompt_ids", prompt_ids, 2, config.lm_vocab_size)
         images = self._image_ids(image_ids)
         if len(prompts) != len(images):
             raise ValueError(f"{len(prompts)} prompts, but {len(images)} images; give one prompt for every image")
         grid = (images.shape[1], images.shape[2])
         run = self._stage(("logits", grid), lambda: compiled.image_logits(self._network(grid)))
-        return run(self.checkpoint.transformer, prompts, images.reshape(len(images), -1))
+        return run(self.released.transformer, prompts, images.reshape(len(images), -1))
 
     def encode(self, pixels: Float[AnyArray, "b hh ww 3"]) -> Int32[Array, "b h w"]:
         """Return the codes of pixels in [-1, 1]; raises ValueError for sizes that the stride does not divide."""
         if pixels.ndim != 4 or pixels.shape[-1] != 3 or not jnp.issubdtype(pixels.dtype, jnp.floating):
             found = f"{pixels.dtype}{list(pixels.shape)}"
             raise ValueError(f"pixels is {found}; wanted floats in [-1, 1], [images, height, width, 3]")
-        run = self._stage("encode", lambda: compiled.tokenizer_codec(self.checkpoint.vq_config)[0])
-        return run(self.checkpoint.vq, jnp.asarray(pixels, jnp.float32))
+        run = self._stage("encode", lambda: compiled.tokenizer_codec(self.released.vq_config)[0])
+        return run(self.released.vq, jnp.asarray(pixels, jnp.float32))
 
     def decode(self, image_ids: Int[AnyArray, "b h w"]) -> Float[Array, "b hh ww 3"]:
         """Return pixels in [-1, 1], float32, of codes; raises ValueError for codes out of range."""
@@ -114,24 +114,24 @@ class Pipeline:
             raise ValueError(f"steps is {steps} and guidance_scale {guidance_scale}; both must be at least 1")
         if negative_prompt and guidance_scale == 1:
             raise ValueError("negative_prompt changes nothing without guidance; give a guidance_scale above 1 as well")
-        plan = RolloutPlan(steps, self.checkpoint.scheduler.shift, guidance_scale)
+        plan = RolloutPlan(steps, self.released.scheduler.shift, guidance_scale)
         run = self._stage((grid, plan), lambda: compiled.free_rollout(self._network(grid), self.path, plan))
         prompt_ids = jnp.asarray(self.tokenize(prompts))
-        empty_ids = jnp.asarray(self.checkpoint.tokenizer.negative(negative_prompt))
+        empty_ids = jnp.asarray(self.released.tokenizer.negative(negative_prompt))
         image_index = jnp.arange(len(prompts), dtype=jnp.int32)
-        rolled = run(self.checkpoint.transformer, prompt_ids, empty_ids, image_index, jax.random.key(seed))
+        rolled = run(self.released.transformer, prompt_ids, empty_ids, image_index, jax.random.key(seed))
         return _to_uint8(self._pixels(rolled.clean.reshape(-1, *grid)))
 
     def save(self, folder: PathLike) -> None:
         """Write the checkpoint in the released format; raises as `save_folder` does."""
-        save_folder(self.checkpoint, folder)
+        save_folder(self.released, folder)
 
     def _network(self, grid: tuple[int, int]) -> Network:
-        return Network(self.checkpoint.transformer_config, grid, self.execution)
+        return Network(self.released.transformer_config, grid, self.execution)
 
     def _pixels(self, image_ids: Int32[Array, "b h w"]) -> Float[Array, "b hh ww 3"]:
-        run = self._stage("decode", lambda: compiled.tokenizer_codec(self.checkpoint.vq_config)[1])
-        return run(self.checkpoint.vq, image_ids)
+        run = self._stage("decode", lambda: compiled.tokenizer_codec(self.released.vq_config)[1])
+        return run(self.released.vq, image_ids)
 
     def _stage(self, what: Any, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
         if what not in self.compiled:
@@ -139,7 +139,7 @@ class Pipeline:
         return self.compiled[what]
 
     def _image_ids(self, image_ids: Int[AnyArray, "b h w"]) -> Int32[Array, "b h w"]:
-        return _ids("image_ids", image_ids, 3, self.checkpoint.transformer_config.lm_head_size)
+        return _ids("image_ids", image_ids, 3, self.released.transformer_config.lm_head_size)
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         if height < 1 or width < 1 or height % self.stride or width % self.stride:

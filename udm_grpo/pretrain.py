@@ -33,7 +33,7 @@ from udm_grpo.files.places import local_args
 from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.lifecycle.iteration_checks import check_finite
 from udm_grpo.model.network import Network
-from udm_grpo.released.weights import Checkpoint, load_folder, save_folder
+from udm_grpo.released.weights import ReleasedModel, load_folder, save_folder
 from udm_grpo.run import path_of
 
 
@@ -75,7 +75,7 @@ def batch_indices(count: int, plan: PretrainPlan, update: int) -> np.ndarray:
 
 
 def pretrain(
-    checkpoint: Checkpoint,
+    checkpoint: ReleasedModel,
     path: ProbabilityPath,
     data: TokenData,
     plan: PretrainPlan,
@@ -129,7 +129,7 @@ def pretrain(
     return params
 
 
-def read_tokens(file: Path, checkpoint: Checkpoint) -> TokenData:
+def read_tokens(file: Path, checkpoint: ReleasedModel) -> TokenData:
     """Read tokens.npz and tokenize its prompts; raises UserError for a file that is no such archive, lacks an
     array, or holds codes that the checkpoint does not have.
     """

@@ -43,7 +43,7 @@ from udm_grpo.lifecycle.output_folder import (
 from udm_grpo.model import lora, transformer
 from udm_grpo.model.transformer import TransformerConfig
 from udm_grpo.multihost import hosts
-from udm_grpo.released.weights import Checkpoint, load_folder, load_transformer, transformer_path
+from udm_grpo.released.weights import ReleasedModel, load_folder, load_transformer, transformer_path
 from udm_grpo.reporting.metrics import write_json
 from udm_grpo.scoring import rewards
 from udm_grpo.scoring.evaluation_parts import remove_parts
@@ -68,7 +68,7 @@ class Run:
 
     config: RunConfig
     mesh: Mesh
-    checkpoint: Checkpoint
+    released: ReleasedModel
     """The start model as it lies on disk, its transformer only as shapes; the rest goes into the export."""
     steps: Steps
     vq_params: Params
@@ -94,13 +94,13 @@ class Run:
         """Token ids of B prompts, spread over the devices; each host makes those of its own rows."""
 
         def ids(rows: Sequence[int]) -> np.ndarray:
-            return self.checkpoint.tokenizer([texts[row] for row in rows], warn=False)  # start_notes told of all
+            return self.released.tokenizer([texts[row] for row in rows], warn=False)  # start_notes told of all
 
         return hosts.put_rows(ids, len(texts), meshes.over_batch(self.mesh))
 
     def empty_ids(self) -> Int32[Array, " l"]:
         """Token ids of the empty prompt."""
-        return hosts.put(self.checkpoint.tokenizer.empty(), meshes.replicated(self.mesh))
+        return hosts.put(self.released.tokenizer.empty(), meshes.replicated(self.mesh))
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def trained(config: RunConfig, whole: Params, sizes: TransformerConfig) -> Param
         raise ConfigError(f"lora.rank does not fit {config.model.path}: {error}.") from None
 
 
-def path_of(checkpoint: Checkpoint) -> ProbabilityPath:
+def path_of(checkpoint: ReleasedModel) -> ProbabilityPath:
     """Return the probability path of a checkpoint."""
     scheduler = checkpoint.scheduler
     return make_path(checkpoint.path_codebook, scheduler.alpha, scheduler.c, scheduler.eps)
@@ -230,7 +230,7 @@ def open_run(config: RunConfig, asked: Interruption, stack: contextlib.ExitStack
     run = Run(
         config=config,
         mesh=mesh,
-        checkpoint=checkpoint,
+        released=checkpoint,
         steps=build(config, plans, path, optimizer, mesh, abstract),
         vq_params=jax.tree.map(lambda leaf: hosts.put(leaf, replicated), checkpoint.vq),
         train=train,
@@ -252,7 +252,7 @@ def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position 
     The reference is part of every checkpoint, so that a resumed run keeps the model it started from whatever has
     become of the folder since. It is also the base of an adapter.
     """
-    whole = transformer.abstract(run.checkpoint.transformer_config)
+    whole = transformer.abstract(run.released.transformer_config)
     reference = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, run.steps.plans.compute_dtype, sharding=sharding),
         whole,
@@ -291,7 +291,7 @@ def begin(run: Run, position: Position | None, stack: contextlib.ExitStack) -> R
 
 def _fresh(run: Run, abstract: TrainState, reference: Params) -> tuple[TrainState, Params]:
     """Return (the state before the first update, the frozen reference), from the start model's folder."""
-    config = run.checkpoint.transformer_config
+    config = run.released.transformer_config
     folder = transformer_path(local(run.config.model.path), run.config.model.transformer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, reference)
     if not run.config.lora.rank:
@@ -312,6 +312,6 @@ def save(run: Run, state: TrainState, reference: Params, position: Position) -> 
     run.checkpoints.begin(position.step, {"state": state, "reference": reference}, meta)
 
 
-def exported(checkpoint: Checkpoint, params: Params) -> Checkpoint:
+def exported(checkpoint: ReleasedModel, params: Params) -> ReleasedModel:
     """Return the start model's folder with other transformer weights in it."""
     return replace(checkpoint, transformer=params)

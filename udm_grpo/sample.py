@@ -52,7 +52,7 @@ from udm_grpo.machine.progress import progress_bar
 from udm_grpo.model.network import Network
 from udm_grpo.models import Model, SamplingError, open_folder, open_run
 from udm_grpo.multihost import distributed, hosts
-from udm_grpo.released.weights import DTYPES, Checkpoint
+from udm_grpo.released.weights import DTYPES, ReleasedModel
 from udm_grpo.reporting.pictures import image_grid
 from udm_grpo.run import path_of
 from udm_grpo.scoring.layouts import GRID, LAYOUTS, QUARTERS, cut_grid, file_names, join_grid, picture_files, place_of
@@ -63,7 +63,7 @@ MAX_PROMPTS, MAX_IMAGES_PER_PROMPT = 2**20, 2**11
 
 
 def drawer(
-    checkpoint: Checkpoint, settings: Settings, texts: Sequence[str], batch: int, devices: list[Any]
+    checkpoint: ReleasedModel, settings: Settings, texts: Sequence[str], batch: int, devices: list[Any]
 ) -> Callable[[Sequence[tuple[int, int]]], UInt8[jax.Array, "b hh ww 3"]]:
     """Return a function that starts to draw up to `batch` pictures, named by (prompt, image); the tail may be padding.
 
@@ -105,7 +105,7 @@ def sample(model: Model, settings: Settings, prompts: PromptSet, output: Path, b
 
     Raises what `open_output` and `drawer` raise, and OSError where a picture cannot be written.
     """
-    draw = drawer(model.checkpoint, settings, prompts.prompts, batch, devices)
+    draw = drawer(model.released, settings, prompts.prompts, batch, devices)
     hosts.from_primary(lambda: open_output(settings, model.source, prompts, output))  # the others wait for its files
     names = file_names(settings.layout, prompts.metadata)
     files = picture_files(settings.layout, output, names, len(prompts), settings.images_per_prompt)
@@ -237,9 +237,9 @@ def _read_prompts(given: argparse.Namespace) -> PromptSet:
 def _settings(given: argparse.Namespace, model: Model, prompts: PromptSet) -> Settings:
     asked = {field.name: vars(given).get(field.name) for field in fields(Settings)}
     read = {
-        "weights": digest_of(model.checkpoint),
+        "weights": digest_of(model.released),
         "prompts": hashlib.sha256(json.dumps([prompts.prompts, prompts.metadata]).encode()).hexdigest(),
-        "text_length": model.checkpoint.tokenizer.length,
+        "text_length": model.released.tokenizer.length,
     }
     return Settings(**{**model.defaults, **{name: value for name, value in asked.items() if value is not None}, **read})
 

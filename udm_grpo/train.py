@@ -245,7 +245,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             asked.check()
         except StopRequestedError:
             return endings.stopped_early(asked)
-        notes = start_notes(config, run.checkpoint.transformer_config, run.checkpoint.transformer, run.mesh)
+        notes = start_notes(config, run.released.transformer_config, run.released.transformer, run.mesh)
         run = take_over(run, abstract, position, stack)
         reports = run_reports.open_reports(run, position, stack)
         for note in [*notes, *prompt_notes(run)]:

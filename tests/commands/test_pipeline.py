@@ -32,7 +32,7 @@ def channels_last(array: np.ndarray) -> np.ndarray:
 @golden_cases()
 def test_prompts_become_the_ids_of_the_release(case: GoldenCase):
     pipeline = pipeline_of(case.path)
-    backend, length = pipeline.checkpoint.tokenizer.backend, case.setup["L"]
+    backend, length = pipeline.released.tokenizer.backend, case.setup["L"]
     longer = sum(len(backend.encode(prompt, add_special_tokens=False)) > length for prompt in case.prompts)
     message = f"{longer} of {len(case.prompts)} prompts have more than {length} tokens"
     with pytest.warns(UserWarning, match=message) if longer else contextlib.nullcontext():
@@ -41,7 +41,7 @@ def test_prompts_become_the_ids_of_the_release(case: GoldenCase):
     np.testing.assert_array_equal(ids, case.arrays["prompt_ids"])
     empty = pipeline.tokenize([""] * len(case.prompts))
     np.testing.assert_array_equal(empty, case.arrays["empty_prompt_ids"])
-    np.testing.assert_array_equal(pipeline.checkpoint.tokenizer.empty(), empty[0])
+    np.testing.assert_array_equal(pipeline.released.tokenizer.empty(), empty[0])
 
 
 @golden_cases()
@@ -88,8 +88,8 @@ def test_a_stage_is_compiled_once(pipeline: Pipeline):
 def test_16_bits_are_near_float32(dtype: str, pipeline: Pipeline):
     case = first_case()
     half = load_pipeline(case.checkpoint, dtype=dtype)
-    assert half.checkpoint.transformer["lm_head"]["kernel"].dtype == dtype
-    assert half.checkpoint.path_codebook.dtype == jnp.float32
+    assert half.released.transformer["lm_head"]["kernel"].dtype == dtype
+    assert half.released.path_codebook.dtype == jnp.float32
     prompt_ids, image_ids = case.arrays["prompt_ids"], case.arrays["image_ids"]
     # jax.nn.dot_product_attention promotes 16 bits to float32 implicitly.
     with jax.numpy_dtype_promotion("standard"):
@@ -123,7 +123,7 @@ def test_no_scheduler_alpha_means_the_mixture_path(tmp_path: Path):
 
 
 def test_wrong_input_is_named(pipeline: Pipeline):
-    config, size = pipeline.checkpoint.transformer_config, pipeline.stride
+    config, size = pipeline.released.transformer_config, pipeline.stride
     prompt_ids, image_ids = np.zeros((1, 7), int), np.zeros((1, 2, 2), int)
     with pytest.raises(ValueError, match=rf"9 x 16.*multiples of {size}"):
         pipeline.generate(["a"], height=9, width=16)
@@ -145,4 +145,4 @@ def test_wrong_input_is_named(pipeline: Pipeline):
         pipeline.encode(np.zeros((1, size + 1, size, 3), np.float32))
     with pytest.raises(ValueError, match=r"floats in \[-1, 1\]"):
         pipeline.encode(np.zeros((1, size, size, 3), np.uint8))
-    assert pipeline.tokenize([]).shape == (0, pipeline.checkpoint.tokenizer.length)
+    assert pipeline.tokenize([]).shape == (0, pipeline.released.tokenizer.length)

@@ -270,12 +270,12 @@ def test_the_best_weights_of_a_run(run: Path, tmp_path: Path) -> None:
     with pytest.raises(sample.SamplingError, match=r"no best checkpoint .*there are 1\."):
         sample.open_run(str(run), "best")
     shutil.copytree(run, tmp_path / "best")
-    average = sample.open_run(str(run)).checkpoint
+    average = sample.open_run(str(run)).released
     saved = Checkpoints(tmp_path / "best" / "checkpoints", keep=1)
     saved.save_best(7, {"params": average.transformer}, {})
     model = sample.open_run(str(tmp_path / "best"), "best")
     assert model.source == {"run": str(tmp_path / "best"), "step": 7, "best": True, "weights": "ema"}
-    assert digest_of(model.checkpoint) == digest_of(average)
+    assert digest_of(model.released) == digest_of(average)
     with pytest.raises(sample.SamplingError, match=r"--weights is params, but .* has only ema there"):
         sample.open_run(str(tmp_path / "best"), "best", "params")
     with pytest.raises(sample.SamplingError, match=r"--step 3; there are 1\."):

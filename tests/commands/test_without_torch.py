@@ -31,7 +31,7 @@ assert convert.main(["info", export]) == 0
 arguments = ["--run", output + "/run", "--steps", "2", "--images_per_prompt", "1", "--output", output + "/pictures"]
 assert sample.main([*arguments, "--prompt", "a photo of a red circle", "--batch", "1"]) == 0
 assert evaluate.main(["--samples", output + "/pictures", "--output", output + "/scores", "--scorer", "jpeg"]) == 0
-learned, start = (load_pipeline(folder).checkpoint.transformer["lm_head"]["kernel"] for folder in (export, base[1]))
+learned, start = (load_pipeline(folder).released.transformer["lm_head"]["kernel"] for folder in (export, base[1]))
 assert abs(learned - 0.5 * start).max() < 0.05 < abs(start).max()  # one update from the trained weights
 loaded = {name.partition(".")[0] for name in sys.modules}
 assert not loaded & {"torch", "transformers"}, loaded & {"torch", "transformers"}

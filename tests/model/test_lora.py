@@ -285,12 +285,12 @@ def test_a_checkpoint_becomes_what_the_run_exports(finished: Path, tmp_path: Pat
 
 
 def test_pictures_are_drawn_with_an_adapter(finished: Path, tmp_path: Path, capsys) -> None:
-    exported = sample.open_folder(str(finished / "export")).checkpoint
+    exported = sample.open_folder(str(finished / "export")).released
     model = sample.open_folder(str(SHAPES), str(finished / "export_lora"))
-    for checkpoint in (model.checkpoint, sample.open_run(str(finished)).checkpoint):
+    for checkpoint in (model.released, sample.open_run(str(finished)).released):
         assert digest_of(checkpoint) == digest_of(exported)
-    raw = sample.open_run(str(finished), weights="params").checkpoint
-    assert digest_of(raw) == digest_of(sample.open_folder(str(finished / "export_raw")).checkpoint)
+    raw = sample.open_run(str(finished), weights="params").released
+    assert digest_of(raw) == digest_of(sample.open_folder(str(finished / "export_raw")).released)
     assert model.source["adapter"] == str(finished / "export_lora")
     words = ["--prompt=a", "--height=32", "--width=32", f"--adapter={finished / 'export_lora'}"]
     assert sample.main([f"--run={finished}", f"--output={tmp_path / 'new'}", *words]) == 2
@@ -307,8 +307,8 @@ def test_the_best_adapter(finished: Path, tmp_path: Path, capsys) -> None:
     params = training.read_part("state/ema/")
     saved, meta = Checkpoints(tmp_path / "checkpoints", keep=1), {"fingerprint": dict(training.meta["fingerprint"])}
     saved.save_best(2, {"params": params}, meta)
-    exported = sample.open_folder(str(finished / "export")).checkpoint
-    assert digest_of(sample.open_run(str(tmp_path), "best").checkpoint) == digest_of(exported)
+    exported = sample.open_folder(str(finished / "export")).released
+    assert digest_of(sample.open_run(str(tmp_path), "best").released) == digest_of(exported)
     best = tmp_path / "checkpoints" / "best"
     assert call("verify", best, SHAPES) == 2
     assert "holds an adapter without its base; use to-pytorch with --base first" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from udm_grpo import convert, sample
 from udm_grpo.models import open_folder
 from udm_grpo.pipeline import load_pipeline
 from udm_grpo.released import part_files
-from udm_grpo.released.weights import Checkpoint, WeightsError, load_folder, load_transformer, save_folder
+from udm_grpo.released.weights import ReleasedModel, WeightsError, load_folder, load_transformer, save_folder
 from udm_grpo.scoring.sample_settings import digest_of
 
 BIN = "diffusion_pytorch_model.bin"
@@ -49,7 +49,7 @@ def assert_equal(found: Any, wanted: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
-def reference(checkpoint: Checkpoint, factor: float = 1) -> Any:
+def reference(checkpoint: ReleasedModel, factor: float = 1) -> Any:
     read = load_transformer(first_case().reference, checkpoint.transformer_config)
     return jax.tree.map(lambda leaf: leaf * factor, read)
 
@@ -78,13 +78,13 @@ def test_the_base_needs_no_weights_of_its_own(base: Path, release: Path):
     with pytest.raises(WeightsError, match="no weights"):
         load_folder(base)
     pipeline = load_pipeline(base, transformer=release / "checkpoints")
-    assert_equal(pipeline.checkpoint.transformer, reference(pipeline.checkpoint))
+    assert_equal(pipeline.released.transformer, reference(pipeline.released))
 
 
 def test_a_released_folder_is_a_source_too(base: Path, tmp_path: Path):
     whole = load_folder(base)
     trained = jax.tree.map(lambda leaf: leaf * 2, whole.transformer)
-    save_folder(Checkpoint(**{**vars(whole), "transformer": trained}), tmp_path / "trained")
+    save_folder(ReleasedModel(**{**vars(whole), "transformer": trained}), tmp_path / "trained")
     assert_equal(load_folder(base, transformer_weights=tmp_path / "trained").transformer, trained)
 
 
@@ -205,8 +205,8 @@ def test_rewriting_makes_a_folder_that_draws_the_same(base: Path, release: Path,
     trained, output = str(release / "checkpoints" / "checkpoint-100"), str(tmp_path / "whole")
     assert convert.main(["rewrite", "--base", str(base), "--transformer", trained, "--output", output]) == 0
     over, alone = open_folder(str(base), transformer=trained), open_folder(output)
-    assert digest_of(over.checkpoint) == digest_of(alone.checkpoint)
-    assert digest_of(over.checkpoint) != digest_of(open_folder(str(base)).checkpoint)
+    assert digest_of(over.released) == digest_of(alone.released)
+    assert digest_of(over.released) != digest_of(open_folder(str(base)).released)
     assert over.source == {"checkpoint": str(base), "transformer": trained}
 
 
@@ -214,8 +214,8 @@ def test_the_demo_shows_the_base_and_the_trained_weights(base: Path, release: Pa
     words = ["--base", str(base), "--transformer", str(release / "ema_checkpoints"), "--scorer", "jpeg"]
     (before, after), _ = demo.open_models(demo._parser().parse_args(words))
     assert after.source == str(release / "ema_checkpoints")
-    assert_equal(after.pipeline.checkpoint.transformer, reference(after.pipeline.checkpoint, 0.5))
-    assert_equal(before.pipeline.checkpoint.transformer, load_folder(base).transformer)
+    assert_equal(after.pipeline.released.transformer, reference(after.pipeline.released, 0.5))
+    assert_equal(before.pipeline.released.transformer, load_folder(base).transformer)
 
 
 def test_sampling_refuses_trained_weights_over_a_run(capsys: pytest.CaptureFixture[str]):

@@ -20,7 +20,7 @@ from udm_grpo.model import lora
 from udm_grpo.pipeline import Pipeline
 from udm_grpo.released import peft_config
 from udm_grpo.released.peft_files import merge_on_host, read_adapter, with_adapter, write_adapter
-from udm_grpo.released.weights import Checkpoint, WeightsError, load_folder
+from udm_grpo.released.weights import ReleasedModel, WeightsError, load_folder
 
 BASE = first_case().checkpoint
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -28,11 +28,11 @@ RANK, ALPHA = 3, 7.5
 
 
 @pytest.fixture(scope="module")
-def checkpoint() -> Checkpoint:
+def checkpoint() -> ReleasedModel:
     return load_folder(BASE)
 
 
-def adapter_of(checkpoint: Checkpoint, *patterns: str) -> Params:
+def adapter_of(checkpoint: ReleasedModel, *patterns: str) -> Params:
     """Numbers that change the logits much."""
     random = np.random.default_rng(0)
     form = lora.abstract(checkpoint.transformer_config, RANK, lora.targets(patterns))
@@ -40,7 +40,7 @@ def adapter_of(checkpoint: Checkpoint, *patterns: str) -> Params:
 
 
 @pytest.fixture(scope="module")
-def folder(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(checkpoint: ReleasedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("peft") / "adapter"
     write_adapter(made, adapter_of(checkpoint, "*_proj"), ALPHA)
     return made
@@ -52,14 +52,14 @@ def torch_logits(model: torch.nn.Module) -> np.ndarray:
         return model(*(torch.from_numpy(np.array(arrays[name])) for name in ("prompt_ids", "image_ids"))).numpy()
 
 
-def our_logits(checkpoint: Checkpoint, params: Params) -> np.ndarray:
+def our_logits(checkpoint: ReleasedModel, params: Params) -> np.ndarray:
     arrays = first_case().arrays
     pipeline = Pipeline(dataclasses.replace(checkpoint, transformer=params))
     return np.asarray(pipeline.logits(arrays["prompt_ids"], arrays["image_ids"]))
 
 
 @pytest.mark.parametrize("patterns", [("*_proj",), ("q_proj", "v_proj", "down_proj")])
-def test_peft_computes_what_we_do(patterns: tuple[str, ...], checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_peft_computes_what_we_do(patterns: tuple[str, ...], checkpoint: ReleasedModel, tmp_path: Path) -> None:
     adapter = adapter_of(checkpoint, *patterns)
     write_adapter(tmp_path / "adapter", adapter, ALPHA)
     wanted = torch_logits(peft.PeftModel.from_pretrained(load_reference(BASE), tmp_path / "adapter"))
@@ -76,7 +76,7 @@ def test_peft_computes_what_we_do(patterns: tuple[str, ...], checkpoint: Checkpo
     assert np.abs(plain - wanted).max() > 0.1 * np.abs(wanted).max()
 
 
-def test_there_and_back(folder: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_there_and_back(folder: Path, checkpoint: ReleasedModel, tmp_path: Path) -> None:
     found, alpha = read_adapter(folder, checkpoint.transformer_config)
     assert alpha == ALPHA
     jax.tree.map(np.testing.assert_array_equal, found, adapter_of(checkpoint, "*_proj"))
@@ -162,7 +162,7 @@ def two_files(folder: Path) -> None:
     ],
 )
 def test_what_is_wrong_with_a_folder_is_said(
-    edit: Callable[[Path], None], said: str, folder: Path, checkpoint: Checkpoint, tmp_path: Path
+    edit: Callable[[Path], None], said: str, folder: Path, checkpoint: ReleasedModel, tmp_path: Path
 ) -> None:
     shutil.copytree(folder, tmp_path / "adapter")
     edit(tmp_path / "adapter")
@@ -182,7 +182,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_every_scheme_of_names_is_read(kind: str, folder: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_every_scheme_of_names_is_read(kind: str, folder: Path, checkpoint: ReleasedModel, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "adapter")
     rename(*NAMES[kind])(tmp_path / "adapter")
     assert set(load_file(tmp_path / "adapter" / WEIGHTS)) != set(load_file(folder / WEIGHTS))
@@ -190,7 +190,7 @@ def test_every_scheme_of_names_is_read(kind: str, folder: Path, checkpoint: Chec
     jax.tree.map(np.testing.assert_array_equal, found, adapter_of(checkpoint, "*_proj"))
 
 
-def test_an_old_bin_file_is_read(folder: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_an_old_bin_file_is_read(folder: Path, checkpoint: ReleasedModel, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "adapter")
     tensors = {name: torch.from_numpy(tensor) for name, tensor in load_file(folder / WEIGHTS).items()}
     torch.save(tensors, tmp_path / "adapter" / "adapter_model.bin")
@@ -223,7 +223,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_fields_that_change_the_result_are_understood(kind: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_fields_that_change_the_result_are_understood(kind: str, checkpoint: ReleasedModel, tmp_path: Path) -> None:
     """PEFT makes the adapter, saves it, and adds it to the PyTorch model: the same logits as ours, merged."""
     torch.manual_seed(0)
     model = peft.get_peft_model(load_reference(BASE), peft.LoraConfig(**SETTINGS[kind]))
@@ -243,7 +243,7 @@ def test_every_field_of_peft_has_a_place() -> None:
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= placed
 
 
-def test_nothing_else_is_overwritten(checkpoint: Checkpoint, folder: Path, tmp_path: Path) -> None:
+def test_nothing_else_is_overwritten(checkpoint: ReleasedModel, folder: Path, tmp_path: Path) -> None:
     adapter = adapter_of(checkpoint, "q_proj")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"holds no adapter_config\.json"):

@@ -20,7 +20,7 @@ from udm_grpo.batches import Params
 from udm_grpo.model import transformer
 from udm_grpo.model.vq import codec as vq
 from udm_grpo.released.weights import (
-    Checkpoint,
+    ReleasedModel,
     Scheduler,
     WeightsError,
     load_folder,
@@ -45,7 +45,7 @@ ASSETS = Path(__file__).resolve().parents[2] / "udm_grpo" / "assets"
 
 
 @functools.cache
-def golden() -> Checkpoint:
+def golden() -> ReleasedModel:
     return load_folder(first_case().checkpoint)
 
 

@@ -16,7 +16,7 @@ import torch
 from golden_data import first_case
 
 from udm_grpo.files import atomic
-from udm_grpo.released.weights import Checkpoint, Scheduler, WeightsError, load_folder, new_checkpoint, save_folder
+from udm_grpo.released.weights import ReleasedModel, Scheduler, WeightsError, load_folder, new_checkpoint, save_folder
 
 CODEBOOK = "scheduler/scheduler_model.pth"
 
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkpoint() -> Checkpoint:
+def checkpoint() -> ReleasedModel:
     return load_folder(first_case().checkpoint)
 
 
@@ -208,7 +208,7 @@ def test_nothing_in_a_pth_is_run(folder: Path, tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "ran.txt").exists()
 
 
-def test_weights_that_do_not_fit_are_not_saved(checkpoint: Checkpoint, tmp_path: Path):
+def test_weights_that_do_not_fit_are_not_saved(checkpoint: ReleasedModel, tmp_path: Path):
     params = dict(checkpoint.transformer)
     width = checkpoint.transformer_config.hidden_size
     params["norm"] = {"scale": jnp.zeros(width + 1)}
@@ -223,7 +223,7 @@ def test_weights_that_do_not_fit_are_not_saved(checkpoint: Checkpoint, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-def test_values_beyond_the_dtype_are_not_saved(checkpoint: Checkpoint, tmp_path: Path):
+def test_values_beyond_the_dtype_are_not_saved(checkpoint: ReleasedModel, tmp_path: Path):
     large = jax.tree.map(lambda leaf: leaf * 1e6, checkpoint.transformer)
     with pytest.raises(WeightsError, match=r"too large for float16; save with dtype=.float32"):
         save_folder(dataclasses.replace(checkpoint, transformer=large), tmp_path / "export", dtype="float16")
@@ -255,7 +255,7 @@ def test_a_full_disk_leaves_what_was_there(existing: bool, folder: Path, small_d
 
 
 def test_a_failed_swap_brings_the_older_export_back(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: ReleasedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     save_folder(checkpoint, tmp_path / "export")
     rename = Path.rename
@@ -291,7 +291,7 @@ def test_an_export_that_a_kill_left_aside_comes_back(tmp_path: Path):
     assert (tmp_path / "export" / "marker").read_text() == "older"
 
 
-def test_other_folders_are_not_overwritten(checkpoint: Checkpoint, tmp_path: Path):
+def test_other_folders_are_not_overwritten(checkpoint: ReleasedModel, tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="choose another folder"):
         save_folder(checkpoint, tmp_path)
@@ -300,7 +300,7 @@ def test_other_folders_are_not_overwritten(checkpoint: Checkpoint, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_new_checkpoint_has_to_fit_together(checkpoint: Checkpoint):
+def test_a_new_checkpoint_has_to_fit_together(checkpoint: ReleasedModel):
     config = dataclasses.replace(checkpoint.transformer_config, lm_vocab_size=5)
     with pytest.raises(WeightsError) as caught:
         new_checkpoint(

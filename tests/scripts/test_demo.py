@@ -93,9 +93,9 @@ def models() -> dict[str, Pipeline]:
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: np.asarray(leaf) * (1 + 0.02 * rng.standard_normal(leaf.shape).astype(np.float32)),
-        base.checkpoint.transformer,
+        base.released.transformer,
     )
-    return {"Base": base, "Trained": Pipeline(replace(base.checkpoint, transformer=params))}
+    return {"Base": base, "Trained": Pipeline(replace(base.released, transformer=params))}
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +334,7 @@ def test_an_exported_folder_shares_the_programs_of_its_base(models, tmp_path):
     base, trained = (drawer.pipeline for drawer in drawers)
     assert trained.compiled is base.compiled
     assert demo.open_models(demo._parser().parse_args(["--base", SHAPES, "--scorer=jpeg"]))[1] == (256, 256)
-    other = replace(base, checkpoint=replace(base.checkpoint, scheduler=replace(base.checkpoint.scheduler, c=1.0)))
+    other = replace(base, checkpoint=replace(base.released, scheduler=replace(base.released.scheduler, c=1.0)))
     assert sharing_programs(base, replace(other, compiled={})).compiled is not base.compiled
 
 

@@ -17,7 +17,7 @@ from udm_grpo.export import unrounded
 from udm_grpo.model import lora, transformer
 from udm_grpo.model.transformer import ADAPTER
 from udm_grpo.released.peft_files import PEFT_TABLE, merge_on_host
-from udm_grpo.released.weights import Checkpoint, WeightsError
+from udm_grpo.released.weights import ReleasedModel, WeightsError
 from udm_grpo.tensor_files.weight_table import TRANSFORMER_TABLE, Table, TensorInfo, problems, sources
 
 PREFIXES = {"params": ("state/params/", "params/"), "ema": ("state/ema/",)}
@@ -93,12 +93,12 @@ class Training:
         base = frozen if start is None else jax.tree.map(lambda *pair: unrounded(*map(np.asarray, pair)), start, frozen)
         return merge_on_host(base, params, lora.factor(given))
 
-    def read_for(self, checkpoint: Checkpoint, weights: str, name: str) -> Params:
+    def read_for(self, checkpoint: ReleasedModel, weights: str, name: str) -> Params:
         """Return `read` with the start model of a released folder; raises as `check`."""
         self.check(checkpoint, weights, name)
         return self.read(weights, checkpoint.transformer)
 
-    def check(self, checkpoint: Checkpoint, weights: str, name: str) -> None:
+    def check(self, checkpoint: ReleasedModel, weights: str, name: str) -> None:
         """Raise WeightsError if a released folder, called `name`, is of another model than what was trained."""
         config, given = checkpoint.transformer_config, self.lora
         whole = transformer.abstract(config)

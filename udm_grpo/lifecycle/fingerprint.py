@@ -29,7 +29,7 @@ from udm_grpo.files.digests import digest_array, digest_files, digest_json, dige
 from udm_grpo.grpo.objective import OBJECTIVES, objective_class
 from udm_grpo.multihost import hosts
 from udm_grpo.released.part_files import open_part
-from udm_grpo.released.weights import Checkpoint, transformer_path
+from udm_grpo.released.weights import ReleasedModel, transformer_path
 
 ADDED_FIELDS = {"grpo.objective": "udm_grpo"}
 """Fields that checkpoints of earlier versions do not name -> what they were trained with."""
@@ -80,7 +80,7 @@ def is_free(name: str, free: Mapping[str, str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in free)
 
 
-def fingerprint(config: RunConfig, checkpoint: Checkpoint, train: PromptSet, heldout: PromptSet) -> dict[str, Any]:
+def fingerprint(config: RunConfig, checkpoint: ReleasedModel, train: PromptSet, heldout: PromptSet) -> dict[str, Any]:
     """Return all that decides a run's numbers, as nested JSON under the names of the fields."""
     found: dict[str, Any] = {"version": VERSION}
     free = free_fields(config)
@@ -163,7 +163,7 @@ def _objective(name: str) -> str | dict[str, Any]:
     return {"class": name, "contents": digest_path(Path(source))}
 
 
-def _model(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+def _model(config: RunConfig, checkpoint: ReleasedModel) -> dict[str, Any]:
     """Return digests of what the model's folder holds, by the field that names it."""
     weights = transformer_path(local(config.model.path), config.model.transformer or None)
     folder = weights if weights.is_dir() else weights.parent

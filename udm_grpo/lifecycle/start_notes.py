@@ -49,8 +49,8 @@ def prompt_notes(run: Run) -> list[str]:
     if not hosts.is_primary():
         return []
     found = set_warnings(run.train, run.heldout, run.config.rollout.prompts)
-    found += cut_warnings(run.train, run.heldout, run.checkpoint.tokenizer)
-    found += special_warnings(run.train, run.heldout, run.checkpoint.tokenizer)
+    found += cut_warnings(run.train, run.heldout, run.released.tokenizer)
+    found += special_warnings(run.train, run.heldout, run.released.tokenizer)
     found += _scorer_notes(run)
     write_warnings(run.output, run.identity.id, found)
     return ["\n  ".join(["warning: the prompts:", *found])] if found else []

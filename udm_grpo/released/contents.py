@@ -62,7 +62,7 @@ class Scheduler:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ReleasedModel:
     """Everything that a checkpoint folder holds, and how it was stored.
 
     To export trained weights: `save_folder(dataclasses.replace(checkpoint, transformer=params), folder)`.

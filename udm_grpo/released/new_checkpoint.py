@@ -14,9 +14,9 @@ from udm_grpo.model.vq.config import GROUPS, VQConfig
 from udm_grpo.released.contents import (
     CODEBOOK_NAME,
     SCHEDULER_FILE,
-    Checkpoint,
     PathLike,
     Problems,
+    ReleasedModel,
     Scheduler,
     read_files,
     tokenizer_problems,
@@ -38,7 +38,7 @@ def new_checkpoint(
     scheduler: Scheduler,
     tokenizer_folder: PathLike,
     dtype: str = "float32",
-) -> Checkpoint:
+) -> ReleasedModel:
     """Return a checkpoint of a new model; `dtype` (float32, bfloat16, float16) is what its tensors are to be saved as.
 
     tokenizer_folder: a Hugging Face tokenizer with its tokenizer_config.json; its model_max_length is L, at most 320.
@@ -65,7 +65,7 @@ def new_checkpoint(
         "vae": _layout(VQ_TABLE, vq, dtype),
         "scheduler": Layout({SCHEDULER_FILE: (CODEBOOK_NAME,)}, {CODEBOOK_NAME: "float32"}, {}),
     }
-    return Checkpoint(
+    return ReleasedModel(
         transformer_config, transformer, vq_config, vq, path_codebook, scheduler, tokenizer, files, layouts
     )
 

@@ -27,9 +27,9 @@ from udm_grpo.released.contents import (
     CODEBOOK_NAME,
     CONFIG_FILES,
     SCHEDULER_FILE,
-    Checkpoint,
     PathLike,
     Problems,
+    ReleasedModel,
     Scheduler,
     is_number,
     read_files,
@@ -60,7 +60,7 @@ from udm_grpo.tensor_files.weight_table import (
 )
 
 __all__ = [
-    "Checkpoint",
+    "ReleasedModel",
     "Scheduler",
     "WeightsError",
     "load_folder",
@@ -79,7 +79,7 @@ def load_folder(
     prompt_length: int | None = None,
     read_transformer: bool = True,
     transformer_weights: PathLike | None = None,
-) -> Checkpoint:
+) -> ReleasedModel:
     """Read a checkpoint folder of any size in the released format.
 
     dtype: of the parameters in memory; 16-bit weights widen to float32 without loss and are saved in 16 bits again,
@@ -118,7 +118,7 @@ def load_folder(
     assert codebook is not None
     source = transformer_path(folder, transformer_weights)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), transformer.abstract(config))
-    return Checkpoint(
+    return ReleasedModel(
         transformer_config=config,
         transformer=_read_tree(source, weights, TRANSFORMER_TABLE, shapes, dtype) if read_transformer else shapes,
         vq_config=vq_config,
@@ -164,7 +164,7 @@ def load_transformer(
 
 
 def save_folder(
-    checkpoint: Checkpoint,
+    checkpoint: ReleasedModel,
     folder: PathLike,
     dtype: str | None = None,
     fetch: Fetch = fetch_here,

@@ -13,7 +13,7 @@ import numpy as np
 from udm_grpo.data.prompts import PromptSet
 from udm_grpo.files.atomic import replace_file
 from udm_grpo.models import SamplingError, read_json
-from udm_grpo.released.weights import Checkpoint
+from udm_grpo.released.weights import ReleasedModel
 from udm_grpo.reporting.metrics import write_json
 
 NEW_SETTINGS = {"negative_prompt": ""}
@@ -45,7 +45,7 @@ class Settings:
     negative_prompt: str = ""
 
 
-def digest_of(checkpoint: Checkpoint) -> str:
+def digest_of(checkpoint: ReleasedModel) -> str:
     """SHA-256 of all that a checkpoint draws with: the same for a run's checkpoint and its export."""
     digest = hashlib.sha256(repr(sorted(checkpoint.files.items())).encode())
     for leaf in jax.tree.leaves([checkpoint.transformer, checkpoint.vq, checkpoint.path_codebook]):

@@ -33,7 +33,7 @@ from udm_grpo.lifecycle.iteration_checks import check_finite
 from udm_grpo.model import transformer
 from udm_grpo.model.vq import codec as vq
 from udm_grpo.released.new_checkpoint import new_checkpoint
-from udm_grpo.released.weights import Checkpoint, Scheduler, save_folder
+from udm_grpo.released.weights import ReleasedModel, Scheduler, save_folder
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -223,7 +223,7 @@ def write_text_tokenizer(folder: Path, texts: Iterable[str], splitter: pre_token
     return words
 
 
-def fresh_checkpoint(world: World, params: Params) -> Checkpoint:
+def fresh_checkpoint(world: World, params: Params) -> ReleasedModel:
     """Return the trained tokenizer with an untrained transformer of 0.86 M parameters."""
     codes = vq.VQConfig.from_json(world.vq_config)
     with tempfile.TemporaryDirectory() as folder:
