@@ -13,7 +13,7 @@ def published(name: str, group_size: int) -> RunConfig:
 
     Parameters, moments and gradients are spread over all devices (mesh.fsdp), blocks are computed again in the
     backward pass (model.remat), and both micro-batches of 32 give 16 devices 2 images each. Where that fits:
-    configs/compile_table.md, and --compile_only for any other slice.
+    configs/compile_table.md, and --compile-only for any other slice.
     """
     config = RunConfig(output_dir=f"outputs/{name}", seed=1337, iterations=10_000)
     config.model.path = "models/URSA-1.7B-IBQ512"

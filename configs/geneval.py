@@ -8,13 +8,13 @@ Files. Each command leaves its files where this recipe reads them:
         https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth
     curl -fL --create-dirs -o downloads/evaluation_metadata.jsonl \\
         https://raw.githubusercontent.com/djghosh13/geneval/main/prompts/evaluation_metadata.jsonl
-    python -m scripts.prepare_prompts generate-geneval --leave_out downloads/evaluation_metadata.jsonl \\
+    python -m scripts.prepare_prompts generate-geneval --leave-out downloads/evaluation_metadata.jsonl \\
         --output data/geneval
 
 Check that everything is there, see what it needs, train, and resume after an interruption:
 
     python -m rewards_bridge doctor --config configs/geneval.py
-    python -m udm_grpo.train --config configs/geneval.py --compile_only --topology v5p:2x2x4
+    python -m udm_grpo.train --config configs/geneval.py --compile-only --topology v5p:2x2x4
     python -m udm_grpo.train --config configs/geneval.py
     python -m udm_grpo.train --config configs/geneval.py --config.checkpoint.resume=latest
 
@@ -48,7 +48,7 @@ Hardware: a TPU slice or NVIDIA GPUs; the published runs used 32 A100-40GB. Both
 devices, and are padded where the devices do not divide them. Memory a device, of the update, which needs most: 8.3 of
 15.75 GiB on v5e:4x4, 8.8 of 31.25 on v6e:4x4, 8.9 of 95.74 on v5p:2x2x4, 14.3 of 95.74 on v5p:2x2x2, 12.4 of 94.75
 on tpu7x:2x2x1; by the TPU compiler, with plain attention. The largest micro-batches that fit are in
-configs/compile_table.md. Without --topology, --compile_only compiles for the devices at hand.
+configs/compile_table.md. Without --topology, --compile-only compiles for the devices at hand.
 On NVIDIA GPUs, with cuDNN's attention and by JAX's CUDA compiler (--topology h100:8): 10.7 GiB a device on 8 H100, and
 31.9 GiB on 7, which divide neither the embedding nor the head. One H100 needs 60.9 GiB, more than the 0.75 of its
 memory that JAX takes by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.

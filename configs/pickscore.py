@@ -14,15 +14,15 @@ Files. Each command leaves its files where this recipe reads them:
 Check that everything is there, see what it needs, train, and resume after an interruption:
 
     python -m rewards_bridge doctor --config configs/pickscore.py
-    python -m udm_grpo.train --config configs/pickscore.py --compile_only --topology v5p:2x2x4
+    python -m udm_grpo.train --config configs/pickscore.py --compile-only --topology v5p:2x2x4
     python -m udm_grpo.train --config configs/pickscore.py
     python -m udm_grpo.train --config configs/pickscore.py --config.checkpoint.resume=latest
 
 Scores of the base and of the trained model:
 
     python -m udm_grpo.sample --checkpoint models/URSA-1.7B-IBQ512 --dtype bfloat16 --prompts data/pickscore:test \\
-        --images_per_prompt 1 --output outputs/pickscore-before
-    python -m udm_grpo.sample --run outputs/pickscore --prompts data/pickscore:test --images_per_prompt 1 \\
+        --images-per-prompt 1 --output outputs/pickscore-before
+    python -m udm_grpo.sample --run outputs/pickscore --prompts data/pickscore:test --images-per-prompt 1 \\
         --output outputs/pickscore-after
     python -m udm_grpo.evaluate --samples outputs/pickscore-after --compare outputs/pickscore-before \\
         --output outputs/pickscore-scores --config configs/pickscore.py
@@ -33,7 +33,7 @@ Hardware: a TPU slice or NVIDIA GPUs; the published runs used 32 A100-40GB. Both
 devices, and are padded where the devices do not divide them. Memory a device, of the update, which needs most: 8.3 of
 15.75 GiB on v5e:4x4, 8.8 of 31.25 on v6e:4x4, 8.9 of 95.74 on v5p:2x2x4, 14.3 of 95.74 on v5p:2x2x2, 12.4 of 94.75
 on tpu7x:2x2x1; by the TPU compiler, with plain attention, for configs/geneval.py, whose programs differ in the number
-of images only. The largest micro-batches that fit are in configs/compile_table.md. Without --topology, --compile_only
+of images only. The largest micro-batches that fit are in configs/compile_table.md. Without --topology, --compile-only
 compiles for the devices at hand.
 On NVIDIA GPUs, with cuDNN's attention and by JAX's CUDA compiler (--topology h100:8): 10.7 GiB a device on 8 H100, and
 31.9 GiB on 7, which divide neither the embedding nor the head. One H100 needs 60.9 GiB, more than the 0.75 of its

@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     what = "all that a training needs, by its configuration; --config.field=value as there"
     examining.add_argument("--config", type=_path, metavar="FILE", help=what)
     examining.add_argument("--memory", type=float, metavar="GIB", help="what the scorer's device has for it")
-    examining.add_argument("--no_load", action="store_true", help="look at packages and memory only")
+    examining.add_argument("--no-load", action="store_true", help="look at packages and memory only")
     for command in (serving, scoring):
         command.add_argument("--scorer", required=True, help=names)
     for command in (serving, scoring, examining):
@@ -74,27 +74,27 @@ def _parser() -> argparse.ArgumentParser:
             "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the scorer"
         )
         what = "further options as a JSON object of texts, which no other user can list; -: a line of standard input"
-        command.add_argument("--options_file", metavar="FILE", help=what)
+        command.add_argument("--options-file", metavar="FILE", help=what)
     for command in (serving, examining):
         command.add_argument("--device", help="cuda:0, say, for scorers that take a device, if no option names one")
-    serving.add_argument("--memory_fraction", type=float, metavar="PART", help="of a GPU's memory, for PyTorch here")
+    serving.add_argument("--memory-fraction", type=float, metavar="PART", help="of a GPU's memory, for PyTorch here")
     serving.add_argument(
         "--deadline", type=float, metavar="S", help="that clients give a batch, for scorers that take it"
     )
     serving.add_argument("--listen", required=True, metavar="ADDRESS", help="unix:/path or HOST:PORT (port 0: any)")
-    serving.add_argument("--tls_cert", type=_path, metavar="PEM")
-    serving.add_argument("--tls_key", type=_path, metavar="PEM")
-    serving.add_argument("--token_file", type=_path, metavar="FILE", help="callers have to know this token")
-    serving.add_argument("--exit_with_parent", action="store_true", help="end when standard input ends")
+    serving.add_argument("--tls-cert", type=_path, metavar="PEM")
+    serving.add_argument("--tls-key", type=_path, metavar="PEM")
+    serving.add_argument("--token-file", type=_path, metavar="FILE", help="callers have to know this token")
+    serving.add_argument("--exit-with-parent", action="store_true", help="end when standard input ends")
     scoring.add_argument("--prompt", required=True)
     scoring.add_argument("--address", help="of a running server of this scorer; empty: start one for these images")
     scoring.add_argument(
-        "--tls_ca", type=_path, metavar="PEM", help="what a server on another machine is checked against"
+        "--tls-ca", type=_path, metavar="PEM", help="what a server on another machine is checked against"
     )
-    scoring.add_argument("--token_file", type=_path, metavar="FILE", help="the token that such a server wants")
+    scoring.add_argument("--token-file", type=_path, metavar="FILE", help="the token that such a server wants")
     for command in (scoring, examining):
         command.add_argument(
-            "--no_check_example", action="store_true", help="only warn if a scorer gets its own test images wrong"
+            "--no-check-example", action="store_true", help="only warn if a scorer gets its own test images wrong"
         )
     scoring.add_argument("--metadata", default="{}", metavar="JSON")
     scoring.add_argument("images", type=_path, nargs="+", metavar="IMAGE")
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _path(text: str) -> str:
-    return os.path.expanduser(text)  # a shell leaves the ~ of --token_file=~/x alone
+    return os.path.expanduser(text)  # a shell leaves the ~ of --token-file=~/x alone
 
 
 def _serve_config(parsed: argparse.Namespace) -> ServeConfig:
@@ -121,7 +121,7 @@ def _serve_config(parsed: argparse.Namespace) -> ServeConfig:
 
 
 def _options(parsed: argparse.Namespace) -> dict[str, str]:
-    """Return the options of --options_file and --option; the latter take precedence."""
+    """Return the options of --options-file and --option; the latter take precedence."""
     return {**(read_file(parsed.options_file) if parsed.options_file else {}), **parse_pairs(parsed.option)}
 
 

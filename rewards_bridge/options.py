@@ -1,7 +1,7 @@
 """Options of a scorer on their way to it: by pairs, by a private file or standard input, secrets from where they are.
 
 A command line can be read by every user of a machine. Processes that are started here get their options over standard
-input; a user gives a secret option NAME as NAME_env=VARIABLE or NAME_file=PATH, or all options by --options_file.
+input; a user gives a secret option NAME as NAME_env=VARIABLE or NAME_file=PATH, or all options by --options-file.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def read_file(path: str) -> dict[str, str]:
         text = sys.stdin.buffer.readline(MAX_BYTES + 1) if path == STDIN else Path(path).read_bytes()
         options = json.loads(text)
     except OSError as error:
-        raise UsageError(f"--options_file {path} cannot be read: {error.strerror}") from error
+        raise UsageError(f"--options-file {path} cannot be read: {error.strerror}") from error
     except ValueError:
-        raise UsageError(f'--options_file {path} is not JSON; expected an object such as {{"quality": "90"}}') from None
+        raise UsageError(f'--options-file {path} is not JSON; expected an object such as {{"quality": "90"}}') from None
     if not isinstance(options, dict) or not all(isinstance(value, str | int | float) for value in options.values()):
-        raise UsageError(f'--options_file {path}: expected a JSON object of texts, such as {{"quality": "90"}}')
+        raise UsageError(f'--options-file {path}: expected a JSON object of texts, such as {{"quality": "90"}}')
     texts = {
         str(key): os.path.expanduser(value) if isinstance(value, str) else json.dumps(value)
         for key, value in options.items()

@@ -161,10 +161,10 @@ class Peer:
             # Another socket each time: an older connection must never reach a newer process.
             address = f"unix:{self._folder}/{self.restarts}"
             try:
-                words = ["serve", "--exit_with_parent", "--listen", address, *scorer_arguments(config)]
+                words = ["serve", "--exit-with-parent", "--listen", address, *scorer_arguments(config)]
                 words.append(f"--deadline={config.deadline_s:g}")
                 if config.memory_fraction:
-                    words.append(f"--memory_fraction={config.memory_fraction:g}")
+                    words.append(f"--memory-fraction={config.memory_fraction:g}")
                 self._process = ScorerProcess(words, config.interpreter, config.environment, config.options)
             except OSError as error:
                 raise BridgeError(
@@ -215,7 +215,7 @@ class Peer:
 
 def scorer_arguments(config: BridgeConfig) -> list[str]:
     """Return what says on a command line of rewards_bridge which scorer and device; options follow on stdin."""
-    words = ["--scorer", config.scorer, "--options_file", STDIN]
+    words = ["--scorer", config.scorer, "--options-file", STDIN]
     return [*words, *(["--device", config.device] if config.device else [])]
 
 

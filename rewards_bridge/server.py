@@ -55,13 +55,13 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
-            raise UsageError(f"--memory_fraction is {self.memory_fraction}; give a part of 1, such as 0.1")
+            raise UsageError(f"--memory-fraction is {self.memory_fraction}; give a part of 1, such as 0.1")
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise UsageError("--tls_cert and --tls_key belong together; one of them is missing")
+            raise UsageError("--tls-cert and --tls-key belong together; one of them is missing")
         if not transport.is_local(self.listen) and not (self.tls_cert and self.token_file):
             raise UsageError(
-                f"refusing to listen on {self.listen}, which other machines can reach, without --tls_cert, --tls_key "
-                "and --token_file; give all three, or listen on 127.0.0.1 or a unix socket"
+                f"refusing to listen on {self.listen}, which other machines can reach, without --tls-cert, --tls-key "
+                "and --token-file; give all three, or listen on 127.0.0.1 or a unix socket"
             )
 
 
@@ -315,7 +315,7 @@ def _limit_memory(fraction: float) -> None:
     try:
         import torch
     except ImportError as error:
-        raise UsageError(f"--memory_fraction limits PyTorch, which is not there: {error}") from error
+        raise UsageError(f"--memory-fraction limits PyTorch, which is not there: {error}") from error
     for index in range(torch.cuda.device_count()):
         torch.cuda.set_per_process_memory_fraction(fraction, index)
 

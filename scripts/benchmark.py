@@ -2,7 +2,7 @@
 
     python -m scripts.benchmark --size shapes
     python -m scripts.benchmark --size shapes --against torch
-    python -m scripts.benchmark --size 1.7b --rollout_batch 16 --minutes 9 --output outputs/benchmark.json
+    python -m scripts.benchmark --size 1.7b --rollout-batch 16 --minutes 9 --output outputs/benchmark.json
 
 sampler    one step for 64 tokens               decode     codes to pictures
 forward    one denoising step without the head  reference  training states and their log-probabilities
@@ -202,8 +202,8 @@ def _parser() -> Parser:
     parser.add_argument("--size", choices=SIZES, default="shapes", help="of the model (default: %(default)s)")
     parser.add_argument("--stages", default=",".join(NAMES), help="some of them, by commas (default: all)")
     parser.add_argument("--against", choices=("torch",), help="compare with plain PyTorch on the CPU")
-    parser.add_argument("--rollout_batch", type=int, default=0, help="images at a time (default: the recipe's)")
-    parser.add_argument("--update_batch", type=int, default=0, help="states at a time (default: the recipe's)")
+    parser.add_argument("--rollout-batch", type=int, default=0, help="images at a time (default: the recipe's)")
+    parser.add_argument("--update-batch", type=int, default=0, help="states at a time (default: the recipe's)")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: %(default)s)")
     parser.add_argument("--output", default="", metavar="FILE", help="a JSON report, written after every stage")
     return parser

@@ -26,7 +26,7 @@ CONFIG = "configs/geneval.py"
 ATTENTION = "--config.model.attention=xla"
 HEAD = f"""# What URSA-1.7B-IBQ512 at 512 x 512 needs, by the TPU compiler
 
-`python -m udm_grpo.train --config {CONFIG} {ATTENTION} --compile_only --topology NAME`, otherwise
+`python -m udm_grpo.train --config {CONFIG} {ATTENTION} --compile-only --topology NAME`, otherwise
 with the settings as they stand in that file (parameters, moments and gradients over all devices, whole blocks
 recomputed), for 128 images and 384 training states an iteration; libtpu 0.0.42.1, no TPU. Made by
 `python -m scripts.compile_table --output configs/compile_table.md`.
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="the table, .md")
     parser.add_argument("--topology", action="append", help="one slice, may be repeated (default: all of TESTED)")
     parser.add_argument("--programs", default=",".join(PROGRAMS), help="some of rollout,decode,reference,update")
-    parser.add_argument("--no_search", action="store_true", help="do not look for the largest micro-batch")
+    parser.add_argument("--no-search", action="store_true", help="do not look for the largest micro-batch")
     given = local_args(parser, argv)
     numbers = given.output.with_suffix(".json")
     found: dict[str, dict[str, Any]] = json.loads(numbers.read_text()) if numbers.exists() else {}
@@ -68,12 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compiled(topology: str, program: str, no_search: bool) -> dict[str, Any]:
-    """Return what `--compile_only` reports of one program, in a process of its own."""
+    """Return what `--compile-only` reports of one program, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "udm_grpo.train", "--config", CONFIG, ATTENTION, "--compile_only"]
+        command = [sys.executable, "-m", "udm_grpo.train", "--config", CONFIG, ATTENTION, "--compile-only"]
         command += [f"--topology={topology}", f"--programs={program}", f"--report={report}"]
-        subprocess.run([*command, *(["--no_search"] if no_search else [])], check=False)
+        subprocess.run([*command, *(["--no-search"] if no_search else [])], check=False)
         if not report.exists():
             raise SystemExit(f"{topology}, {program}: no report; the error stands above.")
         record = json.loads(report.read_text())

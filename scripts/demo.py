@@ -5,8 +5,8 @@
     python -m scripts.demo --base URSA-1.7B-IBQ512 --transformer checkpoint-100 --scorer jpeg
 
 Without a trained model the page shows the base alone. Scores need what the scorer needs: `shapes` prompts of its world,
-`jpeg`, `pickscore` and the like any prompt. Only this machine can reach the page; for others give --host, --auth_file,
---tls_cert and --tls_key. The page and its server ask nobody else for anything: fonts, telemetry, a link to share.
+`jpeg`, `pickscore` and the like any prompt. Only this machine can reach the page; for others give --host, --auth-file,
+--tls-cert and --tls-key. The page and its server ask nobody else for anything: fonts, telemetry, a link to share.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         help="of the scorer: a GPU that the models leave alone; auto (the last one, else the CPU), cpu or shared",
     )
-    parser.add_argument("--no_check_example", action="store_true", help="only warn if the scorer gets its tests wrong")
+    parser.add_argument("--no-check-example", action="store_true", help="only warn if the scorer gets its tests wrong")
     parser.add_argument(
         "--example", action="append", metavar="PROMPT", help="to click on (default: held-out ones of the shapes world)"
     )
@@ -79,9 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=25, help="where the slider stands at first (default: %(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="whom to listen to (default: %(default)s, this machine)")
     parser.add_argument("--port", type=int, default=7860, help="0: any free one (default: %(default)s)")
-    parser.add_argument("--auth_file", metavar="FILE", help="a line USER:PASSWORD for everyone who may see the page")
-    parser.add_argument("--tls_cert", metavar="PEM")
-    parser.add_argument("--tls_key", metavar="PEM")
+    parser.add_argument("--auth-file", metavar="FILE", help="a line USER:PASSWORD for everyone who may see the page")
+    parser.add_argument("--tls-cert", metavar="PEM")
+    parser.add_argument("--tls-key", metavar="PEM")
     return parser
 
 
@@ -94,19 +94,19 @@ def check_access(given: argparse.Namespace) -> list[tuple[str, str]]:
     if given.step and not given.run:
         raise DemoError("--step chooses from a training run; give it as --run OUTPUT_DIR.")
     if (given.tls_cert is None) != (given.tls_key is None):
-        raise DemoError("--tls_cert and --tls_key belong together; one of them is missing.")
+        raise DemoError("--tls-cert and --tls-key belong together; one of them is missing.")
     if given.tls_cert:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(given.tls_cert, given.tls_key)
         except OSError as error:
             raise DemoError(
-                f"--tls_cert {given.tls_cert} and --tls_key {given.tls_key} are no certificate and its key: {error}"
+                f"--tls-cert {given.tls_cert} and --tls-key {given.tls_key} are no certificate and its key: {error}"
             ) from error
     host = f"[{given.host}]" if ":" in given.host else given.host
     if not transport.is_local(f"{host}:{given.port}") and not (given.auth_file and given.tls_cert):
         raise DemoError(
-            f"--host is {given.host}, which other machines can reach; give --auth_file FILE with lines "
-            "USER:PASSWORD, --tls_cert and --tls_key, or leave --host out."
+            f"--host is {given.host}, which other machines can reach; give --auth-file FILE with lines "
+            "USER:PASSWORD, --tls-cert and --tls-key, or leave --host out."
         )
     return read_users(Path(given.auth_file)) if given.auth_file else []
 
@@ -122,7 +122,7 @@ def read_users(file: Path) -> list[tuple[str, str]]:
             bad.append(str(number))
     if bad or not users:
         found = f"line {', '.join(bad)} is not" if bad else "there is no line"
-        raise DemoError(f"--auth_file {file}: {found} USER:PASSWORD; write one such line for everyone who may come in.")
+        raise DemoError(f"--auth-file {file}: {found} USER:PASSWORD; write one such line for everyone who may come in.")
     return users
 
 

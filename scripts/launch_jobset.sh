@@ -4,7 +4,7 @@
 #   IMAGE=REGISTRY/udm-grpo:1 scripts/launch_jobset.sh tpu --name udm --hosts 4 --chips 4 --accelerator tpu-v5p-slice \
 #       --topology 2x2x4 --claim shared -- --config configs/geneval.py --config.output_dir=/mnt/shared/run
 #   IMAGE=REGISTRY/udm-grpo:1 scripts/launch_jobset.sh gpu --name udm --hosts 4 --chips 8 --claim shared -- --config configs/geneval.py
-#   ... --dry_run before the --: print the manifest instead of applying it
+#   ... --dry-run before the --: print the manifest instead of applying it
 #
 # --hosts N        pods, one a host                    --accelerator, --topology   of the TPU node pool
 # --chips N        TPU chips or GPUs of a host         --claim NAME                volume claim that all pods mount at /mnt/shared
@@ -27,7 +27,7 @@ dry_run=false kind="" name="" hosts="" chips="" accelerator="" topology="" claim
 while (($#)); do
     case $1 in
         tpu | gpu) kind=$1 && shift ;;
-        --dry_run | --dry-run) dry_run=true && shift ;;
+        --dry-run | --dry_run) dry_run=true && shift ;;
         --name | --hosts | --chips | --accelerator | --topology | --claim)
             printf -v "${1#--}" '%s' "${2:?$1 wants a value}" && shift 2 ;;
         -h | --help) sed -n '2,18s/^# \{0,1\}//p' scripts/launch_jobset.sh && exit 0 ;;

@@ -6,7 +6,7 @@
 #   scripts/launch_tpu_pod.sh copy models/URSA-1.7B-IBQ512 data/geneval
 #   scripts/launch_tpu_pod.sh train --config configs/geneval.py --config.output_dir=/mnt/shared/run
 #   scripts/launch_tpu_pod.sh stop
-#   ... --dry_run anywhere: print the commands instead
+#   ... --dry-run anywhere: print the commands instead
 #
 # setup  copies the sources of this folder to every worker and installs the trainer's packages there (no PyTorch, no tests).
 # copy   brings files and folders of this folder to the same place on every worker, which all need the start model and the
@@ -36,7 +36,7 @@ dry_run=false
 words=()
 for word in "$@"; do
     case $word in
-        --dry_run | --dry-run) dry_run=true ;;
+        --dry-run | --dry_run) dry_run=true ;;
         -h | --help) usage && exit 0 ;;
         *) words+=("$word") ;;
     esac

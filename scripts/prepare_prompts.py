@@ -1,13 +1,13 @@
 """Make prompt sets that training reads fast: TensorFlow Datasets folders (ArrayRecord; without TensorFlow).
 
-    python -m scripts.prepare_prompts generate-geneval --leave_out evaluation_metadata.jsonl --output data/geneval
+    python -m scripts.prepare_prompts generate-geneval --leave-out evaluation_metadata.jsonl --output data/geneval
     python -m scripts.prepare_prompts geneval --train train_metadata.jsonl --test evaluation_metadata.jsonl \\
         --output data/geneval
     python -m scripts.prepare_prompts ocr --train ocr/train.txt --test ocr/test.txt --output data/ocr
     python -m scripts.prepare_prompts prompts --train pick/train.txt --test pick/test.txt --output data/pickscore
     python -m scripts.prepare_prompts prompts --test DrawBench.csv --output data/drawbench
     python -m scripts.prepare_prompts prompts --test dpg_bench/prompts --output data/dpg
-    python -m scripts.prepare_prompts prompts --test prompts.json --prompt_key dense_prompt --output data/dense
+    python -m scripts.prepare_prompts prompts --test prompts.json --prompt-key dense_prompt --output data/dense
 
 Training takes such a folder and one of its splits: prompts.train is data/geneval:train, prompts.heldout is
 data/geneval:test; so does udm_grpo.sample --prompts. The published recipes (configs/geneval.py, ocr.py, pickscore.py)
@@ -20,7 +20,7 @@ prompts           any others: .jsonl (objects with a prompt), .json (an array of
                   header), a folder of .txt
 generate-geneval  GenEval's grammar over its 80 classes, drawn with a seed; the file to leave out becomes the split test
 
-Bad lines are errors, all in one with their numbers; --drop_bad leaves them out and says which.
+Bad lines are errors, all in one with their numbers; --drop-bad leaves them out and says which.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def rows_of(parsed: dict[str, Parsed], drop_bad: bool) -> Splits:
     """Split -> rows. ValueError with the bad lines of all files together, unless they are to be dropped."""
     bad = [one for one in parsed.values() if one.bad]
     if bad and not drop_bad:
-        advice = "correct or remove, or leave out with --drop_bad"
+        advice = "correct or remove, or leave out with --drop-bad"
         raise PromptsError("\n".join(one.bad_text(advice) for one in bad))
     for one in bad:
         warn(one.bad_text("left out"))
@@ -195,24 +195,24 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--train", type=Path, metavar="FILE", help="becomes the split train")
         made.add_argument("--test", type=Path, metavar="FILE", help="becomes the split test")
         made.add_argument(
-            "--prompt_key",
+            "--prompt-key",
             default=PROMPT,
             metavar="KEY",
             help="of .json and .jsonl: the prompts (default: prompt)",
         )
         if name == "prompts":
             made.add_argument("--column", default="", help="of a .csv: the prompts (default: prompt, caption or text)")
-            made.add_argument("--tag_column", default="", help="of a .csv: the tags (default: tag or category)")
-        made.add_argument("--drop_bad", action="store_true", help="leave bad lines out, with a warning that names them")
+            made.add_argument("--tag-column", default="", help="of a .csv: the tags (default: tag or category)")
+        made.add_argument("--drop-bad", action="store_true", help="leave bad lines out, with a warning that names them")
         made.add_argument("--unique", action="store_true", help="leave out repeats, and from train what is in test")
         made.set_defaults(run=prepare)
     text = "draw training prompts from GenEval's grammar; no prompt comes twice"
     made = commands.add_parser("generate-geneval", help=text, description=text, allow_abbrev=False)
     what = made.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--leave_out", type=Path, metavar="FILE", help="evaluation metadata, none of which is drawn; the split test"
+        "--leave-out", type=Path, metavar="FILE", help="evaluation metadata, none of which is drawn; the split test"
     )
-    what.add_argument("--leave_nothing_out", action="store_true", help="draw from the whole grammar; no split test")
+    what.add_argument("--leave-nothing-out", action="store_true", help="draw from the whole grammar; no split test")
     made.add_argument("--count", type=int, default=50_000, help="prompts to draw (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0, help="another one draws others (default: %(default)s)")
     published = " ".join(f"{tag}={share}" for tag, share in geneval_prompts.RATIO.items())

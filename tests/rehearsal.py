@@ -158,7 +158,7 @@ class Stage:
             config = importlib.import_module(f"configs.{name}").get_config().rewards.scorers[name]
             options = "".join(f" --option {key}={value}" for key, value in config.options.items())
             command = f"python -m rewards_bridge serve --scorer {name}{options} --listen localhost:0"
-            said = self.serve(f"{command} --tls_cert {CERTIFICATE} --tls_key {KEY} --token_file {TOKEN}")
+            said = self.serve(f"{command} --tls-cert {CERTIFICATE} --tls-key {KEY} --token-file {TOKEN}")
             self.remotes[name] = f"localhost:{said.strip().rpartition(':')[2]}"
         fields = {"addresses": self.remotes[name], "tls_ca": CERTIFICATE, "token_file": TOKEN}
         return " ".join(f"--config.rewards.scorers.{name}.{field}={value}" for field, value in fields.items())

@@ -40,7 +40,7 @@ DOWNLOADS = (
 )
 LOOKING = (Rule(r"^python -m rewards_bridge doctor", statuses=(0, 1)),)
 """Status 1: random weights judge the built-in test images wrongly."""
-COMPILATION = "--config.model.height=64 --config.model.width=64 --no_search --programs "
+COMPILATION = "--config.model.height=64 --config.model.width=64 --no-search --programs "
 """At the sizes of the stand-ins, one program: the one that needs most, or the one that takes the compiler least."""
 
 PRETRAINING = "tests/{}.py::test_the_base_is_made_in_small_and_goes_on"
@@ -87,25 +87,25 @@ RULES: dict[str, tuple[Rule, ...]] = {
         *LOOKING,
     ),
     "geneval": (
-        Rule(r"--leave_out evaluation_metadata", "--count 60", before="cp downloads/evaluation_metadata.jsonl ."),
+        Rule(r"--leave-out evaluation_metadata", "--count 60", before="cp downloads/evaluation_metadata.jsonl ."),
         *DOWNLOADS,
         LAUNCHES,
         *LOOKING,
-        Rule("--compile_only", f"{COMPILATION}update"),
+        Rule("--compile-only", f"{COMPILATION}update"),
         Rule(r"checkpoint\.resume=latest", f"{TWICE} {DETECTOR}"),
-        Rule(r"sample .*--transformer ", f"{PICTURES} --images_per_prompt 1 {SIZE}", before=TRAINED),
+        Rule(r"sample .*--transformer ", f"{PICTURES} --images-per-prompt 1 {SIZE}", before=TRAINED),
         Rule(r"^python -m udm_grpo\.convert rewrite ", before=TRAINED),
         Rule(r"options\.clip=", f"{ONCE} {DETECTOR} --config.output_dir=outputs/geneval-open-clip"),
         Rule(r"^python -m udm_grpo\.train ", f"{ONCE} {DETECTOR}", devices=8),
-        Rule(r"^python -m udm_grpo\.sample --checkpoint", f"{PICTURES} --images_per_prompt 1 {SIZE}"),
-        Rule(r"^python -m udm_grpo\.sample ", f"{PICTURES} --images_per_prompt 1"),
+        Rule(r"^python -m udm_grpo\.sample --checkpoint", f"{PICTURES} --images-per-prompt 1 {SIZE}"),
+        Rule(r"^python -m udm_grpo\.sample ", f"{PICTURES} --images-per-prompt 1"),
         Rule(r"^python -m udm_grpo\.evaluate ", DETECTOR),
     ),
     "pickscore": (
         *DOWNLOADS,
         LAUNCHES,
         *LOOKING,
-        Rule("--compile_only", f"{COMPILATION}decode"),
+        Rule("--compile-only", f"{COMPILATION}decode"),
         Rule(r"checkpoint\.resume=latest", f"{TWICE} {PICK} {{remote}}", devices=7, optimised=True),
         Rule(r"^python -m udm_grpo\.train ", f"{ONCE} {PICK} {{remote}}", devices=7, optimised=True),
         Rule(r"^python -m udm_grpo\.sample --checkpoint", f"{PICTURES} {SIZE}"),
@@ -117,7 +117,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         *DOWNLOADS,
         LAUNCHES,
         *LOOKING,
-        Rule("--compile_only", f"{COMPILATION}decode"),
+        Rule("--compile-only", f"{COMPILATION}decode"),
         Rule(r"checkpoint\.resume=latest", f"{TWICE} {READER}"),
         Rule(r"^python -m udm_grpo\.train ", f"{ONCE} {READER}", processes=2),
         Rule(r"^python -m udm_grpo\.sample --checkpoint", f"{PICTURES} {SIZE}"),

@@ -296,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--base", type=Path, required=True, help="released folder: all but the transformer's values")
     target = one.add_mutually_exclusive_group(required=True)
     target.add_argument("--output", type=_free, help="folder to write")
-    target.add_argument("--transformer_only", type=_free, metavar="FILE", help="a .safetensors or .bin instead")
+    target.add_argument("--transformer-only", type=_free, metavar="FILE", help="a .safetensors or .bin instead")
     target.add_argument("--adapter", type=_free, metavar="FOLDER", help="of a LoRA run, for PEFT, instead")
     two = command(rewrite, "rewrite", "a released folder with trained transformer weights or in another dtype")
     two.add_argument("--base", type=Path, required=True, help="released folder")

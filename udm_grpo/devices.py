@@ -116,7 +116,7 @@ def explain(error: Exception) -> str:
     if "RESOURCE_EXHAUSTED" in str(error):
         return (
             f"the device has too little memory ({reason}). Lower rollout.micro_batch, optimizer.micro_batch and "
-            "evaluation.batch (or --batch), or use more devices (mesh.fsdp=-1, mesh.data=1); --compile_only says what "
+            "evaluation.batch (or --batch), or use more devices (mesh.fsdp=-1, mesh.data=1); --compile-only says what "
             "is needed."
         )
     return (

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards_bridge.errors import USER_ERROR_STATUS, BridgeError, UserError
-from rewards_bridge.flags import Parser
+from rewards_bridge.flags import Parser, flag
 from rewards_bridge.redaction import guarded
 from udm_grpo.config import RewardsConfig, ScorerConfig
 from udm_grpo.configuration.command_line import parse
@@ -127,7 +127,7 @@ def _read(samples: Path, allow_missing: bool, prompts: Rows | None) -> SampleFol
 def read_listed(given: argparse.Namespace) -> Rows | None:
     """Return the prompts of --prompts; raises ScoringError if no folder of pictures lacks its own."""
     if given.prompt_key and not given.prompts:
-        raise ScoringError("--prompt_key chooses a text of --prompts FILE; give that as well.")
+        raise ScoringError("--prompt-key chooses a text of --prompts FILE; give that as well.")
     if not given.prompts:
         return None
     folders = [Path(folder) for folder in (given.samples, given.compare) if folder]
@@ -156,9 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="FOLDER", required=True, help="for the scores")
     parser.add_argument("--compare", metavar="FOLDER", help="the same before: of scores, or of pictures to score too")
     parser.add_argument("--prompts", metavar="FILE", help="of pictures that have none beside them: DPG-Bench's ID.png")
-    parser.add_argument("--prompt_key", metavar="KEY", help="of --prompts: the text that was drawn (default: prompt)")
+    parser.add_argument("--prompt-key", metavar="KEY", help="of --prompts: the text that was drawn (default: prompt)")
     parser.add_argument(
-        "--allow_missing", action="store_true", help="count missing and unreadable pictures, and continue"
+        "--allow-missing", action="store_true", help="count missing and unreadable pictures, and continue"
     )
     for name, default, meaning in (
         ("batch", 32, "pictures that are scored together"),
@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         ("resamples", 10_000, "of the bootstrap"),
         ("seed", 0, "of the bootstrap"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default: %(default)s)")
+        parser.add_argument(flag(name), type=int, default=default, help=f"{meaning} (default: %(default)s)")
     what = parser.add_argument_group("scorers")
     what.add_argument(
         "--scorer",
@@ -177,9 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--config", metavar="FILE", help="the scorers of a training; --config.field=value as there")
     for name, metavar in (("option", "NAME.KEY=VALUE"), ("environment", "NAME.VARIABLE=VALUE")):
-        what.add_argument(f"--{name}", metavar=metavar, action="append", default=[], help="may be repeated")
+        what.add_argument(flag(name), metavar=metavar, action="append", default=[], help="may be repeated")
     for name, (_, meaning) in _OF_A_SCORER.items():
-        what.add_argument(f"--{name}", metavar="NAME=VALUE", action="append", default=[], help=meaning)
+        what.add_argument(flag(name), metavar="NAME=VALUE", action="append", default=[], help=meaning)
     return parser
 
 
@@ -203,40 +203,40 @@ def read_scorers(given: argparse.Namespace, overrides: Sequence[str]) -> dict[st
         scorers[name] = ScorerConfig(scorer=scorer or text)
     if not scorers:
         raise ScoringError("there is no scorer; give --scorer SCORER (such as pickscore) or --config FILE.")
-    for flag in ("option", "environment"):
-        for text in vars(given)[flag]:
-            name, key, value = _split(flag, text, scorers, dotted=True)
-            held = scorers[name].options if flag == "option" else scorers[name].environment
+    for argument in ("option", "environment"):
+        for text in vars(given)[argument]:
+            name, key, value = _split(argument, text, scorers, dotted=True)
+            held = scorers[name].options if argument == "option" else scorers[name].environment
             held[key] = value
-    for flag in _OF_A_SCORER:
-        for text in vars(given)[flag]:
-            name, _, value = _split(flag, text, scorers, dotted=False)
-            _set(scorers[name], flag, value)
+    for argument in _OF_A_SCORER:
+        for text in vars(given)[argument]:
+            name, _, value = _split(argument, text, scorers, dotted=False)
+            _set(scorers[name], argument, value)
     _check_scorers(scorers)
     return scorers
 
 
-def _split(flag: str, text: str, scorers: dict[str, ScorerConfig], dotted: bool) -> tuple[str, str, str]:
+def _split(argument: str, text: str, scorers: dict[str, ScorerConfig], dotted: bool) -> tuple[str, str, str]:
     """(scorer, key, value) of NAME.KEY=VALUE or NAME=VALUE."""
     left, equals, value = text.partition("=")
     name, dot, key = left.partition(".") if dotted else (left, ".", "")
     if not equals or not dot or name not in scorers or (dotted and not key):
         wanted = "NAME.KEY=VALUE" if dotted else "NAME=VALUE"
-        raise ScoringError(f"--{flag} {text}: wanted {wanted}, the name one of {', '.join(scorers)}.")
+        raise ScoringError(f"{flag(argument)} {text}: wanted {wanted}, the name one of {', '.join(scorers)}.")
     return name, key, value
 
 
-def _set(scorer: ScorerConfig, flag: str, text: str) -> None:
-    read, meaning = _OF_A_SCORER[flag]
+def _set(scorer: ScorerConfig, argument: str, text: str) -> None:
+    read, meaning = _OF_A_SCORER[argument]
     try:
         value = read(text)
     except ValueError:
-        raise ScoringError(f"--{flag}: {text!r} cannot be read; give the {meaning}.") from None
-    if flag == "address":
+        raise ScoringError(f"{flag(argument)}: {text!r} cannot be read; give the {meaning}.") from None
+    if argument == "address":
         scorer.addresses = (*scorer.addresses, text)
     else:
-        assert flag in {field.name for field in fields(scorer)}
-        setattr(scorer, flag, value)
+        assert argument in {field.name for field in fields(scorer)}
+        setattr(scorer, argument, value)
 
 
 def _check_scorers(scorers: dict[str, ScorerConfig]) -> None:
@@ -251,7 +251,9 @@ def _check_scorers(scorers: dict[str, ScorerConfig]) -> None:
 def _check_numbers(given: argparse.Namespace) -> None:
     least = {"batch": 1, "changed": 0, "resamples": 100, "seed": 0}
     named = vars(given)
-    wrong = [f"--{name} is {named[name]}; choose at least {low}." for name, low in least.items() if named[name] < low]
+    wrong = [
+        f"{flag(name)} is {named[name]}; choose at least {low}." for name, low in least.items() if named[name] < low
+    ]
     if wrong:
         raise ScoringError("\n  ".join(wrong))
 

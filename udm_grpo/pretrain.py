@@ -110,7 +110,7 @@ def pretrain(
         """Check the updates since the last call; return their mean loss (0 if there are none)."""
         rows = jax.device_get(recent)
         for number, row in enumerate(rows, start=done - len(rows) + 1):
-            check_finite("update", number, row, "Lower --learning_rate and begin anew in another folder.")
+            check_finite("update", number, row, "Lower --learning-rate and begin anew in another folder.")
         recent.clear()
         return sum(float(row["loss"]) for row in rows) / max(len(rows), 1)
 
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, help="folder for the trained checkpoint, its log and its states")
     parser.add_argument("--updates", type=int, required=True)
     parser.add_argument("--batch", type=int, default=PretrainPlan.batch)
-    parser.add_argument("--learning_rate", type=finite_number, default=PretrainPlan.learning_rate)
+    parser.add_argument("--learning-rate", type=finite_number, default=PretrainPlan.learning_rate)
     parser.add_argument("--shift", type=finite_number, default=PretrainPlan.shift, help="0: the checkpoint's own")
     parser.add_argument("--seed", type=int, default=0)
     prepare()

@@ -34,7 +34,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from rewards_bridge.errors import USER_ERROR_STATUS, UserError
-from rewards_bridge.flags import Parser
+from rewards_bridge.flags import Parser, flag
 from rewards_bridge.redaction import guarded
 from udm_grpo import compiled
 from udm_grpo import mesh as meshes
@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", nargs="+", action="extend", help="one or several, each quoted")
     what.add_argument("--prompts", metavar="FILE", help=".jsonl, .json, .txt, .csv; FOLDER:SPLIT of prepare_prompts")
-    parser.add_argument("--prompt_key", metavar="KEY", help="of --prompts: the text to draw (default: prompt)")
+    parser.add_argument("--prompt-key", metavar="KEY", help="of --prompts: the text to draw (default: prompt)")
     parser.add_argument("--output", metavar="FOLDER", required=True)
     parser.add_argument("--layout", choices=LAYOUTS, default="geneval", help="default: geneval")
     for name, default, meaning in (
@@ -173,14 +173,14 @@ def _parser() -> argparse.ArgumentParser:
         ("batch", 32, "pictures that are drawn together, on all devices of a host"),
         ("sheet_prompts", 16, "prompts on contact_sheet.png; 0: none"),
     ):
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{meaning} (default: %(default)s)")
+        parser.add_argument(flag(name), type=type(default), default=default, help=f"{meaning} (default: %(default)s)")
     parser.add_argument(
-        "--negative_prompt",
+        "--negative-prompt",
         metavar="TEXT",
         help="guidance contrasts with this instead of the empty prompt",
     )
     for name in ("height", "width"):
-        parser.add_argument(f"--{name}", type=int, help="pixels (default: the run's, else 32 tokens)")
+        parser.add_argument(flag(name), type=int, help="pixels (default: the run's, else 32 tokens)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the transformer (default: the run's, else float32)")
     parser.add_argument("--devices", type=int, help="how many to use (default: all)")
     return parser
@@ -200,7 +200,7 @@ def _check(given: argparse.Namespace, available: int) -> None:
     }
     named = vars(given)
     found = [
-        f"--{name} is {named[name]}; choose {least} to {most}."
+        f"{flag(name)} is {named[name]}; choose {least} to {most}."
         for name, (least, most) in ranges.items()
         if named[name] is not None and not least <= named[name] <= most
     ]
@@ -208,11 +208,11 @@ def _check(given: argparse.Namespace, available: int) -> None:
         found.append("--step and --weights choose from a training run; give it as --run OUTPUT_DIR.")
     for name in ("adapter", "transformer"):
         if given.run and vars(given)[name]:
-            found.append(f"--{name} belongs to a released folder; give that as --checkpoint instead of --run.")
+            found.append(f"{flag(name)} belongs to a released folder; give that as --checkpoint instead of --run.")
     if given.negative_prompt and (given.guidance_scale == 1 or given.guidance_trunc == 0):
-        found.append("--negative_prompt changes nothing without guidance; give a --guidance_scale above 1 as well.")
+        found.append("--negative-prompt changes nothing without guidance; give a --guidance-scale above 1 as well.")
     if given.layout == GRID and given.images_per_prompt != QUARTERS:
-        found.append(f"--layout {GRID} takes exactly {QUARTERS} --images_per_prompt, a 2 x 2 grid a prompt.")
+        found.append(f"--layout {GRID} takes exactly {QUARTERS} --images-per-prompt, a 2 x 2 grid a prompt.")
     if found:
         raise SamplingError("\n  ".join(found))
 
@@ -221,7 +221,7 @@ def _read_prompts(given: argparse.Namespace) -> PromptSet:
     texts = given.prompt or []
     rows = tuple({"tag": UNTAGGED, "prompt": text} for text in texts)
     if given.prompt_key and not given.prompts:
-        raise SamplingError("--prompt_key chooses a text of --prompts FILE; give that instead of --prompt.")
+        raise SamplingError("--prompt-key chooses a text of --prompts FILE; give that instead of --prompt.")
     key = given.prompt_key or PROMPT
     prompts = (
         read_prompts(local_prompts(given.prompts), key=key)

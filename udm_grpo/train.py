@@ -3,7 +3,7 @@
     python -m udm_grpo.train --config configs/shapes.py
     python -m udm_grpo.train --config configs/shapes.py:smoke --config.output_dir=outputs/try --config.seed=1
     python -m udm_grpo.train --config configs/shapes.py --config.checkpoint.resume=latest
-    python -m udm_grpo.train --config configs/shapes.py --compile_only       # what it needs; see compile_only.py
+    python -m udm_grpo.train --config configs/shapes.py --compile-only       # what it needs; see compile_only.py
 
 An iteration, as `train` below reads: prompts, rollout, pictures to the scorer, reference log-probabilities while it
 scores, advantages, update(s).
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rewards_bridge.errors import USER_ERROR_STATUS, UserError
-from rewards_bridge.flags import with_underscores
+from rewards_bridge.flags import with_hyphens
 from rewards_bridge.redaction import guarded
 from udm_grpo import mesh as meshes
 from udm_grpo import run_reports, shared_rewards
@@ -311,10 +311,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     stopped_by = early_signals.heard()
-    words = with_underscores(sys.argv[1:] if argv is None else argv)
+    words = with_hyphens(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):
         return _help(words)
-    if "--compile_only" in words:
+    if "--compile-only" in words:
         return compile_only.main(words)
     expected = (UserError, OSError)
     try:

@@ -288,13 +288,13 @@ def test_sigterm_ends_it_cleanly_and_a_taken_address_is_an_error(tmp_path, capsy
     assert not (tmp_path / "socket").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["--token_file"], ["--tls_cert", "--tls_key"], ["--tls_cert"]])
+@pytest.mark.parametrize("arguments", [[], ["--token-file"], ["--tls-cert", "--tls-key"], ["--tls-cert"]])
 @pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "10.1.2.3:5000", "example.org:5000"])
 def test_other_machines_are_refused_without_tls_and_token(listen, arguments, tls, capsys):
     files = [part for name in arguments for part in (name, str(tls[name]))]
     assert main(["serve", "--scorer", "shapes", "--listen", listen, *files]) == 2
     said = capsys.readouterr().err
-    assert ("belong together" if arguments == ["--tls_cert"] else "refusing to listen") in said
+    assert ("belong together" if arguments == ["--tls-cert"] else "refusing to listen") in said
 
 
 def test_the_command_line_refuses_too(tls):
@@ -311,7 +311,7 @@ def test_tls_and_token(listen, tls, tmp_path):
     other.write_text("0123456789abcdef-but-another")
     with helpers.running_server("Echo", listen, *arguments) as (_, said):
         address = f"localhost:{said.rpartition(':')[2]}"
-        secrets = {"tls_ca": str(tls["--tls_cert"]), "token_file": str(tls["--token_file"])}
+        secrets = {"tls_ca": str(tls["--tls-cert"]), "token_file": str(tls["--token-file"])}
         with RewardsClient(helpers.config("Echo", address=address, **secrets)) as client:
             assert client.submit(*helpers.batch(3, 2)).result(20).score[1] == 4
         for token in [str(other), None]:
@@ -331,7 +331,7 @@ def tls(tmp_path_factory):
     command += f" -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout {folder}/key.pem -out {folder}/cert.pem"
     subprocess.run(command.split(), check=True, capture_output=True)
     (folder / "token").write_text("a-token-that-nobody-guesses\n")
-    return {"--tls_cert": folder / "cert.pem", "--tls_key": folder / "key.pem", "--token_file": folder / "token"}
+    return {"--tls-cert": folder / "cert.pem", "--tls-key": folder / "key.pem", "--token-file": folder / "token"}
 
 
 def test_an_unknown_scorer_names_the_known_ones():
@@ -391,7 +391,7 @@ def silent_calls(address: str, tls: dict[str, Path] | None, count: int, timeout:
     """Calls of every method that send nothing, over one connection."""
     gone = threading.Event()
     if tls:
-        credentials = grpc.ssl_channel_credentials(tls["--tls_cert"].read_bytes())
+        credentials = grpc.ssl_channel_credentials(tls["--tls-cert"].read_bytes())
         channel = grpc.secure_channel(address, credentials)
     else:
         channel = grpc.insecure_channel(address)
@@ -406,7 +406,7 @@ def silent_calls(address: str, tls: dict[str, Path] | None, count: int, timeout:
 def test_silent_calls_without_a_token_are_refused_before_they_are_read(tls):
     arguments = [part for name, path in tls.items() for part in (name, str(path))]
     with helpers.running_server("Echo", "localhost:0", *arguments) as (_, address):
-        secrets = {"tls_ca": str(tls["--tls_cert"]), "token_file": str(tls["--token_file"])}
+        secrets = {"tls_ca": str(tls["--tls-cert"]), "token_file": str(tls["--token-file"])}
         with silent_calls(address, tls, 200, None) as calls:
             with RewardsClient(helpers.config("Echo", address=address, **secrets)) as client:
                 assert client.submit(*helpers.batch(3, 2)).result(20).score[1] == 4

@@ -1,4 +1,4 @@
-"""One style of flags: underscores, for which hyphens are taken."""
+"""One style of flags: hyphens, for which underscores are taken."""
 
 import ast
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rewards_bridge.flags import Parser, with_underscores
+from rewards_bridge.flags import Parser, with_hyphens
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -14,25 +14,25 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     ("given", "taken"),
     [
-        (["--tls-cert", "a-b.pem"], ["--tls_cert", "a-b.pem"]),
-        (["--prompt-key=a-b", "--no_load"], ["--prompt_key=a-b", "--no_load"]),
-        (["--config.rewards.scorers.my-judge.weight=2"], ["--config.rewards.scorers.my-judge.weight=2"]),
-        (["-h", "--", "--my-file", "a-b"], ["-h", "--", "--my-file", "a-b"]),
+        (["--tls_cert", "a_b.pem"], ["--tls-cert", "a_b.pem"]),
+        (["--prompt_key=a_b", "--no-load"], ["--prompt-key=a_b", "--no-load"]),
+        (["--config.rewards.scorers.my_judge.weight=2"], ["--config.rewards.scorers.my_judge.weight=2"]),
+        (["-h", "--", "--my_file", "a_b"], ["-h", "--", "--my_file", "a_b"]),
     ],
 )
 def test_names_of_flags_alone_are_rewritten(given: list[str], taken: list[str]) -> None:
-    assert with_underscores(given) == taken
+    assert with_hyphens(given) == taken
 
 
 def test_a_parser_and_its_commands_take_both() -> None:
     parser = Parser()
     command = parser.add_subparsers().add_parser("serve")
-    command.add_argument("--tls_cert")
-    for flag in ("--tls-cert", "--tls_cert", "--tls-c"):
+    command.add_argument("--tls-cert")
+    for flag in ("--tls-cert", "--tls_cert", "--tls_c"):
         assert parser.parse_args(["serve", flag, "a-b"]).tls_cert == "a-b"
 
 
-def test_no_command_has_a_flag_with_a_hyphen_nor_a_parser_of_another_kind() -> None:
+def test_no_command_has_a_flag_with_an_underscore_nor_a_parser_of_another_kind() -> None:
     found = []
     for folder in ("udm_grpo", "rewards_bridge", "scripts"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -43,5 +43,5 @@ def test_no_command_has_a_flag_with_a_hyphen_nor_a_parser_of_another_kind() -> N
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
                     flags = [word.value for word in node.args if isinstance(word, ast.Constant)]
-                    found += [f"{path}: {flag}" for flag in flags if re.fullmatch(r"--\w+-.*", str(flag))]
+                    found += [f"{path}: {flag}" for flag in flags if re.fullmatch(r"--.*_.*", str(flag))]
     assert not found

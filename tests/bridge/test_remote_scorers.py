@@ -134,7 +134,7 @@ def test_the_score_command_refuses_a_wrong_scorer_too(described, tmp_path: Path,
     command = ["score", "--scorer", "shapes", "--prompt", "x", "--address", described(reply), str(tmp_path / "a.png")]
     assert main(command) == 2
     assert "wrong: expected a circle" in capsys.readouterr().err
-    main([*command, "--no_check_example"])  # it continues, to a server that scores nothing
+    main([*command, "--no-check-example"])  # it continues, to a server that scores nothing
     assert "warning: scorer 'shapes' at " in capsys.readouterr().err
 
 

@@ -126,7 +126,7 @@ def test_texts_are_shown_without_what_was_given_as_a_secret():
 
 
 def test_a_key_of_prompts_or_the_place_of_a_certificate_is_no_secret():
-    redaction.remember_start({}, ["--config.prompts.prompt_key=caption", "--prompt_key=caption", "--tls_key=/etc/tls"])
+    redaction.remember_start({}, ["--config.prompts.prompt_key=caption", "--prompt-key=caption", "--tls-key=/etc/tls"])
     assert redaction.redacted("caption of /etc/tls") == "caption of /etc/tls"
     assert redaction.redacted_values({"prompt_key": "caption"}) == {"prompt_key": "caption"}
 

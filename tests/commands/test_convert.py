@@ -93,7 +93,7 @@ def test_the_dtype_of_what_is_written(dtype: str, golden: Path, tmp_path: Path):
     orbax, files = as_training(golden, tmp_path / "orbax"), ("--base", golden, "--dtype", dtype)
     assert call("to-pytorch", "--checkpoint", orbax, *files, "--output", tmp_path / "trained") == 0
     assert call("rewrite", *files, "--output", tmp_path / "rewritten") == 0
-    assert call("to-pytorch", "--checkpoint", orbax, *files, "--transformer_only", tmp_path / "one.bin") == 0
+    assert call("to-pytorch", "--checkpoint", orbax, *files, "--transformer-only", tmp_path / "one.bin") == 0
     alone = torch.load(tmp_path / "one.bin", weights_only=True)
     for found in (copies.read_state(tmp_path / "trained/transformer"), alone):
         assert all(torch.equal(found[name], tensor.to(getattr(torch, dtype))) for name, tensor in wanted.items())
@@ -124,7 +124,7 @@ def test_a_trained_checkpoint_is_its_export(trained: Path, tmp_path: Path, capsy
 def test_the_transformer_alone(ending: str, golden: Path, tmp_path: Path):
     orbax, file = tmp_path / "orbax", tmp_path / "new" / f"transformer.{ending}"
     as_training(golden, orbax)
-    assert call("to-pytorch", "--checkpoint", orbax, "--base", golden, "--transformer_only", file) == 0
+    assert call("to-pytorch", "--checkpoint", orbax, "--base", golden, "--transformer-only", file) == 0
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     wanted = load_folder(golden)
     found = load_transformer(file, wanted.transformer_config)
@@ -236,8 +236,8 @@ def test_errors(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "rewrite without --transformer and --dtype": ("rewrite", "--base", golden, "--output", free),
         "invalid choice: 'int8'": ("rewrite", "--base", golden, "--dtype", "int8", "--output", free),
         "an adapter is written in float32": (*base, golden, "--adapter", free, "--dtype", "float16"),
-        "transformer.bin exists": (*base, golden, "--transformer_only", taken / "transformer.bin"),
-        "a.onnx, wanted a .safetensors or .bin": (*base, golden, "--transformer_only", free / "a.onnx"),
+        "transformer.bin exists": (*base, golden, "--transformer-only", taken / "transformer.bin"),
+        "a.onnx, wanted a .safetensors or .bin": (*base, golden, "--transformer-only", free / "a.onnx"),
         "is of another model than": (*base, SHAPES, "--output", free),
         "wrong shape: lm_head.weight is (256, 64), wanted (256, 128)": (*base, SHAPES, "--output", free),
         "nowhere: no such folder": (*base, tmp_path / "nowhere", "--output", free),
@@ -246,7 +246,7 @@ def test_errors(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "is a released folder; wanted": ("to-pytorch", "--checkpoint", SHAPES, "--base", SHAPES, "--output", free),
         "problem(s)": ("rewrite", "--base", orbax, "--dtype", "float16", "--output", free),
         "use to-pytorch first": ("verify", golden, orbax, "--forward"),
-        "one of the arguments --output --transformer_only --adapter is required": (*base, golden),
+        "one of the arguments --output --transformer-only --adapter is required": (*base, golden),
         "are required: COMMAND": (),
     }
     for text, words in wanted.items():

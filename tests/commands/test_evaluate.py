@@ -257,7 +257,7 @@ def test_grids_are_scored_with_the_prompts_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "grids").mkdir()
     for row, four in zip(rows, pictures, strict=True):
         Image.fromarray(join_grid(four)).save(tmp_path / "grids" / f"{row['id']}.png")
-    words = (f"--prompts={tmp_path / 'prompts.json'}", "--prompt_key=dense")
+    words = (f"--prompts={tmp_path / 'prompts.json'}", "--prompt-key=dense")
     assert run(tmp_path / "grids", tmp_path / "scores", *ECHO, *words) == 0
     marks = {mark["image"]: mark["score"] for mark in lines(tmp_path / "scores" / "scores.jsonl")}
     assert marks == {f"p{prompt}.png#{image}": prompt + 256 * image for prompt in range(2) for image in range(4)}
@@ -281,7 +281,7 @@ def test_other_settings_and_other_pictures_are_refused(echoed: Path, tmp_path: P
     assert "scores of 1 pictures that are gone, or are others" in changed
     assert changed.endswith(":\n  00001_0.png\n")
     (pictures / "00003_0.png").unlink()
-    assert "2 pictures that are gone" in said(*ECHO, "--allow_missing")
+    assert "2 pictures that are gone" in said(*ECHO, "--allow-missing")
     assert (scores / "scores.jsonl").read_bytes() == kept
 
 
@@ -362,13 +362,13 @@ def test_what_a_scorer_says_of_prompts_is_told_at_the_start_and_kept(tmp_path: P
         (("--scorer=jpeg", "--option=quality=3"), "--option quality=3: wanted NAME.KEY=VALUE"),
         (("--scorer=jpeg", "--replicas=jpeg=two"), "--replicas: 'two' cannot be read; give the processes"),
         (("--scorer=jpeg", "--replicas=jpeg=0"), "jpeg has 0 replicas; give at least 1"),
-        (("--scorer=jpeg", "--deadline_s=jpeg=0"), "deadline_s has to be in"),
+        (("--scorer=jpeg", "--deadline-s=jpeg=0"), "deadline_s has to be in"),
         (("--scorer=jpeg", "--address=jpeg=far:1"), "far:1 is another machine: give tls_ca and token_file"),
         (("--config=nowhere.py",), "there is no nowhere.py"),
         (("--scorer=jpeg", "--config.seed=1"), "--config.seed=1 needs --config FILE"),
         (("--scorer=jpeg", "--batch=0", "--resamples=5"), "--batch is 0; choose at least 1.\n  --resamples is 5"),
         (("--scorer=jpeg", "--prompts=x.json"), "these pictures have prompts of their own"),
-        (("--scorer=jpeg", "--prompt_key=x"), "--prompt_key chooses a text of --prompts FILE"),
+        (("--scorer=jpeg", "--prompt-key=x"), "--prompt-key chooses a text of --prompts FILE"),
         (("--scorer=jpeg", "--compare=nowhere"), "there is no folder nowhere"),
         (("--scorer=jpeg", "--compare={scores}"), "no scorer is in both: echo scored"),
         ((*ECHO, "--option=echo.delay=1", "--compare={scores}"), "echo: before {'scorer': 'bridge_scorers:Echo', 'opt"),
@@ -401,7 +401,7 @@ def test_the_commands_of_the_docstring_are_understood() -> None:
 
 
 def test_help_names_every_option(capsys) -> None:
-    for words, status, said in ((["--help"], 0, "--allow_missing"), (["--samples=x", "--output=y", "--z"], 2, "--z")):
+    for words, status, said in ((["--help"], 0, "--allow-missing"), (["--samples=x", "--output=y", "--z"], 2, "--z")):
         with pytest.raises(SystemExit) as ended:
             evaluate.main(words)
         assert ended.value.code == status

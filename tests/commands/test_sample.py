@@ -108,7 +108,7 @@ def test_the_first_picture_is_that_of_the_notebook(whole: Path) -> None:
 
 def test_the_flat_layout_and_plain_prompts(whole: Path, tmp_path: Path) -> None:
     texts = [line["prompt"] for line in LINES[:2]]
-    found = draw(tmp_path / "words", "--layout=flat", "--images_per_prompt=2", "--prompt", *texts, "--batch=8")
+    found = draw(tmp_path / "words", "--layout=flat", "--images-per-prompt=2", "--prompt", *texts, "--batch=8")
     assert list(found) == ["00000_0.png", "00000_1.png", "00001_0.png", "00001_1.png"]
     lines = [json.loads(line) for line in (tmp_path / "words" / "prompts.jsonl").read_text().splitlines()]
     assert lines == [{"tag": "untagged", "prompt": text} for text in texts]
@@ -118,7 +118,7 @@ def test_the_flat_layout_and_plain_prompts(whole: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(picture, pictures(whole)[f"{prompt}/samples/{int(image):04d}.png"])
     file = tmp_path / "two.txt"
     file.write_text("\n".join(texts))
-    words = ("--layout=flat", "--images_per_prompt=2", f"--prompts={file}", "--batch=8", "--sheet_prompts=0")
+    words = ("--layout=flat", "--images-per-prompt=2", f"--prompts={file}", "--batch=8", "--sheet-prompts=0")
     assert_same(draw(tmp_path / "file", *words), found)
     assert not (tmp_path / "file" / "contact_sheet.png").exists()
 
@@ -145,11 +145,11 @@ def test_the_layout_of_dpg_bench(whole: Path, tmp_path: Path) -> None:
 
 def test_a_negative_prompt_takes_the_place_of_the_empty_one(tmp_path: Path) -> None:
     star = "a photo of a star"
-    words = ("--layout=flat", "--images_per_prompt=2", "--batch=8", "--prompt", star)
-    guided = (*words, "--guidance_scale=3", "--guidance_trunc=0.9")
+    words = ("--layout=flat", "--images-per-prompt=2", "--batch=8", "--prompt", star)
+    guided = (*words, "--guidance-scale=3", "--guidance-trunc=0.9")
     plain = draw(tmp_path / "plain", *guided)
-    assert_same(draw(tmp_path / "empty", *guided, "--negative_prompt", ""), plain)
-    other = draw(tmp_path / "other", *guided, "--negative_prompt", star)
+    assert_same(draw(tmp_path / "empty", *guided, "--negative-prompt", ""), plain)
+    other = draw(tmp_path / "other", *guided, "--negative-prompt", star)
     assert any((other[name] != picture).any() for name, picture in plain.items())
     settings = tmp_path / "other" / "settings.json"
     assert json.loads(settings.read_text())["negative_prompt"] == star
@@ -160,7 +160,7 @@ def test_a_negative_prompt_takes_the_place_of_the_empty_one(tmp_path: Path) -> N
     del old["negative_prompt"]
     settings.write_text(json.dumps(old))
     again = ["--checkpoint", SHAPES, *FEW, f"--output={tmp_path / 'other'}", *guided]
-    assert sample.main([*again, "--negative_prompt=a"]) == 2
+    assert sample.main([*again, "--negative-prompt=a"]) == 2
     assert sample.main(again) == 0
 
 
@@ -171,7 +171,7 @@ def test_another_seed_draws_other_pictures(whole: Path, prompts: Path, tmp_path:
 
 
 def test_guidance_and_bfloat16_are_used(whole: Path, prompts: Path, tmp_path: Path) -> None:
-    words = ("--guidance_scale=3", "--guidance_trunc=1", "--dtype=bfloat16")
+    words = ("--guidance-scale=3", "--guidance-trunc=1", "--dtype=bfloat16")
     # jax.nn.dot_product_attention promotes bfloat16 to float32 implicitly.
     with jax.numpy_dtype_promotion("standard"):
         found = draw(tmp_path / "guided", f"--prompts={prompts}", "--batch=8", *words)
@@ -252,7 +252,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_and_its_export_draw_the_same(run: Path, prompts: Path, tmp_path: Path, capsys) -> None:
-    words = (f"--prompts={prompts}", "--batch=8", "--images_per_prompt=1", "--steps=3")
+    words = (f"--prompts={prompts}", "--batch=8", "--images-per-prompt=1", "--steps=3")
     assert sample.main([f"--run={run}", f"--output={tmp_path / 'run'}", *words]) == 0  # the run's height and width
     exported = [f"--checkpoint={run / 'export'}", "--height=32", "--width=32", f"--output={tmp_path / 'export'}"]
     assert sample.main([*exported, *words]) == 0
@@ -287,15 +287,15 @@ def test_the_best_weights_of_a_run(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--steps=0", "--guidance_scale=nan", "--seed=-1"], "--steps is 0; choose 1 to 10000.\n  --guidance_scale"),
-        (["--images_per_prompt=2049"], "choose 1 to 2048"),
+        (["--steps=0", "--guidance-scale=nan", "--seed=-1"], "--steps is 0; choose 1 to 10000.\n  --guidance-scale"),
+        (["--images-per-prompt=2049"], "choose 1 to 2048"),
         (["--devices=1000"], "--devices is 1000; choose 1 to"),
         (["--height=33"], "--height 33 and --width 32 must be multiples of 8"),
         (["--weights=ema"], "--step and --weights choose from a training run"),
-        (["--negative_prompt=a"], "--negative_prompt changes nothing without guidance"),
-        (["--negative_prompt=a", "--guidance_scale=2", "--guidance_trunc=0"], "changes nothing without guidance"),
-        (["--layout=dpgbench", "--images_per_prompt=2"], "takes exactly 4 --images_per_prompt"),
-        (["--prompt_key=dense_prompt"], "--prompt_key chooses a text of --prompts FILE"),
+        (["--negative-prompt=a"], "--negative-prompt changes nothing without guidance"),
+        (["--negative-prompt=a", "--guidance-scale=2", "--guidance-trunc=0"], "changes nothing without guidance"),
+        (["--layout=dpgbench", "--images-per-prompt=2"], "takes exactly 4 --images-per-prompt"),
+        (["--prompt-key=dense_prompt"], "--prompt-key chooses a text of --prompts FILE"),
     ],
 )
 def test_wrong_options_are_named(words: list[str], said: str, tmp_path: Path, capsys) -> None:
@@ -328,7 +328,7 @@ def test_help_names_every_option(capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         sample.main(["--help"])
     assert ended.value.code == 0
-    assert "--guidance_trunc" in capsys.readouterr().out
+    assert "--guidance-trunc" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         sample.main(["--output=x", "--prompt=a"])
     assert ended.value.code == 2

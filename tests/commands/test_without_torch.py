@@ -26,9 +26,9 @@ arguments = ["--config", "configs/shapes.py:smoke"] + ["--config." + word for wo
 assert udm_grpo.train.main(arguments) == 0
 base = ["--base", "udm_grpo/assets/ursa-shapes"]
 file, export = output + "/new/transformer.bin", output + "/run/export"
-assert convert.main(["to-pytorch", "--checkpoint", output + "/run", *base, "--transformer_only", file]) == 0
+assert convert.main(["to-pytorch", "--checkpoint", output + "/run", *base, "--transformer-only", file]) == 0
 assert convert.main(["info", export]) == 0
-arguments = ["--run", output + "/run", "--steps", "2", "--images_per_prompt", "1", "--output", output + "/pictures"]
+arguments = ["--run", output + "/run", "--steps", "2", "--images-per-prompt", "1", "--output", output + "/pictures"]
 assert sample.main([*arguments, "--prompt", "a photo of a red circle", "--batch", "1"]) == 0
 assert evaluate.main(["--samples", output + "/pictures", "--output", output + "/scores", "--scorer", "jpeg"]) == 0
 learned, start = (load_pipeline(folder).released.transformer["lm_head"]["kernel"] for folder in (export, base[1]))

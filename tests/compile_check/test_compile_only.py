@@ -52,14 +52,14 @@ def config_file(tmp_path_factory) -> Path:
 
 
 def run(config_file, *flags) -> int:
-    return train.main(["--config", str(config_file), "--compile_only", *flags])
+    return train.main(["--config", str(config_file), "--compile-only", *flags])
 
 
 @needs_libtpu
 def test_a_small_run_compiles_for_a_tpu_that_is_not_here(config_file, tmp_path, capsys):
     path = tmp_path / "report.json"
     kernel = ("--config.model.attention=splash", "--config.model.dtype=bfloat16", "--config.model.remat=full")
-    flags = ("--topology=v5e:2x2", "--programs=rollout,update", "--no_search", f"--report={path}")
+    flags = ("--topology=v5e:2x2", "--programs=rollout,update", "--no-search", f"--report={path}")
     assert run(config_file, *flags, *kernel) == 0
     said = capsys.readouterr().out
     assert "v5e:2x2: 4 x TPU v5 lite" in said
@@ -199,9 +199,9 @@ def test_an_operation_too_large_for_the_chip_is_told_apart_from_a_program_too_la
 
 def test_the_status_says_whether_everything_fits(config_file, monkeypatch, capsys):
     monkeypatch.setattr(compile_only, "compile_program", lambda program, devices: report(8, limit=1000))
-    assert run(config_file, "--no_search") == 0
+    assert run(config_file, "--no-search") == 0
     monkeypatch.setattr(compile_only, "compile_program", lambda program, devices: report(8, limit=179))
-    assert run(config_file, "--no_search") == 1
+    assert run(config_file, "--no-search") == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 

@@ -255,7 +255,7 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_elsewhere(bucket, tmp_path, cap
     monkeypatch.chdir(tmp_path)
     assert report.main([RUN]) == 0
     assert (tmp_path / "report.html").stat().st_size > 10_000
-    drawing = ["--run", RUN, "--prompt", "a photo of a red circle", "--images_per_prompt", "1", "--steps", "2"]
+    drawing = ["--run", RUN, "--prompt", "a photo of a red circle", "--images-per-prompt", "1", "--steps", "2"]
     assert sample.main([*drawing, "--output", "pictures"]) == 0, capsys.readouterr().err
     assert len(list((tmp_path / "pictures" / "00000" / "samples").glob("*.png"))) == 1
     assert not list(tmp_path.glob("gs:*"))

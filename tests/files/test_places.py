@@ -169,7 +169,7 @@ def test_an_address_in_a_bucket_has_no_letters_of_patterns(letter):
 
 
 HERE = {
-    "--leave_out": "x",
+    "--leave-out": "x",
     "--train": "x",
     "--checkpoint": "x",
     "--data": "x",
@@ -185,18 +185,18 @@ COMMANDS = {
     "convert to-pytorch": (
         convert.main,
         [],
-        ["--checkpoint", "--base", "--output", "--transformer_only", "--adapter"],
+        ["--checkpoint", "--base", "--output", "--transformer-only", "--adapter"],
     ),
     "convert info": (convert.main, [], [""]),
     "pretrain": (pretrain.main, [], ["--checkpoint", "--data", "--output"]),
     "pretrain_shapes": (pretrain_shapes.main, [], ["--output"]),
     "compile_table": (compile_table.main, [], ["--output"]),
-    "demo": (demo.main, [], ["--base", "--trained", "--run", "--auth_file", "--tls_cert", "--tls_key"]),
+    "demo": (demo.main, [], ["--base", "--trained", "--run", "--auth-file", "--tls-cert", "--tls-key"]),
     "prepare_prompts ocr": (prepare_prompts.main, [], ["--train", "--test", "--output"]),
-    "prepare_prompts generate-geneval": (prepare_prompts.main, [], ["--leave_out", "--jsonl", "--output"]),
+    "prepare_prompts generate-geneval": (prepare_prompts.main, [], ["--leave-out", "--jsonl", "--output"]),
     "ocr_models": (ocr_models.main, [], ["--output"]),
     "train": (train.main, [], ["--config"]),
-    "compile_only": (compile_only.main, ["--config", "configs/shapes.py:smoke", "--compile_only"], ["--report"]),
+    "compile_only": (compile_only.main, ["--config", "configs/shapes.py:smoke", "--compile-only"], ["--report"]),
 }
 NEEDED = {
     "sample": ["--checkpoint", "--output"],
@@ -205,9 +205,9 @@ NEEDED = {
     "pretrain": ["--checkpoint", "--data", "--output", "--updates"],
     "demo": ["--base"],
     "prepare_prompts ocr": ["--train", "--output"],
-    "prepare_prompts generate-geneval": ["--leave_out", "--output"],
+    "prepare_prompts generate-geneval": ["--leave-out", "--output"],
 }
-INSTEAD = {"--run": "--checkpoint", "--transformer_only": "--output", "--adapter": "--output", "--prompts": "--prompt"}
+INSTEAD = {"--run": "--checkpoint", "--transformer-only": "--output", "--adapter": "--output", "--prompts": "--prompt"}
 """Flags that exclude another one."""
 
 

@@ -162,4 +162,4 @@ def test_memory_that_a_device_has_not_is_said_before_anything_is_loaded(capsys):
     said = capsys.readouterr().out
     assert "memory: needs about 0.5 GiB, its device has 0.1 for it" in said
     assert "test images" not in said
-    assert bridge_main(["doctor", "--scorer", "jpeg", "--memory", "2", "--no_load"]) == 0
+    assert bridge_main(["doctor", "--scorer", "jpeg", "--memory", "2", "--no-load"]) == 0

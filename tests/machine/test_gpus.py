@@ -228,7 +228,7 @@ def test_a_device_is_for_scorers_that_take_one_and_name_none():
     assert with_device("jpeg", {}, "cuda:0") == {}
     assert with_device("imagereward", {}, None) == {}
     words = scorer_arguments(BridgeConfig(scorer="jpeg", options={"quality": "3"}, device="cuda:0"))
-    assert words == ["--scorer", "jpeg", "--options_file", "-", "--device", "cuda:0"]
+    assert words == ["--scorer", "jpeg", "--options-file", "-", "--device", "cuda:0"]
 
 
 def test_memory_is_limited_on_every_gpu_that_the_scorer_sees(monkeypatch):
@@ -237,13 +237,13 @@ def test_memory_is_limited_on_every_gpu_that_the_scorer_sees(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: asked.append(given))
     _limit_memory(0.1)
     assert asked == [(0.1, 0), (0.1, 1)]
-    with pytest.raises(UsageError, match=r"--memory_fraction is 1\.5"):
+    with pytest.raises(UsageError, match=r"--memory-fraction is 1\.5"):
         ServeConfig(scorer="jpeg", listen="unix:/a", memory_fraction=1.5)
 
 
 def test_the_demo_takes_one_gpu_for_its_scorer(tmp_path):
     words = ["--base", "x", "--scorer", "pickscore", "--option", "dtype=bfloat16"]
-    scorer = demo.read_scorer(demo._parser().parse_args([*words, "--devices", "auto", "--no_check_example"]))
+    scorer = demo.read_scorer(demo._parser().parse_args([*words, "--devices", "auto", "--no-check-example"]))
     assert scorer == ScorerConfig("pickscore", 1.0, {"dtype": "bfloat16"}, devices=("auto",), check_example=False)
     assert placed(machine(tmp_path, 2), pickscore=scorer)[0] == {"pickscore": ("1",)}
     assert demo.read_scorer(demo._parser().parse_args(words)).devices == ()
@@ -253,7 +253,7 @@ def test_the_demo_takes_one_gpu_for_its_scorer(tmp_path):
 
 def test_evaluate_takes_devices_for_its_scorers(tmp_path, monkeypatch, capsys):
     words = ("--samples=x", f"--output={tmp_path}", "--scorer=a=jpeg", "--scorer=b=jpeg", "--devices=a=6,7")
-    given = evaluate._parser().parse_args([*words, "--check_example=a=false", "--memory_fraction=b=0.1"])
+    given = evaluate._parser().parse_args([*words, "--check-example=a=false", "--memory-fraction=b=0.1"])
     scorers = evaluate.read_scorers(given, [])
     assert scorers["a"].devices == ("6", "7")
     assert (scorers["a"].check_example, scorers["b"].memory_fraction) == (False, 0.1)

@@ -295,7 +295,7 @@ def test_pictures_are_drawn_with_an_adapter(finished: Path, tmp_path: Path, caps
     words = ["--prompt=a", "--height=32", "--width=32", f"--adapter={finished / 'export_lora'}"]
     assert sample.main([f"--run={finished}", f"--output={tmp_path / 'new'}", *words]) == 2
     assert "--adapter belongs to a released folder" in capsys.readouterr().err
-    less = ["--steps=2", "--batch=2", "--images_per_prompt=2", f"--output={tmp_path / 'new'}"]
+    less = ["--steps=2", "--batch=2", "--images-per-prompt=2", f"--output={tmp_path / 'new'}"]
     assert sample.main([f"--checkpoint={SHAPES}", *words, *less]) == 0
     assert json.loads((tmp_path / "new" / "settings.json").read_text())["weights"] == digest_of(exported)
 

@@ -49,7 +49,7 @@ def test_the_rehearsal_covers_devices_processes_and_scorers() -> None:
         name: [
             rule
             for command in commands(name)
-            if "udm_grpo.train " in command.text and "--compile_only" not in command.text
+            if "udm_grpo.train " in command.text and "--compile-only" not in command.text
             if (rule := rule_for(command, RULES[name])) and rule.how == "run"
         ]
         for name in RECIPES

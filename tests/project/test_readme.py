@@ -34,13 +34,13 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_launches_of_the_readme_print_what_they_would_do() -> None:
-    """Each with --dry_run put in; tests/scripts/test_launch.py looks at what they print."""
+    """Each with --dry-run put in; tests/scripts/test_launch.py looks at what they print."""
     shown = [command for command in readme_commands() if command.startswith(LAUNCH)]
     assert len(shown) >= 4
     for command in shown:
         if command.startswith("sbatch "):
             command = f"bash scripts/{command.partition('scripts/')[2]}"
-        dry = command.replace(" -- ", " --dry_run -- ") if " -- " in command else f"{command} --dry_run"
+        dry = command.replace(" -- ", " --dry-run -- ") if " -- " in command else f"{command} --dry-run"
         assert run(f"export CUDA_VISIBLE_DEVICES=0,1; {dry}").stdout.strip(), command
 
 

@@ -97,7 +97,7 @@ def test_the_prompts_that_a_page_prepares_lie_where_the_recipe_reads(name, tmp_p
 
 def test_the_readme_names_the_command_of_the_page():
     readme = manual()
-    compiling = [command for command in recipe_commands("geneval") if "--compile_only" in command]
+    compiling = [command for command in recipe_commands("geneval") if "--compile-only" in command]
     assert len(compiling) == 1
     assert f"\n{compiling[0]}\n" in readme
 

@@ -85,7 +85,7 @@ def test_missing_pictures_are_listed_and_counted(geneval: Path) -> None:
     assert "3 pictures are missing" in said  # nothing promises more than one of a prompt here
     for name in ("00000/samples/0000.png", "00001/samples/0000.png", "00002 (a prompt with all its pictures)"):
         assert f"\n    {geneval / name}" in said
-    assert said.endswith("--allow_missing scores what is there and counts the rest.")
+    assert said.endswith("--allow-missing scores what is there and counts the rest.")
     found = read_samples(geneval, allow_missing=True)
     assert [picture.path for picture in found.pictures] == [
         "00000/samples/0001.png",

@@ -96,7 +96,7 @@ def test_the_command_times_every_stage(
     monkeypatch.setattr(benchmark_stages, "configuration", small)
     monkeypatch.setattr(benchmark, "CEILING_SIDE", {"cpu": 64})
     monkeypatch.setattr(benchmark, "MOST", 3)
-    words = ["--size", "shapes", "--rollout_batch", "4", "--update_batch", "6", "--output", str(report)]
+    words = ["--size", "shapes", "--rollout-batch", "4", "--update-batch", "6", "--output", str(report)]
     assert benchmark.main(words) == 0
     found = json.loads(report.read_text())
     assert [one["stage"] for one in found["stages"]] == list(benchmark.NAMES)

@@ -45,7 +45,7 @@ def asked(monkeypatch):
 def test_the_table_goes_on_where_it_stopped(asked, tmp_path: Path):
     output = tmp_path / "table.md"
     part = ["--output", str(output), "--topology", "v5p:2x2x4", "--programs", "update"]
-    assert compile_table.main([*part, "--no_search"]) == 0
+    assert compile_table.main([*part, "--no-search"]) == 0
     assert asked == [("v5p:2x2x4", "update", True)]
     row = "| v5p:2x2x4 | update | 32 |  | 1.00 | 2.00 | 0.00 | 0.50 | 3.50 | 16.00 | yes | 3 | 1.25 |"
     assert row in output.read_text()

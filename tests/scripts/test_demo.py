@@ -123,7 +123,7 @@ def started(run: Path, proxy: Proxy, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("server")
     (folder / "users").write_text("ann:sesame:1\n\nbob:open\n")
     words = COMMAND.replace("outputs/shapes", str(run)).split()[1:]
-    process = start(folder / "both", [*words, f"--auth_file={folder / 'users'}"], proxy)
+    process = start(folder / "both", [*words, f"--auth-file={folder / 'users'}"], proxy)
     try:
         yield process, folder / "both"
     finally:
@@ -369,13 +369,13 @@ def test_good_input_is_taken():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--host=0.0.0.0",), "--host is 0.0.0.0, which other machines can reach; give --auth_file FILE"),
+        (("--host=0.0.0.0",), "--host is 0.0.0.0, which other machines can reach; give --auth-file FILE"),
         (("--host=::",), "--host is ::, which other machines can reach"),
-        (("--auth_file=nowhere",), "nowhere"),
-        (("--auth_file={bad}",), "line 2, 3 is not USER:PASSWORD"),
-        (("--auth_file={empty}",), "there is no line USER:PASSWORD"),
-        (("--tls_cert=x.pem",), "--tls_cert and --tls_key belong together"),
-        (("--tls_cert={bad}", "--tls_key={bad}"), "are no certificate and its key"),
+        (("--auth-file=nowhere",), "nowhere"),
+        (("--auth-file={bad}",), "line 2, 3 is not USER:PASSWORD"),
+        (("--auth-file={empty}",), "there is no line USER:PASSWORD"),
+        (("--tls-cert=x.pem",), "--tls-cert and --tls-key belong together"),
+        (("--tls-cert={bad}", "--tls-key={bad}"), "are no certificate and its key"),
         (("--port=70000",), "--port is 70000; choose 0 to 65535"),
         (("--port={taken}",), "cannot listen on 127.0.0.1, port {taken}"),
         (("--steps=0",), "--steps is 0; choose 1 to 50"),
@@ -401,15 +401,15 @@ def test_a_command_line_that_cannot_work_is_refused(tmp_path, capsys, words, sai
 
 def test_a_page_for_others_wants_tls_as_well(tmp_path):
     (tmp_path / "users").write_text("ann:sesame\n")
-    given = demo._parser().parse_args(["--base=x", "--host=0.0.0.0", f"--auth_file={tmp_path / 'users'}"])
-    with pytest.raises(DemoError, match="--tls_cert and --tls_key, or leave --host out"):
+    given = demo._parser().parse_args(["--base=x", "--host=0.0.0.0", f"--auth-file={tmp_path / 'users'}"])
+    with pytest.raises(DemoError, match="--tls-cert and --tls-key, or leave --host out"):
         demo.check_access(given)
 
 
 def test_this_machine_comes_in_freely_unless_there_are_users(tmp_path):
     (tmp_path / "users").write_text("ann:sesame:1\n\nbob:open\n")
     assert demo.check_access(demo._parser().parse_args(["--base=x"])) == []
-    given = demo._parser().parse_args(["--base=x", f"--auth_file={tmp_path / 'users'}"])
+    given = demo._parser().parse_args(["--base=x", f"--auth-file={tmp_path / 'users'}"])
     assert demo.check_access(given) == [("ann", "sesame:1"), ("bob", "open")]
 
 

@@ -61,13 +61,13 @@ def trainer(words: list[str]) -> list[str]:
 
 def test_a_node_leaves_the_split_to_the_config(tools: Path) -> None:
     """It needs no GPU and no nvidia-smi then: the trainer says what there is."""
-    (command,) = printed(launch(tools, "launch_gpu_node.sh", "--dry_run", "--", *CONFIG))
+    (command,) = printed(launch(tools, "launch_gpu_node.sh", "--dry-run", "--", *CONFIG))
     assert command == ["python", "-m", "udm_grpo.train", RESUME, *CONFIG]
     assert calls(tools) == []
 
 
 def test_a_node_gives_its_last_gpus_to_the_scorers(tools: Path) -> None:
-    words = ("--scorers", "shapes", "--scorer_gpus", "1", "--dry_run", "--", *CONFIG)
+    words = ("--scorers", "shapes", "--scorer-gpus", "1", "--dry-run", "--", *CONFIG)
     (command,) = printed(launch(tools, "launch_gpu_node.sh", *words, CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7"))
     assert trainer(command) == [RESUME, "--config.rewards.scorers.shapes.devices=7", *CONFIG]
     assert calls(tools) == []
@@ -77,13 +77,13 @@ def test_a_node_gives_its_last_gpus_to_the_scorers(tools: Path) -> None:
     ("words", "expected"),
     [
         (("--scorers", "a,b"), ["6", "7"]),
-        (("--scorers", "a", "--scorer_gpus", "3"), ["5,6,7"]),
-        (("--scorers", "a,b", "--scorer_gpus", "3"), ["5,7", "6"]),
+        (("--scorers", "a", "--scorer-gpus", "3"), ["5,6,7"]),
+        (("--scorers", "a,b", "--scorer-gpus", "3"), ["5,7", "6"]),
     ],
 )
 def test_several_scorers_take_the_gpus_in_turn(tools: Path, words: tuple[str, ...], expected: list[str]) -> None:
     added = [f"--config.rewards.scorers.{name}.weight=1" for name in words[1].split(",")]
-    words = (*words, "--dry_run", "--", *CONFIG, *added)
+    words = (*words, "--dry-run", "--", *CONFIG, *added)
     done = launch(tools, "launch_gpu_node.sh", *words, CUDA_VISIBLE_DEVICES="4,5,6,7")
     (command,) = printed(done)
     assert [word.rpartition("=")[2] for word in command if ".devices=" in word] == expected
@@ -91,7 +91,7 @@ def test_several_scorers_take_the_gpus_in_turn(tools: Path, words: tuple[str, ..
 
 
 def test_a_shared_node_bounds_the_memory_of_the_trainer(tools: Path) -> None:
-    words = ("--scorers", "shapes", "--share", "0.8", "--dry_run", "--", *CONFIG)
+    words = ("--scorers", "shapes", "--share", "0.8", "--dry-run", "--", *CONFIG)
     (command,) = printed(launch(tools, "launch_gpu_node.sh", *words, CUDA_VISIBLE_DEVICES="0,1"))
     settings = ["--config.rewards.trainer_memory_fraction=0.8", "--config.rewards.scorers.shapes.devices=shared"]
     assert trainer(command) == [RESUME, *settings, *CONFIG]
@@ -100,7 +100,7 @@ def test_a_shared_node_bounds_the_memory_of_the_trainer(tools: Path) -> None:
 def test_a_node_runs_what_the_dry_run_prints(tools: Path) -> None:
     words = ("--scorers", "shapes", "--", *CONFIG)
     variables = {"CUDA_VISIBLE_DEVICES": "0,1", "PYTHON": "python-of-mine"}
-    (dry,) = printed(launch(tools, "launch_gpu_node.sh", "--dry_run", *words, **variables))
+    (dry,) = printed(launch(tools, "launch_gpu_node.sh", "--dry-run", *words, **variables))
     assert launch(tools, "launch_gpu_node.sh", *words, **variables).returncode == 0
     assert calls(tools) == [dry[dry.index("python-of-mine") :]]
 
@@ -108,7 +108,7 @@ def test_a_node_runs_what_the_dry_run_prints(tools: Path) -> None:
 @pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
 def test_hidden_gpus_are_not_given_to_scorers(tools: Path, hidden: str) -> None:
     (tools / "nvidia-smi").write_text("#!/usr/bin/env bash\nprintf '0\\n1\\n'\n")
-    words = ("--scorers", "shapes", "--dry_run", "--", *CONFIG)
+    words = ("--scorers", "shapes", "--dry-run", "--", *CONFIG)
     done = launch(tools, "launch_gpu_node.sh", *words, CUDA_VISIBLE_DEVICES=hidden)
     assert done.returncode == 2
     assert f"CUDA_VISIBLE_DEVICES is '{hidden}', which hides every GPU" in done.stderr
@@ -116,19 +116,19 @@ def test_hidden_gpus_are_not_given_to_scorers(tools: Path, hidden: str) -> None:
 
 def test_gpus_are_counted_by_nvidia_smi(tools: Path) -> None:
     (tools / "nvidia-smi").write_text("#!/usr/bin/env bash\nprintf '0\\n1\\n2\\n'\n")
-    (command,) = printed(launch(tools, "launch_gpu_node.sh", "--scorers", "shapes", "--dry_run", "--", *CONFIG))
+    (command,) = printed(launch(tools, "launch_gpu_node.sh", "--scorers", "shapes", "--dry-run", "--", *CONFIG))
     assert "--config.rewards.scorers.shapes.devices=2" in command
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--scorers", "a", "--scorer_gpus", "2", "--", *CONFIG), "leave at least one to the trainer"),
-        (("--scorers", "a,b", "--scorer_gpus", "1", "--", *CONFIG), "1 for 2 scorers; give each of them a GPU"),
-        (("--scorers", "a", "--scorer_gpus", "two", "--", *CONFIG), "--scorer_gpus is two; give a whole number"),
+        (("--scorers", "a", "--scorer-gpus", "2", "--", *CONFIG), "leave at least one to the trainer"),
+        (("--scorers", "a,b", "--scorer-gpus", "1", "--", *CONFIG), "1 for 2 scorers; give each of them a GPU"),
+        (("--scorers", "a", "--scorer-gpus", "two", "--", *CONFIG), "--scorer-gpus is two; give a whole number"),
         (("--scorers", "a", "--share", "8", "--", *CONFIG), "--share is 8; give a fraction below 1"),
-        (("--scorers", "a", "--share", "0.8", "--scorer_gpus", "1", "--", *CONFIG), "exclude each other"),
-        (("--scorer_gpus", "1", "--", *CONFIG), "name them: --scorers pickscore"),
+        (("--scorers", "a", "--share", "0.8", "--scorer-gpus", "1", "--", *CONFIG), "exclude each other"),
+        (("--scorer-gpus", "1", "--", *CONFIG), "name them: --scorers pickscore"),
         (("--scorers", "shapes"), "wants --config FILE"),
         (("--gpus", "2", "--", *CONFIG), "--gpus is not known"),
     ],
@@ -144,7 +144,7 @@ def test_a_node_that_cannot_be_parted_is_refused(tools: Path, words: tuple[str, 
 
 def test_slurm_runs_the_node_script_on_every_node(tools: Path) -> None:
     words = ("--scorers", "shapes", "--", *CONFIG)
-    (dry,) = printed(launch(tools, "launch_slurm.sbatch", "--dry_run", *words))
+    (dry,) = printed(launch(tools, "launch_slurm.sbatch", "--dry-run", *words))
     assert dry[:3] == ["srun", "--ntasks=1", "--ntasks-per-node=1"]
     assert dry[3:6] == ["--kill-on-bad-exit=0", "--wait=60", "--export=ALL"]
     assert dry[6:] == ["bash", "scripts/launch_gpu_node.sh", *words, "--config.checkpoint.stopped_status=75"]
@@ -170,7 +170,7 @@ def test_a_job_that_was_queued_again_waits_for_its_old_process(tools: Path, vari
 
 def test_slurm_starts_one_task_a_node_though_the_job_has_more(tools: Path) -> None:
     variables = {"SLURM_NNODES": "3", "SLURM_NTASKS": "24"}
-    (dry,) = printed(launch(tools, "launch_slurm.sbatch", "--dry_run", "--", *CONFIG, **variables))
+    (dry,) = printed(launch(tools, "launch_slurm.sbatch", "--dry-run", "--", *CONFIG, **variables))
     assert dry[:3] == ["srun", "--ntasks=3", "--ntasks-per-node=1"]
 
 
@@ -186,7 +186,7 @@ def test_slurm_without_a_config_is_refused(tools: Path) -> None:
 def test_a_pod_is_set_up_trained_and_stopped_on_all_workers(tools: Path) -> None:
     variables = {"TPU_NAME": "udm", "ZONE": "us-east5-a", "PROJECT": "mine", "PYTHON": "python3.12"}
     ends = ["--zone", "us-east5-a", "--worker=all", "--project", "mine"]
-    setup = printed(launch(tools, "launch_tpu_pod.sh", "setup", "--dry_run", **variables, TOKEN_FILE="a token"))
+    setup = printed(launch(tools, "launch_tpu_pod.sh", "setup", "--dry-run", **variables, TOKEN_FILE="a token"))
     python, pack, copy, unpack, token, install = setup
     assert "python3.12 -c" in python[-1]
     assert pack[0] == "tar"
@@ -197,17 +197,17 @@ def test_a_pod_is_set_up_trained_and_stopped_on_all_workers(tools: Path) -> None
     assert install[:-2] == unpack[:-2] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "udm", *ends]
     assert install[-1].startswith("python3.12 -m venv udm-grpo/.venv && ")
     assert install[-1].endswith("pip install -e '.[tpu]'")
-    check, train = printed(launch(tools, "launch_tpu_pod.sh", "train", "--dry_run", *CONFIG, **variables))
+    check, train = printed(launch(tools, "launch_tpu_pod.sh", "train", "--dry-run", *CONFIG, **variables))
     assert "udm_grpo.check_inputs" in check[-1]
     assert trainer(shlex.split(train[-1])) == [RESUME, *CONFIG]
-    (stop,) = printed(launch(tools, "launch_tpu_pod.sh", "stop", "--dry_run", **variables))
+    (stop,) = printed(launch(tools, "launch_tpu_pod.sh", "stop", "--dry-run", **variables))
     assert "kill -TERM" in stop[-1]
     assert calls(tools) == []
 
 
 def test_models_come_to_the_workers_from_here_or_from_a_bucket(tools: Path) -> None:
     variables = {"TPU_NAME": "udm", "ZONE": "z"}
-    words = ("copy", "configs/shapes.py", "udm_grpo/assets/", "--dry_run")
+    words = ("copy", "configs/shapes.py", "udm_grpo/assets/", "--dry-run")
     commands = printed(launch(tools, "launch_tpu_pod.sh", *words, **variables))
     assert [command[4] for command in commands] == ["ssh", "scp", "ssh", "scp"]
     assert [command[5:7] for command in commands[1::2]] == [
@@ -215,7 +215,7 @@ def test_models_come_to_the_workers_from_here_or_from_a_bucket(tools: Path) -> N
         ["udm_grpo/assets", "udm:udm-grpo/udm_grpo/"],
     ]
     bucket = {"BUCKET": "gs://mine/udm"}
-    commands = printed(launch(tools, "launch_tpu_pod.sh", "copy", "models/a", "--dry_run", **variables, **bucket))
+    commands = printed(launch(tools, "launch_tpu_pod.sh", "copy", "models/a", "--dry-run", **variables, **bucket))
     assert commands[1][-1] == "cd udm-grpo && gcloud storage cp --recursive gs://mine/udm/models/a models/"
 
 
@@ -263,7 +263,7 @@ GPU = ("gpu", "--name", "udm", "--hosts", "2", "--chips", "8")
 
 @pytest.mark.parametrize("kind", [TPU, GPU])
 def test_the_manifest_of_a_jobset(tools: Path, kind: tuple[str, ...]) -> None:
-    words = (*kind, "--claim", "disk", "--dry_run", "--", *CONFIG, '--config.model.path=/mnt/"a": b')
+    words = (*kind, "--claim", "disk", "--dry-run", "--", *CONFIG, '--config.model.path=/mnt/"a": b')
     done = launch(tools, "launch_jobset.sh", *words, IMAGE="registry/udm-grpo:1")
     assert done.returncode == 0, done.stderr
     made = yaml.safe_load(done.stdout)
@@ -313,5 +313,5 @@ def test_help_is_the_head_of_the_script(tools: Path, script: str) -> None:
     done = launch(tools, script, "--help")
     assert done.returncode == 0, done.stderr
     assert f"scripts/{script}" in done.stdout
-    assert "--dry_run" in done.stdout
+    assert "--dry-run" in done.stdout
     assert "set -euo" not in done.stdout

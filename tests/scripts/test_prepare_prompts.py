@@ -152,17 +152,17 @@ def test_every_line_that_its_judge_cannot_use_is_named(tmp_path, capsys, kind, c
     assert status == 2
     assert not (tmp_path / "out").exists()
     shown = err.splitlines()
-    assert shown[0].endswith(f"{len(lines)} bad lines; correct or remove, or leave out with --drop_bad:")
+    assert shown[0].endswith(f"{len(lines)} bad lines; correct or remove, or leave out with --drop-bad:")
     assert [text.split(":")[0].strip() for text in shown[1:]] == [f"line {number}" for number in lines]
     for text, says in zip(shown[1:], lines.values(), strict=True):
         assert says in text
-    status, out, err = command(f"{line} --drop_bad", capsys)
+    status, out, err = command(f"{line} --drop-bad", capsys)
     assert status == 0
     assert f"warning: {file}: {len(lines)} bad lines; left out:" in err
     assert out.startswith(f"{tmp_path}/out:train: 1 (1 ")
     assert len(read_prompts(tmp_path / "out")) == 1
     file.write_text("oops")
-    status, _, err = command(f"{line} --drop_bad", capsys)
+    status, _, err = command(f"{line} --drop-bad", capsys)
     assert status == 2
     assert "no prompt is left" in err
     assert len(read_prompts(tmp_path / "out")) == 1  # what was there is untouched
@@ -175,9 +175,9 @@ def test_every_line_that_its_judge_cannot_use_is_named(tmp_path, capsys, kind, c
         ("prompts --train {tmp}/gone.txt --output {tmp}/out", "no such prompt file"),
         ("prompts --train {tmp}/set.csv --output {tmp}/out", "wanted one column named"),
         ("prompts --train {tmp}/set.csv --column a --output {tmp}", "not overwritten; choose another folder"),
-        ("generate-geneval --leave_out {tmp}/bad.jsonl --output {tmp}/out", "'mouse' is none of GenEval's 80 classes"),
-        ("generate-geneval --leave_nothing_out --ratio counting=1 --output {tmp}/out", "without repeats there are 240"),
-        ("generate-geneval --leave_nothing_out --count 0 --output {tmp}/out", "count is 0"),
+        ("generate-geneval --leave-out {tmp}/bad.jsonl --output {tmp}/out", "'mouse' is none of GenEval's 80 classes"),
+        ("generate-geneval --leave-nothing-out --ratio counting=1 --output {tmp}/out", "without repeats there are 240"),
+        ("generate-geneval --leave-nothing-out --count 0 --output {tmp}/out", "count is 0"),
     ],
 )
 def test_what_cannot_be_prepared_is_one_error(tmp_path, capsys, line, says):
@@ -193,12 +193,12 @@ def test_what_cannot_be_prepared_is_one_error(tmp_path, capsys, line, says):
 @pytest.mark.parametrize("share", ["colours=1", "colors", "colors=x", "colors=nan"])
 def test_a_share_that_cannot_be_read(tmp_path, capsys, share):
     with pytest.raises(SystemExit):
-        main(["generate-geneval", "--leave_nothing_out", "--ratio", share, "--output", str(tmp_path / "out")])
+        main(["generate-geneval", "--leave-nothing-out", "--ratio", share, "--output", str(tmp_path / "out")])
     assert "--ratio" in capsys.readouterr().err
 
 
 def test_the_published_ratio_by_repeats(tmp_path, capsys):
-    line = f"generate-geneval --leave_nothing_out --count 1700 --repeats --jsonl {tmp_path}/lines.jsonl"
+    line = f"generate-geneval --leave-nothing-out --count 1700 --repeats --jsonl {tmp_path}/lines.jsonl"
     _, out, err = command(f"{line} --output {tmp_path}/set", capsys)
     made = read_prompts(f"{tmp_path}/set")
     assert Counter(made.tags) == {tag: 100 * share for tag, share in RATIO.items() if share}
@@ -211,7 +211,7 @@ def test_the_published_ratio_by_repeats(tmp_path, capsys):
 def full(files, tmp_path_factory):
     """The real thing: a folder of 50,000 training prompts, the benchmark's left out."""
     folder = tmp_path_factory.mktemp("full") / "geneval"
-    assert main(shlex.split(f"generate-geneval --leave_out {files}/evaluation_metadata.jsonl --output {folder}")) == 0
+    assert main(shlex.split(f"generate-geneval --leave-out {files}/evaluation_metadata.jsonl --output {folder}")) == 0
     return folder
 
 

@@ -1,1 +1,1 @@
-"""--compile_only: the programs of a run, compiled for devices that need not be there."""
+"""--compile-only: the programs of a run, compiled for devices that need not be there."""

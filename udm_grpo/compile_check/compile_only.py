@@ -1,12 +1,12 @@
 """Compile the programs of a run without running them, for devices that need not be here: does it fit, what moves?
 
-    python -m udm_grpo.train --config configs/geneval.py --compile_only --topology v5p:2x2x4
-    python -m udm_grpo.train --config configs/shapes.py --compile_only
+    python -m udm_grpo.train --config configs/geneval.py --compile-only --topology v5p:2x2x4
+    python -m udm_grpo.train --config configs/shapes.py --compile-only
 
     --topology NAME         a TPU slice as kind:chips, by the libtpu wheel, or GPUs as h100:8, by JAX's CUDA plugin;
                             without it, the devices at hand
     --programs A,B          some of rollout, decode, reference, update
-    --no_search             do not look for the largest micro-batch that fits
+    --no-search             do not look for the largest micro-batch that fits
     --report FILE           the numbers as JSON
 
 Needs no weights: sizes are read from the configuration files in model.path, or, for a published checkpoint that is not
@@ -28,6 +28,7 @@ import jax
 from jax.errors import JaxRuntimeError
 
 from rewards_bridge.errors import USER_ERROR_STATUS, UserError
+from rewards_bridge.flags import with_hyphens
 from udm_grpo import mesh as meshes
 from udm_grpo.batch_sizes import micro_batch
 from udm_grpo.compile_check.flops import matrix_flops
@@ -262,19 +263,19 @@ def options(words: Sequence[str]) -> Options:
             given[flag] = value if equals else next(pending, "")
             if not given[flag] or given[flag].startswith("--"):
                 raise ConfigError(f"{flag} has no value; write {flag}=value.")
-        elif word not in ("--compile_only", "--no_search"):
+        elif word not in ("--compile-only", "--no-search"):
             rest.append(word)
     wanted = tuple(given["--programs"].split(","))
     unknown = [name for name in wanted if name not in PROGRAMS]
     if unknown:
         raise ConfigError(f"--programs: there is no {', '.join(unknown)}; name some of {','.join(PROGRAMS)}.")
-    return Options(rest, given["--topology"], wanted, given["--report"], "--no_search" not in words)
+    return Options(rest, given["--topology"], wanted, given["--report"], "--no-search" not in words)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line of train.py with --compile_only in it; return the exit status."""
+    """Run the command line of train.py with --compile-only in it; return the exit status."""
     try:
-        given = options(argv)
+        given = options(with_hyphens(argv))
         config = parse(given.rest)
         validate(config)
         for name, place in (("model.path", config.model.path), ("--report", given.report)):

@@ -235,7 +235,7 @@ def _parse_objects(path: Path, text: str, key: str) -> Parsed:
     if keys and key not in keys:
         raise PromptsError(
             f"{path}: no prompt has the key {key!r}; the keys are {', '.join(map(repr, keys))}; name the one of the "
-            "prompts with --prompt_key (prompts.prompt_key in a config)"
+            "prompts with --prompt-key (prompts.prompt_key in a config)"
         )
     return parsed
 
@@ -285,7 +285,7 @@ def _parse_csv(path: Path, text: str, column: str, tag_column: str) -> Parsed:
     prompt = _column(path, names, column, PROMPT_COLUMNS, "column")
     others = [name for name in names if name != prompt]
     tagged = tag_column or _has(others, TAG_COLUMNS)
-    tag = _column(path, others, tag_column, TAG_COLUMNS, "tag_column") if tagged else ""
+    tag = _column(path, others, tag_column, TAG_COLUMNS, "tag-column") if tagged else ""
     found = _Collector()
     for line, record in records:
         if isinstance(record, str):

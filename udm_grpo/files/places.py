@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards_bridge.errors import UserError
+from rewards_bridge.flags import flag
 
 BUCKET = "gs"
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)  # pathlib turns gs://bucket into gs:/bucket
@@ -166,19 +167,19 @@ def check_flags(given: argparse.Namespace, supported: Collection[str] = ()) -> N
             setattr(given, name, _flag_with_home(_flag(name), value))
     problems = []
     for name, text in _texts("", vars(given)):
-        flag = _flag(name)
+        shown = _flag(name)
         if name in _TEXT_FLAGS:
             continue
         left, equals, value = text.partition("=")
         if equals and not scheme(left):  # NAME.KEY=VALUE
             text = "" if scheme(value) in ("http", "https") else value
-        problems.append(problem(flag, text, name in supported))
+        problems.append(problem(shown, text, name in supported))
     if any(problems):
         raise PlaceError("\n  ".join(filter(None, problems)))
 
 
 def _flag(name: str) -> str:
-    return name.upper() if name in _POSITIONAL else f"--{name}"
+    return name.upper() if name in _POSITIONAL else flag(name)
 
 
 def _flag_with_home(flag: str, value: Any) -> Any:

@@ -142,9 +142,9 @@ def _local(name: str, given: ScorerConfig, usual: Mapping[str, str], gpus: Gpus,
     config = bridge_configs(name, given, None)[0]
     limits = [f"--memory={memory:.1f}"] if (memory := _memory_gib(given, gpus)) is not None else []
     if lines:
-        limits.append("--no_load")
+        limits.append("--no-load")
     if not given.check_example:
-        limits.append("--no_check_example")
+        limits.append("--no-check-example")
     ready, said = examine(config, limits)
     return Finding(f"scorer {name}", ready and not lines, (*lines, said))
 

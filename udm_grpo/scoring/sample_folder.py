@@ -260,7 +260,7 @@ def _refuse(root: Path, found: _Found, unreadable: Sequence[str], allow_missing:
         told += _listed(f"pictures are missing{remedy}", found.missing)
         told += _listed("pictures cannot be scored; convert them, or draw them again (remove them first)", unreadable)
         if len(told) > bool(found.wrong):
-            told.append("--allow_missing scores what is there and counts the rest.")
+            told.append("--allow-missing scores what is there and counts the rest.")
     if told:
         raise SampleFolderError("\n".join([f"{root} cannot be scored as it is:", *told]))
 
