@@ -15,6 +15,7 @@ if "UDM_GRPO_COMPILED" not in os.environ:
     os.environ["UDM_GRPO_COMPILED"] = tempfile.mkdtemp(prefix="compiled-")
     atexit.register(shutil.rmtree, os.environ["UDM_GRPO_COMPILED"], ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("PYTHON", None)  # the interpreter that .ci/run was told to take; launch scripts read it, too
 # Tests that are run in the background of a script (nohup) ignore these, and so would all that they start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

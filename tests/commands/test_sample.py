@@ -42,10 +42,10 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory):
         patch.setattr(compiled, "tokenizer_codec", functools.cache(compiled.tokenizer_codec))
         original, made = compiled.free_rollout, {}
 
-        def free_rollout(config, execution, path, plan):
-            if plan not in made:
-                made[plan] = original(config, execution, path, plan)
-            return made[plan]
+        def free_rollout(network, path, plan):
+            if (network, plan) not in made:
+                made[network, plan] = original(network, path, plan)
+            return made[network, plan]
 
         patch.setattr(compiled, "free_rollout", free_rollout)
         yield
