@@ -463,7 +463,7 @@ def test_the_end_of_a_process_ends_the_others_with_an_error_that_names_it(tmp_pa
     text = (tmp_path / f"{1 - lost}.log").read_text()
     assert re.search(message.format(pid=processes[lost].pid), text), text
     if what == "1 raises":
-        assert processes[1].returncode == 1
+        assert processes[1].returncode == 2
         assert "\nerror: process 1 (host " in (tmp_path / "1.log").read_text()
 
 
