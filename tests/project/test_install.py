@@ -166,7 +166,7 @@ def test_a_recipe_is_found_where_it_is_installed(trainer, tmp_path):
         assert "--config.iterations=4\n" in run(
             trainer, "-m", "udm_grpo.train", "--config", config, "--help", cwd=tmp_path
         )
-    said = run(trainer, "-m", "udm_grpo.train", "--config=configs/shapes.py", cwd=tmp_path, status=1)
+    said = run(trainer, "-m", "udm_grpo.train", "--config=configs/shapes.py", cwd=tmp_path, status=2)
     assert "scikit-image" in said.splitlines()[-1]
 
 
