@@ -61,7 +61,7 @@ def refused(output: Path, *overrides: str) -> int:
 )
 def test_a_refused_start_changes_nothing(older: Path, capsys, overrides: tuple[str, ...], message: str) -> None:
     before = contents(older)
-    assert refused(older, *overrides) == 1
+    assert refused(older, *overrides) == 2
     assert message in capsys.readouterr().err
     assert contents(older) == before
 
@@ -72,12 +72,12 @@ def test_places_and_the_way_a_scorer_is_run_may_change(older: Path, tmp_path: Pa
     prompts = shutil.copy(parse(SMOKE).prompts.train, tmp_path / "moved.jsonl")
     moved = shutil.move(older, tmp_path / "elsewhere")
     places = (f"model.path={os.path.relpath(model)}", f"prompts.train={prompts}")
-    assert refused(moved, RESUME, *places, "rewards.scorers.shapes.replicas=2", "evaluation.every=1") == 1
+    assert refused(moved, RESUME, *places, "rewards.scorers.shapes.replicas=2", "evaluation.every=1") == 2
     assert "is a checkpoint of another model" in capsys.readouterr().err
 
 
 def test_a_refused_first_start_makes_no_folder(tmp_path: Path, capsys) -> None:
-    assert refused(tmp_path / "new" / "run", "rewards.scorers.shapes.options={'nothing':'1'}") == 1
+    assert refused(tmp_path / "new" / "run", "rewards.scorers.shapes.options={'nothing':'1'}") == 2
     assert "nothing" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
@@ -86,5 +86,5 @@ def test_a_refused_first_start_makes_no_folder(tmp_path: Path, capsys) -> None:
 def test_an_output_dir_that_cannot_be_is_refused_before_anything_loads(tmp_path: Path, capsys, below: str) -> None:
     file = tmp_path / "file"
     file.touch()
-    assert refused(file / below if below else file, "model.path=/nowhere") == 1
+    assert refused(file / below if below else file, "model.path=/nowhere") == 2
     assert f"{file} is a file; name a folder" in capsys.readouterr().err
