@@ -105,7 +105,7 @@ def run(models: dict[str, Pipeline], tmp_path_factory: pytest.TempPathFactory) -
     output.mkdir()
     model = {"path": SHAPES, "text_length": 0, "height": 32, "width": 32, "dtype": "float32"}
     (output / "config.json").write_text(json.dumps({"model": model, "optimizer": {"ema_decay": 0.0}}))
-    state = {"state": {"params": models["Trained"].checkpoint.transformer}}
+    state = {"state": {"params": models["Trained"].released.transformer}}
     Checkpoints(output / "checkpoints", keep=1).save(7, state, {})
     return output
 
@@ -334,7 +334,7 @@ def test_an_exported_folder_shares_the_programs_of_its_base(models, tmp_path):
     base, trained = (drawer.pipeline for drawer in drawers)
     assert trained.compiled is base.compiled
     assert demo.open_models(demo._parser().parse_args(["--base", SHAPES, "--scorer=jpeg"]))[1] == (256, 256)
-    other = replace(base, checkpoint=replace(base.released, scheduler=replace(base.released.scheduler, c=1.0)))
+    other = replace(base, released=replace(base.released, scheduler=replace(base.released.scheduler, c=1.0)))
     assert sharing_programs(base, replace(other, compiled={})).compiled is not base.compiled
 
 
