@@ -27,7 +27,7 @@ from udm_grpo.run import abstract_state, optimizer_of
 
 SIZES = ("shapes", "0.6b", "1.7b")
 SAMPLER_ROWS = 64
-"""Tokens of the sampler stage, as many as PERFORMANCE figures of samplers are usually given for."""
+"""Tokens of the sampler stage: few, so that a large vocabulary fits any device."""
 GIB = 2**30
 
 
