@@ -22,6 +22,14 @@ def assert_same(left: Any, right: Any) -> None:
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
+def change_a_byte(checkpoint: Path) -> None:
+    """Change the middle of the largest file with arrays, as a failing disk does: its size stays."""
+    file = max(checkpoint.rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def run_file(file: str, *arguments: str, devices: int = 1, **options: Any) -> subprocess.Popen:
     """Start a test file as a program on so many virtual CPU devices."""
     environment = os.environ | {

@@ -92,8 +92,9 @@ def evaluate(
     columns = parts.collect(known, tickets, end, kept)
     if stopped:
         raise StopRequestedError
-    if extremes and hosts.is_primary():
-        kept.write(extremes, run.identity.id)
+    with run.asked.held():
+        if extremes and hosts.is_primary():
+            kept.write(extremes, run.identity.id)
     return summarize(columns, [run.heldout.tags[index] for index in indices], copies)
 
 
@@ -149,8 +150,9 @@ class Parts:
         return columns
 
     def _write(self, columns: dict[str, np.ndarray], kept: Extremes) -> None:
-        if hosts.is_primary():
-            write_part(self._file(), self._identity(), Part(columns, *kept.so_far()))
+        with self.run.asked.held():
+            if hosts.is_primary():
+                write_part(self._file(), self._identity(), Part(columns, *kept.so_far()))
 
     def _file(self) -> Path:
         return part_file(self.run.output, self.step, self.identity["steps"])

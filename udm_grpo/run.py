@@ -307,8 +307,9 @@ def _fresh(run: Run, abstract: TrainState, reference: Params) -> tuple[TrainStat
 def save(run: Run, state: TrainState, reference: Params, position: Position) -> None:
     """Begin to save everything an exact resume needs; the writing continues while the run does."""
     meta = run.identity.saved_with(position=asdict(position))
-    if run.mirror:
-        run.mirror.push()  # so that what is before the checkpoint is there when it counts
+    with run.asked.held():
+        if run.mirror:
+            run.mirror.push()  # so that what is before the checkpoint is there when it counts
     run.checkpoints.begin(position.step, {"state": state, "reference": reference}, meta)
 
 

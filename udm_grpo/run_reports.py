@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,33 +70,40 @@ def open_reports(run: Run, position: Position | None, stack: contextlib.ExitStac
     return Reports(writer, evaluations, progress, StageTimer())
 
 
-def write_iteration(
-    reports: Reports, config: RunConfig, step: int, rewards: Rewards, metrics: dict[str, jax.Array]
-) -> None:
-    """Write one iteration's numbers; `step` counts iterations done.
+def numbers_of(rewards: Rewards, metrics: dict[str, jax.Array]) -> dict[str, float]:
+    """Return an iteration's numbers of which all have to be finite: the mean reward, and what the objective returned."""
+    return {
+        "reward": float(np.mean(rewards.score)),
+        **{name: float(value) for name, value in jax.device_get(metrics).items()},
+    }
 
-    Raises DivergedError, when they are written, if a number of the update is not finite.
-    """
+
+def write_iteration(
+    reports: Reports, config: RunConfig, step: int, rewards: Rewards, numbers: Mapping[str, float]
+) -> None:
+    """Write one iteration's numbers, of `numbers_of` and of the single scores; `step` counts iterations done."""
     seconds = reports.timer.take()
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     raw, lacking = means(rewards.raw), missing(rewards.raw)
     groups = rewards.score.reshape(-1, config.rollout.group_size)
-    reward = float(np.mean(rewards.score))
     line = {
-        "reward": reward,
+        "reward": numbers["reward"],
         "reward_std": float(np.std(rewards.score)),
         "dead_groups": float(np.mean(np.ptp(groups, axis=1) == 0)),
         "raw": raw,
         **({"raw_missing": lacking} if lacking else {}),
-        **values,
+        **numbers,
         "seconds": seconds,
     }
     reports.writer.write(step, line)
-    check_finite("iteration", step, {"reward": reward, **values}, ADVICE.format(output=config.output_dir))
-    if warning := reports.signal.watch(step, values["skipped"]):
+    if warning := reports.signal.watch(step, numbers["skipped"]):
         reports.progress.message(warning)
-    own = {"reward": reward, **{name: values[name] for name in SHOWN if name in values}}
-    reports.progress.update({"reward": reward, **apart(raw, own), **own}, seconds)
+    own = {name: numbers[name] for name in ("reward", *SHOWN) if name in numbers}
+    reports.progress.update({"reward": own["reward"], **apart(raw, own), **own}, seconds)
+
+
+def check_diverged(config: RunConfig, step: int, numbers: Mapping[str, float]) -> None:
+    """Raise DivergedError if a number of an iteration is not finite, in all processes alike."""
+    check_finite("iteration", step, numbers, ADVICE.format(output=config.output_dir))
 
 
 def write_page(reports: Reports, output: Path) -> None:

@@ -142,9 +142,10 @@ def draw_samples(run: Run, reports: Reports, state: TrainState, reference: Param
     """Write the sample pictures of this moment."""
     images, captions = pictures(run, run.steps.compute_copy(state.params, reference))
     path = run.output / "pictures" / f"{step:06d}.png"
-    if hosts.is_primary():
-        image_grid(images, captions, 4, path, run=run.identity.id)
-        reports.writer.picture(step, "samples", path)
+    with run.asked.held():
+        if hosts.is_primary():
+            image_grid(images, captions, 4, path, run=run.identity.id)
+            reports.writer.picture(step, "samples", path)
 
 
 def evaluate_on_the_way(
@@ -155,8 +156,9 @@ def evaluate_on_the_way(
     params = judged(state)
     policy = run.steps.compute_copy(params, reference)
     found = evaluate(run, policy, given.prompts, given.steps[0], step, extremes_file(run, step))
-    if reports.evaluations:
-        reports.evaluations.append(step, found)
+    with run.asked.held():
+        if reports.evaluations:
+            reports.evaluations.append(step, found)
     means = {name: round(value, 4) for name, value in found.items() if isinstance(value, float)}
     reports.progress.message(f"held-out after {step} iterations, {given.steps[0]} steps: {means}")
     if run.config.checkpoint.keep_best and (position.best is None or found["score"] > position.best):
@@ -169,8 +171,9 @@ def evaluate_start(run: Run, reports: Reports, reference: Params, position: Posi
     """Evaluate the start model; return the position."""
     reports.progress.message("evaluating the start model")
     position = replace(position, base=evaluate_all(run, reference, 0))
-    if reports.evaluations:
-        reports.evaluations.append(0, position.base[str(run.config.evaluation.steps[0])])
+    with run.asked.held():
+        if reports.evaluations:
+            reports.evaluations.append(0, position.base[str(run.config.evaluation.steps[0])])
     return position
 
 
@@ -183,6 +186,8 @@ def look(run: Run, reports: Reports, state: TrainState, reference: Params, posit
         draw_samples(run, reports, state, reference, step)
     if given.every and step and step % given.every == 0 and step < run.config.iterations:
         position = evaluate_on_the_way(run, reports, state, reference, position)
+    if jax.process_count() > 1:
+        run.asked.check()  # what could not be written is looked at again after a resume
     return replace(position, looked=True)
 
 
@@ -278,9 +283,12 @@ def advance(run: Run, reports: Reports, reference: Params, standing: Standing, b
         standing.state, rewards, metrics = iterate(run, standing.state, reference, step, reports.timer)
         seconds = spent + time.monotonic() - began
         standing.position = replace(standing.position, step=step + 1, seconds=seconds, looked=False)
-        run_reports.write_iteration(reports, config, step + 1, rewards, metrics)
-        if run.mirror:
-            run.mirror.push_when_due()
+        numbers = run_reports.numbers_of(rewards, metrics)
+        with run.asked.held():
+            run_reports.write_iteration(reports, config, step + 1, rewards, numbers)
+            if run.mirror:
+                run.mirror.push_when_due()
+        run_reports.check_diverged(config, step + 1, numbers)
         run.asked.check()
         standing.position = look(run, reports, standing.state, reference, standing.position)
         every = config.checkpoint.every

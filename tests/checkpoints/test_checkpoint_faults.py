@@ -21,9 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_helpers import assert_same, finish, run_file
+from checkpoint_helpers import assert_same, change_a_byte, finish, run_file
 
-from udm_grpo.checkpoints.checkpoint import CheckpointError, Checkpoints, read_meta, resolve_resume, restore
+from udm_grpo.checkpoints.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    DamagedError,
+    read_meta,
+    resolve_resume,
+    restore,
+)
+from udm_grpo.checkpoints.checkpoint_contents import CONTENTS
+from udm_grpo.checkpoints.checkpoint_fallback import restore_newest
 
 
 def test_leftovers_of_interrupted_saves_do_not_count_and_are_cleared(tmp_path):
@@ -57,6 +66,44 @@ def test_a_damaged_checkpoint_is_called_damaged(tmp_path):
     (tmp_path / "00000002" / "state" / "_METADATA").write_text("{")
     with pytest.raises(CheckpointError, match=r"00000002 is (damaged|not a complete checkpoint)"):
         restore(tmp_path / "00000002", state)
+
+
+def lose_a_file(checkpoint: Path) -> None:
+    next(checkpoint.rglob("d/*")).unlink()
+
+
+def cut_the_list(checkpoint: Path) -> None:
+    file = checkpoint / CONTENTS
+    file.write_text(file.read_text()[:40])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change_a_byte, "00000002 is damaged: state/.* has other content than was saved"),
+        (lose_a_file, "00000002 is damaged: state/.* is missing"),
+        (cut_the_list, "00000002 is damaged: contents.json cannot be read"),
+    ],
+)
+def test_every_kind_of_damage_is_found_and_the_one_before_is_taken(tmp_path, capsys, damage, message):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    states = [{"x": jnp.arange(1000) + step} for step in (1, 2)]
+    for step, state in enumerate(states, 1):
+        checkpoints.save(step, state, {})
+    damage(checkpoints.path(2))
+    with pytest.raises(DamagedError, match=message):
+        checkpoints.restore(2, states[0])
+    newest = restore_newest(tmp_path, states[0])
+    assert newest is not None
+    assert_same(newest[0], states[0])
+    assert f"Going back to {checkpoints.path(1)}." in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_a_list_of_its_files_is_read(tmp_path):
+    """As versions before this one saved them, and as a kill right after the commit leaves one."""
+    checkpoints, state = Checkpoints(tmp_path, keep=2), {"x": jnp.arange(1000)}
+    (checkpoints.save(1, state, {}) / CONTENTS).unlink()
+    assert_same(checkpoints.restore(1, state)[0], state)
 
 
 def test_a_process_killed_while_saving_leaves_the_last_good_checkpoint(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
 from report_runs import write_run
-from running import metrics, train, train_and_kill, train_together
+from running import command, metrics, together, train, train_and_kill, train_together
 from safetensors.numpy import load_file
 
 from udm_grpo.checkpoints.checkpoint import Checkpoints, read_meta, restore
@@ -249,6 +249,36 @@ def test_two_processes_equal_one_stop_when_asked_and_go_on_as_one(alone: Path) -
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in metrics(output)] == list(range(1, stopped + 2))
     assert_same_steps(alone, output)
+
+
+FULL = """
+import errno, sys
+from udm_grpo import train
+from udm_grpo.reporting.metrics import JsonLines
+append = JsonLines.append
+def full(self, step, *rest):
+    if step == 2:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    append(self, step, *rest)
+JsonLines.append = full
+sys.exit(train.main(sys.argv[1:]))
+"""
+"""The trainer on a disk that is full when the second line of metrics is written, which process 0 alone does."""
+
+
+def test_of_two_processes_all_save_when_one_cannot_write(alone: Path) -> None:
+    output = alone.parent / "full"
+    shape = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", *SHORT[1:], "iterations=50", "checkpoint.every=0")
+    words = command(output, *shape)
+    assert words[1:3] == ["-m", "udm_grpo.train"]
+    processes = together([words[0], "-c", FULL, *words[3:]], output, 2, 4)
+    first, second = (process.wait(300) for process in processes)
+    assert (first, second in (1, 2)) == (2, True), logs(output)  # the second may hear of it by the line between them
+    for log in logs(output):
+        assert "No space left on device" in log
+        assert "process 0" in log
+    assert "2 of 50 iterations are saved; resume with" in logs(output)[0]
+    assert Checkpoints(output / "checkpoints", keep=1).steps() == [2]
 
 
 def test_four_processes_equal_one(alone: Path) -> None:

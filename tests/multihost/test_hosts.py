@@ -5,6 +5,8 @@ Run as a program (`python test_hosts.py WHAT folder ...`) this file is one proce
 
 import contextlib
 import dataclasses
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_helpers import assert_same, finish, run_file
+from checkpoint_helpers import assert_same, change_a_byte, finish, run_file
 from golden_data import first_case
 from running import free_port
 
 from udm_grpo import mesh as meshes
 from udm_grpo.checkpoints.checkpoint import Checkpoints, restore
+from udm_grpo.checkpoints.checkpoint_fallback import restore_or_older
 from udm_grpo.config import ConfigError, DistributedConfig, RunConfig
 from udm_grpo.lifecycle import output_folder
 from udm_grpo.multihost import hosts
@@ -80,6 +83,19 @@ def move(mesh: Any, folder: Path) -> None:
     checkpoints.finish()
 
 
+def go_back(mesh: Any, folder: Path) -> None:
+    """From a copy of the newest checkpoint in which one byte of the arrays is another, to the one before it."""
+    copies = folder / "copies"
+    if hosts.is_primary():
+        for step in (3, 4):
+            shutil.copytree(folder / "checkpoints" / f"{step:08d}", copies / f"{step:08d}")
+        change_a_byte(copies / "00000004")
+    hosts.any_process(False)  # nobody reads before it is done
+    state, _ = restore_or_older(copies / "00000004", on(mesh, params_of(1)), "latest", lambda meta: None)
+    mine = state["norm"].addressable_shards[0].data
+    np.testing.assert_array_equal(np.asarray(mine), params_of(3)["norm"])
+
+
 def stream(mesh: Any, folder: Path) -> None:
     """Read a released folder to the shards of both processes, and write it from there."""
     base = load_folder(first_case().checkpoint, read_transformer=False)
@@ -108,6 +124,7 @@ def together(folder: str, port: str, process: str) -> None:
         exchange(mesh)
         open_folder_of_its_own(Path(folder))
         move(mesh, Path(folder))
+        go_back(mesh, Path(folder))
         streaming.BLOCK_BYTES = 1 << 12  # several blocks a tensor
         stream(mesh, Path(folder))
 
@@ -116,8 +133,9 @@ def test_two_processes_share_rows_checkpoints_and_weights(tmp_path):
     Checkpoints(tmp_path / "checkpoints", keep=9).save(1, jax.tree.map(jnp.asarray, params_of(1)), {"by": "one"})
     port = free_port()
     processes = [run_file(__file__, "TOGETHER", str(tmp_path), str(port), str(i), devices=2) for i in range(2)]
-    for process in processes:
-        finish(process)
+    for output in [finish(process) for process in processes]:
+        assert re.search(r"00000004 is damaged: state/\S+ has other content than was saved\n", output)
+        assert f"Going back to {tmp_path / 'copies' / '00000003'}." in output
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     assert checkpoints.steps() == [3, 4]
     for step in (3, 4):

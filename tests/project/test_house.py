@@ -35,7 +35,7 @@ LAYERS = {
     "tensor_files": ("batches", "machine", "files"),
     "data": ("machine", "files", "reporting", "tensor_files"),
     "released": ("batches", "machine", "model", "files", "tensor_files", "data"),
-    "checkpoints": ("config", "batches", "export", "model", "files", "tensor_files", "released"),
+    "checkpoints": ("config", "batches", "export", "model", "files", "multihost", "tensor_files", "released"),
     "scoring": ("config", "models", "machine", "files", "reporting", "data", "released"),
 }
 """Package of udm_grpo -> what else of udm_grpo it may import. Those that are not here put the others together."""

@@ -68,7 +68,7 @@ def test_an_iteration_writes_the_mean_over_the_images_that_have_a_value(some: Re
     with MetricsWriter(tmp_path) as writer, (tmp_path / "log").open("w") as log:
         reports = run_reports.Reports(writer, None, Progress(1, stream=log), StageTimer())
         values: Any = {"kl": 0.25, "entropy": 2.0, "skipped": 0.0}
-        run_reports.write_iteration(reports, config, 1, some, values)
+        run_reports.write_iteration(reports, config, 1, some, run_reports.numbers_of(some, values))
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert (line["step"], line["reward"], line["raw"]["few"], line["raw"]["reward"]) == (1, 0.5, 4, 9)
     assert line["raw_missing"] == {"few": 2, "no": 4}

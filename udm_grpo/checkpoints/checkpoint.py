@@ -31,6 +31,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from udm_grpo.checkpoints.checkpoint_contents import write_contents
 from udm_grpo.checkpoints.checkpoint_folders import (
     PathLike,
     absolute,
@@ -169,6 +170,7 @@ class Checkpoints:
         with self._failing(pending.path, _size(pending.leaves)):
             pending.response.result()
             if jax.process_index() == 0:
+                write_contents(pending.path)
                 make_durable(pending.path)
         try:
             _read_back(pending)

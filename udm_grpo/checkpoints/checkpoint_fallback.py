@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 from etils import epath
 
 from udm_grpo.checkpoints.checkpoint_folders import PathLike, absolute
@@ -20,8 +19,8 @@ def restore_or_older(
     resume: what the user asked for; a checkpoint that it names itself is the only one that will do. check: raises where
     the meta of a checkpoint is not of this run; every one that is tried is checked first.
 
-    Raises what `check` and `restore` raise. Of several processes none goes back: one may read what
-    another cannot.
+    Raises what `check` and `restore` raise. Of several processes all go back alike, since each knows of the damage that
+    another has found.
     """
     path = absolute(path)
     while True:
@@ -30,7 +29,7 @@ def restore_or_older(
             return restore(path, abstract_state)
         except DamagedError as error:
             named = resume != "latest" and absolute(resume) == path
-            older = None if named or jax.process_count() > 1 else _older(path)
+            older = None if named else _older(path)
             if older is None:
                 raise
             print(f"warning: {error}\n  Going back to {older}.", file=sys.stderr)

@@ -23,7 +23,7 @@ def savable_leaves(state: State) -> dict[str, Any]:
         elif leaf.size == 0:
             wrong.append(f"{name} has no elements, shape {leaf.shape}: leave it out")
     if wrong:
-        raise TypeError("\n  ".join(["only arrays can be saved:", *_some(wrong)]))
+        raise TypeError("\n  ".join(["only arrays can be saved:", *some(wrong)]))
     return {name: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf for name, leaf in leaves.items()}
 
 
@@ -77,8 +77,9 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], partial: bo
             f"{name} is {there[name]}, wanted {form}" for name, form in here.items() if there.get(name, form) != form
         ],
     }
-    return [f"{len(names)} {kind}: {'; '.join(_some(names))}" for kind, names in kinds.items() if names]
+    return [f"{len(names)} {kind}: {'; '.join(some(names))}" for kind, names in kinds.items() if names]
 
 
-def _some(items: list[str]) -> list[str]:
+def some(items: list[str]) -> list[str]:
+    """Return the first few of some lines, and how many more there are."""
     return items[:MAX_SHOWN] + ([f"... and {len(items) - MAX_SHOWN} more"] if len(items) > MAX_SHOWN else [])

@@ -12,8 +12,9 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from rewards_bridge.errors import UserError
+from udm_grpo.checkpoints.checkpoint_contents import damaged_files
 from udm_grpo.checkpoints.checkpoint_folders import COMMITTED, PathLike, absolute, committed_steps, is_committed
-from udm_grpo.checkpoints.checkpoint_leaves import State, abstract_leaves, by_name, differences
+from udm_grpo.checkpoints.checkpoint_leaves import State, abstract_leaves, by_name, differences, some
 from udm_grpo.checkpoints.checkpoint_storage import plain
 from udm_grpo.files.finite import named, nonfinite
 
@@ -27,7 +28,7 @@ class CheckpointError(UserError, RuntimeError):
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint that was complete once cannot be read."""
+    """A checkpoint that was complete once cannot be read; of several processes all find the same."""
 
 
 def restore(path: PathLike, abstract_state: State, partial: bool = False) -> tuple[State, dict[str, Any]]:
@@ -47,13 +48,25 @@ def restore(path: PathLike, abstract_state: State, partial: bool = False) -> tup
     if found:
         advice = "Give the configuration it was made with, or resume=none to begin anew."
         raise CheckpointError("\n  ".join([f"{path} is a checkpoint of another model:", *found, advice]))
-    with reading(path, partial):
-        loaded = ocp.load(plain(path), wanted)
+    if lines := damaged_files(path):
+        raise DamagedError(f"{path} is damaged: {'; '.join(some(lines))}\n  Resume from another checkpoint.")
+    loaded = _load(path, wanted, partial)
     if bad := nonfinite(loaded):
         raise DamagedError(f"{path}: NaN or infinite numbers in {named(bad)}. Give an earlier checkpoint.")
     scalars = [isinstance(leaf, np.generic) for leaf in jax.tree.leaves(abstract_state)]
     leaves = [loaded[name][()] if scalar else loaded[name] for name, scalar in zip(wanted, scalars, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), meta
+
+
+def _load(path: epath.Path, wanted: Mapping[str, Any], partial: bool) -> Mapping[str, Any]:
+    """Return the arrays by name; raises DamagedError, where other processes may go on waiting a CheckpointError."""
+    try:
+        with reading(path, partial):
+            return ocp.load(plain(path), wanted)
+    except DamagedError as error:
+        if jax.process_count() > 1:
+            raise CheckpointError(str(error)) from error
+        raise
 
 
 def read_meta(path: PathLike) -> dict[str, Any]:

@@ -51,13 +51,13 @@ def save_after(error: Exception, run: Run, reports: Reports, reference: Params, 
     """Save the last whole iteration because of an error, which the caller raises again; say what became of it.
 
     Not after a DivergedError, whose numbers nobody wants; with several processes only after an error that all of them
-    have at the same point.
+    have at the same point: of a scorer, or of what a process does by itself (see `Interruption.held`).
     """
-    alone = jax.process_count() == 1
-    if isinstance(error, DivergedError) or not (alone or isinstance(error, ScoringFailedError)):
+    together = jax.process_count() == 1 or isinstance(error, ScoringFailedError) or run.asked.failed_together
+    if isinstance(error, DivergedError) or not together:
         return
     step, consumed = standing.position.step, any(leaf.is_deleted() for leaf in jax.tree.leaves(standing.state))
-    worthless = step == 0 and not standing.position.base and not (alone and (run.output / FOLDER).exists())
+    worthless = step == 0 and not standing.position.base and not hosts.from_primary((run.output / FOLDER).exists)
     if standing.saved == step or worthless or consumed:
         return
     try:

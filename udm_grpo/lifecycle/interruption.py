@@ -22,27 +22,63 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
+import jax
+
+from rewards_bridge.errors import UserError
 from udm_grpo.lifecycle.early_signals import AT_ONCE_STATUS, STOPPING
 from udm_grpo.multihost import hosts
 
 SURVIVED = (signal.SIGHUP,)
+MAX_TEXT = 4000
+"""Characters of an error that the other processes are told."""
 
 
 class StopRequestedError(Exception):
     """The run was asked to stop and nothing is under way that would be lost."""
 
 
+class OtherProcessError(UserError, RuntimeError):
+    """Another process of this run has failed in what it does by itself, and says so at a point that all reach."""
+
+
 @dataclass
 class Interruption:
-    """Whether this process was asked to stop, and by which signal."""
+    """Whether this process was asked to stop, and by which signal, or has failed in something that it does by itself."""
 
     requested: bool = False
     by: str = ""
+    problem: Exception | None = None
+    """What `held` has caught."""
+    failed_together: bool = False
+    """Whether `check` has raised a problem, in all processes at the same point."""
 
     def check(self) -> None:
-        """Raise StopRequestedError, in all processes alike, if any of them was asked to stop."""
-        if hosts.any_process(self.requested):
+        """Raise, in all processes alike, StopRequestedError if any was asked to stop, or what `held` has caught.
+
+        Where that was in other processes only, an OtherProcessError says what and in which.
+        """
+        if not hosts.any_process(self.requested or self.problem is not None):
+            return
+        problem = self.problem
+        told = hosts.gather(None if problem is None else f"{type(problem).__name__}: {str(problem)[:MAX_TEXT]}")
+        lines = [f"process {process}: {text}" for process, text in enumerate(told) if text is not None]
+        if not lines:
             raise StopRequestedError
+        self.failed_together = True
+        raise OtherProcessError("; ".join(lines)) if problem is None else problem
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep an error of what a process does by itself, such as writing files, until all of them `check`.
+
+        The others meanwhile compute, and would wait for a process that has left. With one process it is raised at once.
+        """
+        try:
+            yield
+        except Exception as error:
+            if jax.process_count() == 1:
+                raise
+            self.problem = self.problem or error
 
     def request(self, number: int) -> None:
         """Note a signal that asks the run to stop."""

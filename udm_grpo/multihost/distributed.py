@@ -3,7 +3,7 @@
 process_place.py says where a process learns its id, their number and the address of process 0. JAX_LOCAL_DEVICE_IDS
 limits the devices of a process (otherwise it has all that it sees: one process a host is the plain way).
 UDM_GRPO_SECRET, a text that is the same in all processes of a run, keeps strangers and other runs out of their meeting
-(`host/handshake.py`); scripts/launch_slurm.sbatch makes one for each job.
+(handshake.py); scripts/launch_slurm.sbatch makes one for each job.
 
 Two ports of process 0 are used: the coordinator's for jax, and the next one (for 65535 the one before) for the line on
 which a process's end is noticed. All processes need the same output_dir, and each the start model's folder and

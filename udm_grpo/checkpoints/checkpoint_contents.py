@@ -1,0 +1,75 @@
+"""Size and SHA-256 of every file of a checkpoint: written when it is saved, compared before it is restored.
+
+Orbax notices a file that is missing or cut, but not numbers that a failing disk or a bad copy has changed: arrays are
+stored without check sums. With this list every kind of damage is found in the same way, and by all processes alike,
+since each compares a share of the files before any of them begins to restore. Buckets keep check sums of their own;
+checkpoints there have no list, and neither have those of earlier versions: what Orbax notices is all that is seen then.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from udm_grpo.checkpoints.checkpoint_folders import COMMITTED
+from udm_grpo.checkpoints.checkpoint_storage import is_remote
+from udm_grpo.multihost import hosts
+
+CONTENTS = "contents.json"
+READERS = 4
+"""Files that are read at a time; hashing lets other threads run."""
+
+
+def write_contents(folder: epath.Path) -> None:
+    """Write the list of a checkpoint's files into it; does nothing in a bucket. Raises OSError if the disk fails."""
+    if is_remote(folder):
+        return
+    root = Path(os.fspath(folder))
+    names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
+    with ThreadPoolExecutor(READERS) as pool:
+        files = dict(zip(names, pool.map(lambda name: _form(root / name), names), strict=True))
+    (root / CONTENTS).write_text(json.dumps({"files": files}, indent=0))
+
+
+def damaged_files(folder: epath.Path) -> list[str]:
+    """Return a line for each file of a checkpoint that is not as it was saved; none where it has no list.
+
+    All processes call this alike, and all get the same lines.
+    """
+    if is_remote(folder) or not hosts.from_primary((folder / CONTENTS).exists):
+        return []
+    return [line for lines in hosts.gather(_own_share(Path(os.fspath(folder)))) for line in lines]
+
+
+def _own_share(root: Path) -> list[str]:
+    try:
+        files: Mapping[str, Any] = json.loads((root / CONTENTS).read_text())["files"]
+        names = sorted(name for name in files if name != COMMITTED)[jax.process_index() :: jax.process_count()]
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(filter(None, pool.map(lambda name: _change(root / name, name, files[name]), names)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{CONTENTS} cannot be read ({type(error).__name__}: {error})"]
+
+
+def _change(path: Path, name: str, saved: Mapping[str, Any]) -> str:
+    """Return what has become of a file, or nothing if it is as it was saved."""
+    try:
+        size = path.stat().st_size
+        if size != saved["bytes"]:
+            return f"{name} has {size} bytes instead of {saved['bytes']}"
+        return "" if _form(path) == saved else f"{name} has other content than was saved"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+
+
+def _form(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
