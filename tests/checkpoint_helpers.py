@@ -22,12 +22,15 @@ def assert_same(left: Any, right: Any) -> None:
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
-def change_a_byte(checkpoint: Path) -> None:
-    """Change the middle of the largest file with arrays, as a failing disk does: its size stays."""
-    file = max(checkpoint.rglob("d/*"), key=lambda path: path.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+def change_a_number(checkpoint: Path, numbers: np.ndarray) -> None:
+    """Change one of these neighbouring numbers in the files of a checkpoint, as a failing disk does: sizes stay."""
+    for file in Path(checkpoint).rglob("d/*"):
+        content = bytearray(file.read_bytes())
+        if (at := content.find(numbers.tobytes())) >= 0:
+            content[at] ^= 1
+            file.write_bytes(content)
+            return
+    raise AssertionError(f"no file of {checkpoint} holds these numbers")
 
 
 def run_file(file: str, *arguments: str, devices: int = 1, **options: Any) -> subprocess.Popen:

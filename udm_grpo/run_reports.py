@@ -71,7 +71,7 @@ def open_reports(run: Run, position: Position | None, stack: contextlib.ExitStac
 
 
 def numbers_of(rewards: Rewards, metrics: dict[str, jax.Array]) -> dict[str, float]:
-    """Return an iteration's numbers of which all have to be finite: the mean reward, and what the objective returned."""
+    """Return the numbers of an iteration that have to be finite: the mean reward, and the objective's metrics."""
     return {
         "reward": float(np.mean(rewards.score)),
         **{name: float(value) for name, value in jax.device_get(metrics).items()},

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_helpers import assert_same, change_a_byte, finish, run_file
+from checkpoint_helpers import assert_same, change_a_number, finish, run_file
 
 from udm_grpo.checkpoints.checkpoint import (
     CheckpointError,
@@ -68,8 +68,12 @@ def test_a_damaged_checkpoint_is_called_damaged(tmp_path):
         restore(tmp_path / "00000002", state)
 
 
+def change_values(checkpoint: Path) -> None:
+    change_a_number(checkpoint, np.arange(1000, dtype=np.int32) + np.int32(2))
+
+
 def lose_a_file(checkpoint: Path) -> None:
-    next(checkpoint.rglob("d/*")).unlink()
+    max(Path(checkpoint).rglob("d/*"), key=lambda path: path.stat().st_size).unlink()
 
 
 def cut_the_list(checkpoint: Path) -> None:
@@ -80,7 +84,7 @@ def cut_the_list(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (change_a_byte, "00000002 is damaged: state/.* has other content than was saved"),
+        (change_values, "00000002 is damaged: state/.* has other content than was saved"),
         (lose_a_file, "00000002 is damaged: state/.* is missing"),
         (cut_the_list, "00000002 is damaged: contents.json cannot be read"),
     ],

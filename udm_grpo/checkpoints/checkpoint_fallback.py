@@ -24,8 +24,8 @@ def restore_or_older(
     """
     path = absolute(path)
     while True:
-        check(read_meta(path))
         try:
+            check(read_meta(path))
             return restore(path, abstract_state)
         except DamagedError as error:
             named = resume != "latest" and absolute(resume) == path

@@ -43,7 +43,7 @@ class OtherProcessError(UserError, RuntimeError):
 
 @dataclass
 class Interruption:
-    """Whether this process was asked to stop, and by which signal, or has failed in something that it does by itself."""
+    """Whether this process was asked to stop, and by which signal, or has failed in what it does by itself."""
 
     requested: bool = False
     by: str = ""
