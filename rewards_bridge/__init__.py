@@ -1,1 +1,1 @@
-"""The process that holds the scorers: images and prompts in, rewards out. It imports neither jax nor udm_grpo."""
+"""Reward scorers in processes of their own: images and prompts in, scores out. Imports neither jax nor udm_grpo."""

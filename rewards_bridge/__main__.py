@@ -1,4 +1,4 @@
-"""python -m rewards_bridge serve|score|doctor: hold a scorer, score a few images by hand, see what a scorer lacks."""
+"""python -m rewards_bridge serve|score|doctor: serve a scorer, score image files, check what a scorer needs."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from rewards_bridge.scorers import SCORERS
 from rewards_bridge.server import ServeConfig, serve
 
 CONNECT_S, LOAD_S, SCORE_S = 10.0, 3600.0, 3600.0
-"""How long score waits for a server, for a scorer that it loads, and for the score of one image."""
+"""How long `score` waits for a server, for loading a scorer, and for the score of one image."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 2 and one line on stderr if its arguments cannot work."""
+    """Run one command and return its exit status; 2, with one line on stderr, for invalid arguments."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
-            reconfigure(errors="backslashreplace")  # what a terminal cannot show is shown as \u00e9
+            reconfigure(errors="backslashreplace")  # characters that a terminal cannot show become \u00e9
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
-    of_a_training = parsed.command == "doctor" and parsed.config
-    if rest and not (of_a_training and all(word.startswith("--config.") for word in rest)):
+    has_config = parsed.command == "doctor" and parsed.config
+    if rest and not (has_config and all(word.startswith("--config.") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if parsed.command == "serve":
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _doctor(parsed: argparse.Namespace, rest: list[str]) -> int:
     if parsed.config:
         if parsed.scorer or parsed.option or parsed.options_file or parsed.device:
-            raise UsageError("--config says which scorers, options and devices; leave --scorer, --option, --device out")
+            raise UsageError("--config sets scorers, options and devices; leave --scorer, --option and --device out")
         return doctor.hand_over(parsed.config, rest)
     checks = doctor.Checks(parsed.device, parsed.memory, not parsed.no_load, not parsed.no_check_example)
     return doctor.report(parsed.scorer, _options(parsed), checks)
@@ -59,39 +59,41 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m rewards_bridge", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     serving = commands.add_parser("serve", help="load a scorer and serve it until stopped")
-    scoring = commands.add_parser("score", help="score images, one JSON object a line")
-    examining = commands.add_parser("doctor", help="say of each scorer whether it is ready, and how to fix it if not")
+    scoring = commands.add_parser("score", help="score images; print one JSON object per line")
+    examining = commands.add_parser("doctor", help="report whether each scorer is ready, and how to fix it if not")
     names = f'{", ".join(sorted(SCORERS))}, or your own "module:Class"'
-    examining.add_argument("--scorer", action="append", default=[], help=f"{names}; may be repeated; all if left out")
-    what = "all that a training needs, by its configuration; --config.field=value as there"
+    examining.add_argument("--scorer", action="append", default=[], help=f"{names}; may be repeated; default: all")
+    what = "check everything that this training configuration needs; accepts --config.field=value"
     examining.add_argument("--config", type=_path, metavar="FILE", help=what)
-    examining.add_argument("--memory", type=float, metavar="GIB", help="what the scorer's device has for it")
-    examining.add_argument("--no-load", action="store_true", help="look at packages and memory only")
+    examining.add_argument("--memory", type=float, metavar="GIB", help="device memory available to the scorer")
+    examining.add_argument("--no-load", action="store_true", help="check only packages and memory")
     for command in (serving, scoring):
         command.add_argument("--scorer", required=True, help=names)
     for command in (serving, scoring, examining):
         command.add_argument(
             "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the scorer"
         )
-        what = "further options as a JSON object of texts, which no other user can list; -: a line of standard input"
+        what = "more options, as a JSON object of texts that other users cannot see; -: first line of standard input"
         command.add_argument("--options-file", metavar="FILE", help=what)
     for command in (serving, examining):
-        command.add_argument("--device", help="cuda:0, say, for scorers that take a device, if no option names one")
-    serving.add_argument("--memory-fraction", type=float, metavar="PART", help="of a GPU's memory, for PyTorch here")
+        command.add_argument("--device", help="such as cuda:0; for scorers that take a device, if no option names one")
     serving.add_argument(
-        "--deadline", type=float, metavar="S", help="that clients give a batch, for scorers that take it"
+        "--memory-fraction", type=float, metavar="PART", help="maximum share of the GPU's memory for PyTorch, 0 to 1"
+    )
+    serving.add_argument(
+        "--deadline", type=float, metavar="S", help="seconds that clients wait for a batch, for scorers that use it"
     )
     serving.add_argument("--listen", required=True, metavar="ADDRESS", help="unix:/path or HOST:PORT (port 0: any)")
     serving.add_argument("--tls-cert", type=_path, metavar="PEM")
     serving.add_argument("--tls-key", type=_path, metavar="PEM")
-    serving.add_argument("--token-file", type=_path, metavar="FILE", help="callers have to know this token")
-    serving.add_argument("--exit-with-parent", action="store_true", help="end when standard input ends")
+    serving.add_argument("--token-file", type=_path, metavar="FILE", help="file with the token that clients must send")
+    serving.add_argument("--exit-with-parent", action="store_true", help="exit when standard input is closed")
     scoring.add_argument("--prompt", required=True)
-    scoring.add_argument("--address", help="of a running server of this scorer; empty: start one for these images")
+    scoring.add_argument("--address", help="of a running server of this scorer; default: start one for these images")
     scoring.add_argument(
-        "--tls-ca", type=_path, metavar="PEM", help="what a server on another machine is checked against"
+        "--tls-ca", type=_path, metavar="PEM", help="certificates to verify a server on another machine"
     )
-    scoring.add_argument("--token-file", type=_path, metavar="FILE", help="the token that such a server wants")
+    scoring.add_argument("--token-file", type=_path, metavar="FILE", help="file with the token of such a server")
     for command in (scoring, examining):
         command.add_argument(
             "--no-check-example", action="store_true", help="only warn if a scorer gets its own test images wrong"
@@ -102,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _path(text: str) -> str:
-    return os.path.expanduser(text)  # a shell leaves the ~ of --token-file=~/x alone
+    return os.path.expanduser(text)  # shells do not expand the ~ in --token-file=~/x
 
 
 def _serve_config(parsed: argparse.Namespace) -> ServeConfig:
@@ -131,14 +133,14 @@ def _score(parsed: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(f"--metadata is not JSON: {error}") from error
     if not isinstance(metadata, dict):
-        raise UsageError(f"--metadata has to be a JSON object; found {parsed.metadata}")
+        raise UsageError(f"--metadata must be a JSON object; found {parsed.metadata}")
     pictures = [_read_picture(path) for path in parsed.images]
     with RewardsClient(_client_config(parsed)) as client:
         for text in client.warnings():
             print(f"rewards_bridge score: warning: {text}", file=sys.stderr)
         try:
             problem = client.check([parsed.prompt], [metadata]).get(0)
-        except ValueError as error:  # what cannot be sent
+        except ValueError as error:  # a prompt or metadata that cannot be sent
             raise UsageError(str(error)) from error
         if problem:
             raise PromptError(f"the prompt and its --metadata cannot be scored: {problem}")
@@ -159,7 +161,7 @@ def _score(parsed: argparse.Namespace) -> int:
 
 
 def _read_picture(path: str) -> np.ndarray:
-    from rewards_bridge.picture_files import PictureError, read_picture  # only this command needs Pillow
+    from rewards_bridge.picture_files import PictureError, read_picture  # only `score` needs Pillow
 
     try:
         picture = read_picture(path)
@@ -171,9 +173,7 @@ def _read_picture(path: str) -> np.ndarray:
 
 
 def _client_config(parsed: argparse.Namespace) -> BridgeConfig:
-    """Return the server at --address, or a process of our own, as training starts it: what it refuses is refused here
-    too.
-    """
+    """Return the config of the server at --address or of a process of our own, with the checks that training makes."""
     timeout_s = CONNECT_S if parsed.address else LOAD_S
     return BridgeConfig(
         scorer=parsed.scorer,

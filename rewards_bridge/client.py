@@ -1,6 +1,6 @@
-"""The trainer's side: submit images, get a future of their scores, and never a made-up one.
+"""The trainer's side of the bridge: submit images and get a future of their scores or of an error.
 
-Imports only the standard library, numpy, grpc and protobuf (Pillow when images of bad scores are kept).
+Imports only the standard library, numpy, grpc and protobuf (and Pillow when images of bad scores are saved).
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ __all__ = [
 ]
 
 IN_FLIGHT = 2  # batches at the server at once: one arrives while another is scored
-MAX_WAITING_BYTES = 512 << 20  # of images that wait for their scores; who submits more waits
+MAX_WAITING_BYTES = 512 << 20  # of images that wait for their scores; submitting more blocks
 BROKEN = (
     *(grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED),
     *(grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS, grpc.StatusCode.DEADLINE_EXCEEDED),
 )
-"""Statuses of a call whose connection or server has failed, so that a new one may do."""
+"""Statuses of a failed connection or server, where a new one may succeed."""
 BATCH_AT_FAULT = (
     *(grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.OUT_OF_RANGE),
-    grpc.StatusCode.RESOURCE_EXHAUSTED,  # a message that is too large; what is only busy is called again
+    grpc.StatusCode.RESOURCE_EXHAUSTED,  # a message that is too large; a server that is only busy is called again
 )
-"""Statuses that any server would give this call."""
+"""Statuses that every server would return for this call."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class BridgeStats:
-    """What the bridge has done since it was opened; seconds as the server measured them, summed over batches."""
+    """Counts since the bridge was opened; seconds are measured by the server and summed over batches."""
 
     batches: int = 0
     images: int = 0
@@ -75,7 +75,7 @@ class _Job:
 
 
 class RewardsClient:
-    """A scorer at work in another process: one of our own, or one that already runs at an address."""
+    """Client of a scorer in another process: one that it starts, or one that already runs at an address."""
 
     def __init__(self, config: BridgeConfig) -> None:
         self._config = config
@@ -95,23 +95,23 @@ class RewardsClient:
     def submit(
         self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict], wait: bool = True
     ) -> Future[Scores]:
-        """Score images u8[B,H,W,3] (left unchanged until then); returns at once unless much is waiting already.
+        """Submit images u8[B,H,W,3] for scoring; do not modify them before the result is there.
 
-        With MAX_WAITING_BYTES of images on their way it returns when there is room, so that a slow scorer does not
-        fill the memory; wait=False: at once whatever waits. ValueError if the arguments are not that or do not match.
-        The future's errors: DeadlineError and LostError (the scorer is given up), ScorerError (it raised),
-        BadScoresError (wrong counts, NaN, infinity), BridgeError.
+        Returns immediately while fewer than MAX_WAITING_BYTES of images are waiting; otherwise blocks until there is
+        room, so that a slow scorer does not fill the memory. With wait=False it never blocks. Raises ValueError if
+        the arguments have another form or do not match. The future's errors: DeadlineError and LostError (the scorer
+        is lost), ScorerError (it raised), BadScoresError (wrong counts, NaN, infinity), BridgeError.
         """
         return self._submit(images, prompts, metadata, wait, self._config.kept_images)
 
     def try_out(self, prompt: str, metadata: dict, height: int, width: int) -> None:
-        """Have a scorer of the user's own ("module:Class") judge two test images of this size.
+        """Score two test images of this size with a user's own scorer ("module:Class").
 
-        Shows before anything else is loaded what a scorer returns that cannot be used, such as one number for all
-        images. Raises what the future of `submit` has.
+        Detects unusable results, such as one number for all images, before anything else is loaded. Raises the errors
+        of the future of `submit`.
         """
         if ":" not in self._config.scorer:
-            return  # those that ship here have test images of their own
+            return  # built-in scorers have test images of their own
         images = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
         self._submit(images, [prompt] * 2, [metadata] * 2, False, None).result()
 
@@ -133,9 +133,10 @@ class RewardsClient:
         return job.future
 
     def check(self, prompts: Sequence[str], metadata: Sequence[dict]) -> dict[int, str]:
-        """Why the scorer cannot score some of these prompts, by their index; empty if it can score all.
+        """Return, by index, why the scorer cannot score some of these prompts; empty if it can score all.
 
-        Raises ScorerError if it raised, BridgeError as `submit`'s future, ValueError for what cannot be sent.
+        Raises ScorerError if the scorer raised, BridgeError as the future of `submit`, and ValueError for prompts or
+        metadata that cannot be sent.
         """
         problems: dict[int, str] = {}
         for start, reply in self._check_parts(prompts, metadata, with_notes=False):
@@ -143,10 +144,10 @@ class RewardsClient:
         return dict(sorted(problems.items()))
 
     def notes(self, prompts: Sequence[str], metadata: Sequence[dict]) -> dict[int, str]:
-        """Return in what the scorer does not score some of these prompts as one may think, by their index.
+        """Return, by index, notes on prompts that the scorer does not score as a user might expect.
 
-        Of a prompt that it reads only the beginning of, say. Empty also for a server of a version without notes. Raises
-        as `check`.
+        One example is a prompt of which it reads only the beginning. Empty for a server too old to send notes. Raises
+        as `check` does.
         """
         notes: dict[int, str] = {}
         for start, reply in self._check_parts(prompts, metadata, with_notes=True):
@@ -156,23 +157,23 @@ class RewardsClient:
     def _check_parts(
         self, prompts: Sequence[str], metadata: Sequence[dict], with_notes: bool
     ) -> Iterator[tuple[int, bridge_pb2.CheckReply]]:
-        """Yield what the server says of the prompts part by part, each with the index of its first prompt."""
+        """Yield the server's replies for successive parts of the prompts, each with the index of its first prompt."""
         for start in range(0, len(prompts), messages.CHECKED_AT_ONCE):
             part = slice(start, start + messages.CHECKED_AT_ONCE)
             request = messages.encode_check(prompts[part], metadata[part], with_notes)
             yield start, self._ask(lambda link, request=request: link.check(request, self._config.deadline_s))
 
     def warnings(self) -> tuple[str, ...]:
-        """Return how the server differs from the configuration, and what was let pass; empty if there is nothing."""
+        """Return how the server differs from the configuration, and which problems were tolerated."""
         return self._peer.warnings
 
     def stats(self) -> BridgeStats:
-        """Return counts and seconds so far."""
+        """Return the counts and seconds so far."""
         with self._lock:
             return replace(self._stats, restarts=self._peer.restarts)
 
     def close(self) -> None:
-        """End our scorer process and fail the batches that are not scored. Safe to call twice."""
+        """Stop the scorer process that we started and fail all unscored batches. Safe to call twice."""
         with self._lock:
             if self._closed:
                 return
@@ -204,7 +205,7 @@ class RewardsClient:
             pass
 
     def _work_once(self) -> bool:
-        """Serve one job, or return False at the end (a function of its own: images are not held while waiting)."""
+        """Serve one job, or return False at the end (a separate function, so that no images are held while waiting)."""
         job = self._jobs.get()
         if job is None:
             return False
@@ -218,7 +219,7 @@ class RewardsClient:
         return True
 
     def _score(self, job: _Job) -> Scores:
-        """One batch to its scores, over as many processes as it takes and max_restarts allows."""
+        """Return the scores of one batch, with as many restarts as it takes and max_restarts allows."""
         reply = self._ask(
             lambda link: link.score(lambda: messages.encode(job.header, job.batch.images), self._config.deadline_s)
         )
@@ -228,7 +229,7 @@ class RewardsClient:
         return scores
 
     def _ask(self, ask: Callable[[Connection], T]) -> T:
-        """Return what the server answers, or the one that takes its place; BridgeError if there is none any more."""
+        """Return the reply of the server or of its replacement; BridgeError if none is left."""
         while True:
             link = self._peer.link
             try:
@@ -237,11 +238,11 @@ class RewardsClient:
                 self._recover(link, error)
 
     def _recover(self, link: Connection, error: grpc.RpcError | StuckError) -> None:
-        """Return if the call is to be made again, raise if not."""
+        """Return if the call should be repeated; raise otherwise."""
         where = f"scorer {self._config.scorer!r} at {link.address}"
         if isinstance(error, StuckError):
             problem = f"{where} finished nothing within deadline_s, {self._config.deadline_s:g} s"
-            if not self._peer.is_own:  # it would be the same process again
+            if not self._peer.is_own:  # reconnecting would reach the same process
                 raise DeadlineError(problem) from None
             self._peer.recover(link, DeadlineError, problem)
         elif error.code() is grpc.StatusCode.ABORTED:

@@ -1,4 +1,4 @@
-"""Several scorers as one: every part scores every image, all at the same time; their weighted sum is optimised."""
+"""Several scorers as one: every part scores every image, in parallel, and the weighted sum is the reward."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Part:
-    """One scorer of a composition: what its score counts, and the processes or servers that hold it."""
+    """One scorer of a composition: the weight of its score, and the processes or servers that run it."""
 
     weight: float
     replicas: tuple[BridgeConfig, ...]
 
 
 class Composition:
-    """Scorers by name, used like one client.
+    """Scorers by name, used like a single client.
 
-    score = sum of weight * score. Of one part, raw values keep their names; of several, raw value "x" of part "p" is
-    "p/x" and the part's score "p/score"; their details are left out. A raw value named "score" is then "p/raw/score".
+    score = sum of weight * score. With one part, raw values keep their names. With several, raw value "x" of part "p"
+    becomes "p/x", the part's score "p/score" and a raw value named "score" "p/raw/score"; details are left out.
     """
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
@@ -39,9 +39,9 @@ class Composition:
             raise UsageError("a composition needs at least one scorer")
         bad = [f"{name}: {part.weight}" for name, part in parts.items() if not np.isfinite(part.weight)]
         if bad:
-            raise UsageError(f"weights have to be finite numbers; found {', '.join(bad)}")
+            raise UsageError(f"weights must be finite numbers; found {', '.join(bad)}")
         self._weights = {name: part.weight for name, part in parts.items()}
-        with ThreadPoolExecutor(max_workers=len(parts)) as pool:  # loading takes long: all at once
+        with ThreadPoolExecutor(max_workers=len(parts)) as pool:  # in parallel, since loading is slow
             opening = {name: pool.submit(Replicas, part.replicas) for name, part in parts.items()}
         failed = [error for future in opening.values() if (error := future.exception()) is not None]
         if failed:
@@ -52,9 +52,9 @@ class Composition:
         self._parts = {name: future.result() for name, future in opening.items()}
 
     def submit(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Future[Scores]:
-        """Score images u8[B,H,W,3] by every part; returns at once.
+        """Submit images u8[B,H,W,3] to every part; may block as `RewardsClient.submit` does.
 
-        ValueError as from `RewardsClient.submit`. The future has the first error of any part.
+        Raises ValueError as `RewardsClient.submit` does. The future gets the first error of any part.
         """
         joined = _Joined(self._weights)
         for name, part in self._parts.items():
@@ -62,7 +62,7 @@ class Composition:
         return joined.future
 
     def check(self, prompts: Sequence[str], metadata: Sequence[dict]) -> dict[int, str]:
-        """Why some part cannot score some of these prompts, by their index, each reason after its part's name."""
+        """Return, by index, why some part cannot score some of these prompts; reasons start with the part's name."""
         problems: dict[int, str] = {}
         for name, part in self._parts.items():
             for index, text in part.check(prompts, metadata).items():
@@ -70,24 +70,24 @@ class Composition:
         return dict(sorted(problems.items()))
 
     def notes(self, prompts: Sequence[str], metadata: Sequence[dict]) -> dict[str, dict[int, str]]:
-        """Return what each part says of prompts as `RewardsClient.notes` does, by the part's name."""
+        """Return the notes of each part, by its name, as `RewardsClient.notes` does."""
         return {name: part.notes(prompts, metadata) for name, part in self._parts.items()}
 
     def try_out(self, prompt: str, metadata: dict, height: int, width: int) -> None:
-        """Try out the scorers of the user's own on images of this size, as `RewardsClient.try_out`."""
+        """Try out the user's own scorers on images of this size, as `RewardsClient.try_out` does."""
         for part in self._parts.values():
             part.try_out(prompt, metadata, height, width)
 
     def warnings(self) -> tuple[str, ...]:
-        """Return the warnings of all parts, as `RewardsClient.warnings`."""
+        """Return the warnings of all parts, as `RewardsClient.warnings` does."""
         return tuple(f"{name}: {text}" for name, part in self._parts.items() for text in part.warnings())
 
     def stats(self) -> dict[str, list[BridgeStats]]:
-        """Return counts and seconds of every part's replicas so far."""
+        """Return the counts and seconds so far of every part's replicas."""
         return {name: part.stats() for name, part in self._parts.items()}
 
     def close(self) -> None:
-        """End the processes we started and fail the batches that are not scored. Safe to call twice."""
+        """Stop the processes that we started and fail all unscored batches. Safe to call twice."""
         for part in self._parts.values():
             part.close()
 
@@ -101,12 +101,12 @@ class Composition:
 
 
 class _Joined:
-    """The future of a batch's weighted sum, set by the part that ends last or fails first."""
+    """The future of a batch's weighted sum, set by the part that finishes last or fails first."""
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         self.future: Future[Scores] = Future()
         self._weights = weights
-        self._found: dict[str, Scores] = {}
+        self._scores: dict[str, Scores] = {}
         self._lock = threading.Lock()
 
     def add(self, name: str, ticket: Future[Scores]) -> None:
@@ -120,13 +120,13 @@ class _Joined:
             if error is not None:
                 self.future.set_exception(error)
                 return
-            self._found[name] = ticket.result()
-            if len(self._found) == len(self._weights):
-                self.future.set_result(compose(self._weights, self._found))
+            self._scores[name] = ticket.result()
+            if len(self._scores) == len(self._weights):
+                self.future.set_result(compose(self._weights, self._scores))
 
 
 def apart(raw: Mapping[str, T], taken: Iterable[str]) -> dict[str, T]:
-    """Return raw values under names of their own: those that are taken get "raw/" before them, the others stay."""
+    """Return raw values under unique names: names in `taken` are prefixed with "raw/", the others stay."""
     used = {*taken}
     named = {name: values for name, values in raw.items() if name not in used}
     for name in sorted(raw.keys() - named.keys()):
@@ -138,7 +138,7 @@ def apart(raw: Mapping[str, T], taken: Iterable[str]) -> dict[str, T]:
 
 
 def compose(weights: Mapping[str, float], parts: Mapping[str, Scores]) -> Scores:
-    """Return the weighted sum of the parts' scores f32[B], everything raw and every reason under its part's name."""
+    """Return the weighted sum of the parts' scores f32[B]; raw values and reasons are labelled with the part's name."""
     names = list(weights)
     total = sum(np.float64(weights[name]) * parts[name].score.astype(np.float64) for name in names)
     score = np.asarray(total, np.float64).astype(np.float32)

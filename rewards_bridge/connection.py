@@ -1,4 +1,4 @@
-"""One gRPC channel to one server: is it up, is it the right one, score this."""
+"""One gRPC channel to one server: health check, description, prompt checks and scoring."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from rewards_bridge.redaction import redacted
 _HEALTH_TIMEOUT_S = 1.0
 _HEALTH_PAUSE_S = 0.05
 _DESCRIBE_TIMEOUT_S = 10.0
-_CALL_TIMEOUT_S = messages.MAX_DEADLINE_S - 60.0  # clocks differ a little; our own deadline is looked after here
+_CALL_TIMEOUT_S = messages.MAX_DEADLINE_S - 60.0  # a margin, since clocks differ; _wait enforces deadline_s itself
 _NOT_YET = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 5.0
-"""Between the calls to a server that has no place for another one."""
+"""Between calls to a server that is too busy to accept another one."""
 
 
 class StuckError(Exception):
-    """The server has finished nothing for too long while a call was waiting there."""
+    """The server finished nothing for too long while a call was waiting."""
 
 
 class Connection:
-    """A channel, with the token that goes along with every call."""
+    """A channel and the token that is sent with every call."""
 
     def __init__(self, address: str, tls_ca: str | None = None, token_file: str | None = None) -> None:
         self.address = address
-        self._answered = 0.0  # time.monotonic() of the last sign that the server gets on with its work
-        # gRPC is used in no forked child here; without this it says so at every fork of the trainer, whatever for.
+        self._answered = 0.0  # time.monotonic() of the last sign that the server makes progress
+        # No forked child uses gRPC here; without this setting it would log a message at every fork of the trainer.
         os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         self._metadata = transport.call_metadata(transport.read_token(token_file) if token_file else None)
         if tls_ca:
@@ -56,14 +56,14 @@ class Connection:
         )
         self._score = self._channel.stream_unary(
             messages.SCORE_METHOD,
-            request_serializer=bytes,  # they are encoded already
+            request_serializer=bytes,  # the messages are encoded already
             response_deserializer=bridge_pb2.ScoreReply.FromString,
         )
 
     def wait_until_serving(self, timeout_s: float, check: Callable[[], None]) -> None:
-        """Return once the server is healthy; BridgeError after timeout_s, or whatever check raises between attempts."""
+        """Return once the server is healthy; BridgeError after timeout_s, or any error of check between attempts."""
         end = time.monotonic() + timeout_s
-        found = "no answer"
+        status = "no answer"
         while time.monotonic() < end:
             check()
             try:
@@ -74,19 +74,19 @@ class Connection:
                 )
             except grpc.RpcError as error:
                 if error.code() not in _NOT_YET:
-                    raise BridgeError(f"{self.address} is no usable scorer server: {status_text(error)}") from error
-                found = status_text(error)
+                    raise BridgeError(f"{self.address} is not a usable scorer server: {status_text(error)}") from error
+                status = status_text(error)
             else:
                 if reply.status == health_pb2.HealthCheckResponse.SERVING:
                     return
-                found = f"health {health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)}"
+                status = f"health {health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)}"
             time.sleep(_HEALTH_PAUSE_S)
-        raise BridgeError(f"the scorer server at {self.address} was not serving after {timeout_s:g} s: {found}")
+        raise BridgeError(f"the scorer server at {self.address} was not serving after {timeout_s:g} s: {status}")
 
     def describe(self, scorer: str, timeout_s: float = _DESCRIBE_TIMEOUT_S) -> bridge_pb2.DescribeReply:
-        """Return what the server says of itself; BridgeError unless it speaks our version and holds this scorer.
+        """Return the server's description; BridgeError unless it speaks our version and serves this scorer.
 
-        timeout_s: how long a server is called again that has no place for the call, or is not to be reached.
+        timeout_s: how long to retry while the server is busy or cannot be reached.
         """
         request = bridge_pb2.DescribeRequest(protocol_version=messages.PROTOCOL_VERSION)
         end = time.monotonic() + timeout_s
@@ -99,27 +99,27 @@ class Connection:
                 break
             except grpc.RpcError as error:
                 if error.code() not in _NOT_YET or time.monotonic() > end:
-                    raise BridgeError(f"{self.address} is no usable scorer server: {status_text(error)}") from error
+                    raise BridgeError(f"{self.address} is not a usable scorer server: {status_text(error)}") from error
             except messages.VersionError as error:
                 raise BridgeError(str(error)) from error
             time.sleep(_HEALTH_PAUSE_S)
         if reply.scorer != scorer:
             raise BridgeError(
-                f"the server at {self.address} holds scorer {reply.scorer!r}, the config wants {scorer!r}; change one"
+                f"the server at {self.address} serves scorer {reply.scorer!r}, but {scorer!r} is configured; change one"
             )
         return reply
 
     def check(self, request: bridge_pb2.CheckRequest, deadline_s: float) -> bridge_pb2.CheckReply:
-        """Return the problems, and the notes if asked for, of prompts by their index; errors as `score`."""
+        """Return the problems, and the notes if requested, of prompts by index; raises as `score` does."""
         return self._wait(
             lambda: self._check.future(request, timeout=_CALL_TIMEOUT_S, metadata=self._metadata), deadline_s
         )
 
     def score(self, stream: Callable[[], Iterable[bytes]], deadline_s: float) -> bridge_pb2.ScoreReply:
-        """Send one batch, made anew by stream() for every try, and wait for its reply.
+        """Send one batch, created anew by stream() for every attempt, and wait for the reply.
 
-        A server without a place for the call is called again later. Raises StuckError once the server has finished
-        nothing, of anybody's, for deadline_s; else grpc.RpcError; BridgeError if the connection is closed.
+        A busy server is called again later. Raises StuckError once the server has finished nothing, for any client,
+        for deadline_s; otherwise grpc.RpcError, or BridgeError if the connection is closed.
         """
         return self._wait(
             lambda: self._score.future(iter(stream()), timeout=_CALL_TIMEOUT_S, metadata=self._metadata),
@@ -131,7 +131,7 @@ class Connection:
         while True:
             try:
                 return self._result(start(), began, deadline_s)
-            except (ValueError, grpc.FutureCancelledError) as error:  # what grpc says of a channel that was closed
+            except (ValueError, grpc.FutureCancelledError) as error:  # what grpc raises for a closed channel
                 raise BridgeError(f"the connection to {self.address} is closed") from error
             except grpc.RpcError as error:
                 if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED or "larger than max" in str(error.details()):
@@ -142,7 +142,7 @@ class Connection:
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)
 
     def _result(self, call: Any, began: float, deadline_s: float) -> Any:
-        """Return what a call gives; StuckError, and the call is cancelled, once the server does not get on."""
+        """Return the result of a call; cancel it and raise StuckError once the server makes no progress."""
         timeout_s = max(max(began, self._answered) + deadline_s - time.monotonic(), 0.0)
         while True:
             try:
@@ -157,7 +157,7 @@ class Connection:
                 return reply
 
     def _left_s(self, began: float, deadline_s: float) -> float:
-        """How long the server may still take to get on with its work, asked if that is not known to be in time."""
+        """Return the seconds that the server may still take; query its progress first if they seem used up."""
         left_s = max(began, self._answered) + deadline_s - time.monotonic()
         if left_s > 0:
             return left_s
@@ -173,10 +173,10 @@ class Connection:
         return deadline_s - float(reply.seconds_without_progress)
 
     def close(self) -> None:
-        """Cancel what is under way and forget the channel."""
+        """Cancel all calls and close the channel."""
         self._channel.close()
 
 
 def status_text(error: grpc.RpcError) -> str:
-    """Return a status as text: its code and what the other side said."""
+    """Return a status as text: its code and its details."""
     return redacted(f"{error.code().name}: {error.details()}")

@@ -1,4 +1,4 @@
-"""Is a scorer ready? Its packages, its weights, its device, and a picture with a known answer."""
+"""Check whether scorers are ready: packages, weights, device memory, and test images with known results."""
 
 from __future__ import annotations
 
@@ -21,70 +21,70 @@ from rewards_bridge.surroundings import environment_advice
 
 _REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open-clip-torch", "skimage": "scikit-image"}
-"""Module -> what pip calls it, where that differs."""
+"""Module -> its name for pip, where the two differ."""
 
 
 @dataclass(frozen=True)
 class Checks:
-    """How far a scorer is looked at, and what is known of its place."""
+    """How thoroughly to check a scorer, and what is known of its device."""
 
     device: str | None = None
-    """For scorers that take a device, unless the options name it."""
+    """For scorers that take a device, unless the options name one."""
     memory_gib: float | None = None
-    """What the device has for it."""
+    """Device memory available to the scorer."""
     load: bool = True
-    """Whether it is loaded; without, only packages and memory are looked at."""
+    """Whether to load the scorer; if not, only packages and memory are checked."""
     example: bool = True
-    """Whether a wrong verdict on its test images makes it not ready."""
+    """Whether wrong results on its test images mean that the scorer is not ready."""
 
 
 def examine(name: str, options: Mapping[str, str], checks: Checks = Checks()) -> tuple[bool, list[str]]:
-    """Return (whether the scorer is ready, a line for every step up to the first that fails, with its remedy)."""
+    """Return (whether the scorer is ready, one line for each step up to the first failure, with its fix)."""
     failed = failed_imports(name)
     if failed:
         return False, _import_lines(failed)
     enough, lines = _memory(name, options, checks.memory_gib)
-    lines = ["packages: all there", *lines]
+    lines = ["packages: all installed", *lines]
     if not enough or not checks.load:
         return enough, lines
     try:
         options = with_device(name, options, checks.device)
         scorer = load_scorer(name, options)
-    except Exception as error:  # of any library underneath
-        said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+    except Exception as error:  # of any library that the scorer uses
+        reason = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
         advice = environment_advice(error)
         remedy = [f"  fix: {advice}"] if advice else SCORERS[name].hint(options) if name in SCORERS else []
-        return False, [*lines, f"weights: {said}", *remedy]
+        return False, [*lines, f"weights: {reason}", *remedy]
     lines += ["weights: loaded", *_room(options.get("device", "cpu"))]
     try:
-        right, said = check_example(name, scorer)
+        right, verdict = check_example(name, scorer)
     except Exception as error:
         return False, [*lines, f"test images: {type(error).__name__}: {error}"]
-    remedy = [] if right else ["  fix: these are other weights, or another version of a package, than it is made for"]
+    remedy = [] if right else ["  fix: use the weights and package versions that this scorer was written for"]
     if not checks.example and not right:
-        remedy = ["  a warning only, for check_example is off"]
-    return right or not checks.example, [*lines, f"test images: {said}", *remedy]
+        remedy = ["  only a warning, because check_example is off"]
+    return right or not checks.example, [*lines, f"test images: {verdict}", *remedy]
 
 
 def _memory(name: str, options: Mapping[str, str], memory_gib: float | None) -> tuple[bool, list[str]]:
-    """(whether the scorer fits, a line about it)."""
+    """Return (whether the scorer fits into memory_gib, a line that says so)."""
     if name not in SCORERS or memory_gib is None:
         return True, []
     needed = SCORERS[name].memory_gib / (2 if options.get("dtype") in ("float16", "bfloat16") else 1)
-    line = f"memory: needs about {needed:g} GiB, its device has {memory_gib:.1f} for it"
+    line = f"memory: needs about {needed:g} GiB; {memory_gib:.1f} GiB of its device are available"
     if needed <= memory_gib:
         return True, [line]
     return False, [line, "  fix: another device, a larger memory_fraction, or the options dtype=bfloat16 or batch_size"]
 
 
 def check_example(name: str, scorer: Scorer) -> tuple[bool, str]:
-    """Return (whether the scorer judges its test images as it has to, in words); raises whatever the scorer raises."""
-    from rewards_bridge.examples import example  # draws with Pillow, which not every scorer needs
+    """Return (whether the scorer's results on its test images are right, a description); raises as the scorer does."""
+    from rewards_bridge.examples import example  # needs Pillow, which not every scorer does
 
     try:
         known = example(name)
     except ImportError as error:
-        return False, f"not there ({error}); fix: {sys.executable} -m pip install {pin('skimage')}"
+        return False, f"not installed ({error}); fix: {sys.executable} -m pip install {pin('skimage')}"
     if known is None:
         return True, "none for a scorer of your own"
     scores = known.score(scorer)
@@ -96,7 +96,7 @@ def check_example(name: str, scorer: Scorer) -> tuple[bool, str]:
 
 
 def failed_imports(name: str) -> dict[str, Exception]:
-    """Return the scorer's modules that this interpreter cannot import, with what they raise."""
+    """Return the scorer's modules that this interpreter cannot import, with their errors."""
     failed: dict[str, Exception] = {}
     for module in SCORERS[name].packages if name in SCORERS else ():
         try:
@@ -105,13 +105,13 @@ def failed_imports(name: str) -> dict[str, Exception]:
                 if module == "torchvision":
                     declare_operators()
                 importlib.import_module(module)
-        except Exception as error:  # of any type: a package may be there and broken
+        except Exception as error:  # of any type: a package may be installed but broken
             failed[module] = error
     return failed
 
 
 def _import_lines(failed: Mapping[str, Exception]) -> list[str]:
-    """Return what is missing, broken, or kept from its work by the environment, with the remedy of each."""
+    """Return lines that name each missing or broken package, and each one that the environment breaks, with its fix."""
 
     def install(modules: Sequence[str]) -> str:
         return shlex.join([sys.executable, "-m", "pip", "install", *(pin(module) for module in modules)])
@@ -130,16 +130,16 @@ def _import_lines(failed: Mapping[str, Exception]) -> list[str]:
 
 def pin(module: str) -> str:
     """Return the pinned requirement of a module."""
-    wanted = DISTRIBUTIONS.get(module, module)
+    distribution = DISTRIBUTIONS.get(module, module)
     for line in _REQUIREMENTS.read_text(encoding="utf-8").splitlines():
         requirement = line.split("#")[0].strip()
-        if requirement.split("==")[0].lower() == wanted.lower():
+        if requirement.split("==")[0].lower() == distribution.lower():
             return requirement
-    return wanted
+    return distribution
 
 
 def _room(device: str) -> Iterator[str]:
-    """Yield what is free on a CUDA device once the weights are on it."""
+    """Yield a line with the free memory of a CUDA device once the weights are on it."""
     if not device.startswith("cuda"):
         return
     import torch
@@ -149,12 +149,12 @@ def _room(device: str) -> Iterator[str]:
 
 
 def report(names: list[str], options: Mapping[str, str], checks: Checks = Checks()) -> int:
-    """Examine these scorers (all known ones if none is named) and print what was found; 0 if all are ready, else 1.
+    """Examine these scorers (all known ones if none is named) and print the results; 0 if all are ready, else 1.
 
-    Raises UsageError for options without exactly one scorer that they are for.
+    Raises UsageError for options unless exactly one scorer is named.
     """
     if options and len(names) != 1:
-        raise UsageError("options are for one scorer: name it with --scorer, or leave the options out")
+        raise UsageError("options apply to a single scorer: name it with --scorer, or leave the options out")
     ready = True
     for name in names or sorted(SCORERS):
         fine, lines = examine(name, options, checks)
@@ -164,8 +164,8 @@ def report(names: list[str], options: Mapping[str, str], checks: Checks = Checks
 
 
 def hand_over(config: str, rest: Sequence[str]) -> int:
-    """Run the doctor of the trainer on a training's configuration; return its exit status. UsageError without it."""
+    """Run the trainer's doctor on a training configuration and return its exit status; UsageError without udm_grpo."""
     if importlib.util.find_spec("udm_grpo") is None:
-        raise UsageError(f"--config is looked at by udm_grpo, which {sys.executable} does not have; use the trainer's")
+        raise UsageError(f"--config needs udm_grpo, which {sys.executable} does not have; use the trainer's Python")
     command = [sys.executable, "-m", "udm_grpo.doctor", "--config", config, *rest]
     return subprocess.run(command, env=with_package(os.environ)).returncode

@@ -1,7 +1,7 @@
-"""The environment of a scorer's process: what a scorer needs of ours, and nothing else.
+"""The environment of a scorer process: an allow-list of our own variables.
 
-A scorer loads the code of many packages, some of them a user's own. What logs in elsewhere (WANDB_API_KEY, cloud
-credentials) is none of its business.
+A scorer runs the code of many packages, some of them written by users. Credentials for other services (WANDB_API_KEY,
+cloud credentials) are not passed to it.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ ALLOWED = (
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "GRPC_*"),
     *("SYSTEMROOT", "COVERAGE_*", "COV_CORE_*"),
 )
-"""Names, with wildcards, of variables that scorers get; never those whose names are those of secrets."""
+"""Variables, with wildcards, that are passed to scorers, except those whose names mark a secret."""
 
 
 def is_allowed(name: str) -> bool:
-    """Return whether scorers get this variable of ours without being asked to."""
+    """Return whether this variable is passed to scorers by default."""
     return not is_secret(name) and any(fnmatch.fnmatchcase(name, pattern) for pattern in ALLOWED)
 
 
 def allowed_environment(extra: Mapping[str, str], options: Mapping[str, str]) -> dict[str, str]:
-    """Return the part of our environment that a scorer gets, and `extra`, which the configuration gives it.
+    """Return the part of our environment that is passed to a scorer, with the configured variables `extra`.
 
-    Variables that an option *_env names are among it. Raises UsageError for what resolve_environment refuses.
+    It includes variables that an option *_env names. Raises UsageError as resolve_environment does.
     """
     named = {value for key, value in options.items() if key.endswith("_env")}
     ours = {name: value for name, value in os.environ.items() if is_allowed(name) or name in named}

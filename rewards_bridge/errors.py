@@ -1,4 +1,4 @@
-"""What can go wrong between the trainer and its scorer; nothing of it is answered by a made-up score."""
+"""Errors between the trainer and its scorer; none of them is ever replaced by an invented score."""
 
 from __future__ import annotations
 
@@ -7,40 +7,41 @@ USER_ERROR_STATUS = 2
 
 
 class UserError(Exception):
-    """What its user can put right: a command shows it in a line that says how, without a traceback.
+    """An error that the user can fix: a command prints its text, which says how, without a traceback.
 
-    Every error of this project that is raised for its users is one.
+    Every error that this project raises for its users is a subclass.
     """
 
 
 class UsageError(UserError, ValueError):
-    """Arguments or options that cannot work; the text says what to change."""
+    """Invalid arguments or options; the text says what to change."""
 
 
 class PromptError(UsageError):
-    """Prompts or their metadata that a scorer cannot judge; the text says which, and why."""
+    """Prompts or metadata that a scorer cannot judge; the text says which ones and why."""
 
 
 class BridgeError(UserError, RuntimeError):
-    """The scorer process cannot be started, reached or understood, or died more often than it may."""
+    """The scorer process cannot be started, reached or understood, or has used up its restarts."""
 
 
 class LostError(BridgeError):
-    """The scorer cannot be reached any more: its restarts or reconnections are used up, or it refuses this client."""
+    """The scorer is lost for good: its restarts or reconnections are used up, or it refuses this client."""
 
 
 class DeadlineError(LostError, TimeoutError):
-    """The scorer finished nothing within its deadline while a batch was waiting there."""
+    """The scorer finished no batch within its deadline while one was waiting."""
 
 
 class ScorerError(BridgeError):
-    """The scorer raised; the text holds its own traceback. The batch is not tried again."""
+    """The scorer raised an exception; the text contains its traceback. The batch is not retried."""
 
 
 class BadScoresError(BridgeError):
-    """The scorer answered with wrong counts, NaN or infinity.
+    """The scorer returned a wrong number of values, NaN or infinity.
 
-    indexes and prompts are the images concerned (their index in the submitted batch), kept the files they were kept in.
+    indexes and prompts identify the images concerned (by index in the submitted batch); kept lists the files to which
+    they were saved.
     """
 
     def __init__(self, message: str, indexes: list[int], prompts: list[str], kept: list[str]) -> None:

@@ -1,7 +1,7 @@
-"""Test images for every scorer that ships here, and what the scorer has to say of them.
+"""Test images for every built-in scorer, with the expected results.
 
-Judges of content get photographs that come with scikit-image, so that something is there to be found; the others get
-pictures that are drawn.
+Scorers of content get photographs that come with scikit-image, so that there is something to detect; the others get
+drawn images.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ PHOTOGRAPHS = {
     "astronaut": ("person", "a photo of an astronaut in an orange space suit"),
     "coffee": ("cup", "a photo of a cup of coffee"),
 }
-"""Photograph of skimage.data -> (the COCO class that is in it, a prompt that fits it and neither of the others)."""
+"""Photograph of skimage.data -> (the COCO class that it shows, a prompt that fits it and neither of the others)."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """Test images with their prompts; `expected` says what `is_right` looks for."""
+    """Test images with their prompts; `expected` describes what `is_right` checks."""
 
     images: np.ndarray
     """u8[B,H,W,3]."""
@@ -41,29 +41,29 @@ class Example:
     expected: str
     is_right: Callable[[Scores], bool]
     metadata: Sequence[dict[str, Any]] = field(default_factory=tuple)
-    """One object an image; left out: empty ones."""
+    """One object per image; default: empty objects."""
 
     def score(self, scorer: Scorer) -> Scores:
-        """Return the scorer's own verdict on the images."""
+        """Return the scorer's scores of the images."""
         return scorer.score(self.images, list(self.prompts), list(self.metadata) or [{}] * len(self.prompts))
 
 
 def red_circle() -> np.ndarray:
-    """Return a red circle on light grey: u8[224,224,3]."""
+    """Return an image of a red circle on light grey: u8[224,224,3]."""
     y, x = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2
     return np.where((x * x + y * y <= 60**2)[:, :, None], RED, GROUND).astype(np.uint8)
 
 
 def word(text: str) -> np.ndarray:
-    """Return a word in black on white: u8[224,224,3]."""
+    """Return an image of a word in black on white: u8[224,224,3]."""
     image = Image.new("RGB", (SIDE, SIDE), "white")
     ImageDraw.Draw(image).text((SIDE / 2, SIDE / 2), text, "black", ImageFont.load_default(size=48), anchor="mm")
     return np.asarray(image)
 
 
 def photographs() -> np.ndarray:
-    """Return the photographs of PHOTOGRAPHS, whole, on grey squares: u8[3,256,256,3]. ImportError without skimage."""
-    from skimage import data  # only these scorers' interpreters need it
+    """Return the uncropped PHOTOGRAPHS on grey squares: u8[3,256,256,3]. ImportError without skimage."""
+    from skimage import data  # needed only in the interpreters of these scorers
 
     squares = []
     for name in PHOTOGRAPHS:
@@ -90,7 +90,7 @@ def _drawn(
 
 
 def each_prefers_its_own_prompt() -> Example:
-    """Return each photograph with each of the prompts."""
+    """Return each photograph paired with each of the prompts."""
     prompts = [prompt for _, prompt in PHOTOGRAPHS.values()]
     count = len(prompts)
 
@@ -103,7 +103,7 @@ def each_prefers_its_own_prompt() -> Example:
 
 
 def finds_what_is_there() -> Example:
-    """Return the photographs, each asked for what is in it; and the first of them for what is not."""
+    """Return each photograph with the class that it shows, and the first one again with a class that it does not."""
     images = photographs()
     asked = [name for name, _ in PHOTOGRAPHS.values()] + ["bench"]
 
@@ -120,38 +120,38 @@ def finds_what_is_there() -> Example:
 
 
 def ordinary_marks() -> Example:
-    """Return the photographs, which get about 5 of 10."""
+    """Return the photographs, whose aesthetic marks are about 5 of 10."""
     prompts = [prompt for _, prompt in PHOTOGRAPHS.values()]
     right = _all_between("aesthetic", 3, 8)
     return Example(photographs(), prompts, "three good photographs get marks from 3 to 8", right)
 
 
 def reads_a_word() -> Example:
-    """Return a word in print."""
+    """Return an image of a printed word."""
     return _drawn(word("HELLO"), 'a sign that says "HELLO"', "HELLO is read", _near("ocr", 1, 0))
 
 
 def sees_a_red_circle() -> Example:
-    """Return a red circle that is asked for."""
+    """Return a red circle with a prompt that asks for one."""
     include = [{"class": "circle", "count": 1, "color": "red"}]
     right = _near("strict", 1, 0)
     return _drawn(red_circle(), CIRCLE, "a red circle is seen", right, tag="colors", include=include)
 
 
 def compresses_well() -> Example:
-    """Return a red circle, whose JPEG has a known size."""
+    """Return a red circle, whose JPEG file has a known size."""
     return _drawn(red_circle(), CIRCLE, "5.1 kilobytes", _near("jpeg_kilobytes", 5.13, 0.2))
 
 
 def answers_with_a_number() -> Example:
-    """Return a red circle, of which any clear score will do."""
+    """Return a red circle, for which any clear score is accepted."""
     return _drawn(red_circle(), CIRCLE, "an answer with a number in it", lambda scores: True)
 
 
 def example(scorer: str) -> Example | None:
-    """Return the test images of a scorer, None for one without a record; ImportError where they are not installed."""
+    """Return the test images of a scorer, or None for one without a record; ImportError if they are not installed."""
     if scorer not in SCORERS:
         return None
     module, _, function = SCORERS[scorer].example.partition(":")
-    made: Example = getattr(importlib.import_module(module), function)()
-    return made
+    test_images: Example = getattr(importlib.import_module(module), function)()
+    return test_images

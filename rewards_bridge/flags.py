@@ -1,4 +1,4 @@
-"""One style of flags for every command: words joined by hyphens, but in fields of a configuration (--config.a_b)."""
+"""One flag style for all commands: words joined by hyphens, except configuration fields (--config.a_b)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 
 def flag(name: str) -> str:
-    """Return the flag of an argument: --tls-cert for tls_cert."""
+    """Return the flag for an argument name: --tls-cert for tls_cert."""
     return f"--{name.replace('_', '-')}"
 
 
 def with_hyphens(words: Sequence[str]) -> list[str]:
-    """Return a command line with the names of its flags in that style: --tls_cert is taken for --tls-cert.
+    """Return a command line with hyphens in its flag names: --tls_cert becomes --tls-cert.
 
-    Values, the fields of a configuration and what follows a lone -- stay as they are.
+    Values, configuration fields and everything after a lone -- are unchanged.
     """
     written = list(words)
     for index, word in enumerate(written):
@@ -29,8 +29,8 @@ def with_hyphens(words: Sequence[str]) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, for which an underscore in a flag's name is a hyphen; its flags are added with hyphens."""
+    """An argument parser that accepts underscores for hyphens in flag names; define its flags with hyphens."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does; parse_args and the commands of a parser come through here, too."""
+        """Parse as argparse does; parse_args and subcommands also pass through here."""
         return super().parse_known_args(with_hyphens(sys.argv[1:] if args is None else args), namespace)

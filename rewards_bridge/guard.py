@@ -1,6 +1,6 @@
-"""Who may call the server, and for how long a call may be silent: decided before anything of the call is read.
+"""Decide who may call the server and how long a call may be silent, before reading anything of the call.
 
-Python's gRPC server gives a thread to every call. One that sends nothing must not keep it.
+Python's gRPC server uses a thread for every call. A call that sends nothing must not keep it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from rewards_bridge import transport
 
 FIRST_MESSAGE_S = 20.0
 NEXT_MESSAGE_S = 60.0
-"""How long a call may take to send its first message, and each further one (2 MiB at most from our own client)."""
+"""How long a call may take to send its first message, and each further one (at most 2 MiB from our own client)."""
 _LOOK_S = 0.5
 
 
 class Patience:
-    """Cancels calls that do not send what is waited for in time."""
+    """Cancels calls that do not send their next message in time."""
 
     def __init__(self) -> None:
         self._waiting: dict[int, tuple[float, grpc.ServicerContext]] = {}
@@ -31,7 +31,7 @@ class Patience:
         threading.Thread(target=self._watch, name="patience", daemon=True).start()
 
     def messages(self, stream: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
-        """Yield a call's messages; grpc.RpcError if the next one does not come in time, or the client goes away."""
+        """Yield the messages of a call; grpc.RpcError if the next one is late or the client disconnects."""
         with self._limit(context, FIRST_MESSAGE_S):
             message = next(stream, None)
         while message is not None:
@@ -60,12 +60,12 @@ class Patience:
 
 
 class Guard(grpc.ServerInterceptor):
-    """Refuses every call that does not carry the token, where there is one; the others have to send what they ask."""
+    """Refuses every call without the token, if one is set, and limits how long the others may be silent."""
 
     def __init__(self, token: str | None, patience: Patience) -> None:
         self._expected = f"Bearer {token}".encode() if token else None
         self._patience = patience
-        # A stream, so that the refusal does not wait for a message.
+        # A stream handler, so that the refusal does not wait for a message.
         self._refusal = grpc.stream_unary_rpc_method_handler(_refuse)
 
     def intercept_service(
@@ -73,18 +73,18 @@ class Guard(grpc.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
-        """Return what serves this call: its own method, within limits, or a refusal."""
+        """Return the handler of this call: its own method, with time limits, or a refusal."""
         if self._expected is not None and not self._knows_token(handler_call_details):
             return self._refusal
         handler = continuation(handler_call_details)
-        if handler is None or handler.response_streaming:  # such as Health.Watch, which would keep a thread for ever
+        if handler is None or handler.response_streaming:  # such as Health.Watch, which would block a thread forever
             return None
         return self._limited(handler)
 
     def _knows_token(self, details: grpc.HandlerCallDetails) -> bool:
         for key, value in details.invocation_metadata:
-            found = value if isinstance(value, bytes) else value.encode()
-            if key == transport.TOKEN_KEY and hmac.compare_digest(found, self._expected or b""):
+            token = value if isinstance(value, bytes) else value.encode()
+            if key == transport.TOKEN_KEY and hmac.compare_digest(token, self._expected or b""):
                 return True
         return False
 
@@ -102,4 +102,4 @@ class Guard(grpc.ServerInterceptor):
 
 
 def _refuse(stream: Iterator[bytes], context: grpc.ServicerContext) -> None:
-    context.abort(grpc.StatusCode.UNAUTHENTICATED, "this server wants its token, and this call has none or another")
+    context.abort(grpc.StatusCode.UNAUTHENTICATED, "this server requires a token; the call has none or a wrong one")

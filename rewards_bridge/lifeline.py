@@ -1,4 +1,4 @@
-"""A server that ends when the trainer that started it is gone, however it went: that one holds our standard input."""
+"""End a server when the trainer that started it ends for any reason: the trainer holds our standard input open."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GRACE_S = 3.0
 
 
 def exit_with_parent(stop: Callable[[], None]) -> None:
-    """Call stop once standard input ends; if that does not end the process within GRACE_S, kill it and its children."""
+    """Call stop once standard input is closed; if the process still runs after GRACE_S, kill it and its children."""
     threading.Thread(target=_watch, args=(stop,), name="lifeline", daemon=True).start()
 
 
@@ -26,7 +26,7 @@ def _watch(stop: Callable[[], None]) -> None:
 
 
 def kill_group() -> None:
-    """Kill this process, and its children where it leads a process group of its own."""
+    """Kill this process, and its children if it leads a process group of its own."""
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""The address that a server listens on: taken before anything is loaded, given back at the end."""
+"""The address that a server listens on: bound before anything is loaded, released at the end."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rewards_bridge.errors import UsageError
 
 
 def bind(server: grpc.Server, address: str, tls_cert: str | None, tls_key: str | None) -> str:
-    """Take the address, before the scorer is loaded, so that one in use is found at once; return it in full.
+    """Bind the address and return it in full; call before loading the scorer, so that a used address fails early.
 
-    The files are PEM; without them the connection is not encrypted. UsageError if the address cannot be had.
+    The files are PEM; without them the connection is not encrypted. UsageError if the address cannot be bound.
     """
     if address.startswith("unix:") and _answers(address.removeprefix("unix:")):
-        raise UsageError(f"cannot listen on {address}: another server does")
-    previous = os.umask(0o077)  # a unix socket is for its owner only
+        raise UsageError(f"cannot listen on {address}: another server already uses it")
+    previous = os.umask(0o077)  # only the owner may use a unix socket
     try:
         if tls_cert and tls_key:
             pair = (transport.read_file(tls_key), transport.read_file(tls_cert))
@@ -34,12 +34,12 @@ def bind(server: grpc.Server, address: str, tls_cert: str | None, tls_key: str |
 
 
 def _answers(path: str) -> bool:
-    """Whether somebody listens on this unix socket; gRPC itself would silently take it over."""
+    """Return whether a server listens on this unix socket; gRPC itself would silently take it over."""
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(path) == 0
 
 
 def remove_socket(address: str) -> None:
-    """Remove the file of a unix socket; nothing for another address."""
+    """Remove the file of a unix socket; do nothing for other addresses."""
     if address.startswith("unix:"):
         Path(address.removeprefix("unix:")).unlink(missing_ok=True)

@@ -1,7 +1,8 @@
-"""Options of a scorer on their way to it: by pairs, by a private file or standard input, secrets from where they are.
+"""Pass options to a scorer: as pairs, in a private file or over standard input, with secrets from variables or files.
 
-A command line can be read by every user of a machine. Processes that are started here get their options over standard
-input; a user gives a secret option NAME as NAME_env=VARIABLE or NAME_file=PATH, or all options by --options-file.
+Every user of a machine can read its command lines. Processes that are started here therefore get their options over
+standard input, and users can set a secret option NAME as NAME_env=VARIABLE or NAME_file=PATH, or all options with
+--options-file.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from rewards_bridge.errors import UsageError
 from rewards_bridge.redaction import MAX_SECRET_BYTES, is_secret, redacted, remember
 
 STDIN = "-"
-"""The name of an options file for the first line of standard input."""
+"""File name that stands for the first line of standard input."""
 MAX_BYTES = 48 << 10
-"""Bytes of all options together; a pipe takes 64 KiB before anybody reads."""
+"""Limit for all options together; a pipe buffers 64 KiB before anyone reads."""
 
 
 def parse_pairs(pairs: Sequence[str]) -> dict[str, str]:
-    """Return KEY=VALUE texts by key; raises UsageError."""
+    """Return KEY=VALUE pairs as a dict; raises UsageError for another form."""
     options = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise UsageError(f"--option {pair!r}: wanted KEY=VALUE")
-        options[key] = os.path.expanduser(value)  # a shell leaves the ~ of KEY=~/x alone
+            raise UsageError(f"--option {pair!r}: expected KEY=VALUE")
+        options[key] = os.path.expanduser(value)  # shells do not expand the ~ in KEY=~/x
     remember(options)
     return options
 
@@ -38,15 +39,15 @@ def as_line(options: Mapping[str, str]) -> bytes:
     line = json.dumps(dict(options)).encode() + b"\n"
     if len(line) > MAX_BYTES:
         raise UsageError(
-            f"the options of a scorer take {len(line)} bytes, at most {MAX_BYTES}; put the long one in a file"
+            f"the options of a scorer take {len(line)} bytes; the limit is {MAX_BYTES}: put the long one in a file"
         )
     return line
 
 
 def read_file(path: str) -> dict[str, str]:
-    """Return the options in a file, one JSON object of texts, or in the first line of standard input ("-").
+    """Return the options in a file (one JSON object of texts) or in the first line of standard input ("-").
 
-    Raises UsageError that says what is wrong, without showing any of it.
+    Raises UsageError, which never shows any of the content.
     """
     try:
         text = sys.stdin.buffer.readline(MAX_BYTES + 1) if path == STDIN else Path(path).read_bytes()
@@ -66,10 +67,10 @@ def read_file(path: str) -> dict[str, str]:
 
 
 def resolve_secrets(scorer: str, options: Mapping[str, str], parameters: Collection[str]) -> dict[str, str]:
-    """Return the options with the values of secrets that are given as NAME_env or NAME_file.
+    """Return the options with secrets that are set as NAME_env or NAME_file replaced by their values.
 
-    Only for parameters NAME of the scorer that hold secrets and that it does not read in this way itself. Raises
-    UsageError for a variable that is not set and a file that cannot be read.
+    Applies only to secret parameters NAME of the scorer for which it has no such parameter itself. Raises UsageError
+    for a variable that is not set or a file that cannot be read.
     """
     resolved: dict[str, str] = {}
     for key, value in options.items():
@@ -77,7 +78,7 @@ def resolve_secrets(scorer: str, options: Mapping[str, str], parameters: Collect
         if key in parameters or name not in parameters or place not in ("env", "file") or not is_secret(name):
             resolved[key] = value
         elif name in options or name in resolved:
-            raise UsageError(f"scorer {scorer!r}: {name} is given twice, by {key} too; leave one of them out")
+            raise UsageError(f"scorer {scorer!r}: {name} is set twice, also by {key}; remove one of them")
         else:
             resolved[name] = _from_environment(scorer, key, value) if place == "env" else _from_file(scorer, key, value)
     remember({key: value for key, value in resolved.items() if options.get(key) != value})
@@ -85,13 +86,13 @@ def resolve_secrets(scorer: str, options: Mapping[str, str], parameters: Collect
 
 
 def resolve_environment(extra: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return variables with those whose value is $NAME taken from our own environment; raises UsageError if not set."""
+    """Return the variables, with values $NAME taken from our own environment; UsageError if NAME is not set."""
     resolved = {}
     for key, value in extra.items():
         name = value[1:].removeprefix("{").removesuffix("}") if value.startswith("$") else ""
         if name.isidentifier():
             if name not in environment:
-                raise UsageError(f"environment.{key} is {value}, but {name} is not set; export it before the start")
+                raise UsageError(f"environment.{key} is {value}, but {name} is not set; export it first")
             value = environment[name]
         resolved[key] = value
     return resolved

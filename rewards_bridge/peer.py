@@ -1,4 +1,4 @@
-"""The server a client talks to, its own or somebody else's, and how often it may be lost and found again."""
+"""The server that a client uses, its own process or an address, with a limited number of restarts or reconnections."""
 
 from __future__ import annotations
 
@@ -26,53 +26,53 @@ from rewards_bridge.redaction import redacted, remember
 _LOG = logging.getLogger("rewards_bridge")
 _STOP_GRACE_S = 3.0
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.5, 30.0
-"""From one attempt to start it or to connect to the next, doubling."""
+"""Between attempts to start the process or to connect; the pause doubles each time."""
 _MAX_SOCKET_PATH = 100  # the kernel allows 107 bytes
 
 
 @dataclass(frozen=True)
 class BridgeConfig:
-    """Which scorer, where, and how long to wait for it.
+    """Which scorer to use, where it runs, and how long to wait for it.
 
-    With an address, what only matters for starting a process is not used: interpreter, environment, device and
-    memory_fraction. The options are compared with those of the server, which count.
+    With an address, the settings for starting a process are ignored: interpreter, environment, device and
+    memory_fraction. The options are compared with those of the server, whose own options apply.
     """
 
     scorer: str = "shapes"  # a known name, or "module:Class"
     options: dict[str, str] = field(default_factory=dict)  # of the scorer
     address: str | None = None  # unix:/path or HOST:PORT of a running server; None: start one
     interpreter: str | None = None  # of the started process; None: this one
-    environment: dict[str, str] = field(default_factory=dict)  # added for the started process
-    device: str | None = None  # cuda:0 or cpu, say, for scorers that take a device, if the options name none
-    memory_fraction: float | None = None  # largest part of the GPU's memory for PyTorch in the started process
-    deadline_s: float = 300.0  # longest time in which the scorer finishes nothing, of anybody's, while a batch waits
+    environment: dict[str, str] = field(default_factory=dict)  # extra variables of the started process
+    device: str | None = None  # such as cuda:0 or cpu, for scorers that take a device, if the options name none
+    memory_fraction: float | None = None  # maximum share of the GPU's memory for PyTorch in the started process
+    deadline_s: float = 300.0  # longest time without any finished batch, of any client, while a batch waits
     start_timeout_s: float = 300.0  # for loading the scorer
-    max_restarts: int = 3  # of the process, or reconnections to the address, in the client's life
+    max_restarts: int = 3  # of the process, or reconnections to the address, during the client's lifetime
     kept_images: str | None = None  # folder for the images of bad scores
     tls_ca: str | None = None  # PEM
     token_file: str | None = None
-    check_example: bool = True  # a wrong verdict on the scorer's test images is an error; False: a warning
-    cancelled: Callable[[], bool] | None = None  # asked while the scorer loads first; True ends that with an error
+    check_example: bool = True  # wrong results on the scorer's test images are an error; False: a warning
+    cancelled: Callable[[], bool] | None = None  # polled during the first load of the scorer; True aborts it
 
     def __post_init__(self) -> None:
         remember(self.options)
         remember(self.environment)
         if not 0 < self.deadline_s <= messages.MAX_DEADLINE_S or self.start_timeout_s <= 0 or self.max_restarts < 0:
             raise UsageError(
-                f"deadline_s has to be in (0, {messages.MAX_DEADLINE_S}], start_timeout_s positive, max_restarts not "
+                f"deadline_s must be in (0, {messages.MAX_DEADLINE_S}], start_timeout_s positive, max_restarts not "
                 f"negative; found {self.deadline_s}, {self.start_timeout_s} and {self.max_restarts}"
             )
         if self.address is None:
             if self.tls_ca or self.token_file:
-                raise UsageError("tls_ca and token_file are for a running server; give its address, or neither")
+                raise UsageError("tls_ca and token_file are for a running server; set its address, or remove both")
         elif not transport.is_local(self.address) and not (self.tls_ca and self.token_file):
-            raise UsageError(f"{self.address} is another machine: give tls_ca and token_file")
+            raise UsageError(f"{self.address} is another machine: set tls_ca and token_file")
 
 
 class Peer:
-    """A serving scorer. link is the present connection; recover replaces it.
+    """A serving scorer. link is the current connection; recover replaces it.
 
-    warnings: a text for everything about the server that the configuration does not say, or that was let pass.
+    warnings: one text for each difference between server and configuration and each tolerated problem.
     """
 
     def __init__(self, config: BridgeConfig) -> None:
@@ -93,19 +93,19 @@ class Peer:
 
     @property
     def is_own(self) -> bool:
-        """Whether we started the process and may kill it."""
+        """Return whether we started the process and may kill it."""
         return self._config.address is None
 
     def has_died(self) -> bool:
-        """Whether our own process has ended."""
+        """Return whether our own process has ended."""
         return self._process is not None and self._process.exit_code() is not None
 
     def describe_process(self) -> str:
-        """How our process is and what it wrote last; "" for somebody else's."""
+        """Return the state of our process and the end of its output; "" for a server at an address."""
         return self._process.describe() if self._process else ""
 
     def recover(self, link: Connection, kind: type[LostError], problem: str) -> None:
-        """Replace a link that failed, once for all who report it; raise kind if it has failed too often."""
+        """Replace a failed link, once for all threads that report it; raise kind after too many failures."""
         with self._lock:
             if self._closed.is_set():
                 raise BridgeError("the client was closed before this batch was scored")
@@ -114,7 +114,7 @@ class Peer:
             if link is not self.link:
                 return
             if self._process:
-                # A broken connection is noticed a moment before the process is gone; its own exit code says more.
+                # A broken connection is noticed a moment before the process ends; wait, since its exit code says more.
                 if kind is LostError:
                     self._process.exit_code(wait_s=1.0)
                 problem = f"{problem}; {self._process.describe()}"
@@ -122,10 +122,10 @@ class Peer:
             self._replace(kind, problem)
 
     def _replace(self, kind: type[LostError], problem: str) -> None:
-        """Open new links until one serves; raise kind, now and at every later failure, when none may be opened."""
+        """Open new links until one serves; once no more are allowed, raise kind, now and at every later failure."""
         while True:
             if self.restarts >= self._config.max_restarts:
-                self._failure = kind, f"{problem}\n(given up after {self.restarts} restarts, max_restarts)"
+                self._failure = kind, f"{problem}\n(gave up after {self.restarts} restarts, max_restarts)"
                 raise kind(self._failure[1])
             self.restarts += 1
             verb = "restarting it" if self.is_own else "connecting again"
@@ -134,7 +134,7 @@ class Peer:
             try:
                 self.link = self._open()
                 return
-            except BridgeError as error:  # such as a device whose memory the one before has not given back yet
+            except BridgeError as error:  # e.g. the previous process has not yet released the device's memory
                 kind, problem = LostError, str(error)
                 if self._process:
                     self._process.stop(grace_s=0)
@@ -143,8 +143,8 @@ class Peer:
                 raise BridgeError("the client was closed before this batch was scored")
 
     def close(self) -> None:
-        """End our process, close the connections, remove the socket. Safe to call twice."""
-        self._closed.set()  # first: a recovery under way holds the lock and looks here
+        """Stop our process, close the connections and remove the socket. Safe to call twice."""
+        self._closed.set()  # first: a running recovery holds the lock and checks this
         with self._lock:
             if self._process:
                 self._process.stop(_STOP_GRACE_S)
@@ -158,7 +158,7 @@ class Peer:
         config = self._config
         address = config.address
         if address is None:
-            # Another socket each time: an older connection must never reach a newer process.
+            # A new socket each time, so that an older connection never reaches a newer process.
             address = f"unix:{self._folder}/{self.restarts}"
             try:
                 words = ["serve", "--exit-with-parent", "--listen", address, *scorer_arguments(config)]
@@ -182,47 +182,47 @@ class Peer:
         return link
 
     def _heed(self, link: Connection) -> None:
-        """Raise BridgeError if the scorer is the wrong one or judges wrongly; note what is only to be warned of.
+        """Raise BridgeError for a wrong scorer or wrong results on its test images; collect the warnings.
 
-        Whoever opened the client tells the first warnings; those of a server that has changed meanwhile are logged.
+        The code that opened the client reports the first warnings; new ones after a reconnection are logged.
         """
         config, reply = self._config, link.describe(self._config.scorer, self._config.start_timeout_s)
         where = "" if self.is_own else f" at {link.address}"
-        found = []
+        warnings = []
         if reply.example_problem:
             problem = f"scorer {config.scorer!r}{where} gets its built-in test images wrong: {reply.example_problem}"
             if config.check_example:
                 raise BridgeError(
-                    f"{problem}. It has other weights, or another version of a package, than it is made for: fix that, "
-                    "or set its check_example to False to continue with a warning."
+                    f"{problem}. Use the weights and package versions that the scorer was written for, or set its "
+                    "check_example to False to continue with a warning."
                 )
-            found.append(problem)
+            warnings.append(problem)
         if not self.is_own and reply.HasField("setup"):
-            found += [f"{config.scorer}{where}: {text}" for text in differences(config.options, reply.setup)]
-        for text in found if self.restarts else ():
+            warnings += [f"{config.scorer}{where}: {text}" for text in differences(config.options, reply.setup)]
+        for text in warnings if self.restarts else ():
             if text not in self.warnings:
                 _LOG.warning("%s", text)
-        self.warnings = tuple(found)
+        self.warnings = tuple(warnings)
 
     def _check_alive(self) -> None:
         if self._closed.is_set():
             raise BridgeError("the client was closed while its scorer started")
         if self._config.cancelled and not self.restarts and self._config.cancelled():
-            raise BridgeError(f"scorer {self._config.scorer!r} was no longer wanted while it loaded")
+            raise BridgeError(f"loading scorer {self._config.scorer!r} was cancelled")
         if self.has_died():
             raise BridgeError(f"scorer {self._config.scorer!r} could not be started: {self.describe_process()}")
 
 
 def scorer_arguments(config: BridgeConfig) -> list[str]:
-    """Return what says on a command line of rewards_bridge which scorer and device; options follow on stdin."""
+    """Return the arguments of rewards_bridge that select the scorer and device; the options follow on stdin."""
     words = ["--scorer", config.scorer, "--options-file", STDIN]
     return [*words, *(["--device", config.device] if config.device else [])]
 
 
 def examine(config: BridgeConfig, flags: Sequence[str] = ()) -> tuple[bool, str]:
-    """Return (whether the scorer could be started here, in words), as rewards_bridge's doctor says it of this config.
+    """Return (whether the scorer could be started here, a description) from rewards_bridge's doctor for this config.
 
-    It runs as the scorer would: under its interpreter, in its environment. flags: of the doctor, further ones.
+    The doctor runs as the scorer would: with its interpreter and in its environment. flags: more flags of the doctor.
     """
     command = [
         config.interpreter or sys.executable,
@@ -245,12 +245,12 @@ def examine(config: BridgeConfig, flags: Sequence[str] = ()) -> tuple[bool, str]
         return False, f"cannot start the interpreter {command[0]}: {error}"
     except subprocess.TimeoutExpired:
         return False, f"was not loaded after start_timeout_s, {config.start_timeout_s:g} s"
-    said = "\n".join(line.removeprefix("  ") for line in done.stdout.splitlines()[1:])
-    return done.returncode == 0, redacted(said or transport.shorten(done.stderr.strip(), 2000))
+    report = "\n".join(line.removeprefix("  ") for line in done.stdout.splitlines()[1:])
+    return done.returncode == 0, redacted(report or transport.shorten(done.stderr.strip(), 2000))
 
 
 def _private_folder() -> str:
-    """Return a new folder only we may enter, its path short enough for a unix socket."""
+    """Create a folder that only we may enter, with a path short enough for a unix socket; return its path."""
     folder = tempfile.mkdtemp(prefix="rewards-bridge-")
     if len(folder) < _MAX_SOCKET_PATH:
         return folder

@@ -1,7 +1,7 @@
-"""Read picture files that are to be scored: PNG, JPEG and WebP, checked before they are decoded.
+"""Read image files for scoring: PNG, JPEG and WebP, checked before they are decoded.
 
-`rewards_bridge score` and `udm_grpo.evaluate` both read pictures here, so that a file gets the same pixels from either.
-No other decoder of Pillow is ever started (that of EPS would run Ghostscript).
+`rewards_bridge score` and `udm_grpo.evaluate` both use this module, so that a file yields the same pixels in either.
+No other decoder of Pillow ever runs (the one for EPS would start Ghostscript).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from rewards_bridge.protocol.messages import MAX_SIDE
 FORMATS = ("PNG", "JPEG", "WEBP")
 NAMED = "PNG, JPEG or WebP"
 MAX_FILE_BYTES = 512 << 20
-"""Bytes of a file; the largest picture that is scored takes 192 MiB without any compression."""
+"""Largest file size; the largest accepted picture takes 192 MiB uncompressed."""
 LARGE_PIXELS = 1 << 24
-"""Pictures with more pixels than this are decoded one at a time, whatever the number of threads."""
+"""Pictures with more pixels than this are decoded one at a time, regardless of the number of threads."""
 
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX")  # 8 bits a channel
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX")  # 8 bits per channel
 _GREY16 = ("I;16", "I;16L", "I;16B", "I;16N")
 _OTHER_FILES = {
     b"%!PS": "PostScript",
@@ -42,49 +42,49 @@ _OTHER_FILES = {
     b"<": "HTML or XML text",
     b"version https://git-lfs": "a Git LFS pointer (git lfs pull fetches the picture)",
 }
-"""First bytes of files that are often taken for pictures -> what they are."""
+"""First bytes of files that are often mistaken for supported pictures -> what they are."""
 _one_large_picture = threading.Lock()
 
 
 class PictureError(ValueError):
-    """A file that cannot be scored as a picture; the message says why, without the file's name."""
+    """A file that cannot be scored as a picture; the message gives the reason without the file name."""
 
 
 @dataclass(frozen=True)
 class DecodedPicture:
-    """A picture as it is scored."""
+    """A decoded picture, ready for scoring."""
 
     pixels: np.ndarray
     """u8[H,W,3], upright."""
     is_transparent: bool
-    """Whether a part of the file was transparent; it is white in `pixels`."""
+    """Whether part of the picture was transparent; that part is white in `pixels`."""
 
 
 def read_picture(path: str | Path, sides: int = 1) -> DecodedPicture:
-    """Return the picture in a file; raises PictureError. sides: see decode_picture."""
+    """Return the picture in a file; sides is that of decode_picture. Raises PictureError."""
     return decode_picture(read_content(path), sides)
 
 
 def read_content(path: str | Path) -> bytes:
-    """Return the bytes of a picture's file; raises PictureError if they cannot be read or are too many."""
+    """Return the bytes of a picture file; raises PictureError if it cannot be read or is too large."""
     try:
         with Path(path).open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise PictureError(f"cannot be opened: {error.strerror or error}") from error
     if len(content) > MAX_FILE_BYTES:
-        raise PictureError(f"has more than {MAX_FILE_BYTES} bytes, the largest file that is read")
+        raise PictureError(f"has more than {MAX_FILE_BYTES} bytes, the maximum file size")
     return content
 
 
 def decode_picture(content: bytes, sides: int = 1) -> DecodedPicture:
     """Return the picture in the bytes of a file; raises PictureError.
 
-    An EXIF orientation is applied, as GenEval's evaluation does. 16-bit channels keep their upper 8 bits; grey and
-    palettes become RGB; transparent parts are laid on white. CMYK, floating-point and animated pictures are refused.
-    sides: how many pictures stand beside each other in the file; each of them may have MAX_SIDE pixels a side.
+    The EXIF orientation is applied, as in GenEval's evaluation. 16-bit channels keep their upper 8 bits; grey and
+    palette images become RGB; transparent parts are blended onto white. CMYK, floating-point and animated pictures are
+    rejected. sides: how many pictures are side by side in the file; each of them may have MAX_SIDE pixels per side.
     """
-    # Decoders raise almost anything for damaged files: OSError, SyntaxError, struct.error, IndexError, MemoryError, ...
+    # Decoders raise almost any error for damaged files: OSError, SyntaxError, struct.error, IndexError, MemoryError ...
     try:
         with _opened(content) as picture:
             _check_header(picture, sides * MAX_SIDE)
@@ -104,45 +104,45 @@ def _opened(content: bytes) -> Image.Image:
     try:
         return Image.open(BytesIO(content), formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise PictureError(f"is no {NAMED} file: {_what(content)}") from None
+        raise PictureError(f"is not a {NAMED} file: {_what(content)}") from None
 
 
 def _what(content: bytes) -> str:
-    """Return what the bytes of something else than a picture are."""
+    """Return a description of bytes that are not a supported picture."""
     if not content:
         return "it is empty (0 bytes)"
     if content.startswith((b"\x89PNG", b"\xff\xd8", b"RIFF")):
-        return "it begins like one, but is damaged or cut off"
+        return "it starts like one, but is damaged or truncated"
     kinds = [kind for start, kind in _OTHER_FILES.items() if content.lstrip()[:64].startswith(start)]
-    return f"it is {kinds[0]}; convert it" if kinds else f"it begins with {content[:8]!r}"
+    return f"it is {kinds[0]}; convert it" if kinds else f"it starts with {content[:8]!r}"
 
 
 def _check_header(picture: Image.Image, limit: int) -> None:
-    """Raise PictureError for what the header alone rules out."""
+    """Raise PictureError for a picture that its header alone rules out."""
     width, height = picture.size
     if not (0 < width <= limit and 0 < height <= limit):
-        raise PictureError(f"is {width} x {height} pixels; sides of 1 to {limit} can be scored: make it smaller")
+        raise PictureError(f"is {width} x {height} pixels; expected sides of 1 to {limit} pixels: resize it")
     if picture.mode == "CMYK":
         raise PictureError("has the mode CMYK (printing inks), whose colors depend on a profile; convert it to RGB")
     if picture.mode not in (*_MODES, *_GREY16):
-        raise PictureError(f"has the mode {picture.mode}; expected grey, palette or RGB with 8 or 16 bits a channel")
+        raise PictureError(f"has the mode {picture.mode}; expected grey, palette or RGB with 8 or 16 bits per channel")
     frames = getattr(picture, "n_frames", 1)
-    if frames > 1 and picture.format != "MPO":  # a camera's JPEG with a preview or a gain map after the picture
-        raise PictureError(f"is animated ({frames} frames); save the one that is to be scored as a picture of its own")
+    if frames > 1 and picture.format != "MPO":  # MPO: a camera's JPEG followed by a preview or a gain map
+        raise PictureError(f"is animated ({frames} frames); save the frame to be scored as a separate file")
 
 
 def _check_chunks(content: bytes) -> None:
-    """Raise PictureError for a PNG whose pixels or palette have a wrong checksum, which Pillow passes over."""
+    """Raise PictureError for a PNG whose pixels or palette have a wrong checksum, which Pillow ignores."""
     at = 8
     while at + 12 <= len(content):
         length, kind = struct.unpack_from(">I4s", content, at)
         end = at + 8 + length
         if kind[:1].isupper() and content[end : end + 4] != zlib.crc32(content[at + 4 : end]).to_bytes(4, "big"):
-            raise PictureError(f"is damaged: a chunk {kind.decode('latin-1')} has a wrong checksum or is cut off")
+            raise PictureError(f"is damaged: a chunk {kind.decode('latin-1')} has a wrong checksum or is truncated")
         if kind == b"IEND":
             return
         at = end + 4
-    raise PictureError("is cut off: a PNG ends with a chunk IEND")
+    raise PictureError("is truncated: a PNG must end with a chunk IEND")
 
 
 def _pixels(picture: Image.Image) -> DecodedPicture:

@@ -1,4 +1,4 @@
-"""A scorer process of our own: started on a private socket, watched, stopped with everything it started."""
+"""A scorer process that we own: started on a private socket, monitored, and stopped with all its children."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 class ScorerProcess:
-    """`python -m rewards_bridge` under an interpreter and environment of its own, ending when we do.
+    """`python -m rewards_bridge` with its own interpreter and environment, which ends when this process ends.
 
-    The words are its arguments, with which it has to serve until its standard input ends.
+    words: its arguments, with which it must serve until its standard input is closed.
     """
 
     def __init__(
@@ -36,20 +36,20 @@ class ScorerProcess:
         environment: Mapping[str, str],
         options: Mapping[str, str] | None = None,
     ) -> None:
-        """Start it; options: of the scorer, which it is handed over standard input."""
+        """Start the process; options: the scorer's options, passed over standard input."""
         line = as_line(options or {})
         self._tail = b""
-        # No preexec_fn: Python then runs no fork handlers, which the threads of JAX and gRPC would not survive.
+        # No preexec_fn: it would make Python run fork handlers, which the threads of JAX and gRPC would not survive.
         self._process = subprocess.Popen(
             [interpreter or sys.executable, "-m", "rewards_bridge", *words],
-            stdin=subprocess.PIPE,  # its end tells the server that we are gone
+            stdin=subprocess.PIPE,  # closing it tells the server that this process has ended
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=scorer_environment(environment, options or {}),
             start_new_session=True,
         )
         if self._process.stdin:
-            with contextlib.suppress(BrokenPipeError):  # it has ended already, and is found dead soon
+            with contextlib.suppress(BrokenPipeError):  # it has already ended, which the next check detects
                 self._process.stdin.write(line)
                 self._process.stdin.flush()
         self._reader = threading.Thread(target=self._read_output, name="scorer-output", daemon=True)
@@ -61,31 +61,31 @@ class ScorerProcess:
         return self._process.pid
 
     def exit_code(self, wait_s: float = 0.0) -> int | None:
-        """Return the exit code, waiting for it at most this long; None while the process lives."""
+        """Return the exit code after waiting at most wait_s; None while the process is running."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(wait_s)
         return None
 
     def describe(self) -> str:
-        """How the process ended, and the end of what it wrote."""
+        """Return how the process ended, and the end of its output."""
         code = self.exit_code()
         if code is None:
             state = "is still running"
         elif code < 0:
-            state = f"was ended by {signal.Signals(-code).name} (exit code {code})"
+            state = f"was killed by {signal.Signals(-code).name} (exit code {code})"
         else:
-            state = f"ended with exit code {code}"
+            state = f"exited with exit code {code}"
         return f"the scorer process {self.pid} {state}; {self.tail()}"
 
     def tail(self) -> str:
-        """Return the last of what the process wrote to stdout and stderr."""
+        """Return the end of what the process wrote to stdout and stderr."""
         if self.exit_code() is not None:
             self._reader.join(1.0)
         text = redacted(self._tail.decode(errors="replace").rstrip())
         return f"the end of its output:\n{text}" if text else "it wrote nothing"
 
     def stop(self, grace_s: float) -> None:
-        """Ask it to end, kill it and what it started after grace_s."""
+        """Terminate the process; after grace_s, kill it and its children."""
         if grace_s > 0 and self.exit_code() is None:
             self._process.terminate()
             self.exit_code(grace_s)
@@ -107,15 +107,15 @@ class ScorerProcess:
 
 
 def scorer_environment(extra: Mapping[str, str], options: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a scorer's process: what it may have of ours, this package to import, and `extra`."""
-    # Idle threads leave the cores to XLA and busy ones take at most half of them, unless the environment says more.
+    """Return the environment of a scorer process: the allowed part of ours, the path of this package, and `extra`."""
+    # Idle threads leave the cores to XLA and busy ones use at most half of them, unless the environment says otherwise.
     threads = str(max(1, (os.cpu_count() or 1) // 2))
     merged = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": threads, **allowed_environment(extra, options)}
     return with_package(merged)
 
 
 def with_package(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment in which this package can be imported."""
+    """Return the environment with this package on PYTHONPATH."""
     path = os.pathsep.join(filter(None, (str(_import_folder()), environment.get("PYTHONPATH"))))
     return {**environment, "PYTHONPATH": path}
 
@@ -124,7 +124,7 @@ def with_package(environment: Mapping[str, str]) -> dict[str, str]:
 def _import_folder() -> Path:
     """Return the folder from which the scorer's interpreter imports this package.
 
-    Never site-packages, whose other packages are made for our own interpreter: a folder with a link takes its place.
+    It is never site-packages, whose other packages belong to our interpreter: a folder with a link replaces it.
     """
     if _PACKAGE.parent.name not in ("site-packages", "dist-packages"):
         return _PACKAGE.parent

@@ -1,9 +1,9 @@
-"""What no output may show: values that were given as secrets, whatever shows them, and logins in addresses.
+"""Remove secrets from every output: values of secret options and variables, and logins in addresses.
 
-A secret is known by the name of its option, field or variable (api_key, HF_TOKEN), or is the login in an address. Its
-value is remembered by the process it was given to and taken out of every text that leaves it. The replacement is ***
-and not a digest of the value: short passwords can be guessed from their digests, and texts with and without a changed
-secret stay the same.
+A secret is recognised by the name of its option, field or variable (api_key, HF_TOKEN), or is the login in an address.
+The process that receives it remembers its value and removes it from every text that it emits. The replacement is ***
+rather than a digest of the value: short passwords can be guessed from their digests, and a changed secret leaves texts
+the same.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from typing import Any, TextIO, cast
 
 HIDDEN = "***"
 MIN_REMEMBERED = 6
-"""Characters; shorter values are hidden where they stand, but not elsewhere: they could be a part of any word."""
+"""Characters; shorter values are hidden only in their own field, because they could be part of any word."""
 INTERRUPTED_STATUS = 128 + signal.SIGINT
-"""Exit status after Ctrl-C, as shells give it."""
+"""Exit status after Ctrl-C, as in shells."""
 MAX_SECRET_BYTES = 64 << 10
 
 _SECRET = re.compile(r"(?:^|[._-]|api)(?:key|token|secret|passwd|password|credentials?)$", re.IGNORECASE)
-_NO_SECRET = re.compile(r"(?:prompt|tls)[_-]key$", re.IGNORECASE)  # the name of a field of prompts, a path
+_NO_SECRET = re.compile(r"(?:prompt|tls)[_-]key$", re.IGNORECASE)  # the name of a field of prompts; a path
 _LOGIN = re.compile(r"""(?<=://)[^/@\s"']+(?=@)""")
 _PLACES = ("_env", "_file")
-_remembered: set[str] = set()  # of this process: whatever module prints, it must not print these
+_remembered: set[str] = set()  # for the whole process, because any module may print them
 
 
 def is_secret(name: str) -> bool:
-    """Return whether an option, field or variable of this name holds a secret; a *_file or *_env only names a place."""
+    """Return whether an option, field or variable of this name holds a secret; *_file and *_env only name its place."""
     return bool(_SECRET.search(name)) and not _NO_SECRET.search(name)
 
 
@@ -50,15 +50,15 @@ def hide_logins(text: str) -> str:
 
 
 def shown(name: str, value: str) -> str:
-    """Return the value as it may be shown: *** for a secret, else the value without logins in addresses."""
+    """Return the value in printable form: *** for a secret, otherwise the value without logins in addresses."""
     return HIDDEN if is_secret(name) else hide_logins(value)
 
 
 def remember(values: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> None:
-    """Take the secrets among options or variables out of every later text of this process.
+    """Remember the secrets among options or variables, so that later texts of this process omit them.
 
-    The values of *_env (a variable of `environment`) and *_file (a path) options are secrets where the rest of the name
-    is that of one; what cannot be read is left for whoever needs it to complain of.
+    An option *_env (a variable of `environment`) or *_file (a path) points to a secret if the rest of its name marks
+    one. Unreadable ones are ignored here; the code that needs them reports them.
     """
     for name, value in ((name, str(value)) for name, value in values.items()):
         for login in _LOGIN.findall(value):
@@ -76,8 +76,8 @@ def remember(values: Mapping[str, str], environment: Mapping[str, str] = os.envi
 
 
 def remember_start(environment: Mapping[str, str] = os.environ, words: Sequence[str] = tuple(sys.argv)) -> None:
-    """Take the values of variables and arguments whose names are those of secrets (HF_TOKEN) out of later texts."""
-    for word in words:  # --option=vlm.api_key=VALUE has two names
+    """Remember the values of variables and arguments whose names mark secrets (HF_TOKEN)."""
+    for word in words:  # --option=vlm.api_key=VALUE contains two names
         parts = word.split("=")
         for at in range(1, len(parts)):
             remember({parts[at - 1]: "=".join(parts[at:])}, environment)
@@ -92,7 +92,7 @@ def redacted(text: str) -> str:
 
 
 def redacted_texts(value: Any) -> Any:
-    """Return nested JSON values with redacted texts; numbers that look like a secret stay numbers."""
+    """Return nested JSON values with redacted texts; numbers stay, even if they look like a secret."""
     if isinstance(value, Mapping):
         return {redacted_texts(name): redacted_texts(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -101,7 +101,7 @@ def redacted_texts(value: Any) -> Any:
 
 
 def redacted_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested settings with *** for every secret, by its name or by its value."""
+    """Return nested settings with *** for every secret, recognised by its name or its value."""
     return {name: _redacted_value(str(name), value) for name, value in values.items()}
 
 
@@ -116,9 +116,9 @@ def _redacted_value(name: str, value: Any) -> Any:
 
 
 def guarded(main: Callable[[], int | None]) -> int:
-    """Run a command and return its exit status; what it prints, logs and raises is shown without secrets.
+    """Run a command and return its exit status; secrets are removed from all that it prints, logs and raises.
 
-    Ctrl-C ends it by a word instead of a traceback.
+    Ctrl-C prints one word instead of a traceback.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -151,7 +151,7 @@ def _first_bytes(path: str) -> bytes:
 
 
 class _Redacting:
-    """A stream that writes to another one, without secrets."""
+    """A stream that removes secrets and writes to another stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

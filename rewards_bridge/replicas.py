@@ -1,4 +1,4 @@
-"""One scorer in several processes or on several machines: batches go to the least busy, a lost one is left out."""
+"""One scorer in several processes or on several machines: batches go to the least busy replica that is not lost."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class _Batch:
 
 
 class Replicas:
-    """Clients of one scorer that share its batches; as good as one client while any of them is left.
+    """Clients of one scorer that share its batches; used like one client, and working while any of them is left.
 
-    A replica that is lost (its own restarts or reconnections used up, or its deadline passed) gets no more batches, and
-    what it held is scored by another. An error of the scorer itself, or of the batch, is not: it would come again.
+    A lost replica (its restarts or reconnections are used up, or its deadline has passed) gets no more batches, and
+    its unfinished ones go to another. Errors of the scorer itself or of the batch are not retried: they would recur.
     """
 
     def __init__(self, configs: Sequence[BridgeConfig]) -> None:
         if not configs:
-            raise UsageError("a scorer needs at least one replica; give an address or let one be started")
+            raise UsageError("a scorer needs at least one replica: set replicas or addresses")
         self._clients = open_all(configs)
         self._waiting = [0] * len(self._clients)
         self._lost: dict[int, BaseException] = {}
@@ -45,33 +45,33 @@ class Replicas:
         self._closed = False
 
     def submit(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Future[Scores]:
-        """Score images u8[B,H,W,3] as `RewardsClient.submit` does, by whichever replica has least to do."""
+        """Submit images u8[B,H,W,3] as `RewardsClient.submit` does, to the least busy replica."""
         batch = _Batch(images, prompts, metadata, Future())
         self._send(batch, wait=True)
         return batch.future
 
     def check(self, prompts: Sequence[str], metadata: Sequence[dict]) -> dict[int, str]:
-        """Why the scorer cannot score some of these prompts, as `RewardsClient.check` says it."""
+        """Return why the scorer cannot score some of these prompts, as `RewardsClient.check` does."""
         return self._first_alive().check(prompts, metadata)
 
     def notes(self, prompts: Sequence[str], metadata: Sequence[dict]) -> dict[int, str]:
-        """In what the scorer does not score prompts as one may think, as `RewardsClient.notes` says it."""
+        """Return notes on how the scorer treats some of these prompts, as `RewardsClient.notes` does."""
         return self._first_alive().notes(prompts, metadata)
 
     def try_out(self, prompt: str, metadata: dict, height: int, width: int) -> None:
-        """Try out a scorer of the user's own, as `RewardsClient.try_out`; all replicas hold the same one."""
+        """Try out a user's own scorer, as `RewardsClient.try_out` does; one replica suffices, since all are alike."""
         self._clients[0].try_out(prompt, metadata, height, width)
 
     def warnings(self) -> tuple[str, ...]:
-        """Return the warnings of all replicas, as `RewardsClient.warnings`, each once."""
+        """Return the warnings of all replicas, as `RewardsClient.warnings` does, without duplicates."""
         return tuple(dict.fromkeys(text for client in self._clients for text in client.warnings()))
 
     def stats(self) -> list[BridgeStats]:
-        """Return counts and seconds of every replica so far."""
+        """Return the counts and seconds so far of every replica."""
         return [client.stats() for client in self._clients]
 
     def close(self) -> None:
-        """End the processes we started and fail the batches that are not scored. Safe to call twice."""
+        """Stop the processes that we started and fail all unscored batches. Safe to call twice."""
         self._closed = True
         for client in self._clients:
             client.close()
@@ -89,14 +89,14 @@ class Replicas:
             return self._clients[self._alive()[0]]
 
     def _alive(self) -> list[int]:
-        """Return the replicas that are not lost.
+        """Return the indexes of the replicas that are not lost.
 
-        All of them if none is left, for each says best what has become of it.
+        If none is left, return all of them: their errors give the reasons.
         """
         return [index for index in range(len(self._clients)) if index not in self._lost] or [*range(len(self._clients))]
 
     def _send(self, batch: _Batch, wait: bool) -> None:
-        """Give a batch to a replica; wait: for room there."""
+        """Send a batch to a replica; wait: whether to block until it has room."""
         with self._lock:
             alive = self._alive()
             index = min(alive, key=lambda index: self._waiting[index])
@@ -124,19 +124,19 @@ class Replicas:
                 batch.future.set_exception(problem)
 
     def _may_leave_out(self, index: int, error: BaseException) -> bool:
-        """Whether the replica is lost and another is left to do its work."""
+        """Return whether the replica is lost and another one can take over its batches."""
         if not isinstance(error, LostError):
             return False
         with self._lock:
             if index not in self._lost:
                 self._lost[index] = error
                 left = len(self._clients) - len(self._lost)
-                _LOG.warning("replica %d is left out from now on, %d left: %s", index, left, error)
+                _LOG.warning("replica %d is lost and gets no more batches, %d left: %s", index, left, error)
             return len(self._lost) < len(self._clients)
 
 
 def open_all(configs: Sequence[BridgeConfig]) -> list[RewardsClient]:
-    """Open clients all at once, since loading a scorer takes long; if one fails, close the others and raise."""
+    """Open all clients in parallel, since loading a scorer is slow; if one fails, close the others and raise."""
     with ThreadPoolExecutor(max_workers=len(configs)) as pool:
         opening = [pool.submit(RewardsClient, config) for config in configs]
     failed = [future.exception() for future in opening if future.exception() is not None]

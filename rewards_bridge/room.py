@@ -1,4 +1,4 @@
-"""How much may wait at a time: whoever brings more waits until there is room, in the order in which they came."""
+"""A limit on the bytes that may wait at a time; callers block, in order of arrival, until there is room."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import threading
 from collections.abc import Callable
 
 LOOK_S = 1.0
-"""How often whoever waits looks whether it still has to."""
+"""How often a waiting caller checks is_over()."""
 
 
 class Room:
-    """Room for so many bytes. What is larger than all of it gets in when nothing else is there."""
+    """Room for `size` bytes. An item larger than that enters when the room is empty."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -20,7 +20,7 @@ class Room:
         self._changed = threading.Condition()
 
     def enter(self, size: int, is_over: Callable[[], bool]) -> bool:
-        """Wait until there is room and take it; False, and nothing taken, as soon as is_over() while waiting."""
+        """Wait for room and take it; return False, having taken none, once is_over() while waiting."""
         ticket = object()
         with self._changed:
             self._queue.append(ticket)
@@ -36,17 +36,17 @@ class Room:
                 self._changed.notify_all()
 
     def squeeze_in(self, size: int) -> None:
-        """Take room without waiting, for what is in memory already."""
+        """Take room without waiting, for data that is already in memory."""
         with self._changed:
             self._used += size
 
     def leave(self, size: int) -> None:
-        """Give room back."""
+        """Release room."""
         with self._changed:
             self._used -= size
             self._changed.notify_all()
 
     def look(self) -> None:
-        """Have everybody who waits ask is_over() at once."""
+        """Make all waiting callers check is_over() now."""
         with self._changed:
             self._changed.notify_all()

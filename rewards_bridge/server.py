@@ -1,4 +1,4 @@
-"""The scorer process: one scorer, loaded once, scoring one batch at a time while the next ones arrive."""
+"""The scorer process: one scorer, loaded once, that scores one batch at a time while the next ones arrive."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from rewards_bridge.listening import bind, remove_socket
 from rewards_bridge.protocol import bridge_pb2, messages
 from rewards_bridge.redaction import redacted, shown
 from rewards_bridge.room import Room
-from rewards_bridge.scorers import Scorer, Scores, default_options, load_scorer, with_given
+from rewards_bridge.scorers import Scorer, Scores, default_options, load_scorer, with_defaults
 
-MAX_SCORE_CALLS = 64  # batches and checks, at once; callers of more are told to come again
-MAX_CALLS = MAX_SCORE_CALLS + 16  # so that there is always room for the question how the server is
-MAX_HELD_BYTES = 1 << 30  # of pixels in memory at once; the senders of more wait
+MAX_SCORE_CALLS = 64  # batches and checks at once; further callers must call again later
+MAX_CALLS = MAX_SCORE_CALLS + 16  # so that there is always room for health checks and descriptions
+MAX_HELD_BYTES = 1 << 30  # of pixels in memory at once; senders of more wait
 STOP_GRACE_S = 1.0
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """Arguments of serve: addresses are unix:/path or HOST:PORT (port 0: any free one), files are PEM."""
+    """Arguments of serve: addresses are unix:/path or HOST:PORT (port 0: any free port); files are PEM."""
 
     scorer: str
     listen: str
@@ -51,11 +51,11 @@ class ServeConfig:
     device: str | None = None
     memory_fraction: float | None = None
     deadline_s: float | None = None
-    """Seconds that the client waits for a batch, for scorers that take an option of this name."""
+    """Seconds that clients wait for a batch, passed to scorers that have an option of this name."""
 
     def __post_init__(self) -> None:
         if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
-            raise UsageError(f"--memory-fraction is {self.memory_fraction}; give a part of 1, such as 0.1")
+            raise UsageError(f"--memory-fraction is {self.memory_fraction}; expected more than 0 and at most 1")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise UsageError("--tls-cert and --tls-key belong together; one of them is missing")
         if not transport.is_local(self.listen) and not (self.tls_cert and self.token_file):
@@ -66,7 +66,7 @@ class ServeConfig:
 
 
 class _Bridge:
-    """The calls of bridge.proto."""
+    """Implements the calls of bridge.proto."""
 
     def __init__(self, scorer: Scorer, description: bridge_pb2.DescribeReply) -> None:
         self._scorer = scorer
@@ -74,8 +74,8 @@ class _Bridge:
         self._worker = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="scorer")
         self._held = Room(MAX_HELD_BYTES)
         self._calls = threading.BoundedSemaphore(MAX_SCORE_CALLS)
-        self._began: float | None = None  # when the job that is being worked on was begun
-        self._progress = time.monotonic()  # when something was received or finished last
+        self._began: float | None = None  # start time of the current job
+        self._progress = time.monotonic()  # when something was last received or finished
 
     def handlers(self) -> grpc.GenericRpcHandler:
         return grpc.method_handlers_generic_handler(
@@ -94,11 +94,11 @@ class _Bridge:
         )
 
     def describe(self, message: bytes, context: grpc.ServicerContext) -> bridge_pb2.DescribeReply:
-        """Return our version, scorer and setup, whatever the caller's version: it is the caller's to object."""
+        """Return our version, scorer and setup, whatever the caller's version; the caller compares them."""
         try:
             bridge_pb2.DescribeRequest.FromString(message)
         except DecodeError as error:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no DescribeRequest: {error}")
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"not a DescribeRequest: {error}")
         reply = bridge_pb2.DescribeReply()
         reply.CopyFrom(self._description)
         began = self._began
@@ -106,18 +106,16 @@ class _Bridge:
         return reply
 
     def check(self, message: bytes, context: grpc.ServicerContext) -> bridge_pb2.CheckReply:
-        """Return what the scorer has against each prompt, nothing if it takes any, and what else it says if that is
-        asked.
-        """
+        """Return the scorer's problems with these prompts, and its notes if they are requested."""
         with _errors_as_status(context), self._place(context):
             prompts, metadata, with_notes = messages.decode_check(message)
-            reply = bridge_pb2.CheckReply(problems=self._in_turn(context, self._said, "problem", prompts, metadata))
+            reply = bridge_pb2.CheckReply(problems=self._in_turn(context, self._remarks, "problem", prompts, metadata))
             if with_notes:
-                reply.notes.update(self._in_turn(context, self._said, "note", prompts, metadata))
+                reply.notes.update(self._in_turn(context, self._remarks, "note", prompts, metadata))
             return reply
 
     def _in_turn(self, context: grpc.ServicerContext, work: Callable[..., T], *arguments: Any) -> T:
-        """Return the result of work(*arguments), which is done after what has come before it."""
+        """Return the result of work(*arguments), run after all earlier jobs."""
 
         def timed() -> T:
             self._began = time.monotonic()
@@ -130,24 +128,24 @@ class _Bridge:
         _cancel_with_call(job, context)
         return job.result()
 
-    def _said(self, method: str, prompts: list[str], metadata: list[dict]) -> dict[int, str]:
-        """Return what one of the scorer's optional methods, problem or note, says of each prompt, by index."""
-        say = getattr(self._scorer, method, None)
-        if say is None:
+    def _remarks(self, method: str, prompts: list[str], metadata: list[dict]) -> dict[int, str]:
+        """Return, by index, the non-empty texts of the scorer's optional method `problem` or `note`."""
+        remark = getattr(self._scorer, method, None)
+        if remark is None:
             return {}
         try:
-            texts = [say(prompt, item) for prompt, item in zip(prompts, metadata, strict=True)]
+            texts = [remark(prompt, item) for prompt, item in zip(prompts, metadata, strict=True)]
         except BaseException as error:
             raise _ScorerRaisedError(traceback.format_exc()) from error
         return {index: redacted(text) for index, text in enumerate(texts) if text}
 
     def score(self, stream: Iterator[bytes], context: grpc.ServicerContext) -> bridge_pb2.ScoreReply:
-        """Receive one batch, wait for its turn, score it; every error becomes a status."""
+        """Receive one batch, wait for its turn and score it; every error becomes a status."""
         with _errors_as_status(context), self._place(context):
             started = time.monotonic()
             first = next(stream, None)
             if first is None:
-                raise messages.MalformedError("a batch starts with a header; the stream was empty")
+                raise messages.MalformedError("a batch must start with a header; the stream was empty")
             header = messages.decode_header(first)
             with self._room_for_a_batch(header.pixel_bytes, context):
                 batch = messages.decode_batch(header, stream)
@@ -166,8 +164,8 @@ class _Bridge:
                 texts[:] = [redacted(text) for text in texts]
             return reply, began, ended
         except AnswerError as error:
-            raise _ScorerRaisedError(f"its answer cannot be used: {error}") from error
-        except Exception as error:  # of a tensor that cannot be brought here, say
+            raise _ScorerRaisedError(f"its return value cannot be used: {error}") from error
+        except Exception as error:  # e.g. from a tensor that cannot be copied to the CPU
             raise _ScorerRaisedError(traceback.format_exc()) from error
 
     def _score(self, batch: messages.Batch) -> tuple[Scores, float, float]:
@@ -175,21 +173,21 @@ class _Bridge:
         try:
             scores = self._scorer.score(batch.images, batch.prompts, batch.metadata)
         except PromptError as error:
-            raise _ScorerRaisedError(str(error)) from error  # it says all there is to say
+            raise _ScorerRaisedError(str(error)) from error  # its text needs no traceback
         except BaseException as error:
             raise _ScorerRaisedError(traceback.format_exc()) from error
         return scores, began, time.monotonic()
 
     @contextmanager
     def _place(self, context: grpc.ServicerContext) -> Iterator[None]:
-        """One of the places for calls that the scorer is asked by; decided before anything of the call is read."""
+        """Occupy one of the places for scorer calls; if none is free, refuse the call before reading anything of it."""
         seconds = context.time_remaining()
         if seconds is None or seconds > messages.MAX_DEADLINE_S:
             raise messages.MalformedError(
-                f"a call needs a deadline of at most {messages.MAX_DEADLINE_S} s; it could hold its place forever"
+                f"a call needs a deadline of at most {messages.MAX_DEADLINE_S} s, or it could hold its place forever"
             )
         if not self._calls.acquire(blocking=False):
-            raise _BusyError(f"{MAX_SCORE_CALLS} calls are waiting here already; call again a little later")
+            raise _BusyError(f"{MAX_SCORE_CALLS} calls are already waiting here; call again later")
         try:
             yield
         finally:
@@ -198,14 +196,14 @@ class _Bridge:
     @contextmanager
     def _room_for_a_batch(self, size: int, context: grpc.ServicerContext) -> Iterator[None]:
         if not self._held.enter(size, is_over=lambda: not context.is_active()):
-            raise futures.CancelledError  # its deadline passed, or it went away
+            raise futures.CancelledError  # its deadline passed, or the client disconnected
         try:
             yield
         finally:
             self._held.leave(size)
 
     def finish(self) -> bool:
-        """Take no more batches; whether the one being scored ended within the grace period."""
+        """Accept no more batches; return whether the current one finished within the grace period."""
         last = self._worker.submit(lambda: None)
         done, _ = futures.wait([last], timeout=STOP_GRACE_S)
         self._worker.shutdown(wait=False, cancel_futures=True)
@@ -213,7 +211,7 @@ class _Bridge:
 
 
 def _cancel_with_call(job: futures.Future, context: grpc.ServicerContext) -> None:
-    """Leave the batch of a client that goes away before its turn unscored."""
+    """Cancel the job if the client disconnects before its turn."""
 
     def cancel() -> None:
         job.cancel()
@@ -223,14 +221,14 @@ def _cancel_with_call(job: futures.Future, context: grpc.ServicerContext) -> Non
 
 
 class _ScorerRaisedError(Exception):
-    """Carries the traceback of a scorer, or what is wrong with its answer, without secrets."""
+    """Carries the traceback of a scorer, or what is wrong with its return value, without secrets."""
 
     def __init__(self, text: str) -> None:
         super().__init__(redacted(text))
 
 
 class _BusyError(Exception):
-    """There is no place for this call now."""
+    """The server has no free place for this call."""
 
 
 @contextmanager
@@ -242,7 +240,7 @@ def _errors_as_status(context: grpc.ServicerContext) -> Iterator[None]:
     except messages.MalformedError as error:
         context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
     except _ScorerRaisedError as error:
-        # ABORTED, since the gRPC library itself never answers it
+        # ABORTED, because the gRPC library itself never uses it
         context.abort(grpc.StatusCode.ABORTED, transport.shorten(str(error)))
     except (_BusyError, MemoryError) as error:
         context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error) or "no memory is left for this batch")
@@ -250,13 +248,13 @@ def _errors_as_status(context: grpc.ServicerContext) -> Iterator[None]:
         seconds = context.time_remaining()
         if seconds is not None and seconds <= 0:
             context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the batch was scored")
-        context.abort(grpc.StatusCode.CANCELLED, "the client went away")
-    except Exception:  # a fault of ours; it would come again, like one of the scorer's
+        context.abort(grpc.StatusCode.CANCELLED, "the client disconnected")
+    except Exception:  # a bug of ours; like an error of the scorer, it would recur
         context.abort(grpc.StatusCode.ABORTED, transport.shorten(traceback.format_exc()))
 
 
 def serve(config: ServeConfig) -> int:
-    """Load the scorer, serve until SIGTERM or SIGINT (or the parent's end), return the exit status."""
+    """Load the scorer, serve it until SIGTERM, SIGINT or the end of the parent, and return the exit status."""
     stopped = threading.Event()
     if config.exit_with_parent:
         lifeline.exit_with_parent(lambda: _parent_is_gone(config.listen, stopped))
@@ -269,8 +267,8 @@ def serve(config: ServeConfig) -> int:
     )
     address = bind(server, config.listen, config.tls_cert, config.tls_key)
     try:
-        given = {"device": config.device, "deadline_s": f"{config.deadline_s:g}" if config.deadline_s else None}
-        config = replace(config, options=with_given(config.scorer, config.options, given))
+        defaults = {"device": config.device, "deadline_s": f"{config.deadline_s:g}" if config.deadline_s else None}
+        config = replace(config, options=with_defaults(config.scorer, config.options, defaults))
         scorer, problem = _ready_scorer(config)
         bridge = _Bridge(scorer, _description(config, problem))
         server.add_generic_rpc_handlers((bridge.handlers(),))
@@ -288,26 +286,26 @@ def serve(config: ServeConfig) -> int:
         server.stop(STOP_GRACE_S).wait()
         remove_socket(config.listen)
     if not bridge.finish():
-        # A thread that is still scoring cannot be ended, and Python would wait for it at exit.
+        # A thread that is still scoring cannot be stopped, and Python would wait for it at exit.
         sys.stdout.flush()
         os._exit(0)
     return 0
 
 
 def _ready_scorer(config: ServeConfig) -> tuple[Scorer, str]:
-    """Return the scorer, loaded, and what is wrong with its verdict on its test images, "" if nothing is.
+    """Return the loaded scorer and the problem with its results on its test images, "" if there is none.
 
-    Scoring them shows before training what the scorer lacks. Whether a wrong verdict stops a run is the client's to
-    say, for somebody's own weights may well judge otherwise.
+    Scoring them before training detects what the scorer lacks. The client decides whether wrong results stop a run,
+    since a user's own weights may legitimately judge otherwise.
     """
     if config.memory_fraction is not None:
         _limit_memory(config.memory_fraction)
     scorer = load_scorer(config.scorer, config.options)
-    right, said = doctor.check_example(config.scorer, scorer)
+    right, verdict = doctor.check_example(config.scorer, scorer)
     if right:
         return scorer, ""
-    print(f"rewards_bridge: {config.scorer} gets its test images wrong: {said}", file=sys.stderr, flush=True)
-    return scorer, said
+    print(f"rewards_bridge: {config.scorer} gets its test images wrong: {verdict}", file=sys.stderr, flush=True)
+    return scorer, verdict
 
 
 def _limit_memory(fraction: float) -> None:
@@ -335,9 +333,9 @@ def _description(config: ServeConfig, example_problem: str) -> bridge_pb2.Descri
 
 
 def _parent_is_gone(address: str, stopped: threading.Event) -> None:
-    """Remove the socket and the folder that the parent made for it, then stop."""
+    """Remove the socket and the folder that the parent created for it, then stop."""
     remove_socket(address)
     if address.startswith("unix:"):
-        with suppress(OSError):  # it is not empty, hence not a folder of a client's
+        with suppress(OSError):  # a folder that is not empty was not created by a client
             Path(address.removeprefix("unix:")).parent.rmdir()
     stopped.set()

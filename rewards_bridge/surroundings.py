@@ -1,4 +1,4 @@
-"""Errors that come of the environment, not of a package or its files: no home, an id without a name, full disks."""
+"""Errors caused by the environment, not by a package: no home folder, a user id without a name, a full disk."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQ
 
 
 def environment_advice(error: BaseException) -> str:
-    """Return what to set in the environment for an error (or one that it came from); empty if that is not the reason.
+    """Return what to set in the environment to fix an error (or its cause); "" if the environment is not the reason.
 
-    Packages write caches under HOME or the temporary folder when they are imported, and ask for the user's name.
+    Packages write caches under HOME or the temporary folder when they are imported, and look up the user's name.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -20,14 +20,14 @@ def environment_advice(error: BaseException) -> str:
             return (
                 f"a file cannot be read or written ({_first_line(seen)}). Packages keep files under HOME "
                 f"({_value('HOME')}), XDG_CACHE_HOME ({_value('XDG_CACHE_HOME')}) and the temporary folder (TMPDIR, "
-                f"here {_temporary()}): set these to folders with room that this user may write to"
+                f"here {_temporary()}): set these to writable folders with free space"
             )
         if isinstance(seen, FileNotFoundError) and "temporary directory" in str(seen):
-            return f"no temporary folder can be written to; set TMPDIR ({_value('TMPDIR')}) to one"
+            return f"no temporary folder is writable; set TMPDIR ({_value('TMPDIR')}) to one that is"
         if "getpwuid" in str(seen) or "username is set in the environment" in str(seen):
             return f"this user id ({os.getuid()}) has no name; set USER and HOME, as in USER=me HOME=/tmp/me"
         if isinstance(seen, RuntimeError) and "home directory" in str(seen):
-            return f"there is no home folder; set HOME ({_value('HOME')}) to a folder that this user may write to"
+            return f"there is no home folder; set HOME ({_value('HOME')}) to a writable folder"
         seen = seen.__cause__ or seen.__context__
     return ""
 

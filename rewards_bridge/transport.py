@@ -1,4 +1,4 @@
-"""Addresses, tokens and channel settings: what both sides have to agree on before the first message."""
+"""Addresses, tokens and channel settings, on which both sides must agree before the first message."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ TOKEN_KEY = "authorization"
 MIN_TOKEN_LENGTH = 16
 
 MAX_ERROR_CHARACTERS = 32_000
-# An error's text travels in the trailing metadata, percent-encoded (up to 3 bytes a byte), which gRPC by default drops
-# above 8 to 16 KiB; a traceback is easily longer.
+# gRPC sends an error's text as trailing metadata, percent-encoded (up to 3 bytes per byte), and by default drops it
+# above 8 to 16 KiB; tracebacks are often longer.
 _MAX_METADATA_BYTES = 512 << 10
 
 OPTIONS: list[tuple[str, int]] = [
@@ -24,7 +24,7 @@ OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_metadata_size", _MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", _MAX_METADATA_BYTES),
 ]
-SERVER_OPTIONS = [*OPTIONS, ("grpc.so_reuseport", 0)]  # a second server on one port is an error, not half the answers
+SERVER_OPTIONS = [*OPTIONS, ("grpc.so_reuseport", 0)]  # a second server on the same port is an error
 CHANNEL_OPTIONS = [
     *OPTIONS,
     ("grpc.enable_http_proxy", 0),
@@ -36,14 +36,14 @@ CHANNEL_OPTIONS = [
 
 
 def is_local(address: str) -> bool:
-    """Whether only this machine can reach the address; UsageError unless it is unix:/path or HOST:PORT."""
+    """Return whether only this machine can reach the address; UsageError unless it is unix:/path or HOST:PORT."""
     if address.startswith("unix:"):
         if not address.removeprefix("unix:").startswith("/"):
-            raise UsageError(f"address {address!r}: a unix socket is written unix:/path/to/socket")
+            raise UsageError(f"address {address!r}: expected an absolute path, as in unix:/path/to/socket")
         return True
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"address {address!r}: wanted unix:/path/to/socket, HOST:PORT or [IPV6]:PORT")
+        raise UsageError(f"address {address!r}: expected unix:/path/to/socket, HOST:PORT or [IPV6]:PORT")
     if host == "localhost":
         return True
     try:
@@ -53,12 +53,12 @@ def is_local(address: str) -> bool:
 
 
 def read_token(path: str) -> str:
-    """Return the token in this file, at least 16 printable characters."""
+    """Return the token in this file: one word of at least 16 printable characters."""
     token = read_file(path).decode(errors="replace").strip()
     if len(token) < MIN_TOKEN_LENGTH or not token.isascii() or not token.isprintable() or " " in token:
         raise UsageError(
-            f"token file {path}: wanted one word of at least {MIN_TOKEN_LENGTH} printable ASCII characters; "
-            f"python -c 'import secrets; print(secrets.token_hex())' > {path} makes one"
+            f"token file {path}: expected one word of at least {MIN_TOKEN_LENGTH} printable ASCII characters; "
+            f"create one with: python -c 'import secrets; print(secrets.token_hex())' > {path}"
         )
     return token
 
@@ -72,17 +72,17 @@ def read_file(path: str) -> bytes:
 
 
 def call_metadata(token: str | None) -> tuple[tuple[str, str | bytes], ...]:
-    """Return what a client sends with every call."""
+    """Return the metadata that a client sends with every call."""
     return ((TOKEN_KEY, f"Bearer {token}"),) if token else ()
 
 
 def channel_credentials(tls_ca: str) -> grpc.ChannelCredentials:
-    """Credentials that trust the certificates in this PEM file."""
+    """Return credentials that trust the certificates in this PEM file."""
     return grpc.ssl_channel_credentials(root_certificates=read_file(tls_ca))
 
 
 def shorten(text: str, limit: int = MAX_ERROR_CHARACTERS) -> str:
-    """Return the text, without its middle if it is longer than limit: a traceback's first and last lines matter."""
+    """Return the text, without its middle if it exceeds limit: the ends of a traceback say the most."""
     if len(text) <= limit:
         return text
     half = limit // 2

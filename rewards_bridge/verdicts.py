@@ -1,4 +1,4 @@
-"""The check of what a scorer answered: one finite number an image, or an error that names the images and keeps them."""
+"""Check that a scorer returned one finite number per image; if not, raise an error that names and saves the images."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MAX_KEPT = 64  # images kept of one batch
 
 
 def check_scores(scores: Scores, batch: Batch, batch_id: int, scorer: str, folder: str | None) -> None:
-    """Raise BadScoresError, its images kept in folder, unless there is one finite value of everything an image."""
+    """Raise BadScoresError, and save its images in folder, unless every array has one finite value per image."""
     problems = find_problems(scores, len(batch.prompts))
     if not problems:
         return
     lines = [f"image {index} ({batch.prompts[index]!r}): {text}" for index, text in problems.items()]
     if len(lines) > MAX_NAMED:
-        lines[MAX_NAMED:] = [f"and {len(lines) - MAX_NAMED} images more"]
+        lines[MAX_NAMED:] = [f"and {len(lines) - MAX_NAMED} more images"]
     message = f"scorer {scorer!r} gave no usable scores for {len(problems)} of {len(batch.prompts)} images of batch "
     message += f"{batch_id}:\n" + "\n".join(lines)
     kept: list[str] = []
@@ -38,12 +38,12 @@ def check_scores(scores: Scores, batch: Batch, batch_id: int, scorer: str, folde
 
 
 def find_problems(scores: Scores, count: int) -> dict[int, str]:
-    """Return what is wrong, by image index; a wrong count concerns every image, since no value is surely anyone's."""
+    """Return the problems by image index; a wrong count concerns every image, since values cannot be assigned."""
     arrays = {"score": scores.score, **{f"raw[{name!r}]": values for name, values in scores.raw.items()}}
     counts = {name: len(values) for name, values in arrays.items()} | {"reasons": len(scores.reasons)}
     if scores.details:
         counts["details"] = len(scores.details)
-    wrong = [f"{found} {name} for {count} images" for name, found in counts.items() if found != count]
+    wrong = [f"{number} {name} for {count} images" for name, number in counts.items() if number != count]
     if wrong:
         return dict.fromkeys(range(count), ", ".join(wrong))
     problems: dict[int, str] = {}
@@ -55,11 +55,11 @@ def find_problems(scores: Scores, count: int) -> dict[int, str]:
 
 
 def keep_images(problems: dict[int, str], scores: Scores, batch: Batch, batch_id: int, folder: Path) -> list[str]:
-    """Write the images concerned as PNG and a line each to kept.jsonl; return the PNG paths."""
-    from PIL import Image  # needed only when something went wrong
+    """Save the images concerned as PNG files, with one line each in kept.jsonl; return the PNG paths."""
+    from PIL import Image  # needed only for bad scores
 
     folder.mkdir(parents=True, exist_ok=True)
-    # Several processes of a run keep theirs in the same folder, and number their batches alike.
+    # Several processes of a run save to the same folder and use the same batch numbers.
     stamp = f"{time.strftime('%Y%m%dT%H%M%S')}_{secrets.token_hex(3)}"
     kept = []
     with (folder / "kept.jsonl").open("a", encoding="utf-8") as record:
@@ -80,7 +80,7 @@ def keep_images(problems: dict[int, str], scores: Scores, batch: Batch, batch_id
 
 
 def _number(values: np.ndarray, index: int) -> float | str | None:
-    """Return the value as JSON has it: "nan" and "inf" as text, null where there is none."""
+    """Return the value for JSON: "nan" and "inf" as text, null where there is none."""
     if index >= len(values):
         return None
     value = float(values[index])

@@ -1,4 +1,4 @@
-"""Scorers for the bridge's tests, good and bad; loaded by real server processes as "bridge_scorers:Class"."""
+"""Correct and faulty scorers for the tests of the bridge; server processes load them as "bridge_scorers:Class"."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _scores(score: np.ndarray, prompts: Sequence[str]) -> Scores:
 
 
 class Echo:
-    """Says which image it saw: its first two bytes as a number, its mean, its prompt and its metadata."""
+    """Returns what it saw of each image: its first two bytes as a number, its mean, its prompt and its metadata."""
 
     def __init__(self, delay: float = 0.0) -> None:
         self.delay = delay
@@ -34,7 +34,7 @@ class Echo:
 
 
 class Picky(Echo):
-    """Takes prompts with an even number only, and raises about the number 13."""
+    """Accepts only prompts with an even number; raises for 13 in `problem` and for 26 in `note`."""
 
     def problem(self, prompt: str, metadata: dict) -> str:
         if metadata["number"] == 13:
@@ -48,22 +48,22 @@ class Picky(Echo):
 
 
 class First:
-    """Looks at one byte an image: what is measured with it is the bridge."""
+    """Reads one byte per image, so that timings with it measure the bridge."""
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
         return _scores(images[:, 0, 0, 0], prompts)
 
 
 class Where:
-    """Says in its reasons in which process and environment it runs."""
+    """Returns in its reasons in which process and environment it runs."""
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
-        found = {"pid": os.getpid(), "executable": sys.executable, "environment": dict(os.environ)}
-        return Scores(np.zeros(len(prompts), np.float32), {}, [json.dumps(found)] * len(prompts))
+        process = {"pid": os.getpid(), "executable": sys.executable, "environment": dict(os.environ)}
+        return Scores(np.zeros(len(prompts), np.float32), {}, [json.dumps(process)] * len(prompts))
 
 
 class Gate(Echo):
-    """Answers when a file is there."""
+    """Answers once a file exists."""
 
     def __init__(self, gate: str) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Crash:
 
 
 class FailsToLoadAgain(Crash):
-    """Crashes where Crash does; the next process of it that is started cannot load, and all others can."""
+    """Crashes as Crash does; the next process cannot load, and all later ones can."""
 
     def __init__(self, folder: str) -> None:
         super().__init__(f"{folder}/crashed")
@@ -118,7 +118,7 @@ class Hang:
 
 
 class WithChild(Hang):
-    """Keeps a child process; its reasons are both process ids."""
+    """Starts a child process and returns both process ids in its reasons."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class WithChild(Hang):
 
 
 class Raise:
-    """Raises, with a message of the wished length."""
+    """Raises an error with a message of the requested length."""
 
     def __init__(self, length: int = 0) -> None:
         self.length = length
@@ -144,7 +144,7 @@ class Raise:
 
 
 class Wrong:
-    """Answers as the metadata of the first image says: nan, inf, raw nan, too few of something, no Scores."""
+    """Returns what the metadata of the first image asks for: nan, inf, raw nan, too few of something, no Scores."""
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
         wish = metadata[0].get("wish", "")
@@ -170,7 +170,7 @@ class Wrong:
 
 
 class Equal:
-    """Gives every image the same score, and raw values with awkward names, one of them in every other batch only."""
+    """Returns the same score for every image, and raw values with awkward names, two of which alternate by batch."""
 
     def __init__(self) -> None:
         self._batches = 0
@@ -183,14 +183,14 @@ class Equal:
 
 
 class OneForAll:
-    """Returns one number, whatever the number of images."""
+    """Returns a single number regardless of the number of images."""
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
         return Scores(np.array([images.mean()], np.float32), {}, [""] * len(prompts))
 
 
 class WithSecrets(Echo):
-    """Takes options of which some are nobody's business."""
+    """Takes options, some of which are secret."""
 
     def __init__(self, api_key: str, url: str, retries: int = 3) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class NotAScorer:
 
 
 class Slow:
-    """Takes its time to load."""
+    """Takes very long to load."""
 
     def __init__(self) -> None:
         print("reading many weights", flush=True)
@@ -216,7 +216,7 @@ class Slow:
 
 
 class Leaking(Echo):
-    """Has a key, and shows it wherever it can."""
+    """Has a key, and reveals it wherever it can."""
 
     def __init__(self, api_key: str, dies: bool = False) -> None:
         super().__init__()
@@ -228,5 +228,5 @@ class Leaking(Echo):
     def score(self, images, prompts, metadata):
         if metadata[0].get("fail"):
             raise RuntimeError(f"the judge refused {self._api_key}")
-        found = {"key": self._api_key, "key_length": len(self._api_key), "environment": dict(os.environ)}
-        return Scores(super().score(images, prompts, metadata).score, {}, [json.dumps(found)] * len(prompts))
+        leak = {"key": self._api_key, "key_length": len(self._api_key), "environment": dict(os.environ)}
+        return Scores(super().score(images, prompts, metadata).score, {}, [json.dumps(leak)] * len(prompts))

@@ -1,1 +1,1 @@
-"""What the trainer and the scorer process say to each other: bridge.proto, the limits, and the checks of both sides."""
+"""The protocol between the trainer and the scorer process: bridge.proto, the limits, and the checks on both sides."""

@@ -1,4 +1,4 @@
-"""What a scorer may return, as its author may write it: taken as it is meant, or refused with what is expected."""
+"""Tests of scorers' return values: every common form is accepted, others are refused with the expected form."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from rewards_bridge.scorers.base import Scores
 
 @dataclass
 class Tensor:
-    """Like one of torch that has a gradient, in bfloat16, on a GPU: numpy cannot read it as it is."""
+    """A stand-in for a torch tensor with a gradient, in bfloat16, on a GPU, which numpy cannot read directly."""
 
     values: list[float]
     steps: tuple[str, ...] = ()
@@ -54,26 +54,26 @@ def test_numbers_of_many_kinds_are_taken(score):
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        ([0.5, 1.0], "has to return rewards_bridge.scorers.base.Scores; found list"),
+        ([0.5, 1.0], "must return rewards_bridge.scorers.base.Scores; found list"),
         (None, "found NoneType"),
         (
             Scores(np.zeros((2, 1)), {}, ["", ""]),
-            r"score has to be f32\[B\], one number an image; found shape \(2, 1\)",
+            r"score must be f32\[B\], one number per image; found shape \(2, 1\)",
         ),
         (Scores(np.float32(0.5), {}, ["", ""]), r"found shape \(\)"),
         (Scores([0.5, None], {}, ["", ""]), r"found score\[1\] = None"),
         (Scores(["0.5", "1"], {}, ["", ""]), r"found score\[0\] = .*'0.5'"),
-        (Scores([[1], [2, 3]], {}, ["", ""]), "one number an image; setting an array element"),
+        (Scores([[1], [2, 3]], {}, ["", ""]), "one number per image; setting an array element"),
         (Scores([1j, 2], {}, ["", ""]), r"found score\[0\] = .*1j"),
-        (Scores([10**400, 2], {}, ["", ""]), "one number an image; int too large"),
+        (Scores([10**400, 2], {}, ["", ""]), "one number per image; int too large"),
         (Scores([0.5, 1e39], {}, ["", ""]), r"score\[1\] = 1e\+39 does not fit into float32"),
-        (Scores([0.5, 1], {"x": np.zeros((2, 2))}, ["", ""]), r"raw\['x'\] has to be .* shape \(2, 2\)"),
-        (Scores([0.5, 1], {3: [1, 2]}, ["", ""]), "a raw value needs a name; found 3"),
-        (Scores([0.5, 1], [[1, 2]], ["", ""]), "raw has to be a dict of arrays, perhaps an empty one; found list"),
-        (Scores([0.5, 1], {}, None), "reasons has to be a list of texts, .* found NoneType"),
+        (Scores([0.5, 1], {"x": np.zeros((2, 2))}, ["", ""]), r"raw\['x'\] must be .* shape \(2, 2\)"),
+        (Scores([0.5, 1], {3: [1, 2]}, ["", ""]), "name of a raw value must be .*; found 3"),
+        (Scores([0.5, 1], [[1, 2]], ["", ""]), "raw must be a dict of arrays, .*; found list"),
+        (Scores([0.5, 1], {}, None), "reasons must be a list of texts, .* found NoneType"),
         (Scores([0.5, 1], {}, "no"), "found str"),
-        (Scores([0.5, 1], {}, ["", 3]), "found one with int in it"),
-        (Scores([0.5, 1], {}, ["x" * 2**24, ""]), r"1677723\d bytes of at most 16777216; shorten its texts"),
+        (Scores([0.5, 1], {}, ["", 3]), "found one that contains int"),
+        (Scores([0.5, 1], {}, ["x" * 2**24, ""]), r"1677723\d of at most 16777216 bytes; shorten its texts"),
     ],
 )
 def test_other_answers_are_refused_with_what_is_expected(answer, words):

@@ -1,4 +1,4 @@
-"""The client and a real scorer process of its own: order, environment, speed, and nothing left behind."""
+"""Tests of the client with a real scorer process of its own: order, environment, speed, and clean shutdown."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_concurrent_micro_batches_keep_their_order():
 
 
 def test_submit_from_several_threads():
-    found: dict[int, np.ndarray] = {}
+    results: dict[int, np.ndarray] = {}
 
     def work(number: int) -> None:
         futures = [client.submit(*helpers.batch(1000 * number + i, 2)) for i in range(10)]
-        found[number] = np.stack([future.result(20).score for future in futures])
+        results[number] = np.stack([future.result(20).score for future in futures])
 
     with RewardsClient(helpers.config("Echo")) as client:
         threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
@@ -54,7 +54,7 @@ def test_submit_from_several_threads():
             thread.join()
     for number in range(4):
         first = 1000 * number + np.arange(10)
-        np.testing.assert_array_equal(found[number], np.stack([first, first + 1], 1))
+        np.testing.assert_array_equal(results[number], np.stack([first, first + 1], 1))
 
 
 def test_submit_returns_before_anything_is_scored():
@@ -63,7 +63,7 @@ def test_submit_returns_before_anything_is_scored():
         futures = [client.submit(*helpers.batch(i, 2)) for i in range(3)]
         assert time.monotonic() - begun < 0.25
         assert not futures[-1].done()
-        assert futures[2].cancel(), "a batch that waits for its turn can be cancelled"
+        assert futures[2].cancel(), "a waiting batch can be cancelled"
         assert [future.result(20).score[0] for future in futures[:2]] == [0, 1]
         assert client.stats().seconds_scoring >= 0.6
 
@@ -75,13 +75,13 @@ def test_the_process_has_its_own_interpreter_and_environment(tmp_path):
     environment = {**helpers.ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "6"}
     config = helpers.config("Where", interpreter=str(interpreter), environment=environment)
     with RewardsClient(config) as client:
-        found = json.loads(client.submit(*helpers.batch(0, 1)).result(20).reasons[0])
-    assert found["pid"] != os.getpid()
-    assert found["environment"]["VIA_WRAPPER"] == "yes"
-    assert found["environment"]["CUDA_VISIBLE_DEVICES"] == "6"
-    assert found["environment"]["OMP_WAIT_POLICY"] == os.environ.get("OMP_WAIT_POLICY", "passive")
+        process = json.loads(client.submit(*helpers.batch(0, 1)).result(20).reasons[0])
+    assert process["pid"] != os.getpid()
+    assert process["environment"]["VIA_WRAPPER"] == "yes"
+    assert process["environment"]["CUDA_VISIBLE_DEVICES"] == "6"
+    assert process["environment"]["OMP_WAIT_POLICY"] == os.environ.get("OMP_WAIT_POLICY", "passive")
     half = str(max(1, (os.cpu_count() or 1) // 2))
-    assert found["environment"]["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", half)
+    assert process["environment"]["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", half)
 
 
 def test_close_leaves_nothing_behind():
@@ -131,7 +131,7 @@ def test_the_server_ends_when_its_trainer_is_killed(state):
 
 
 def test_128_images_of_512x512_cross_within_a_quarter_of_a_second():
-    """The best of at most 40 tries, since other tests share the cores; the first tries do on an idle machine."""
+    """Takes the best of at most 40 tries, since other tests share the cores; on an idle machine the first ones do."""
     images, prompts, metadata = helpers.batch(0, 128, size=512)
     times = []
     with RewardsClient(helpers.config("First")) as client:
@@ -227,13 +227,13 @@ def test_score_command_uses_a_running_server(tmp_path):
 
 
 class NoPlaceError(grpc.RpcError):
-    """What a client gets of a server that has no place for its call."""
+    """The error that a client gets from a server without a place for its call."""
 
     def code(self) -> grpc.StatusCode:
         return grpc.StatusCode.RESOURCE_EXHAUSTED
 
     def details(self) -> str:
-        return "64 calls are waiting here already"
+        return "64 calls are already waiting here"
 
 
 @pytest.mark.parametrize("call", ["describe", "wait_until_serving"])
@@ -243,10 +243,10 @@ def test_a_server_that_has_no_place_yet_is_asked_again(call, tmp_path, monkeypat
         stub, name = (connection, "_describe") if call == "describe" else (connection._health, "Check")
         real, refusals = getattr(stub, name), iter([NoPlaceError(), NoPlaceError()])
 
-        def busy(*given, **named):
+        def busy(*args, **kwargs):
             for error in refusals:
                 raise error
-            return real(*given, **named)
+            return real(*args, **kwargs)
 
         monkeypatch.setattr(stub, name, busy)
         if call == "describe":

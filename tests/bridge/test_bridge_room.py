@@ -1,4 +1,4 @@
-"""What waits for a slow scorer is bounded: whoever submits more waits, on either side of the bridge."""
+"""Tests of the limits on waiting images: callers that exceed them block, on either side of the bridge."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ def test_room_is_given_in_the_order_in_which_it_was_asked_for():
     assert entered == []
     room.leave(25)
     time.sleep(0.05)
-    assert entered == [8, 1], "the small one did not overtake, and the last waits"
+    assert entered == [8, 1], "the small one did not overtake, and the last one waits"
     room.leave(8)
     for thread in waiting:
         thread.join(5)
@@ -36,7 +36,7 @@ def test_room_is_given_in_the_order_in_which_it_was_asked_for():
 
 @pytest.mark.parametrize("end", ["scored", "closed"])
 def test_a_slow_scorer_holds_back_who_submits(tmp_path, monkeypatch, end):
-    """Room for 4 batches of 192 bytes; 6 are submitted while the scorer's gate is shut."""
+    """There is room for 4 batches of 192 bytes; 6 are submitted while the scorer's gate is closed."""
     monkeypatch.setattr(client_module, "MAX_WAITING_BYTES", 4 * 192)
     gate, jobs, errors = tmp_path / "gate", [], []
 

@@ -1,4 +1,4 @@
-"""The server by itself: who may reach it, garbage on the wire, versions, signals, several clients."""
+"""Tests of the server alone: access, malformed calls, versions, signals and several clients."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def address(tmp_path_factory):
     with helpers.running_server("Echo", listen) as (process, said):
         assert said == listen
         yield listen
-        assert process.poll() is None, "nothing in this file may end the server"
+        assert process.poll() is None, "no test in this file may end the server"
 
 
 def call_raw(address: str, stream: list[bytes], timeout: float | None = 10.0) -> bridge_pb2.ScoreReply:
@@ -75,9 +75,9 @@ def changed_header(**fields: object) -> bytes:
 def test_the_generated_file_is_that_of_the_proto(tmp_path):
     protoc = pytest.importorskip("grpc_tools.protoc")
     root = Path(messages.__file__).parents[2]
-    found = tmp_path / "found"
-    assert protoc.main(["", f"-I{root}", f"--descriptor_set_out={found}", "rewards_bridge/protocol/bridge.proto"]) == 0
-    (file,) = descriptor_pb2.FileDescriptorSet.FromString(found.read_bytes()).file
+    output = tmp_path / "descriptors"
+    assert protoc.main(["", f"-I{root}", f"--descriptor_set_out={output}", "rewards_bridge/protocol/bridge.proto"]) == 0
+    (file,) = descriptor_pb2.FileDescriptorSet.FromString(output.read_bytes()).file
     committed = descriptor_pb2.FileDescriptorProto.FromString(bridge_pb2.DESCRIPTOR.serialized_pb)
     pending = list(file.message_type)
     while pending:  # protoc adds the JSON names, which the generated file leaves out
@@ -91,21 +91,21 @@ def test_the_generated_file_is_that_of_the_proto(tmp_path):
 def test_pixels_are_encoded_as_protobuf_would(address):
     for size in [0, 1, 127, 128, 300, 2_097_152]:
         pixels = np.arange(size, dtype=np.uint8)
-        written = list(messages.encode(b"", pixels))[1:]
-        wanted = [bridge_pb2.ScoreRequest(pixels=pixels.tobytes()).SerializeToString()] if size else []
-        assert written == wanted
+        encoded = list(messages.encode(b"", pixels))[1:]
+        expected = [bridge_pb2.ScoreRequest(pixels=pixels.tobytes()).SerializeToString()] if size else []
+        assert encoded == expected
 
 
 @pytest.mark.parametrize(
     ("stream", "says"),
     [
         ([], "the stream was empty"),
-        ([b""], "starts with a header"),
-        ([b"\xff\xff\xff"], "a message of 3 bytes is no ScoreRequest"),
-        (good_stream()[1:], "starts with a header"),
-        (good_stream()[:1], "384 bytes of pixels were announced and 0 came"),
-        (good_stream() + good_stream()[1:], "384 bytes of pixels were announced and at least 768 came"),
-        (good_stream()[:1] * 2, "after the header come pixels only"),
+        ([b""], "must start with a header"),
+        ([b"\xff\xff\xff"], "a message of 3 bytes is not a ScoreRequest"),
+        (good_stream()[1:], "must start with a header"),
+        (good_stream()[:1], "384 bytes of pixels were announced, but 0 came"),
+        (good_stream() + good_stream()[1:], "384 bytes of pixels were announced, but at least 768 came"),
+        (good_stream()[:1] * 2, "only pixels may follow the header"),
         ([changed_header(count=1 << 31)], "outside the limits"),
         ([changed_header(count=0)], "outside the limits"),
         ([changed_header(height=8192, width=8192, count=4096)], "outside the limits"),
@@ -113,7 +113,7 @@ def test_pixels_are_encoded_as_protobuf_would(address):
         ([changed_header(prompts=["one"])], "2 images with 1 prompts and 2 metadata"),
         ([changed_header(metadata_json=["{}", "{"])], "image 1: its metadata is not JSON"),
         ([changed_header(metadata_json=["{}", "[" * 100_000])], "image 1: its metadata is not JSON"),
-        ([changed_header(metadata_json=["3", "{}"])], "image 0: its metadata has to be a JSON object; found int"),
+        ([changed_header(metadata_json=["3", "{}"])], "image 0: its metadata must be a JSON object; found int"),
         ([changed_header(protocol_version=99)], "version 99 .* version 1"),
     ],
 )
@@ -133,7 +133,7 @@ def test_a_call_without_a_deadline_or_too_long_a_message_is_refused(address):
 
 
 def test_10_000_malformed_calls_are_answered_with_a_status(address):
-    """32 at a time, over one connection."""
+    """The calls are made over one connection, 32 at a time."""
     random = np.random.default_rng(0)
     with grpc.insecure_channel(address) as channel:
         score = channel.stream_unary(
@@ -141,7 +141,7 @@ def test_10_000_malformed_calls_are_answered_with_a_status(address):
         )
         describe, check = (channel.unary_unary(name) for name in (messages.DESCRIBE_METHOD, messages.CHECK_METHOD))
         codes = collections.Counter[grpc.StatusCode]()
-        while codes.total() < 10_000 + codes[grpc.StatusCode.OK]:  # a change that does no harm is not counted
+        while codes.total() < 10_000 + codes[grpc.StatusCode.OK]:  # harmless changes are not counted
             codes.update([answer(call) for call in [send_garbage(random, score, describe, check) for _ in range(32)]])
     assert set(codes) <= BAD_REQUEST | {grpc.StatusCode.OK}
     assert codes[grpc.StatusCode.OK] < codes.total() / 2
@@ -155,7 +155,7 @@ def answer(call: grpc.Future) -> grpc.StatusCode:
 
 
 def send_garbage(random: np.random.Generator, score, describe, check) -> grpc.Future:
-    """Send random bytes, or a good stream with bytes changed, messages cut, dropped or repeated."""
+    """Send random bytes, or a valid stream with bytes changed and messages truncated, dropped or repeated."""
     stream = [bytearray(message) for message in good_stream()]
     kind = random.integers(6)
     if kind == 0:
@@ -186,7 +186,7 @@ def test_200_connections_of_garbage_do_no_harm(address):
             try:
                 raw.sendall(start + random.bytes(random.integers(3000)))
             except (BrokenPipeError, ConnectionResetError):
-                continue  # it has hung up already, as it may
+                continue  # the server has already closed the connection, which is allowed
     assert_it_still_answers(address)
 
 
@@ -201,7 +201,7 @@ def test_a_client_that_goes_away_costs_nothing(tmp_path):
                 call.cancel()
         begun = time.monotonic()
         assert_it_still_answers(address)
-        assert time.monotonic() - begun < 3, "what nobody waits for is not scored"
+        assert time.monotonic() - begun < 3, "cancelled batches are not scored"
 
 
 def endless():
@@ -230,7 +230,7 @@ def test_health_and_permissions(address):
 
 
 def test_the_client_refuses_another_scorer_or_version(address):
-    with pytest.raises(BridgeError, match="holds scorer 'bridge_scorers:Echo', the config wants 'bridge_scorers:Hang'"):
+    with pytest.raises(BridgeError, match=r"serves scorer '.*:Echo', but '.*:Hang' is configured"):
         RewardsClient(helpers.config("Hang", address=address))
 
     def describe(request: bytes, context: grpc.ServicerContext) -> bytes:
@@ -258,9 +258,9 @@ def test_a_server_that_is_not_there_or_too_slow(tmp_path):
         client = RewardsClient(helpers.config("Hang", address=address, deadline_s=0.5))
         with client, pytest.raises(DeadlineError, match=r"finished nothing within deadline_s, 0.5 s"):
             client.submit(*helpers.batch(0, 1, hang=True)).result(5)
-        assert process.poll() is None, "somebody else's process is not ours to kill"
+        assert process.poll() is None, "the client must not kill a process that it did not start"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(8) == 0, "a hanging scorer does not keep the server from ending"
+        assert process.wait(8) == 0, "a hanging scorer does not keep the server from exiting"
 
 
 def test_a_server_that_comes_back_gets_the_batch_again(tmp_path):
@@ -315,7 +315,7 @@ def test_tls_and_token(listen, tls, tmp_path):
         with RewardsClient(helpers.config("Echo", address=address, **secrets)) as client:
             assert client.submit(*helpers.batch(3, 2)).result(20).score[1] == 4
         for token in [str(other), None]:
-            with pytest.raises(BridgeError, match="UNAUTHENTICATED: this server wants its token"):
+            with pytest.raises(BridgeError, match="UNAUTHENTICATED: this server requires a token"):
                 RewardsClient(helpers.config("Echo", address=address, **{**secrets, "token_file": token}))
         with pytest.raises(BridgeError, match=r"not serving after 0.5 s"):
             RewardsClient(helpers.config("Echo", address=address, token_file=str(other), start_timeout_s=0.5))
@@ -323,9 +323,9 @@ def test_tls_and_token(listen, tls, tmp_path):
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory):
-    """A fresh certificate for localhost, its key and a token, by the arguments that name them."""
+    """Create a certificate for localhost, its key and a token; return their paths by the arguments that name them."""
     if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the certificate")
+        pytest.skip("needs openssl to create the certificate")
     folder = tmp_path_factory.mktemp("tls")
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
     command += f" -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout {folder}/key.pem -out {folder}/cert.pem"
@@ -350,7 +350,7 @@ def test_neither_side_imports_jax_or_torch():
 
 
 def test_batches_of_other_trainers_do_not_count_against_the_deadline(tmp_path):
-    """Each of 4 clients has 2 batches there; the last of the 8 is scored after 2.4 s."""
+    """Each of 4 clients submits 2 batches; the last of the 8 is scored after 2.4 s."""
     with helpers.running_server("Echo", f"unix:{tmp_path}/s", "--option", "delay=0.3") as (_, address):
 
         def train(first: int) -> list[float]:
@@ -363,7 +363,7 @@ def test_batches_of_other_trainers_do_not_count_against_the_deadline(tmp_path):
 
 
 def test_more_clients_than_the_server_has_places_for(tmp_path):
-    """Those for whom there is no place come again; the server can be asked how it is all the time."""
+    """Clients without a place call again later; the server answers health checks all the time."""
     gate = tmp_path / "gate"
     count = MAX_SCORE_CALLS // 2 + 8
     with (
@@ -373,7 +373,7 @@ def test_more_clients_than_the_server_has_places_for(tmp_path):
         clients = [stack.enter_context(RewardsClient(helpers.config("Gate", address=address))) for _ in range(count)]
         jobs = [client.submit(*helpers.batch(index, 1)) for index, client in enumerate(clients) for _ in range(2)]
         time.sleep(1.0)  # so that all places are taken
-        with pytest.raises(grpc.RpcError, match="64 calls are waiting here already; call again a little later"):
+        with pytest.raises(grpc.RpcError, match="64 calls are already waiting here; call again later"):
             call_raw(address, good_stream())
         with RewardsClient(helpers.config("Gate", address=address)):
             gate.touch()
@@ -381,14 +381,14 @@ def test_more_clients_than_the_server_has_places_for(tmp_path):
 
 
 def silent(gone: threading.Event) -> Iterator[bytes]:
-    """A stream that sends nothing."""
+    """Return a stream that sends nothing."""
     gone.wait(60)
     yield from ()
 
 
 @contextlib.contextmanager
 def silent_calls(address: str, tls: dict[str, Path] | None, count: int, timeout: float | None) -> Iterator[list]:
-    """Calls of every method that send nothing, over one connection."""
+    """Make calls of every method that send nothing, over one connection."""
     gone = threading.Event()
     if tls:
         credentials = grpc.ssl_channel_credentials(tls["--tls-cert"].read_bytes())
@@ -416,7 +416,7 @@ def test_silent_calls_without_a_token_are_refused_before_they_are_read(tls):
 def test_silent_calls_without_a_deadline_are_refused_before_they_are_read(address):
     with silent_calls(address, None, 64, None) as calls:
         assert_it_still_answers(address)
-        for call in calls[::4]:  # those that score
+        for call in calls[::4]:  # the calls of Score
             assert call.exception(10).code() is grpc.StatusCode.INVALID_ARGUMENT
             assert "deadline of at most" in call.exception(10).details()
 

@@ -1,4 +1,4 @@
-"""Several scorers as one, several processes of one scorer, and the question asked before training."""
+"""Tests of compositions of several scorers, replicas of one scorer, and the checks of prompts before training."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_the_weighted_sum_and_everything_raw_by_name():
 
 
 def test_one_part_keeps_its_names():
-    found = Scores(np.array([1.0, 2.0], np.float32), {"x": np.zeros(2, np.float32)}, ["p", ""])
-    joined = compose({"only": 3.0}, {"only": found})
+    scores = Scores(np.array([1.0, 2.0], np.float32), {"x": np.zeros(2, np.float32)}, ["p", ""])
+    joined = compose({"only": 3.0}, {"only": scores})
     np.testing.assert_array_equal(joined.score, [3.0, 6.0])
     assert joined.score.dtype == np.float32
     assert set(joined.raw) == {"x"}
@@ -46,8 +46,8 @@ def test_one_part_keeps_its_names():
 
 def test_no_raw_value_takes_the_name_of_another():
     one, two, three = (np.full(2, number, np.float32) for number in (1.0, 2.0, 3.0))
-    said = Scores(one, {"score": two, "raw/score": three}, ["", ""])
-    joined = compose({"p": 1.0, "q": 0.0}, {"p": said, "q": Scores(three, {}, ["", ""])})
+    scores = Scores(one, {"score": two, "raw/score": three}, ["", ""])
+    joined = compose({"p": 1.0, "q": 0.0}, {"p": scores, "q": Scores(three, {}, ["", ""])})
     named = {name: float(values[0]) for name, values in joined.raw.items()}
     assert named == {"p/score": 1, "p/raw/raw/score": 2, "p/raw/score": 3, "q/score": 3}
     joined = compose({"p": 1.0, "p/q": 0.0}, {"p": Scores(one, {"q/x": two}, []), "p/q": Scores(one, {"x": three}, [])})
@@ -61,7 +61,7 @@ def test_parts_work_at_the_same_time():
     with Composition(parts) as composition:
         begun = time.monotonic()
         composition.submit(*helpers.batch(0, 2)).result(20)
-        assert time.monotonic() - begun < 2.5  # three after each other take 3 s
+        assert time.monotonic() - begun < 2.5  # one after the other they take 3 s
 
 
 def test_a_part_that_raises_is_the_error_of_the_whole():
@@ -92,7 +92,7 @@ def test_nothing_to_compose_is_refused():
 
 
 def test_replicas_share_the_load(tmp_path):
-    """None has answered while batches are handed out, so each gets as many as the other."""
+    """No replica has answered when the batches are distributed, so both get equally many."""
     gate = tmp_path / "gate"
     with Replicas([helpers.config("Gate", options={"gate": str(gate)})] * 2) as replicas:
         futures = [replicas.submit(*helpers.batch(index, 1)) for index in range(9)]
@@ -109,7 +109,7 @@ def test_results_of_replicas_come_in_the_order_of_the_batches():
 
 
 def test_a_replica_that_is_lost_is_left_out_and_its_batches_are_scored_by_the_others():
-    """Killed in the middle of its work, with no restart allowed."""
+    """The replica is killed while it is scoring, and no restart is allowed."""
     configs = [helpers.config("Echo", options={"delay": "0.3"}, max_restarts=0)] * 2
     before = set(helpers.children_of(os.getpid()))
     with Replicas(configs) as replicas:
@@ -130,7 +130,7 @@ def test_when_the_last_replica_is_lost_every_batch_says_why():
 
 
 def test_a_replica_that_hangs_is_left_out_after_its_deadline(tmp_path):
-    flag = {"flag": str(tmp_path / "flag")}  # the second to see the batch answers
+    flag = {"flag": str(tmp_path / "flag")}  # the second replica that gets the batch answers it
     with Replicas([helpers.config("Hang", options=flag, deadline_s=1.0, max_restarts=0)] * 2) as replicas:
         scores = replicas.submit(*helpers.batch(5, 1, hang=True)).result(20)
     assert scores.score[0] == 5
@@ -188,11 +188,11 @@ def test_prompts_are_checked_by_the_scorer_in_its_own_process():
             client.check([""], [{"number": object()}])
         with pytest.raises(ScorerError, match="LookupError: twenty-six"):
             client.notes([""], [{"number": 26}])
-        assert client.check([""], [{"number": 26}]) == {}, "notes are not asked for by a check"
+        assert client.check([""], [{"number": 26}]) == {}, "a check does not request notes"
         evens = [{"number": number} for number in range(30, 2500, 2)]
         expected = dict.fromkeys(range(1, len(evens), 2), "divisible by four")
         assert client.notes([""] * len(evens), evens) == expected
     with Composition({"a": part(1.0, helpers.config("Picky")), "b": part(1.0, helpers.config("Echo"))}) as both:
         assert both.check(["x"] * 2, [{"number": 2}, {"number": 3}]) == {1: "a: 3 is odd"}
-        found = both.notes(["x"] * 2, [{"number": 2}, {"number": 4}])
-        assert found == {"a": {1: "divisible by four"}, "b": {}}
+        notes = both.notes(["x"] * 2, [{"number": 2}, {"number": 4}])
+        assert notes == {"a": {1: "divisible by four"}, "b": {}}

@@ -1,4 +1,4 @@
-"""What the doctor says of scorers that are ready and of such that lack something."""
+"""Tests of the doctor's reports on scorers that are ready and on scorers that lack something."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def test_every_scorer_has_one_record_with_all_that_is_known_of_it():
         assert f"class {attribute}:" in (ROOT / f"{module.replace('.', '/')}.py").read_text(), name
         assert record.memory_gib > 0
         assert all(line.startswith("  fix: ") for line in record.hint({}))
-        found = example(name)
-        assert found is not None
-        assert found.images.dtype == np.uint8
-        assert found.images.shape[0] == len(found.prompts)
-        assert found.images.shape[3] == 3
-        assert len(found.metadata) in (0, len(found.prompts))
+        test_images = example(name)
+        assert test_images is not None
+        assert test_images.images.dtype == np.uint8
+        assert test_images.images.shape[0] == len(test_images.prompts)
+        assert test_images.images.shape[3] == 3
+        assert len(test_images.metadata) in (0, len(test_images.prompts))
     assert example("mine:Own") is None
 
 
 def marked(**raw: list[float]) -> Scores:
-    """Scores of these raw values, the first of which is the score."""
+    """Return Scores with these raw values, the first of which is also the score."""
     columns = {name: np.array(values, np.float32) for name, values in raw.items()}
     score = next(iter(columns.values()))
     return Scores(score, columns, [""] * len(score))
@@ -44,39 +44,39 @@ def marked(**raw: list[float]) -> Scores:
 
 @pytest.mark.parametrize("name", ["pickscore", "clipscore", "hpsv2", "imagereward"])
 def test_judges_of_image_and_prompt_have_to_put_photographs_in_order(name):
-    found = example(name)
-    assert len({image.tobytes() for image in found.images}) == 3
-    assert len(set(found.prompts)) == 3
+    test_images = example(name)
+    assert len({image.tobytes() for image in test_images.images}) == 3
+    assert len(set(test_images.prompts)) == 3
     table = np.array([[0.3, 0.1, 0.2], [0.2, 0.3, 0.1], [-3.0, -2.0, -1.0]])
-    assert found.is_right(marked(raw=table.ravel().tolist()))
-    assert not found.is_right(marked(raw=table[:, ::-1].ravel().tolist()))
-    assert not found.is_right(marked(raw=[0.0] * 9))
-    assert not found.is_right(marked(raw=[float("nan")] * 9))
+    assert test_images.is_right(marked(raw=table.ravel().tolist()))
+    assert not test_images.is_right(marked(raw=table[:, ::-1].ravel().tolist()))
+    assert not test_images.is_right(marked(raw=[0.0] * 9))
+    assert not test_images.is_right(marked(raw=[float("nan")] * 9))
 
 
 def test_genevals_judge_has_to_find_what_is_there_and_nothing_else():
-    found = example("geneval")
-    assert [entry["include"][0]["class"] for entry in found.metadata] == ["cat", "person", "cup", "bench"]
-    assert check_metadata(found.prompts, found.metadata) == []
-    assert found.is_right(marked(official=[1, 1, 1, 0]))
-    assert not found.is_right(marked(official=[0, 0, 0, 0])), "a blind detector"
-    assert not found.is_right(marked(official=[1, 1, 1, 1])), "one that sees everything"
-    assert (found.images[0] == found.images[3]).all()
+    test_images = example("geneval")
+    assert [entry["include"][0]["class"] for entry in test_images.metadata] == ["cat", "person", "cup", "bench"]
+    assert check_metadata(test_images.prompts, test_images.metadata) == []
+    assert test_images.is_right(marked(official=[1, 1, 1, 0]))
+    assert not test_images.is_right(marked(official=[0, 0, 0, 0])), "a detector that sees nothing"
+    assert not test_images.is_right(marked(official=[1, 1, 1, 1])), "a detector that sees everything"
+    assert (test_images.images[0] == test_images.images[3]).all()
 
 
 def test_photographs_are_whole_and_those_of_their_names():
     cat, person, cup = examples.photographs()
     assert all(image.std() > 30 for image in (cat, person, cup))
-    assert (cat[:40] == 128).all(), "not cut, but on grey"
+    assert (cat[:40] == 128).all(), "not cropped, but padded with grey"
     red, green, blue = person[170, 120]
     assert red > green > blue, "the suit is orange: the colours are in order"
 
 
 def test_photographs_that_are_not_installed_are_named_with_the_fix(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)
-    right, said = doctor.check_example("clipscore", object())
+    right, text = doctor.check_example("clipscore", object())
     assert not right
-    assert "-m pip install scikit-image==" in said
+    assert "-m pip install scikit-image==" in text
 
 
 @pytest.mark.parametrize("name", ["shapes", "jpeg"])
@@ -103,7 +103,7 @@ def test_missing_weights_are_named_with_their_download(tmp_path: Path, capsys):
     folder = tmp_path / "PickScore_v1"
     assert main(["doctor", "--scorer", "pickscore", "--option", f"model={folder}"]) == 1
     said = capsys.readouterr().out
-    assert "packages: all there" in said
+    assert "packages: all installed" in said
     assert f"hf download yuvalkirstain/PickScore_v1 --local-dir {folder}" in said
 
 
@@ -114,7 +114,7 @@ def test_what_an_option_has_to_name_is_said_with_a_hint(capsys):
     assert "fix: curl -fL --create-dirs -o mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth https://" in said
 
 
-def test_an_unexpected_verdict_shows_what_was_found(monkeypatch, capsys):
+def test_an_unexpected_verdict_shows_the_scores(monkeypatch, capsys):
     def blind(self: object, images: np.ndarray, prompts: list[str], metadata: list[dict]) -> Scores:
         return Scores(np.zeros(1, np.float32), {"strict": np.zeros(1, np.float32)}, [""])
 
@@ -148,7 +148,7 @@ def test_a_server_scores_its_test_images_before_it_serves(monkeypatch, capsys):
     assert _ready_scorer(config)[1] == ""
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("rewards_bridge.scorers.shapes.ShapesScorer.score", blind)
-    _, problem = _ready_scorer(config)  # it serves, and tells its clients
+    _, problem = _ready_scorer(config)  # the server starts all the same, and tells its clients
     assert problem.startswith("expected that a red circle is seen; the scores are 0")
     assert "shapes gets its test images wrong: expected that a red circle" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""One style of flags: hyphens, for which underscores are taken."""
+"""Tests of the flag style: hyphens in names, with underscores accepted."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
-    ("given", "taken"),
+    ("arguments", "expected"),
     [
         (["--tls_cert", "a_b.pem"], ["--tls-cert", "a_b.pem"]),
         (["--prompt_key=a_b", "--no-load"], ["--prompt-key=a_b", "--no-load"]),
@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
         (["-h", "--", "--my_file", "a_b"], ["-h", "--", "--my_file", "a_b"]),
     ],
 )
-def test_names_of_flags_alone_are_rewritten(given: list[str], taken: list[str]) -> None:
-    assert with_hyphens(given) == taken
+def test_names_of_flags_alone_are_rewritten(arguments: list[str], expected: list[str]) -> None:
+    assert with_hyphens(arguments) == expected
 
 
 def test_a_parser_and_its_commands_take_both() -> None:
@@ -33,15 +33,15 @@ def test_a_parser_and_its_commands_take_both() -> None:
 
 
 def test_no_command_has_a_flag_with_an_underscore_nor_a_parser_of_another_kind() -> None:
-    found = []
+    violations = []
     for folder in ("udm_grpo", "rewards_bridge", "scripts"):
         for path in (ROOT / folder).rglob("*.py"):
-            if path.name in ("flags.py", "torch_reference.py"):  # the latter is run without the project's packages
+            if path.name in ("flags.py", "torch_reference.py"):  # the latter runs without the project's packages
                 continue
             text = path.read_text()
-            found += [f"{path}: ArgumentParser"] if re.search(r"ArgumentParser\(", text) else []
+            violations += [f"{path}: ArgumentParser"] if re.search(r"ArgumentParser\(", text) else []
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
                     flags = [word.value for word in node.args if isinstance(word, ast.Constant)]
-                    found += [f"{path}: {flag}" for flag in flags if re.fullmatch(r"--.*_.*", str(flag))]
-    assert not found
+                    violations += [f"{path}: {flag}" for flag in flags if re.fullmatch(r"--.*_.*", str(flag))]
+    assert not violations

@@ -1,4 +1,4 @@
-"""Picture files from elsewhere: what is converted and what is refused, alike in `score` and `evaluate`."""
+"""Tests of picture files: `score` and `evaluate` convert the same ones and refuse the same ones."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ def encoded(picture: Image.Image, kind: str = "PNG", **settings) -> bytes:
 
 
 def bare_png(width: int, height: int) -> bytes:
-    """A PNG that announces a size and holds next to nothing."""
+    """Return a PNG that announces a size but has no pixels."""
     chunks = [
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
         (b"IDAT", zlib.compress(b"")),
@@ -102,7 +102,7 @@ REFUSED = {
     "tiff": (encoded(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "it is TIFF"),
     "bmp": (encoded(colored(), "BMP"), "it is BMP"),
     "cut": (encoded(colored())[:-100], "is damaged: "),
-    "cut at its end": (encoded(colored())[:-12], "is cut off"),
+    "cut at its end": (encoded(colored())[:-12], "is truncated"),
     "checksum": (with_wrong_checksum(), "a chunk IDAT has a wrong checksum"),
     "cut in its header": (encoded(colored())[:20], "damaged"),
     "cmyk": (encoded(Image.new("CMYK", (8, 8)), "JPEG"), "has the mode CMYK"),
@@ -123,7 +123,7 @@ def test_what_is_refused_in_the_same_words(tmp_path: Path, name: str, capsys: py
         read_picture(file)
     assert reason in str(caught.value)
     assert examine(tmp_path, "x.png", 0, 0, {}) == f"{file}: {caught.value}"
-    # The scorer does not exist: pictures are read before any is loaded.
+    # The scorer does not exist: pictures are read before a scorer is loaded.
     assert bridge_command.main(["score", "--scorer", "no:Such", "--prompt", "x", str(file)]) == 2
     assert capsys.readouterr().err == f"rewards_bridge score: cannot score {file}: it {caught.value}\n"
 
@@ -153,7 +153,7 @@ def test_score_says_what_it_makes_of_transparency(tmp_path: Path, capsys: pytest
     Image.new("RGB", (20, 12), "white").save(tmp_path / "white.png")
     names = [str(tmp_path / name) for name in ("clear.png", "white.png")]
     assert bridge_command.main(["score", "--scorer", "jpeg", "--prompt", "x", *names]) == 0
-    said = capsys.readouterr()
-    assert said.err == f"rewards_bridge score: warning: {names[0]} is partly transparent and is scored on white\n"
-    first, second = (json.loads(line) for line in said.out.splitlines())
+    output = capsys.readouterr()
+    assert output.err == f"rewards_bridge score: warning: {names[0]} is partly transparent and is scored on white\n"
+    first, second = (json.loads(line) for line in output.out.splitlines())
     assert first["score"] == second["score"]

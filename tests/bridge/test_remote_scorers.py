@@ -1,4 +1,4 @@
-"""Scorers behind an address: what they were started with, a wrong one, and what a recipe sets for starting one."""
+"""Tests of scorers at an address: their options, wrong scorers, and recipe settings for starting a process."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_options_are_compared_by_what_they_mean(here, there, defaults, expected)
 
 
 def test_a_recipe_reaches_its_servers_with_one_warning_of_what_differs(tmp_path: Path):
-    """What only matters for starting a process is not used, and not refused."""
+    """Settings for starting a process are ignored rather than refused."""
     arguments = ("--option", "delay=0.01")
     recipe = {
         "scorer": "bridge_scorers:Echo",
@@ -88,7 +88,7 @@ def test_a_server_tells_its_setup_without_secrets(tmp_path: Path):
 
 @pytest.fixture
 def described():
-    """Start a server that says this of itself; returns its address."""
+    """Return a function that starts a server with this description and returns its address."""
     servers = []
 
     def start(reply: bridge_pb2.DescribeReply) -> str:
@@ -134,12 +134,12 @@ def test_the_score_command_refuses_a_wrong_scorer_too(described, tmp_path: Path,
     command = ["score", "--scorer", "shapes", "--prompt", "x", "--address", described(reply), str(tmp_path / "a.png")]
     assert main(command) == 2
     assert "wrong: expected a circle" in capsys.readouterr().err
-    main([*command, "--no-check-example"])  # it continues, to a server that scores nothing
+    main([*command, "--no-check-example"])  # it continues, although this server cannot score
     assert "warning: scorer 'shapes' at " in capsys.readouterr().err
 
 
 def test_a_wrong_scorer_of_our_own_is_an_error(tmp_path: Path):
-    """A real process whose known scorer was changed: every circle is missed."""
+    """The scorer runs in a real process and is patched to score 0."""
     (tmp_path / "sitecustomize.py").write_text(
         "import numpy as np\n"
         "from rewards_bridge.scorers.base import Scores\n"
@@ -160,7 +160,7 @@ BAD = {"OneForAll": "1 score for 2 images", "Raise": "LookupError: the judge is 
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_scorer_of_ones_own_is_tried_before_anything_else_and_refused_in_the_same_words(name, tmp_path: Path, capsys):
-    """By a process of its own, by a server, and by the command, with the first prompt and its metadata."""
+    """A process of its own, tried by training, and a server, tried by the command, report the same error."""
     Image.fromarray(np.zeros((8, 6, 3), np.uint8)).save(tmp_path / "a.png")
     words, said = ["score", "--scorer", f"bridge_scorers:{name}", "--prompt", "x", str(tmp_path / "a.png")], []
     with helpers.running_server(name, f"unix:{tmp_path}/s") as (_, address):

@@ -1,4 +1,4 @@
-"""Secrets of scorers: no other user sees them, no output shows them, and no scorer gets those of others."""
+"""Tests of scorers' secrets: no other user sees them, no output shows them, and no scorer gets those of others."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def test_a_scorer_gets_its_key_unseen_and_tells_nobody(monkeypatch: pytest.Monke
     config = helpers.config("Leaking", options={"api_key": KEY}, environment=environment, max_restarts=0)
     with RewardsClient(config) as client:
         said = json.loads(client.submit(*helpers.batch(0, 1)).result(20).reasons[0])
-        assert said["key_length"] == len(KEY)  # it has the key
+        assert said["key_length"] == len(KEY)  # it received the key
         assert said["key"] == "***"
         assert "WANDB_API_KEY" not in said["environment"]
         assert said["environment"]["ACCOUNT"] == "for-this-scorer"
@@ -55,25 +55,25 @@ def test_what_a_dead_scorer_printed_is_shown_without_its_key():
 def test_any_scorer_takes_its_secret_from_a_variable_or_file(tmp_path: Path, monkeypatch, place: str):
     monkeypatch.setenv("JUDGE_KEY", KEY)
     (tmp_path / "key").write_text(f"{KEY}\n")
-    given = {"api_key_env": "JUDGE_KEY"} if place == "env" else {"api_key_file": str(tmp_path / "key")}
-    scorer = load_scorer("bridge_scorers:Leaking", given)
+    secret = {"api_key_env": "JUDGE_KEY"} if place == "env" else {"api_key_file": str(tmp_path / "key")}
+    scorer = load_scorer("bridge_scorers:Leaking", secret)
     assert scorer._api_key == KEY
     assert redaction.redacted(f"say {KEY}") == "say ***"
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("secrets", "message"),
     [
         ({"api_key_env": "NO_SUCH_KEY"}, "api_key_env names NO_SUCH_KEY, which is not set"),
         ({"api_key_file": "/no/such/file"}, "api_key_file: .*No such file"),
-        ({"api_key": KEY, "api_key_file": "x"}, "api_key is given twice"),
+        ({"api_key": KEY, "api_key_file": "x"}, "api_key is set twice"),
         ({"url_env": "HOME", "api_key": KEY}, "unexpected keyword argument 'url_env'"),
-        ({"retries": KEY, "api_key": KEY}, "option retries='sesame.* is no int"),
+        ({"retries": KEY, "api_key": KEY}, "option retries='sesame.* is not a valid int"),
     ],
 )
-def test_secrets_that_cannot_be_read_are_refused(given: dict, message: str):
+def test_secrets_that_cannot_be_read_are_refused(secrets: dict, message: str):
     with pytest.raises(UsageError, match=message):
-        load_scorer("bridge_scorers:WithSecrets", {"url": "x", **given})
+        load_scorer("bridge_scorers:WithSecrets", {"url": "x", **secrets})
 
 
 def test_options_come_from_a_file(tmp_path: Path):
@@ -88,7 +88,7 @@ def test_options_come_from_a_file(tmp_path: Path):
         assert KEY not in str(caught.value)
     with pytest.raises(UsageError, match="cannot be read: No such file"):
         options.read_file(str(tmp_path / "none"))
-    with pytest.raises(UsageError, match="at most"):
+    with pytest.raises(UsageError, match="the limit is"):
         options.as_line({"prompt": "x" * 60_000})
 
 
@@ -113,7 +113,7 @@ def test_a_variable_that_is_not_set_is_named():
     assert allowed_environment({"PRICE": "$5"}, {})["PRICE"] == "$5"
 
 
-def test_texts_are_shown_without_what_was_given_as_a_secret():
+def test_texts_are_shown_without_secrets():
     odd = 'pass"word/4711'
     redaction.remember({"api_key": KEY, "token": "abc", "url": "https://me:opensesame@host/v1", "password": odd})
     text = f"key {KEY}, at https://me:opensesame@host/v1, opensesame, abc, {json.dumps(odd)}, pass%22word%2F4711"
@@ -136,7 +136,7 @@ def test_no_file_of_a_run_has_the_key(tmp_path: Path):
     config.rewards.scorers["shapes"] = ScorerConfig(
         options={"api_key": KEY, "endpoint": f"https://me:{KEY}@host"}, environment={"JUDGE_TOKEN": KEY}
     )
-    BridgeConfig(options=config.rewards.scorers["shapes"].options)  # as a scorer that is started
+    BridgeConfig(options=config.rewards.scorers["shapes"].options)  # as for a scorer that is started
     assert KEY not in json.dumps(made_by(config.rewards.scorers))
     write_json(tmp_path / "config.json", as_dict(config))
     assert KEY not in (tmp_path / "config.json").read_text()

@@ -78,8 +78,8 @@ def test_an_empty_folder_lacks_all_files_of_a_recipe(tmp_path, monkeypatch, caps
     detector = "models/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth"
     assert f"fix: curl -fL --create-dirs -o {detector} https://download.openmmlab.com/" in said
     assert "fix: hf download openai/clip-vit-large-patch14 --local-dir models/clip-vit-large-patch14\n" in said
-    assert "packages: all there" in said
-    assert "needs about 8 GiB, its device has 79.6 for it" in said, "JAX is on the CPU here, so a GPU is the scorer's"
+    assert "packages: all installed" in said
+    assert "needs about 8 GiB; 79.6 GiB of its device" in said, "JAX is on the CPU here, so a GPU is the scorer's"
 
 
 def test_a_folder_that_holds_all_files_is_ready(tmp_path, monkeypatch, capsys):
@@ -94,7 +94,7 @@ def test_a_folder_that_holds_all_files_is_ready(tmp_path, monkeypatch, capsys):
     assert status == 0, said
     assert set(found.values()) == {"ready"}
     assert "weights: loaded" in said
-    assert "a warning only, for check_example is off" in said
+    assert "only a warning, because check_example is off" in said
 
 
 def test_a_run_that_needs_no_download_is_ready(capsys):
@@ -122,7 +122,7 @@ def test_servers_are_called(tmp_path, monkeypatch, capsys):
         assert "delay is '0.01' at the server" in said
         status, _, said = run_doctor(capsys, *SHAPES, *words, f"{scorer}.scorer=jpeg")
         assert status == 1
-        assert "holds scorer 'bridge_scorers:Echo', the config wants 'jpeg'" in said
+        assert "serves scorer 'bridge_scorers:Echo', but 'jpeg' is configured" in said
 
 
 def test_an_interpreter_that_is_not_there_is_said(capsys):
@@ -160,6 +160,6 @@ def test_the_doctor_of_the_bridge_hands_a_configuration_over(capfd):
 def test_memory_that_a_device_has_not_is_said_before_anything_is_loaded(capsys):
     assert bridge_main(["doctor", "--scorer", "jpeg", "--memory", "0.1"]) == 1
     said = capsys.readouterr().out
-    assert "memory: needs about 0.5 GiB, its device has 0.1 for it" in said
+    assert "memory: needs about 0.5 GiB; 0.1 GiB of its device are available" in said
     assert "test images" not in said
     assert bridge_main(["doctor", "--scorer", "jpeg", "--memory", "2", "--no-load"]) == 0

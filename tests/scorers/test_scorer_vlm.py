@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from rewards_bridge.errors import UsageError
-from rewards_bridge.scorers import load_scorer, vlm, with_given
+from rewards_bridge.scorers import load_scorer, vlm, with_defaults
 from rewards_bridge.scorers.http_answers import retry_after_of
 from rewards_bridge.scorers.vlm import VlmScorer
 
@@ -255,10 +255,10 @@ def test_what_retry_after_says(text, seconds):
 
 
 def test_a_trainer_gives_the_scorer_its_own_deadline():
-    given = {"deadline_s": "40", "device": "cpu"}
-    assert with_given("vlm", {"model": "m"}, given) == {"model": "m", "deadline_s": "40"}
-    assert with_given("vlm", {"deadline_s": "9"}, given) == {"deadline_s": "9"}
-    assert with_given("jpeg", {}, given) == {}
+    defaults = {"deadline_s": "40", "device": "cpu"}
+    assert with_defaults("vlm", {"model": "m"}, defaults) == {"model": "m", "deadline_s": "40"}
+    assert with_defaults("vlm", {"deadline_s": "9"}, defaults) == {"deadline_s": "9"}
+    assert with_defaults("jpeg", {}, defaults) == {}
 
 
 def test_a_refusal_is_not_tried_again_and_ends_the_batch():
