@@ -1,4 +1,4 @@
-"""The LAION aesthetic predictor: how beautiful people would find an image, whatever its prompt."""
+"""The LAION aesthetic predictor: how beautiful people find an image, regardless of its prompt."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ MODEL = "openai/clip-vit-large-patch14"
 HEAD = "sac+logos+ava1-l14-linearMSE.pth"
 HEAD_URL = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
 LAYERS = {0: 1024, 2: 128, 4: 64, 6: 16, 7: 1}
-"""Number in the published head -> width of what the layer returns. The numbers left out are dropout, idle here."""
+"""Layer number in the published head -> output width. The missing numbers are dropout, which is inactive here."""
 SCALE = 10.0
 
 
 class AestheticScorer:
-    """Scores images by a linear head on CLIP ViT-L/14: raw "aesthetic" = the mark predicted, score = raw / 10.
+    """Scores images by a linear head on CLIP ViT-L/14: raw "aesthetic" = the predicted rating, score = raw / 10.
 
-    Marks are those that people gave from 1 to 10; the prediction is not held to that range. The head sees the image's
+    People rated images from 1 to 10; the prediction is not limited to that range. The input of the head is the image's
     embedding of length 1. head: its file, .pth (read with weights_only) or .safetensors. model: hub name or folder of
     the CLIP, in the format of transformers or of open_clip. device: cpu, cuda:0, ...; dtype: of the CLIP, float32,
     float16 or bfloat16 (the head is float32); batch_size: images at a time. Raises UsageError for files that are
-    missing or of another layout and for options that cannot be.
+    missing or have another layout, and for invalid options.
 
     Source: github.com/christophschuhmann/improved-aesthetic-predictor, sac+logos+ava1-l14-linearMSE.
     """
@@ -44,15 +44,15 @@ class AestheticScorer:
         file = Source("aesthetic", "head", head, MODEL)
         if not file.path.is_file():
             raise UsageError(
-                f"scorer 'aesthetic': head={head!r} is no file. Download the published head with: "
-                f"curl -L -o {HEAD} {HEAD_URL}{HEAD.replace('+', '%2B')}; and give the option head={HEAD}"
+                f"scorer 'aesthetic': head={head!r} is not a file. Download the published head with: "
+                f"curl -L -o {HEAD} {HEAD_URL}{HEAD.replace('+', '%2B')}; and set the option head={HEAD}"
             )
         self.clip = load_clip(source, source, device, dtype, batch_size)
         width = self.clip.embed_images(np.zeros((1, 8, 8, 3), np.uint8)).shape[-1]
         self._layers = _check_head(file, load_tensors(file, file.path), width)
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
-        """Judge images u8[B,H,W,3] of any size; prompts and metadata are only counted. ValueError for another form."""
+        """Score images u8[B,H,W,3] of any size; prompts and metadata are only counted. ValueError for another form."""
         check_batch("aesthetic", images, prompts, metadata)
         marks = torch.from_numpy(self.clip.embed_images(images))
         for weight, bias in self._layers:
@@ -64,14 +64,14 @@ class AestheticScorer:
 def _check_head(
     file: Source, tensors: Mapping[str, torch.Tensor], width: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(weight, bias) of every layer in float32; UsageError unless these are all there is and of the right shapes."""
-    wanted: dict[str, tuple[int, ...]] = {}
+    """Return (weight, bias) of every layer in float32; UsageError for missing or extra tensors or wrong shapes."""
+    expected: dict[str, tuple[int, ...]] = {}
     for layer, returned in LAYERS.items():
-        wanted |= {f"layers.{layer}.weight": (returned, width), f"layers.{layer}.bias": (returned,)}
+        expected |= {f"layers.{layer}.weight": (returned, width), f"layers.{layer}.bias": (returned,)}
         width = returned
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     misshapen = {
-        name: (shapes[name], shape) for name, shape in wanted.items() if name in shapes and shapes[name] != shape
+        name: (shapes[name], shape) for name, shape in expected.items() if name in shapes and shapes[name] != shape
     }
-    refuse_differences(file, wanted.keys() - shapes.keys(), shapes.keys() - wanted.keys(), misshapen)
+    refuse_differences(file, expected.keys() - shapes.keys(), shapes.keys() - expected.keys(), misshapen)
     return [(tensors[f"layers.{layer}.weight"].float(), tensors[f"layers.{layer}.bias"].float()) for layer in LAYERS]

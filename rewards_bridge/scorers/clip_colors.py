@@ -1,8 +1,8 @@
-"""The colour of a detected object, as GenEval tells it: CLIP's best match among ten, on the object cut out.
+"""The colour of a detected object, determined as in GenEval: the best match of CLIP among ten colours.
 
 The reference is open_clip's ViT-L-14 with OpenAI's weights: timm/vit_large_patch14_clip_224.openai, or the same weights
-(and the same quick GELU) as openai/clip-vit-large-patch14. Pictures are brought to CLIP's size here, as open_clip does
-it, because transformers' own processor cuts the middle out one pixel elsewhere for some sizes.
+(and the same quick GELU) as openai/clip-vit-large-patch14. This module resizes images to CLIP's input size as open_clip
+does, because for some sizes transformers' own processor crops the centre one pixel off.
 
 Source: Ghosh et al. 2023, "GenEval"; Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
 Supervision".
@@ -23,13 +23,13 @@ from rewards_bridge.scorers.clip_model import Towers, load_towers
 MODEL = "openai/clip-vit-large-patch14"
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
-GREY = 0x99  # what everything outside the mask is painted
+GREY = 0x99  # the grey level outside the mask
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)  # RGB, of levels 0..1
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
 
 class ClipColors:
-    """Tells the colours of objects; the text side is computed once for every class."""
+    """Classifies the colours of objects; text features are computed once per class."""
 
     def __init__(self, towers: Towers) -> None:
         self.towers = towers
@@ -37,9 +37,9 @@ class ClipColors:
 
     @torch.inference_mode()
     def tell(self, image: np.ndarray, box: Sequence[float], mask: np.ndarray, name: str) -> str:
-        """Return the one of COLORS that an object of class `name` most likely has.
+        """Return the most likely colour, one of COLORS, of an object of class `name`.
 
-        image u8[H,W,3] (RGB), box [x0, y0, x1, y1] in pixels, the last ones excluded, and mask bool[H,W] of the object.
+        image u8[H,W,3] (RGB), box [x0, y0, x1, y1] in pixels, x1 and y1 excluded, and mask bool[H,W] of the object.
         """
         if name not in self.classifiers:
             self.classifiers[name] = self.classifier(name)
@@ -49,7 +49,7 @@ class ClipColors:
 
     @torch.inference_mode()
     def classifier(self, name: str) -> Tensor:
-        """Return the directions f32[10,D] of a class in each of COLORS: the mean over TEMPLATES of unit vectors."""
+        """Return the text directions f32[10,D] of a class in each of COLORS: means of unit vectors over TEMPLATES."""
         texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
         features = self.towers.text_features(texts)
         return _unit(_unit(features).unflatten(0, (len(COLORS), len(TEMPLATES))).mean(1))
@@ -60,24 +60,24 @@ def _unit(vectors: Tensor) -> Tensor:
 
 
 def cut_out(image: np.ndarray, box: Sequence[float], mask: np.ndarray) -> Image.Image:
-    """Return the part of an image u8[H,W,3] in a box, with everything outside the mask bool[H,W] painted grey."""
+    """Return the crop of an image u8[H,W,3] to a box, with everything outside the mask bool[H,W] painted grey."""
     painted = np.where(mask[..., None], image, np.uint8(GREY))
     left, top, right, bottom = (round(side) for side in box)
     return Image.fromarray(painted).crop((left, top, right, bottom))
 
 
 def to_pixels(picture: Image.Image, size: int) -> Tensor:
-    """Return f32[3,size,size] as CLIP wants a picture: the middle of it, its shorter side made `size`, normalised."""
+    """Return CLIP's input f32[3,size,size]: the shorter side resized to `size`, centre-cropped and normalised."""
     short = min(picture.size)
     width, height = (int(size * side / short) for side in picture.size)
     resized = picture.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (round((side - size) / 2) for side in (width, height))  # a half goes to the even number, as torchvision
+    left, top = (round((side - size) / 2) for side in (width, height))  # rounds half to even, as torchvision
     levels = np.asarray(resized.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
     return torch.from_numpy((levels - MEAN) / STD).permute(2, 0, 1)
 
 
 def load_colors(name: str, device: torch.device) -> ClipColors:
-    """Return what tells colours with a CLIP on a device: a folder of transformers or open_clip, or a name on the Hub.
+    """Load a ClipColors on a device; name: a folder of transformers or open_clip, or a name on the Hub.
 
     Raises UsageError if the model or its tokenizer cannot be loaded.
     """

@@ -1,6 +1,6 @@
-"""Where a CLIP's files are, and how they are read: tensors only, with errors that say what to do.
+"""Locate and read the files of a CLIP model: tensors only, with errors that say how to fix them.
 
-Nothing that is loaded can run code: weights are safetensors, or PyTorch files read with weights_only.
+Loading never runs code: weights are safetensors, or PyTorch files read with weights_only.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from rewards_bridge.errors import UsageError
 from rewards_bridge.surroundings import environment_advice
 
 PROCESSOR_FILES = ("--include", "*.json", "--include", "merges.txt")
-"""What of a hub repository is its processor, without weights, as arguments of `hf download`."""
+"""Arguments of `hf download` for the processor of a hub repository, without weights."""
 TIMM_NAME = re.compile(r"vit_\w+_clip_\w+\.\w+")
-"""Names of timm's repositories with a whole CLIP for open_clip, such as vit_large_patch14_clip_224.openai."""
+"""Names of timm repositories with a complete CLIP for open_clip, such as vit_large_patch14_clip_224.openai."""
 OPEN_CLIP_FILES = ("open_clip_config.json", "open_clip_pytorch_model.bin")
-"""What of such a repository is the CLIP; model.safetensors and pytorch_model.bin there are its image half alone."""
+"""The files of the CLIP in such a repository; its model.safetensors and pytorch_model.bin are only the image half."""
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 LOCAL_FOLDERS = ("checkpoints", "ckpts", "data", "downloads", "models", "pretrained", "weights")
@@ -31,17 +31,17 @@ LOCAL_FOLDERS = ("checkpoints", "ckpts", "data", "downloads", "models", "pretrai
 
 @dataclass(frozen=True)
 class Source:
-    """Where a scorer's files are to be found, and what an error about them says."""
+    """The location of a scorer's files, with what its error messages need."""
 
     scorer: str
     option: str
-    """The scorer's option that named the place."""
+    """The scorer's option that set the place."""
     place: str
     """A local folder or file, or a hub name owner/name."""
     published: str
-    """The hub name of what is published, to download if the place is a local one."""
+    """The hub name of the published files, to download if the place is local."""
     download: tuple[str, ...] = ()
-    """Further arguments of `hf download`: file names or patterns."""
+    """More arguments of `hf download`: file names or patterns."""
 
     @property
     def path(self) -> Path:
@@ -50,10 +50,10 @@ class Source:
 
     @property
     def is_local(self) -> bool:
-        """Whether the place is a local path and not a hub name; what exists is local.
+        """Whether the place is a local path rather than a hub name; existing paths are local.
 
         models/PickScore_v1 has the form of a hub name. It counts as a path if the folder before the slash exists or
-        has a usual name for downloads, or if the name after it is that of the published model.
+        has a common name for downloads, or if the name after the slash is that of the published model.
         """
         if self.path.exists() or not HUB_NAME.fullmatch(self.place):
             return True
@@ -64,15 +64,15 @@ class Source:
 
     @property
     def where(self) -> str:
-        """The place as transformers takes it."""
+        """The place in the form that transformers expects."""
         return str(self.path) if self.is_local else self.place
 
     def has(self, *names: str) -> bool:
-        """Whether the place is a local folder with all these files."""
+        """Return whether the place is a local folder with all these files."""
         return all((self.path / name).is_file() for name in names)
 
     def missing(self, what: str, reason: object) -> UsageError:
-        """Return the error for something that is not there: says how to download it and which option to give."""
+        """Return the error for something that is missing; it says how to download it and which option to set."""
         name, folder = (self.published, self.place) if self.is_local else (self.place, self.place.split("/")[-1])
         folder, files = folder or self.published.split("/")[-1], self.download
         if TIMM_NAME.fullmatch(self.path.name):
@@ -80,16 +80,16 @@ class Source:
         command = shlex.join(["hf", "download", name, *files, "--local-dir", folder])
         return UsageError(
             f"scorer {self.scorer!r}: no {what} at {self.option}={self.place!r} ({_first_line(reason)}). "
-            f"Download it with: {command}; and give the option {self.option}={folder}"
+            f"Download it with: {command}; and set the option {self.option}={folder}"
         )
 
     def wrong(self, problem: str) -> UsageError:
-        """Return the error for something that is there and cannot be used."""
+        """Return the error for something that exists but cannot be used."""
         return UsageError(f"scorer {self.scorer!r}: {self.option}={self.place!r}: {problem}")
 
     @contextmanager
     def reading(self, what: str) -> Iterator[None]:
-        """Turn what goes wrong inside into a UsageError: not there, unreadable, or more than tensors."""
+        """Convert errors of the block into UsageErrors: missing, unreadable, or more than tensors."""
         try:
             if self.is_local and not self.path.exists():
                 raise FileNotFoundError("no such file or folder")
@@ -100,9 +100,9 @@ class Source:
             if advice := environment_advice(error):
                 raise self.wrong(f"the {what} cannot be loaded: {advice}") from error
             raise self.missing(what, error) from error
-        except Exception as error:  # of many types, for a file may be damaged in many ways
+        except Exception as error:  # of many types, because files can be damaged in many ways
             if re.search(r"Unsupported (global|class|operand)", str(error)):
-                reason = f"the {what} holds more than tensors, and loading that could run code; wanted .safetensors"
+                reason = f"the {what} contain more than tensors, which could run code; expected .safetensors"
                 raise self.wrong(reason) from None
             if "TorchScript" in str(error):
                 reason = f"the {what} are a TorchScript program, which is not run; expected a state dict of tensors"
@@ -111,10 +111,10 @@ class Source:
 
 
 def load_tensors(source: Source, path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a .safetensors or PyTorch file by name, on the CPU, those under "state_dict" if there is
-    one.
+    """Return the tensors of a .safetensors or PyTorch file by name, on the CPU.
 
-    A PyTorch file is read with weights_only. Raises UsageError if it is damaged or holds something else.
+    A PyTorch file is read with weights_only, and "state_dict" in it is unwrapped. Raises UsageError if the file is
+    damaged or contains something else.
     """
     with source.reading(f"weights {path.name}"):
         loaded = (
@@ -125,7 +125,7 @@ def load_tensors(source: Source, path: Path) -> dict[str, torch.Tensor]:
         if isinstance(loaded, dict) and "state_dict" in loaded:
             loaded = loaded["state_dict"]
         if not isinstance(loaded, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in loaded.values()):
-            raise source.wrong(f"{path.name} is no dict of tensors by name, as a state dict is")
+            raise source.wrong(f"{path.name} is not a state dict (a dict of tensors by name)")
         return loaded
 
 
@@ -135,12 +135,12 @@ def refuse_differences(
     unexpected: Collection[str],
     misshapen: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
 ) -> None:
-    """Raise UsageError that names the tensors, unless there are none; misshapen is name -> (found, wanted) shape."""
-    shapes = [f"{name} is {list(found)}, wanted {list(wanted)}" for name, (found, wanted) in misshapen.items()]
+    """Raise UsageError that names these tensors, if there are any; misshapen is name -> (actual, expected) shape."""
+    shapes = [f"{name} is {list(actual)}, expected {list(expected)}" for name, (actual, expected) in misshapen.items()]
     kinds = {"missing": missing, "not of this model": unexpected, "of another shape": shapes}
     problems = [f"{len(names)} {kind}: {_some(sorted(names))}" for kind, names in kinds.items() if names]
     if problems:
-        raise source.wrong(f"the weights are not those of the architecture wanted; {'; '.join(problems)}")
+        raise source.wrong(f"the weights do not fit the architecture; {'; '.join(problems)}")
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:
@@ -148,6 +148,6 @@ def _some(names: Sequence[str], most: int = 6) -> str:
 
 
 def _first_line(reason: object) -> str:
-    # torch's first lines advise to load the file without weights_only; what is wrong with it comes after.
+    # The first lines of torch's message advise loading without weights_only; the actual problem comes after them.
     lines = str(reason).split("WeightsUnpickler error: ")[-1].strip().splitlines()
     return lines[0][:200] if lines else type(reason).__name__

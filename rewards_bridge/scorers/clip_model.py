@@ -1,7 +1,7 @@
-"""CLIP as the scorers use it: a folder or hub name in, image and text embeddings of length 1 out.
+"""CLIP for the scorers: a folder or hub name in, image and text embeddings of length 1 out.
 
-Weights are read in the format of transformers (clip_transformers.py) or of open_clip (clip_open.py), and give the same
-embeddings in either. Nothing that is loaded can run code (clip_files.py).
+Weights are read in the format of transformers (clip_transformers.py) or of open_clip (clip_open.py), with the same
+embeddings for either. Loading never runs code (clip_files.py).
 
 Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
 """
@@ -24,7 +24,7 @@ from rewards_bridge.scorers.clip_transformers import TransformersTowers, load_mo
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Pixels = Callable[[np.ndarray], torch.Tensor]
-"""Images u8[b,H,W,3] -> normalised f32[b,3,S,S], S the side that the model wants."""
+"""Images u8[b,H,W,3] -> normalised f32[b,3,S,S], where S is the model's input size."""
 
 _LOG = logging.getLogger("rewards_bridge")
 
@@ -33,15 +33,15 @@ class Towers(Protocol):
     """The two encoders of a CLIP with its tokenizer."""
 
     side: int
-    """Pixels along an edge of the square images that the model takes."""
+    """Side in pixels of the model's square input images."""
     logit_scale: float
-    """What cosines are multiplied by."""
+    """The factor by which cosines are multiplied."""
     text_tokens: int
-    """Tokens of the longest text, with those for its start and its end; longer ones are cut."""
+    """Maximum number of tokens, including start and end tokens; longer texts are truncated."""
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         ...
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -49,27 +49,27 @@ class Towers(Protocol):
         ...
 
     def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the projected features [b,E], of any length, of f32[b,3,S,S]."""
+        """Return the projected features [b,E], not normalised, of f32[b,3,S,S]."""
         ...
 
     def text_features(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Return the projected features [b,E], of any length, of b prompts."""
+        """Return the projected features [b,E], not normalised, of b prompts."""
         ...
 
     def count_tokens(self, prompt: str) -> int:
-        """Return the tokens of a whole prompt, with those for its start and its end."""
+        """Return the number of tokens of a whole prompt, including start and end tokens."""
         ...
 
     def tokenizer_fit(self) -> Mapping[str, tuple[object, object]]:
-        """Return what the tokenizer and the model have to agree about: (the tokenizer's, the model's)."""
+        """Return the values on which tokenizer and model must agree, by name: (the tokenizer's, the model's)."""
         ...
 
 
 class Clip:
-    """A CLIP model with its tokenizer and its way of reading images, on one device and in one dtype.
+    """A CLIP model with its tokenizer and image preprocessing, on one device and in one dtype.
 
-    Embeddings are f32 and of length 1; they are made in micro-batches of batch_size, fewer once memory has run out.
-    Raises UsageError if device, dtype or batch_size cannot be, or if the tokenizer or the pixels are not the model's.
+    Embeddings are f32 of length 1, computed in micro-batches of batch_size, which is reduced when memory runs out.
+    Raises UsageError for an invalid device, dtype or batch_size, or if tokenizer or preprocessing are not the model's.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class Clip:
         batch_size: int,
     ) -> None:
         if dtype not in DTYPES:
-            raise UsageError(f"scorer {scorer!r}: dtype={dtype!r}: wanted one of {', '.join(DTYPES)}")
+            raise UsageError(f"scorer {scorer!r}: dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
         if batch_size < 1:
-            raise UsageError(f"scorer {scorer!r}: batch_size={batch_size}: wanted at least 1 image at a time")
+            raise UsageError(f"scorer {scorer!r}: batch_size={batch_size}: expected at least 1")
         self._device = _open_device(scorer, device)
         check_fit(scorer, towers, pixels)
         self._scorer, self._towers, self._pixels, self._batch_size = scorer, towers, pixels, batch_size
@@ -95,7 +95,7 @@ class Clip:
             raise self._out_of_memory("the model alone") from error
 
     def embed_images(self, images: np.ndarray) -> np.ndarray:
-        """Embeddings f32[B,E] of images u8[B,H,W,3]; UsageError if memory runs out for a single one."""
+        """Return embeddings f32[B,E] of images u8[B,H,W,3]; UsageError if memory does not suffice for a single one."""
 
         def features(part: np.ndarray) -> torch.Tensor:
             return self._towers.image_features(self._pixels(part))
@@ -103,23 +103,23 @@ class Clip:
         return self._in_parts(features, images)
 
     def embed_texts(self, prompts: Sequence[str]) -> np.ndarray:
-        """Embeddings f32[B,E] of B prompts, each cut to the model's tokens; equal prompts are embedded once."""
+        """Return embeddings f32[B,E] of B prompts, truncated to the model's limit; equal prompts are embedded once."""
         rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         return self._in_parts(self._towers.text_features, list(rows))[[rows[prompt] for prompt in prompts]]
 
     def logits(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        """exp(logit_scale) * cos(image, its prompt), f32[B]: between -exp(logit_scale) and exp(logit_scale)."""
+        """Return exp(logit_scale) * cos(image, its prompt), f32[B], between -exp(logit_scale) and exp(logit_scale)."""
         cosines = np.einsum("be,be->b", self.embed_images(images), self.embed_texts(prompts))
         return cosines * np.float32(self.logit_scale)
 
     def cut(self, prompt: str) -> str:
-        """Return that the end of a prompt is cut off, if it is; "" if not."""
+        """Return a note if the end of a prompt is cut off; otherwise ""."""
         most = self._towers.text_tokens
         return cut_text(most) if self._towers.count_tokens(prompt) > most else ""
 
     @torch.inference_mode()
     def _in_parts(self, features: Callable[..., torch.Tensor], items: np.ndarray | Sequence[str]) -> np.ndarray:
-        """Return the features of all items as rows of length 1, f32[len(items),E]."""
+        """Return the normalised features of all items, f32[len(items),E]."""
         parts: list[torch.Tensor] = []
         start = 0
         while start < len(items):
@@ -134,23 +134,23 @@ class Clip:
             else:
                 start += len(part)
                 continue
-            # Only here, outside the except clause, have the tensors of the failed attempt been let go.
+            # Only outside the except clause are the tensors of the failed attempt released.
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
         return torch.cat(parts).numpy()
 
     def _out_of_memory(self, what: str) -> UsageError:
         return UsageError(
-            f"scorer {self._scorer!r}: {self._device} has no memory for {what}; "
-            "give it another device, dtype=float16 or bfloat16, or leave more of the device's memory to it"
+            f"scorer {self._scorer!r}: {self._device} has not enough memory for {what}; "
+            "use another device, dtype=float16 or bfloat16, or leave it more of the device's memory"
         )
 
 
 def load_clip(model: Source, processor: Source, device: str, dtype: str, batch_size: int) -> Clip:
-    """Return a Clip of files in either format; UsageError says what is missing or does not fit, and what to do.
+    """Load a Clip from files in either format; UsageError says what is missing or does not fit, and how to fix it.
 
-    model: a folder or hub name of transformers, or a folder of open_clip. processor: where the tokenizer and, for the
-    format of transformers, preprocessor_config.json are; the same place as the model for the model's own.
+    model: a folder or hub name of transformers, or a folder of open_clip. processor: the place of the tokenizer and,
+    for the format of transformers, of preprocessor_config.json; pass the model's place to use its own.
     """
     if clip_open.is_open_clip(model):
         towers, reader = clip_open.load_folder(model, None if processor.place == model.place else processor)
@@ -161,9 +161,7 @@ def load_clip(model: Source, processor: Source, device: str, dtype: str, batch_s
 
 
 def load_towers(source: Source) -> Towers:
-    """Return the encoders of a folder in either format or of a hub name, float32, on the CPU, for a caller's own
-    pixels.
-    """
+    """Load the encoders of a folder in either format or of a hub name, in float32 on the CPU, without preprocessing."""
     if clip_open.is_open_clip(source):
         towers: Towers = clip_open.load_folder(source)[0]
     else:
@@ -174,19 +172,19 @@ def load_towers(source: Source) -> Towers:
 
 def _open_device(scorer: str, device: str) -> torch.device:
     try:
-        found = torch.device(device)
+        torch_device = torch.device(device)
     except RuntimeError as error:
-        raise UsageError(f"scorer {scorer!r}: device={device!r}: wanted cpu or cuda:0, say ({error})") from None
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"scorer {scorer!r}: device={device!r}: expected e.g. cpu or cuda:0 ({error})") from None
+    if torch_device.type == "cuda" and (torch_device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"scorer {scorer!r}: device={device!r}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
-            "devices; give another device, look at CUDA_VISIBLE_DEVICES, or install a CUDA build of torch"
+            "devices; use another device, check CUDA_VISIBLE_DEVICES, or install a CUDA build of torch"
         )
-    return found
+    return torch_device
 
 
 def check_fit(scorer: str, towers: Towers, pixels: Pixels | None = None) -> None:
-    """Raise UsageError if tokenizer or pixels are another model's: it would answer all the same, with nonsense."""
+    """Raise UsageError if tokenizer or preprocessing belong to another model, since scores would be silently wrong."""
     problems = dict(towers.tokenizer_fit())
     if pixels is not None:
         shape = tuple(pixels(np.zeros((1, 8, 8, 3), np.uint8)).shape)
@@ -194,5 +192,5 @@ def check_fit(scorer: str, towers: Towers, pixels: Pixels | None = None) -> None
     wrong = [f"{what}: {ours}, the model's {theirs}" for what, (ours, theirs) in problems.items() if ours != theirs]
     if wrong:
         raise UsageError(
-            f"scorer {scorer!r}: the processor (tokenizer and image processor) is another model's; {'; '.join(wrong)}"
+            f"scorer {scorer!r}: the processor (tokenizer and image processor) is another model's: {'; '.join(wrong)}"
         )

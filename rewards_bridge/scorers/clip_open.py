@@ -1,7 +1,7 @@
-"""CLIP in the format of open_clip: timm's and LAION's folders, and single files such as those of HPS v2.
+"""CLIP in the format of open_clip: folders of timm and LAION, and single files such as those of HPS v2.
 
-open-clip-torch builds the model, tokenizes and prepares images. Its own loader is not used: it builds whatever a
-configuration asks for, fetches parts of some models from the Hub, and stops at the first tensor that does not fit.
+open-clip-torch builds the model, tokenizes and preprocesses images. Its own loader is not used, because it builds
+whatever a configuration asks for, downloads parts of some models, and stops at the first tensor that does not fit.
 
 Source: github.com/mlfoundations/open_clip.
 """
@@ -37,20 +37,20 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.pth",
 )
-"""The file of a folder's CLIP, the first of these that is there: open_clip's own order."""
+"""File names of a folder's CLIP; the first that exists is used, in open_clip's own order."""
 TRANSFORMERS_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 PARTS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "nonscalar_logit_scale")
-"""What a configuration of a plain CLIP may say."""
+"""Settings that the configuration of a plain CLIP may contain."""
 ELSEWHERE = ("hf_model_name", "timm_model_name")
-"""Settings of a tower that put another library's model in its place."""
+"""Settings of a tower that replace it with another library's model."""
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
-"""What some files hold beside the weights; all of it follows from the configuration."""
+"""Entries that some files contain besides the weights; all of them follow from the configuration."""
 TIMM_TENSOR = "patch_embed.proj.weight"
 
 Tokenize = Callable[[Sequence[str]], torch.Tensor]
-"""Prompts -> token numbers i64[b,context length], zeros after the end of each text."""
+"""Prompts -> token ids i64[b,context length], padded with zeros."""
 Count = Callable[[str], int]
-"""A prompt -> its tokens before it is cut, with those for its start and its end."""
+"""A prompt -> its number of tokens before truncation, including start and end tokens."""
 
 
 class OpenClipTowers:
@@ -61,11 +61,11 @@ class OpenClipTowers:
     ) -> None:
         self.model, self.tokenize, self.count, self.fit = model.eval().requires_grad_(False), tokenize, count, fit
         self.side, self.text_tokens = _side(model), int(model.context_length)
-        self.logit_scale = float(model.logit_scale.detach().exp())  # before any cast: bfloat16 is too coarse
+        self.logit_scale = float(model.logit_scale.detach().exp())  # before any cast, since bfloat16 is too coarse
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.model.logit_scale.device
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -77,20 +77,20 @@ class OpenClipTowers:
         return self.model.encode_image(pixels.to(self.device, self.model.logit_scale.dtype))
 
     def text_features(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Return the projected features [b,E] of prompts, cut to the model's context length."""
+        """Return the projected features [b,E] of prompts, truncated to the model's context length."""
         return self.model.encode_text(self.tokenize(prompts).to(self.device))
 
     def count_tokens(self, prompt: str) -> int:
-        """Return the tokens of a whole prompt, with those for its start and its end."""
+        """Return the number of tokens of a whole prompt, including start and end tokens."""
         return self.count(prompt)
 
     def tokenizer_fit(self) -> Mapping[str, tuple[object, object]]:
-        """Return what the tokenizer and the model have to agree about: (the tokenizer's, the model's)."""
+        """Return the values on which tokenizer and model must agree, by name: (the tokenizer's, the model's)."""
         return self.fit
 
 
 def is_open_clip(source: Source) -> bool:
-    """Return whether the place is a folder in open_clip's format, and not one of transformers that is also that."""
+    """Return whether the place is a folder in open_clip's format; one that is also in transformers' format is not."""
     if not source.has(CONFIG):
         return False
     try:
@@ -103,10 +103,10 @@ def is_open_clip(source: Source) -> bool:
 def load_folder(
     source: Source, tokenizer: Source | None = None
 ) -> tuple[OpenClipTowers, Callable[[np.ndarray], torch.Tensor]]:
-    """Return the encoders of a folder, and what its configuration says is done to images (clip_model.Pixels).
+    """Load the encoders of a folder and its image preprocessing (clip_model.Pixels).
 
-    The tokenizer is that of the place `tokenizer`; if None is named that of the folder, and if it has none open_clip's.
-    Raises UsageError unless the folder holds a plain CLIP and every one of its weights.
+    The tokenizer is that at `tokenizer`; if this is None, that of the folder; if it has none, open_clip's. Raises
+    UsageError unless the folder contains a plain CLIP with all of its weights.
     """
     with source.reading(CONFIG):
         config = _read_config(source, source.path / CONFIG)
@@ -121,30 +121,30 @@ def load_folder(
 
 
 def load_file(source: Source, path: Path, architecture: str, tokenizer: Source | None = None) -> OpenClipTowers:
-    """Return the encoders of a single file of weights by open_clip's names.
+    """Load the encoders of a single weights file with open_clip's tensor names.
 
-    Its architecture is that of an open_clip_config.json beside the file or at the place `tokenizer`, otherwise the one
-    that open_clip itself has under this name. The tokenizer is that of the place `tokenizer`; if None is named that of
-    the file's folder, and if it has none open_clip's. Raises UsageError unless the file holds exactly the weights.
+    The architecture is that of an open_clip_config.json beside the file or at `tokenizer`, otherwise open_clip's own of
+    this name. The tokenizer is that at `tokenizer`; if this is None, that of the file's folder; if it has none,
+    open_clip's. Raises UsageError unless the file contains exactly the weights.
     """
     beside = replace(source, place=str(path.parent))
-    found = next((place.path / CONFIG for place in (beside, tokenizer) if place and place.has(CONFIG)), None)
-    if found:
+    config_path = next((place.path / CONFIG for place in (beside, tokenizer) if place and place.has(CONFIG)), None)
+    if config_path:
         with source.reading(CONFIG):
-            model_config = _read_config(source, found)["model_cfg"]
+            model_config = _read_config(source, config_path)["model_cfg"]
     else:
         model_config = _library(source).get_model_config(architecture)
     return _towers(_fill(source, path, model_config), beside, tokenizer)
 
 
 def _library(source: Source) -> Any:
-    """open_clip, imported when it is needed; UsageError if it cannot be."""
+    """Import and return open_clip; UsageError if it cannot be imported."""
     declare_operators()
     try:
         import open_clip
     except ImportError as error:
         raise source.wrong(
-            f"open-clip-torch is needed to read this ({error}); install it: pip install open-clip-torch==3.3.0"
+            f"open-clip-torch is needed to read this ({error}); fix: pip install open-clip-torch==3.3.0"
         ) from error
     return open_clip
 
@@ -161,18 +161,18 @@ def _read_config(source: Source, path: Path) -> dict[str, Any]:
     foreign = [name for tower in towers for name in ELSEWHERE if tower.get(name)]
     foreign += sorted(name for name in parts if name not in PARTS and parts[name])
     if foreign:
-        raise source.wrong(f"{path.name} is not of a plain CLIP: it sets {', '.join(foreign)}")
+        raise source.wrong(f"{path.name} does not describe a plain CLIP: it sets {', '.join(foreign)}")
     return config
 
 
 def _fill(source: Source, path: Path, config: Mapping[str, Any]) -> open_clip.CLIP:
-    """Return the model of a configuration with the weights of a file, float32, on the CPU."""
+    """Return the model of a configuration with the weights of a file, in float32 on the CPU."""
     model = _build(source, config)
     tensors = load_tensors(source, path)
     if tensors and all(name.startswith("module.") for name in tensors):  # saved under data parallelism
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     if TIMM_TENSOR in tensors:
-        raise source.missing("whole CLIP", f"{path.name} is the image half alone, by timm's names")
+        raise source.missing("complete CLIP", f"{path.name} is only the image half, with timm's names")
     tensors = {name: tensor.float() for name, tensor in tensors.items() if name not in NO_WEIGHTS}
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if "logit_scale" in tensors and tensors["logit_scale"].numel() == 1:
@@ -181,23 +181,23 @@ def _fill(source: Source, path: Path, config: Mapping[str, Any]) -> open_clip.CL
     misshapen = {name: (shapes[name], own[name]) for name in shapes.keys() & own.keys() if shapes[name] != own[name]}
     refuse_differences(source, own.keys() - shapes.keys(), shapes.keys() - own.keys(), misshapen)
     model.load_state_dict(tensors, assign=True)
-    if model.attn_mask is not None:  # the one tensor that no file holds: a token sees itself and those before it
+    if model.attn_mask is not None:  # the only tensor that is in no file: a token sees itself and earlier ones
         model.attn_mask = torch.full(model.attn_mask.shape, -torch.inf).triu(1)
     return model
 
 
 def _build(source: Source, config: Mapping[str, Any]) -> open_clip.CLIP:
-    """Return the model without memory for its weights: drawing a billion random ones first takes a minute."""
+    """Return the model without memory for its weights, since initialising a billion random ones takes a minute."""
     library = _library(source)
     try:
         with torch.device("meta"):
             return library.CLIP(**{name: value for name, value in config.items() if name in PARTS})
     except (TypeError, ValueError, AssertionError, ZeroDivisionError, RuntimeError) as error:
-        raise source.wrong(f"{CONFIG} describes no CLIP that can be built ({error})") from error
+        raise source.wrong(f"{CONFIG} does not describe a valid CLIP ({error})") from error
 
 
 def _towers(model: open_clip.CLIP, own: Source, named: Source | None) -> OpenClipTowers:
-    """Return the encoders with the tokenizer of the place named, or of the model's own, or open_clip's."""
+    """Return the encoders with the tokenizer at `named`, or at the model's own place, or else open_clip's."""
     length = model.context_length
     if named is None and not has_tokenizer(own):
         simple = _library(own).SimpleTokenizer(context_length=length)
@@ -217,7 +217,7 @@ def _towers(model: open_clip.CLIP, own: Source, named: Source | None) -> OpenCli
 
 
 def _fit(model: open_clip.CLIP, size: int, last: int) -> dict[str, tuple[object, object]]:
-    """Return what tokenizer and model agree about; the model takes a text's highest token for its last."""
+    """Return the values on which both must agree; the model takes the highest token id of a text as its end."""
     ends = model.text_eos_id if model.text_pool_type == "eos" else size - 1
     return {
         "tokens in the vocabulary": (size, model.vocab_size),
@@ -242,7 +242,7 @@ def _pixels(source: Source, model: open_clip.CLIP, config: Mapping[str, Any]) ->
 
 
 def _side(model: open_clip.CLIP) -> int:
-    """Pixels along an edge of the images that the model takes, which have to be square."""
+    """Return the side in pixels of the model's input images; UsageError unless they are square."""
     height, width = model.visual.image_size
     if height != width:
         raise UsageError(f"the model takes images of {height} x {width} pixels; expected square ones")

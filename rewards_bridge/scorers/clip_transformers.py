@@ -1,7 +1,7 @@
-"""CLIP in the format of transformers: a folder or hub name in, the two encoders and the way of reading images out.
+"""CLIP in the format of transformers: load the two encoders, the tokenizer and the image preprocessing.
 
-Images are read by the PIL processor of transformers whatever else is installed, because that of torchvision gives
-other pixels.
+Images are always preprocessed by the PIL processor of transformers, because the one based on torchvision gives
+different pixels.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class TransformersTowers:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.side = cast(int, model.vision_model.config.image_size)
         self.text_tokens = TEXT_TOKENS
-        # Read before any cast: in bfloat16 ln(100) is off by so much that every score would be 1 % too high or low.
+        # Read before any cast: in bfloat16 the error of ln(100) would change every score by 1 %.
         self.logit_scale = float(model.logit_scale.detach().exp())
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return cast(torch.device, self.model.device)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -50,18 +50,18 @@ class TransformersTowers:
         return cast(torch.Tensor, self.model.get_image_features(pixel_values=pixels.to(self.device)).pooler_output)
 
     def text_features(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Return the projected features [b,E] of prompts, cut to 77 tokens; no token sees the padding after it."""
+        """Return the projected features [b,E] of prompts, truncated to 77 tokens; padding has no effect."""
         tokens = self.tokenizer(
             list(prompts), padding=True, truncation=True, max_length=TEXT_TOKENS, return_tensors="pt"
         ).to(self.device)
         return cast(torch.Tensor, self.model.get_text_features(**tokens).pooler_output)
 
     def count_tokens(self, prompt: str) -> int:
-        """Return the tokens of a whole prompt, with those for its start and its end."""
+        """Return the number of tokens of a whole prompt, including start and end tokens."""
         return count_tokens(self.tokenizer, prompt)
 
     def tokenizer_fit(self) -> Mapping[str, tuple[object, object]]:
-        """Return what the tokenizer and the model have to agree about: (the tokenizer's, the model's)."""
+        """Return the values on which tokenizer and model must agree, by name: (the tokenizer's, the model's)."""
         text = self.model.text_model.config
         last = len(self.tokenizer) - 1 if text.eos_token_id == LEGACY_EOS else text.eos_token_id
         return {
@@ -72,24 +72,24 @@ class TransformersTowers:
 
 
 def count_tokens(tokenizer: Any, prompt: str) -> int:
-    """Return the tokens of a whole prompt, with those for its start and its end, by a tokenizer of transformers."""
+    """Return the number of tokens of a whole prompt, including start and end tokens, by a transformers tokenizer."""
     return len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
 
 
 def load_model(source: Source) -> CLIPModel:
-    """Return the model of a folder or hub repository in float32; UsageError unless every weight is there and fits."""
+    """Return the model of a folder or hub repository in float32; UsageError unless all weights exist and fit."""
     config = _load_config(source)
     with source.reading("weights"):
-        loaded: Any = CLIPModel.from_pretrained(  # typed as a model, but with the loading info it is a pair
+        loaded: Any = CLIPModel.from_pretrained(  # typed as a model, but a pair with output_loading_info
             source.where,
             config=config,
             dtype=torch.float32,
             weights_only=True,
-            ignore_mismatched_sizes=True,  # collected and refused below, together with everything else
+            ignore_mismatched_sizes=True,  # reported below, together with all other differences
             output_loading_info=True,
         )
     model, info = loaded
-    misshapen = {name: (tuple(found), tuple(wanted)) for name, found, wanted in info["mismatched_keys"]}
+    misshapen = {name: (tuple(actual), tuple(expected)) for name, actual, expected in info["mismatched_keys"]}
     refuse_differences(source, info["missing_keys"], info["unexpected_keys"], misshapen)
     return cast(CLIPModel, model)
 
@@ -97,20 +97,20 @@ def load_model(source: Source) -> CLIPModel:
 def _load_config(source: Source) -> CLIPConfig:
     """Return the configuration of a folder or hub repository; UsageError if it is not that of a CLIP."""
     with source.reading("config.json"):
-        found = CLIPConfig.get_config_dict(source.where)[0]
-        if not found:  # transformers finds nothing in a folder without the file, and makes a default model of it
+        settings = CLIPConfig.get_config_dict(source.where)[0]
+        if not settings:  # without the file, transformers returns nothing and would build a default model
             raise FileNotFoundError("no such file")
-        if found.get("model_type") != "clip":
-            advice = "; a repository of open_clip or timm has to be downloaded, and its folder given"
+        if settings.get("model_type") != "clip":
+            advice = "; download a repository of open_clip or timm and set its folder"
             raise source.wrong(
-                f"model_type in config.json is {found.get('model_type')!r}, wanted 'clip'"
+                f"model_type in config.json is {settings.get('model_type')!r}, expected 'clip'"
                 f"{'' if source.is_local else advice}"
             )
         return CLIPConfig.from_pretrained(source.where)
 
 
 def load_pixels(source: Source) -> Any:
-    """Return what a preprocessor_config.json says is done to images (clip_model.Pixels); UsageError without one."""
+    """Return the image preprocessing (clip_model.Pixels) of a preprocessor_config.json; UsageError without one."""
     with source.reading("preprocessor_config.json"):
         processor = CLIPImageProcessorPil.from_pretrained(source.where)
 
@@ -128,7 +128,7 @@ def has_tokenizer(source: Source) -> bool:
 def load_tokenizer(source: Source) -> CLIPTokenizer:
     """Return the tokenizer of a folder or hub repository; UsageError if there is none."""
     with source.reading("tokenizer"):
-        # Asked beforehand, because transformers makes an empty tokenizer of nothing.
+        # Checked beforehand, because transformers creates an empty tokenizer if the files are missing.
         if not source.is_local:
             cached_file(source.place, "tokenizer_config.json")
         elif not has_tokenizer(source):

@@ -1,7 +1,7 @@
-"""GenEval as a reward: are the objects that the prompt asks for there, as often, in the colour and place it asks for?
+"""GenEval as a reward: does the image show the objects that the prompt asks for, with their counts, colours and places?
 
-A detector finds the objects (mask2former.py), CLIP tells their colours where a verdict depends on them
-(clip_colors.py), and the rule that both judges of this package share gives the verdict (rubric.py).
+A detector finds the objects (mask2former.py), CLIP determines their colours where a verdict depends on them
+(clip_colors.py), and GenEval's rule, shared with the shapes scorer, gives the verdict (rubric.py).
 
     scorer = load_scorer("geneval", {"detector": "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth"})
     scorer.score(images, prompts, metadata)
@@ -29,15 +29,15 @@ WORDS = Words("GenEval's judge", CLASSES, COLORS, TAGS, ALIASES)
 
 
 class Detector(Protocol):
-    """What finds objects; mask2former.Mask2Former is one."""
+    """An object detector, such as mask2former.Mask2Former."""
 
     def detect(self, images: np.ndarray) -> Iterator[Mapping[str, Sequence[Mapping[str, Any]]]]:
-        """Yield of each image u8[B,H,W,3] {class: [{"box", "score", "mask"}]}."""
+        """Yield {class: [{"box", "score", "mask"}]} for each image of u8[B,H,W,3]."""
         ...
 
 
 class ColorTeller(Protocol):
-    """What tells an object's colour; clip_colors.ClipColors is one."""
+    """A classifier of objects' colours, such as clip_colors.ClipColors."""
 
     def tell(self, image: np.ndarray, box: Sequence[float], mask: np.ndarray, name: str) -> str:
         """Return the colour of the object of class `name` in an image u8[H,W,3]."""
@@ -47,11 +47,11 @@ class ColorTeller(Protocol):
 class GenevalScorer:
     """Scores images by GenEval's metadata: score = soft, raw = strict, soft and official.
 
-    detector: the benchmark's own is the mmdetection checkpoint mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco (a .pth or
-    .safetensors file); a Hugging Face folder or Hub name of a Mask2Former for COCO instances works too, and other
-    weights give other scores. clip: a folder or Hub name of CLIP ViT-L/14. device: auto, cpu, cuda or cuda:N. dtype:
-    float32, bfloat16 or float16, of the detector; colours are told in float32. batch_size: images detected at once.
-    any_size: take an mmdetection file whose sizes are not those of the benchmark's detector, too.
+    detector: the benchmark uses the mmdetection checkpoint mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco (a .pth or
+    .safetensors file); a Hugging Face folder or Hub name of a Mask2Former for COCO instances also works, but other
+    weights give other scores. clip: a folder or Hub name of CLIP ViT-L/14. device: auto, cpu, cuda or cuda:N. dtype: of
+    the detector, float32, bfloat16 or float16; colours are always computed in float32. batch_size: images detected at
+    once. any_size: also accept an mmdetection file whose sizes differ from those of the benchmark's detector.
     """
 
     def __init__(
@@ -67,34 +67,34 @@ class GenevalScorer:
         self.colors: ColorTeller = load_colors(clip, choose_device(device))
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
-        """Judge images u8[B,H,W,3] (RGB) against GenEval metadata; the prompts' own text is only quoted in errors.
+        """Score images u8[B,H,W,3] (RGB) against GenEval metadata; the prompts are only quoted in errors.
 
-        Raises ValueError for images of another form, PromptError for metadata that cannot be judged, naming them all.
+        Raises ValueError for images of another form and PromptError, which lists them all, for invalid metadata.
         """
         return score_images(self.detector, self.colors, images, prompts, metadata)
 
     def problem(self, prompt: str, metadata: dict) -> str:
-        """Return what keeps this prompt from being judged by its metadata; "" if nothing does."""
+        """Return why this prompt cannot be scored with its metadata; "" if it can."""
         return "; ".join(problems(metadata, WORDS))
 
 
 def score_images(
     detector: Detector, colors: ColorTeller, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]
 ) -> Scores:
-    """Judge images as GenevalScorer.score does, with any detector and any teller of colours."""
+    """Score images as GenevalScorer.score does, with any detector and any classifier of colours."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:3]:
-        raise ValueError(f"GenEval's judge wants images uint8[B, H, W, 3]; found {images.dtype}{list(images.shape)}")
+        raise ValueError(f"GenEval's judge expects images uint8[B, H, W, 3]; found {images.dtype}{list(images.shape)}")
     if not len(images) == len(prompts) == len(metadata):
         raise ValueError(
-            f"GenEval's judge wants one prompt and one metadata entry an image; "
+            f"GenEval's judge expects one prompt and one metadata entry per image; "
             f"found {len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata entries"
         )
     if wrong := check_metadata(prompts, metadata):
         text = "\n  ".join(wrong)
         raise PromptError(f"metadata that GenEval's judge cannot use; correct or remove these prompts:\n  {text}")
     judged = [
-        _judge(colors, image, read_metadata(entry), found)
-        for image, entry, found in zip(images, metadata, detector.detect(images), strict=True)
+        _judge(colors, image, read_metadata(entry), detections)
+        for image, entry, detections in zip(images, metadata, detector.detect(images), strict=True)
     ]
     verdicts = [verdict for verdict, _ in judged]
     raw = {
@@ -114,22 +114,24 @@ def _judge(
     colors: ColorTeller,
     image: np.ndarray,
     metadata: Mapping[str, Any],
-    found: Mapping[str, Sequence[Mapping[str, Any]]],
+    detections: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> tuple[Verdict, Detections]:
     kept = {
-        name: [{**seen, "color": partial(colors.tell, image, seen["box"], seen["mask"], name)} for seen in detections]
-        for name, detections in keep(metadata, found).items()
+        name: [{**seen, "color": partial(colors.tell, image, seen["box"], seen["mask"], name)} for seen in objects]
+        for name, objects in keep(metadata, detections).items()
     }
     return judge(metadata, kept), kept
 
 
 def check_metadata(prompts: Sequence[str], metadata: Sequence[Any]) -> list[str]:
-    """Return what keeps these prompts from being judged by their GenEval metadata, a line each; empty if nothing does.
+    """Return the problems of these prompts' GenEval metadata, one line each; empty if there are none.
 
-    It needs no model: a trainer can ask before it starts. Raises ValueError if there is not one entry a prompt.
+    Needs no model, so a trainer can call it before it starts. Raises ValueError unless there is one entry per prompt.
     """
     if len(prompts) != len(metadata):
-        raise ValueError(f"wanted one metadata entry a prompt; found {len(prompts)} prompts, {len(metadata)} entries")
+        raise ValueError(
+            f"expected one metadata entry per prompt; found {len(prompts)} prompts, {len(metadata)} entries"
+        )
     return [
         f"prompt {index} ({prompt!r}): {problem}"
         for index, (prompt, entry) in enumerate(zip(prompts, metadata, strict=True))

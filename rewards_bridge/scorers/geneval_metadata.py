@@ -1,11 +1,11 @@
-"""GenEval metadata: the one reader that prompt files, samples folders, the command line and servers share.
+"""GenEval metadata: the one reader shared by prompt files, samples folders, the command line and servers.
 
     entry = read_metadata({"tag": "counting", "include": [{"class": "dog", "count": 2.0, "color": None}]})
     entry["include"]                        # [{"class": "dog", "count": 2}]
-    found = problems(entry, WORDS)          # [] where a judge with these words can use it
+    texts = problems(entry, WORDS)          # [] if a judge with these words can use it
 
-Null is the same as absent and 2.0 the same as 2, since JSON writers of other languages and tables write both. Anything
-else that is not as GenEval has it is a problem in words, never a guess.
+Null is the same as absent and 2.0 the same as 2, because other JSON writers and tables produce both. Anything else that
+deviates from GenEval's format is reported as a problem and never guessed.
 
 Source: Ghosh et al. 2023, "GenEval" (the format of its evaluation metadata).
 """
@@ -22,7 +22,7 @@ from rewards_bridge.errors import PromptError
 
 RELATIONS = ("left of", "right of", "above", "below")
 MAX_OBJECTS = 16
-"""Detections of a class that GenEval's rule keeps, so the largest number that it can count."""
+"""Detections that GenEval's rule keeps per class, and thus the largest number that it can count."""
 
 _KEYS = ("class", "count", "color", "position")
 _TOP_KEYS = ("tag", "include", "exclude")
@@ -30,45 +30,45 @@ _TOP_KEYS = ("tag", "include", "exclude")
 
 @dataclass(frozen=True)
 class Words:
-    """What a judge knows: its classes and colors, and its tags if it knows only some."""
+    """The vocabulary of a judge: its classes and colors, and its tags if it knows only some."""
 
     judge: str
     classes: Sequence[str]
     colors: Sequence[str]
     tags: Sequence[str] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Other names of classes -> the name that is known."""
+    """Other names of classes -> the name that the judge knows."""
 
 
 def read_metadata(entry: Any, words: Words | None = None) -> dict[str, Any]:
-    """Return metadata with their null fields left out and whole numbers as int; `entry` itself stays as it is.
+    """Return the metadata without null fields and with whole numbers as int; does not modify `entry`.
 
-    Raises PromptError with everything that is wrong; with `words`, also for what that judge does not know.
+    Raises PromptError with all problems; with `words`, also for names that the judge does not know.
     """
-    if found := problems(entry, words):
-        raise PromptError("; ".join(found))
+    if texts := problems(entry, words):
+        raise PromptError("; ".join(texts))
     return _normalized(entry)
 
 
 def read_clauses(entry: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return what metadata include and exclude, as `read_metadata` does, whatever their tag; PromptError likewise."""
-    if found := [*_list_problems("include", entry.get("include"), None), *_exclude_problems(entry, None)]:
-        raise PromptError("; ".join(found))
+    """Return the include and exclude lists as `read_metadata` does, without checking the tag; PromptError likewise."""
+    if texts := [*_list_problems("include", entry.get("include"), None), *_exclude_problems(entry, None)]:
+        raise PromptError("; ".join(texts))
     whole = _normalized(entry)
     return whole["include"], whole.get("exclude", [])
 
 
 def problems(entry: Any, words: Words | None = None) -> list[str]:
-    """Return what keeps these metadata from being judged, as `read_metadata` raises it; empty if nothing does."""
+    """Return the problems for which `read_metadata` would raise; empty if there are none."""
     if not isinstance(entry, Mapping):
         return [f'GenEval metadata must be an object like {{"tag": ..., "include": [...]}}; found {_kind(entry)}']
-    found = [*_misspelt(entry, _TOP_KEYS, "the metadata have")]
+    texts = [*_misspelt(entry, _TOP_KEYS, "the metadata have")]
     tag = entry.get("tag")
     if not isinstance(tag, str) or not tag.strip():
-        found.append(f'"tag" must be a text that is not empty; found {_shown(tag)}')
+        texts.append(f'"tag" must be a text that is not empty; found {_shown(tag)}')
     elif words and words.tags and tag not in words.tags:
-        found.append(f'"tag" is {tag!r}; {words.judge} knows {", ".join(words.tags)}')
-    return [*found, *_list_problems("include", entry.get("include"), words), *_exclude_problems(entry, words)]
+        texts.append(f'"tag" is {tag!r}; {words.judge} knows {", ".join(words.tags)}')
+    return [*texts, *_list_problems("include", entry.get("include"), words), *_exclude_problems(entry, words)]
 
 
 def _exclude_problems(entry: Mapping[str, Any], words: Words | None) -> Iterator[str]:
@@ -135,7 +135,7 @@ def _position_problems(where: str, position: Any, own: int) -> Iterator[str]:
 
 
 def _misspelt(entry: Mapping[str, Any], known: tuple[str, ...], who: str) -> Iterator[str]:
-    """Yield keys that are meant to be one of GenEval's; what has another name altogether is the user's own."""
+    """Yield problems for misspelt keys of GenEval; keys with entirely different names are the user's own."""
     for key in entry:
         meant = _meant(str(key), known)
         if meant and meant not in entry:
@@ -144,13 +144,13 @@ def _misspelt(entry: Mapping[str, Any], known: tuple[str, ...], who: str) -> Ite
 
 @functools.cache
 def _meant(key: str, known: tuple[str, ...]) -> str:
-    """Return the known key that a misspelt one is closest to, "" for a key that is known or like none of them."""
+    """Return the known key that is closest to a misspelt one; "" for a known key or one unlike all of them."""
     close = [] if key in known else difflib.get_close_matches(key.strip().lower(), known, n=1, cutoff=0.8)
     return close[0] if close else ""
 
 
 def _whole(number: Any) -> int | None:
-    """Return a whole number as int, None for anything else."""
+    """Return a whole number as int, or None for anything else."""
     if isinstance(number, bool) or not isinstance(number, int | float):
         return None
     return int(number) if isinstance(number, int) or number.is_integer() else None

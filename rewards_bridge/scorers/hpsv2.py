@@ -1,6 +1,6 @@
-"""HPS v2: how well people would like an image for its prompt, by a CLIP ViT-H/14 trained on their rankings.
+"""HPS v2: human preference for an image given its prompt, by a CLIP ViT-H/14 trained on human rankings.
 
-The published files are those of open_clip's ViT-H-14, and open_clip reads them.
+The published files are in the format of open_clip's ViT-H-14 and are read with open_clip.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class HpsV2Scorer:
 
     model: hub name or folder with the file, the file itself (.pt or .safetensors, open_clip's names), or a folder in
     the format of open_clip or transformers. file: which one, HPS_v2_compressed.pt or HPS_v2.1_compressed.pt. processor:
-    where another tokenizer is; empty: the model's own if its folder has one, otherwise open_clip's (for a folder of
+    place of another tokenizer; empty: the model's own if its folder has one, otherwise open_clip's (for a folder of
     transformers that of laion/CLIP-ViT-H-14-laion2B-s32B-b79K). The architecture of a file is open_clip's ViT-H-14
-    unless an open_clip_config.json lies beside it or in processor. antialias: as torchvision 0.17 and newer do it under
-    the hpsv2 package; older ones did not smooth, and give other scores. device: cpu, cuda:0, ...; dtype: float32,
-    float16 or bfloat16; batch_size: images at a time. Raises UsageError for files that are missing or another model's
-    and for options that cannot be.
+    unless there is an open_clip_config.json beside it or in processor. antialias: smooth when downscaling, as the hpsv2
+    package does with torchvision 0.17 and newer; older versions do not, and give other scores. device: cpu, cuda:0,
+    ...; dtype: float32, float16 or bfloat16; batch_size: images at a time. Raises UsageError for files that are missing
+    or belong to another model, and for invalid options.
 
     Source: Wu et al. 2023, "Human Preference Score v2" (arXiv 2306.09341), and its package hpsv2 1.2.0.
     """
@@ -61,20 +61,20 @@ class HpsV2Scorer:
         self.clip = Clip("hpsv2", towers, letterbox(towers.side, antialias), device, dtype, batch_size)
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
-        """Judge images u8[B,H,W,3] of any size for their prompts; ValueError for a batch of another form."""
+        """Score images u8[B,H,W,3] of any size for their prompts; ValueError for a batch of another form."""
         check_batch("hpsv2", images, prompts, metadata)
         raw = self.clip.logits(images, prompts)
         return Scores(score=raw / np.float32(SCALE), raw={"hpsv2": raw}, reasons=[""] * len(raw))
 
     def note(self, prompt: str, metadata: Mapping[str, Any]) -> str:
-        """Return that only the beginning of a prompt counts, if it is longer than the model reads."""
+        """Return a note if the prompt is longer than the model reads; otherwise ""."""
         return self.clip.cut(prompt)
 
 
 def letterbox(side: int, antialias: bool) -> Pixels:
-    """Return what HPS v2 does to images: the longest edge to `side`, bicubic; centred on black, a square; normalised.
+    """Return the preprocessing of HPS v2: resize the longest edge to `side`, bicubic; pad to a black square; normalise.
 
-    The resizing is done in floating point and not cut off at black and white, as in the hpsv2 package.
+    Resizing is done in floating point and not clipped to black and white, as in the hpsv2 package.
     """
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
 
@@ -105,7 +105,7 @@ def _load(weights: Source, file: str, processor: Source | None) -> Towers:
 
 
 def _find(source: Source, file: str) -> Path | None:
-    """Return the file of open_clip's names; None if the place is a folder with a configuration, of either library."""
+    """Return the file with open_clip's names, or None if the place is a folder with a configuration of a library."""
     if source.path.is_file():
         return source.path
     if source.has(file):

@@ -1,7 +1,7 @@
-"""What an HTTP endpoint answers: its body within bounds, and whether another try may go better.
+"""Read the answers of an HTTP endpoint: bodies of limited size, and whether a retry may help.
 
-On the standard library: httpx and tenacity bound neither the time of a whole answer (their time-outs start anew with
-every byte) nor its size, and would be all that the interpreter of the `vlm` scorer needs beside NumPy and Pillow.
+Uses the standard library: httpx and tenacity limit neither the time of a whole answer (their time-outs restart with
+every byte) nor its size, and would be the only packages that the `vlm` scorer needs besides NumPy and Pillow.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ MAX_ANSWER_BYTES = 1 << 20
 
 
 class TransientError(Exception):
-    """The next try may go better."""
+    """A failure that may be temporary; a retry may succeed."""
 
 
 class BusyError(Exception):
-    """The endpoint asks to be asked later: after retry_after_s seconds, if it says so (else 0)."""
+    """The endpoint asks to retry later: after retry_after_s seconds, or 0 if it does not say when."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -32,20 +32,20 @@ class BusyError(Exception):
 
 
 class RefusedError(Exception):
-    """The next try would go the same way."""
+    """A failure that a retry would not change."""
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Leaves a redirect to be reported as the HTTP status that it is."""
+    """Makes redirects appear as HTTP errors with their own status."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Message, newurl: str
     ) -> None:
-        """Follow no redirect: it would carry the API key to another host."""
+        """Follow no redirect, which could send the API key to another host."""
 
 
 def retry_after_of(headers: Message) -> float:
-    """Return the seconds that an answer asks to wait, by a number or a date; 0 if it does not say."""
+    """Return the seconds that an answer asks to wait, as a number or a date; 0 if it does not say."""
     for name, unit_s in (("retry-after-ms", 0.001), ("Retry-After", 1.0)):
         text = headers.get(name, "").strip()
         with contextlib.suppress(ValueError):
@@ -57,9 +57,9 @@ def retry_after_of(headers: Message) -> float:
 
 
 def read_body(response: http.client.HTTPResponse, deadline: float) -> bytes:
-    """Return all of an answer; TimeoutError at `deadline` of time.monotonic(), TransientError if it is too long.
+    """Return a whole answer; TimeoutError after `deadline` (time.monotonic()), TransientError if it is too long.
 
-    The socket's own timeout starts anew with every byte that trickles in.
+    The timeout of the socket is not enough, because it restarts with every byte.
     """
     body = b""
     while chunk := response.read1(1 << 16):
@@ -72,7 +72,7 @@ def read_body(response: http.client.HTTPResponse, deadline: float) -> bytes:
 
 
 def body_of(error: urllib.error.HTTPError) -> str:
-    """Return what an HTTP error says in its body, as far as it can be read."""
+    """Return the body of an HTTP error, "" if it cannot be read."""
     with error, contextlib.suppress(OSError, http.client.HTTPException):
         return error.read(MAX_ANSWER_BYTES).decode(errors="replace")
     return ""

@@ -1,13 +1,13 @@
-"""GenEval's object detector: Mask2Former of transformers, fed and read as mmdetection does it.
+"""GenEval's object detector: the Mask2Former of transformers with the pre- and post-processing of mmdetection.
 
     detector = load_detector("mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth")
-    for found in detector.detect(images):  # u8[B,H,W,3], RGB
-        found  # {class: [{"box": [x0, y0, x1, y1], "score": float, "mask": bool[H,W]}]}
+    for detections in detector.detect(images):  # u8[B,H,W,3], RGB
+        detections  # {class: [{"box": [x0, y0, x1, y1], "score": float, "mask": bool[H,W]}]}
 
-What is fed: the image at the largest size that fits in 1333x800 with its proportions kept, resized with OpenCV's
-arithmetic, padded with grey. What is read: the best 100 pairs of query and class, so that one query may be two things
-and masks may overlap; transformers' own post_process_instance_segmentation gives each pixel to one thing at most and
-would change counts. These numbers decide which objects are above a threshold, so they are not to be improved.
+Input: the image at the largest size that fits in 1333x800 with its aspect ratio kept, resized with OpenCV's arithmetic
+and padded with grey. Output: the best 100 pairs of query and class, so that one query may be two objects and masks may
+overlap; transformers' own post_process_instance_segmentation assigns each pixel to at most one object and would change
+counts. These numbers decide which objects are above a threshold, so do not "improve" them.
 
 Source: Cheng et al. 2022, "Masked-attention Mask Transformer for Universal Image Segmentation", as in mmdetection 2.x.
 """
@@ -29,7 +29,7 @@ from rewards_bridge.scorers.mask2former_weights import SUFFIXES, from_hub, load_
 from rewards_bridge.scorers.rubric import SCORE_THRESHOLD
 from rewards_bridge.scorers.torch_models import Mask2FormerForUniversalSegmentation
 
-# GenEval's names of COCO's 80 classes, in COCO's order. COCO's own "mouse", "remote" and "keyboard" are ambiguous.
+# GenEval's names for COCO's 80 classes, in COCO's order. COCO's own "mouse", "remote" and "keyboard" are ambiguous.
 CLASSES: tuple[str, ...] = (
     *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
     *("fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow"),
@@ -53,10 +53,10 @@ ALIASES = {
     "tvmonitor": "tv",
     "hair dryer": "hair drier",
 }
-"""What COCO, and checkpoints with other labels of its classes, call them -> GenEval's name."""
+"""Names in COCO, and in checkpoints with other labels for its classes -> GenEval's name."""
 
 LONG_SIDE, SHORT_SIDE = 1333, 800  # pixels
-MULTIPLE = 32  # of which both sides of what the model is given are
+MULTIPLE = 32  # both sides of the model's input are multiples of this
 PADDING = 128  # grey level
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # grey levels, RGB
 MAX_PER_IMAGE = 100
@@ -65,11 +65,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Mask2Former:
-    """Finds the objects in images, a micro-batch at a time.
+    """Detects the objects in images, one micro-batch at a time.
 
-    classes: the model's classes by index; batch_size: images at a time; min_score: detections at or below it are left
-    out; max_per_image: how many pairs of query and class are looked at; sides: as in prepare(). A micro-batch that does
-    not fit in memory is halved, for good.
+    classes: the model's classes by index; batch_size: images per micro-batch; min_score: detections at or below it are
+    dropped; max_per_image: number of pairs of query and class to consider; sides: as in prepare(). If a micro-batch
+    does not fit in memory, the batch size is halved permanently.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Mask2Former:
         sides: tuple[int, int] = (LONG_SIDE, SHORT_SIDE),
     ) -> None:
         if batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size}; wanted at least 1 image at a time")
+            raise UsageError(f"batch_size is {batch_size}; expected at least 1")
         self.model = model.eval()
         self.classes = tuple(classes)
         self.batch_size = batch_size
@@ -91,16 +91,16 @@ class Mask2Former:
         self.sides = sides
 
     def detect(self, images: np.ndarray) -> Iterator[dict[str, list[dict[str, Any]]]]:
-        """Yield what is in each image u8[B,H,W,3] (RGB): {class: [{"box", "score", "mask"}]}, best first.
+        """Yield the objects in each image u8[B,H,W,3] (RGB): {class: [{"box", "score", "mask"}]}, best first.
 
-        A box is [x0, y0, x1, y1] in pixels of the image, the last ones excluded; a mask bool[H,W]; a score 0..1.
+        A box is [x0, y0, x1, y1] in pixels of the image, x1 and y1 excluded; a mask is bool[H,W]; a score is 0..1.
         Raises torch.OutOfMemoryError if not even one image fits.
         """
         start = 0
         while start < len(images):
-            found = self._detect_or_halve(images[start : start + self.batch_size])
-            yield from found
-            start += len(found)
+            results = self._detect_or_halve(images[start : start + self.batch_size])
+            yield from results
+            start += len(results)
 
     def _detect_or_halve(self, images: np.ndarray) -> list[dict[str, list[dict[str, Any]]]]:
         try:
@@ -110,7 +110,7 @@ class Mask2Former:
                 error.add_note(f"one image of {images.shape[1]}x{images.shape[2]} pixels does not fit in memory")
                 raise
             self.batch_size = len(images) // 2
-        torch.cuda.empty_cache()  # out of the except clause: the error holds what did not fit
+        torch.cuda.empty_cache()  # outside the except clause, because the error keeps the failed tensors alive
         return []
 
     @torch.inference_mode()
@@ -129,27 +129,27 @@ class Mask2Former:
     def _by_class(self, instances: Instances) -> dict[str, list[dict[str, Any]]]:
         labels, scores = instances.labels.tolist(), instances.scores.tolist()
         boxes, masks = instances.boxes.tolist(), instances.masks.cpu().numpy()
-        found: dict[str, list[dict[str, Any]]] = {}
+        detections: dict[str, list[dict[str, Any]]] = {}
         for index in sorted(range(len(scores)), key=lambda index: -scores[index]):
             detection = {"box": boxes[index], "score": scores[index], "mask": masks[index]}
-            found.setdefault(self.classes[labels[index]], []).append(detection)
-        return found
+            detections.setdefault(self.classes[labels[index]], []).append(detection)
+        return detections
 
 
-# ---------------------------------------------------------------- what the model is given
+# ---------------------------------------------------------------- input of the model
 
 
 def prepare(images: Tensor, sides: tuple[int, int] = (LONG_SIDE, SHORT_SIDE)) -> tuple[Tensor, tuple[int, int]]:
-    """Return f32[B,3,h,w] as the model wants images u8[B,H,W,3] (RGB), and their size (height, width) before padding.
+    """Return the model's input f32[B,3,h,w] for images u8[B,H,W,3] (RGB), and its size (height, width) before padding.
 
-    sides: what the longer and the shorter side may have, in pixels; the result is as large as fits in both.
+    sides: maximum pixels of the longer and of the shorter side; the result is as large as both allow.
     """
     height, width = images.shape[1:3]
     scale = min(sides[0] / max(height, width), sides[1] / min(height, width))
     resized = (int(height * scale + 0.5), int(width * scale + 0.5))
     levels = resize(images, *resized)
     down, right = (-side % MULTIPLE for side in resized)
-    padded = functional.pad(levels, (0, right, 0, down), value=PADDING)  # grey before it is normalised
+    padded = functional.pad(levels, (0, right, 0, down), value=PADDING)  # grey before normalisation
     mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
     return (padded.float() - mean) / std, resized
 
@@ -158,11 +158,11 @@ _BITS = 11  # of the weights
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:
-    """Return u8[B,3,height,width] from images u8[B,H,W,3], bilinear, bit for bit as OpenCV's INTER_LINEAR.
+    """Return u8[B,3,height,width] from images u8[B,H,W,3], bilinear, bit-identical to OpenCV's INTER_LINEAR.
 
-    Its weights are whole numbers of 11 bits, and it drops 4 and then 16 bits of the products on the way; others
-    differ from it by a grey level in one pixel of eight. OpenCV itself would be another dependency of this judge (its
-    wheels, of which paddleocr brings one, overwrite each other) and would work on one image at a time on the CPU.
+    OpenCV uses integer weights of 11 bits and drops 4 and then 16 bits of the products; other implementations differ
+    from it by a grey level in one pixel of eight. OpenCV itself would be one more dependency of this scorer (its
+    wheels, one of which paddleocr brings, overwrite each other) and would process one image at a time on the CPU.
     """
     source = images.permute(0, 3, 1, 2).int()
     left, right, from_left, from_right = (tap.to(images.device) for tap in _taps(source.shape[3], width, inside=True))
@@ -173,13 +173,13 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     return ((upper + lower + 2) >> 2).clamp(0, 255).to(torch.uint8)
 
 
-def _taps(count: int, wanted: int, inside: bool = False) -> tuple[Tensor, ...]:
-    """Which two of `count` samples make each of `wanted`, i64[wanted] each, and their weights, i32[wanted] each.
+def _taps(count: int, target: int, inside: bool = False) -> tuple[Tensor, ...]:
+    """Return which two of `count` samples make each of `target`, i64[target] each, and their weights, i32[target] each.
 
-    inside: samples beyond the first and the last get no weight. Without it they get some and stand for the outermost
-    one, which only rounds otherwise: OpenCV treats columns the one way and rows the other.
+    inside: samples beyond the first and the last get no weight. Otherwise they do and are replaced by the outermost
+    sample, which only changes the rounding: OpenCV treats columns the one way and rows the other.
     """
-    at = ((np.arange(wanted) + 0.5) * (1 / (wanted / count)) - 0.5).astype(np.float32)
+    at = ((np.arange(target) + 0.5) * (1 / (target / count)) - 0.5).astype(np.float32)
     first = np.floor(at)
     share = at - first
     if inside:
@@ -189,11 +189,11 @@ def _taps(count: int, wanted: int, inside: bool = False) -> tuple[Tensor, ...]:
     return tuple(torch.from_numpy(array) for array in (*taps, *weights))
 
 
-# ---------------------------------------------------------------- what the model says
+# ---------------------------------------------------------------- output of the model
 
 
 class Sizes(NamedTuple):
-    """(height, width) in pixels: what the model was given, that without padding, and the image itself."""
+    """(height, width) in pixels of the model's input, of the input without padding, and of the original image."""
 
     padded: tuple[int, int]
     resized: tuple[int, int]
@@ -216,14 +216,14 @@ def read_instances(
     min_score: float = SCORE_THRESHOLD,
     max_per_image: int = MAX_PER_IMAGE,
 ) -> Instances:
-    """Return the objects that the logits of one image stand for, those with a score above min_score, in no order.
+    """Return the objects in one image with a score above min_score, unordered.
 
-    class_logits f32[Q,C+1], "no object" last; mask_logits f32[Q,h,w] of any size. The best max_per_image pairs of query
-    and class are taken; a score is the class's probability times the mean probability of the mask's pixels.
+    class_logits f32[Q,C+1], "no object" last; mask_logits f32[Q,h,w] of any size. Considers the best max_per_image
+    pairs of query and class; a score is the class's probability times the mean probability of the mask's pixels.
     """
     chances = class_logits.softmax(-1)[:, :-1]
     chance, pair = chances.flatten().topk(min(max_per_image, chances.numel()), sorted=False)
-    chance, pair = chance[chance > min_score], pair[chance > min_score]  # no score is above its class's probability
+    chance, pair = chance[chance > min_score], pair[chance > min_score]  # a score never exceeds its class's probability
     queries, labels = pair // chances.shape[1], pair % chances.shape[1]
 
     logits = _stretch(mask_logits[queries], sizes.padded)[:, : sizes.resized[0], : sizes.resized[1]]
@@ -243,7 +243,7 @@ def _stretch(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def boxes_of(masks: Tensor) -> Tensor:
-    """Return the boxes f32[n,4] (x0, y0, x1, y1) around masks bool[n,H,W], last index + 1; zeros for an empty mask."""
+    """Return the boxes f32[n,4] (x0, y0, last x + 1, last y + 1) around masks bool[n,H,W]; zeros for an empty mask."""
     boxes = torch.zeros(len(masks), 4, device=masks.device)
     for index, mask in enumerate(masks):
         xs, ys = mask.any(0).nonzero()[:, 0], mask.any(1).nonzero()[:, 0]
@@ -256,52 +256,52 @@ def boxes_of(masks: Tensor) -> Tensor:
 
 
 def load_detector(
-    checkpoint: str, device: str = "auto", dtype: str = "float32", batch_size: int = 8, any_size: bool = False
+    source: str, device: str = "auto", dtype: str = "float32", batch_size: int = 8, any_size: bool = False
 ) -> Mask2Former:
-    """Return the detector of an mmdetection file (.pth, .pt, .safetensors) or of a Hugging Face folder or Hub name.
+    """Load the detector from an mmdetection file (.pth, .pt, .safetensors), a Hugging Face folder or a Hub name.
 
-    device: "auto" is the first GPU if there is one; dtype: a name of DTYPES; any_size: take an mmdetection file of any
-    size, not only the benchmark's Swin-S. Raises UsageError if something of it cannot be had or the model does not tell
-    COCO's classes.
+    device: "auto" is the first GPU if there is one; dtype: a name of DTYPES; any_size: accept an mmdetection file of
+    any size, not only the benchmark's Swin-S. Raises UsageError for an invalid argument, for files that cannot be
+    loaded, and for a model without COCO's classes.
     """
-    place = choose_device(device)
+    torch_device = choose_device(device)
     if dtype not in DTYPES:
-        raise UsageError(f"dtype is {dtype!r}; wanted one of {', '.join(DTYPES)}")
+        raise UsageError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     model: Any
-    if checkpoint.endswith(SUFFIXES) and not Path(checkpoint).is_dir():
-        model, classes = load_mmdetection(checkpoint, None if any_size else swin_small_coco()), CLASSES
+    if source.endswith(SUFFIXES) and not Path(source).is_dir():
+        model, classes = load_mmdetection(source, None if any_size else swin_small_coco()), CLASSES
     else:
-        model = from_hub(Mask2FormerForUniversalSegmentation, checkpoint, "GenEval's detector")
-        classes = class_names(checkpoint, model.config.id2label)
-    return Mask2Former(model.to(place, DTYPES[dtype]), classes, batch_size)
+        model = from_hub(Mask2FormerForUniversalSegmentation, source, "GenEval's detector")
+        classes = class_names(source, model.config.id2label)
+    return Mask2Former(model.to(torch_device, DTYPES[dtype]), classes, batch_size)
 
 
 def choose_device(device: str) -> torch.device:
-    """Return the device of this name, or for "auto" the first GPU, else the CPU; raises UsageError if there is none."""
+    """Return the device of this name; "auto" is the first GPU or else the CPU. UsageError if it does not exist."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(device)
+        torch_device = torch.device(device)
     except RuntimeError as error:
-        raise UsageError(f"device is {device!r}; wanted auto, cpu, cuda or cuda:N ({error})") from None
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device is {device!r}, but torch sees {torch.cuda.device_count()} GPU(s); take auto or cpu")
-    return place
+        raise UsageError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N ({error})") from None
+    if torch_device.type == "cuda" and (torch_device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device is {device!r}, but torch sees {torch.cuda.device_count()} GPU(s); use auto or cpu")
+    return torch_device
 
 
 def class_names(name: str, labels: Mapping[int, str]) -> tuple[str, ...]:
     """Return GenEval's names of a model's labels by index; raises UsageError unless they are COCO's 80 classes.
 
-    Labels that are only numbered, "LABEL_0" and so on, are taken to be in COCO's order.
+    Labels that are only numbers ("LABEL_0", ...) are assumed to be in COCO's order.
     """
-    found = tuple(labels[index].lower() for index in sorted(labels))
-    if found == tuple(f"label_{index}" for index in range(len(CLASSES))):
+    names = tuple(labels[index].lower() for index in sorted(labels))
+    if names == tuple(f"label_{index}" for index in range(len(CLASSES))):
         return CLASSES
-    classes = tuple(ALIASES.get(label, label) for label in found)
+    classes = tuple(ALIASES.get(label, label) for label in names)
     if sorted(classes) != sorted(CLASSES):
         surplus, lacking = sorted({*classes} - {*CLASSES}), sorted({*CLASSES} - {*classes})
         raise UsageError(
             f"{name}: its {len(classes)} labels are not COCO's {len(CLASSES)} classes; unknown: "
-            f"{', '.join(surplus) or 'none'}; lacking: {', '.join(lacking) or 'none'}; take a COCO instance checkpoint"
+            f"{', '.join(surplus) or 'none'}; lacking: {', '.join(lacking) or 'none'}; use a model of COCO instances"
         )
     return classes

@@ -1,4 +1,4 @@
-"""Sizes of a Mask2Former with a Swin backbone: those of GenEval's detector, and those that a checkpoint's shapes tell.
+"""Sizes of a Mask2Former with a Swin backbone: those of GenEval's detector, or those inferred from tensor shapes.
 
 Source: mmdetection 2.x, configs/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.py.
 """
@@ -30,12 +30,12 @@ _COCO_INSTANCE: dict[str, Any] = {
     "hidden_dim": 256,
     "encoder_layers": 6,
     "encoder_feedforward_dim": 1024,
-    "decoder_layers": 10,  # one more than mmdetection counts: the first prediction is made before any layer
+    "decoder_layers": 10,  # one more than in mmdetection, since the first prediction is made before any layer
     "dim_feedforward": 2048,
     "num_attention_heads": 8,
 }
 _LEVELS, _POINTS = 3, 4
-"""Feature maps that the pixel decoder reads, and places that each of its heads looks at in each of them."""
+"""Feature maps that the pixel decoder reads, and sampling points per head in each of them."""
 
 
 def swin_small_coco() -> Mask2FormerConfig:
@@ -44,10 +44,10 @@ def swin_small_coco() -> Mask2FormerConfig:
 
 
 def read_sizes(tensors: Mapping[str, Tensor]) -> Mask2FormerConfig:
-    """Return the configuration that an mmdetection checkpoint's tensors have, with the 80 classes of COCO.
+    """Return the configuration that fits an mmdetection checkpoint's tensors, with the 80 classes of COCO.
 
-    The heads of the decoder are taken to be as many as those of the pixel decoder, as in all published configurations.
-    A checkpoint that lacks what tells its sizes gets those of GenEval's detector, with which `convert` names the lack.
+    Assumes that the decoder has as many heads as the pixel decoder, as in all published configurations. If tensors that
+    determine the sizes are missing, return the configuration of GenEval's detector, so that `convert` reports them.
     """
     try:
         swin, rest = _backbone_sizes(tensors), _head_sizes(tensors)
@@ -95,5 +95,5 @@ def _either(tensors: Mapping[str, Tensor], start: str, middles: tuple[str, str],
 
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
-    """How many different numbers the pattern's group has among the names."""
+    """Return the number of distinct values of the pattern's group among the names."""
     return len({match[1] for name in tensors if (match := re.match(pattern, name))})

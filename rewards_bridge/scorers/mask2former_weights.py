@@ -1,9 +1,9 @@
-"""Mask2Former checkpoints: those of mmdetection under the names of transformers, and those of the Hub as they are.
+"""Load Mask2Former weights: mmdetection's, converted to the names of transformers, and those of the Hub.
 
-Both libraries hold the same network. Three things differ besides names: the queries, keys and values that mmdetection
-packs into one matrix are three in transformers (but for the decoder's cross-attention); the inputs of Swin's patch
-merging come in another order; and what only training or nothing at all reads is in one of the files but not the other.
-RULES says all of it, for mmdetection 2.x and 3.x; a name or a shape that it does not account for is an error.
+Both libraries contain the same network. Besides names, three things differ: queries, keys and values, packed into one
+matrix in mmdetection, are three in transformers (except in the decoder's cross-attention); the inputs of Swin's patch
+merging have another order; and tensors that are used only in training, or never, are in only one of the files. RULES
+covers all of this, for mmdetection 2.x and 3.x; a name or shape that it does not cover is an error.
 
 Source: Cheng et al. 2022, "Masked-attention Mask Transformer for Universal Image Segmentation"; Liu et al. 2021, "Swin
 Transformer".
@@ -33,10 +33,10 @@ from rewards_bridge.scorers.torch_models import (
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 UNUSED = (
-    re.compile(r"criterion\.empty_weight"),  # of the loss
-    re.compile(r"model\.pixel_level_module\.encoder\.swin\.layernorm\.(weight|bias)"),  # its output is not read
+    re.compile(r"criterion\.empty_weight"),  # part of the loss
+    re.compile(r"model\.pixel_level_module\.encoder\.swin\.layernorm\.(weight|bias)"),  # its output is unused
 )
-"""What the transformers model has and no mmdetection checkpoint holds; nothing that it computes depends on it."""
+"""Tensors of the transformers model that no mmdetection file contains; its outputs do not depend on them."""
 
 
 # ---------------------------------------------------------------- the rules
@@ -47,22 +47,23 @@ def _copy(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def _thirds(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Packed rows [3D, ...] as those of the queries, keys and values, [D, ...] each."""
+    """Split packed rows [3D, ...] into those of queries, keys and values, [D, ...] each."""
     return tensor.tensor_split(3) if tensor.ndim else (tensor,) * 3
 
 
 def _merging_order(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Return the last axis from (channel, row, column) of a 2x2 patch to (column, row, channel)."""
+    """Reorder the last axis from (channel, row, column) of a 2x2 patch to (column, row, channel)."""
     if not tensor.ndim or tensor.shape[-1] % 4:
-        return (tensor,)  # of a wrong shape, which the comparison of shapes will tell
+        return (tensor,)  # a wrong shape, which the comparison of shapes will report
     return (tensor.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3),)
 
 
 class Rule(NamedTuple):
-    """How tensors of one kind are renamed and changed.
+    """How to rename and convert tensors of one kind.
 
-    In the names {i} and {j} are numbers, {p} is weight or bias, {word} is any one word, (?:a|b) is the name in
-    mmdetection 2.x or 3.x. A target with {qkv} is three, with q, k and v in its place; no target: it is left out.
+    In the names, {i} and {j} are numbers, {p} is weight or bias, {word} is any single word, and (?:a|b) is the name in
+    mmdetection 2.x or 3.x. A target with {qkv} stands for three, with q, k and v. Without a target, the tensor is
+    dropped.
     """
 
     source: str
@@ -156,44 +157,44 @@ def _pattern(template: str) -> re.Pattern[str]:
 _PATTERNS = tuple((_pattern(rule.source), rule) for rule in RULES)
 
 
-# ---------------------------------------------------------------- their use
+# ---------------------------------------------------------------- conversion
 
 
-def convert(source: Mapping[str, Tensor], wanted: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Return an mmdetection state dict under the names of a transformers model whose names and shapes are `wanted`.
+def convert(source: Mapping[str, Tensor], expected: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Convert an mmdetection state dict to a transformers model; expected: the names and shapes of that model.
 
-    Raises UsageError that lists every tensor that is left over, missing, there twice or of a wrong shape.
+    Raises UsageError that lists every tensor that is left over, missing, present twice or of a wrong shape.
     """
-    made: dict[str, Tensor] = {}
+    converted: dict[str, Tensor] = {}
     origins: dict[str, str] = {}
     problems: list[str] = []
     for name, tensor in source.items():
         parts = _apply(name, tensor)
-        if parts is None or any(target not in wanted for target in parts):
+        if parts is None or any(target not in expected for target in parts):
             problems.append(f"left over: {name} {list(tensor.shape)}")
             continue
         for target, part in parts.items():
-            if target in made:
+            if target in converted:
                 problems.append(f"twice: {name} and {origins[target]} are both {target}")
-            made[target], origins[target] = part, name
-    for target, shape in wanted.items():
-        if target in made:
-            if tuple(made[target].shape) != tuple(shape):
-                found = f"{list(made[target].shape)}, wanted {list(shape)}"
-                problems.append(f"wrong shape: {target} (from {origins[target]}) has {found}")
+            converted[target], origins[target] = part, name
+    for target, shape in expected.items():
+        if target in converted:
+            if tuple(converted[target].shape) != tuple(shape):
+                shapes = f"{list(converted[target].shape)}, expected {list(shape)}"
+                problems.append(f"wrong shape: {target} (from {origins[target]}) has {shapes}")
         elif not any(unused.fullmatch(target) for unused in UNUSED):
             problems.append(f"missing: {target} {list(shape)}")
     if problems:
         text = "\n  ".join(problems)
         raise UsageError(
-            f"these weights are not those of this Mask2Former, {len(problems)} problem(s); take the checkpoint "
-            f"mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco of mmdetection, or a Hugging Face folder:\n  {text}"
+            f"these weights are not those of this Mask2Former, {len(problems)} problem(s); use mmdetection's "
+            f"mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco or a Hugging Face folder:\n  {text}"
         )
-    return made
+    return converted
 
 
 def _apply(name: str, tensor: Tensor) -> dict[str, Tensor] | None:
-    """Return the tensors that the one rule for this name makes, by their new names; None if there is no rule."""
+    """Return the tensors by new name that the rule for this name produces; None if there is no rule."""
     for pattern, rule in _PATTERNS:
         match = pattern.fullmatch(name)
         if match and not rule.target:
@@ -206,10 +207,10 @@ def _apply(name: str, tensor: Tensor) -> dict[str, Tensor] | None:
 
 
 def load_mmdetection(path: str, config: Mask2FormerConfig | None = None) -> Mask2FormerForUniversalSegmentation:
-    """Return the model of this configuration with the weights of an mmdetection checkpoint, float32, on the CPU.
+    """Return the model of this configuration with the weights of an mmdetection checkpoint, in float32 on the CPU.
 
-    Without a configuration, the checkpoint's own sizes. Raises UsageError if the file cannot be read as tensors alone
-    or its tensors are not those of the model.
+    Without a configuration, use the sizes of the file's tensors. Raises UsageError if the file cannot be read as plain
+    tensors or does not fit the model.
     """
     tensors = read_checkpoint(path)
     model = Mask2FormerForUniversalSegmentation(config or read_sizes(tensors))
@@ -217,7 +218,7 @@ def load_mmdetection(path: str, config: Mask2FormerConfig | None = None) -> Mask
         weights = convert(tensors, {name: tensor.shape for name, tensor in model.state_dict().items()})
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-    model.load_state_dict(weights, strict=False)  # convert() has accounted for every name
+    model.load_state_dict(weights, strict=False)  # convert() has checked every name
     return model
 
 
@@ -229,34 +230,34 @@ _NUMBERS: list[Any] = [
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("?", "i4", "i8", "f4", "f8")),
 ]
-"""Numbers as mmcv notes them beside the weights (a best score). Making them runs nothing."""
+"""Types of numbers that mmcv stores beside the weights (a best score); unpickling them is safe."""
 
 
 def read_checkpoint(path: str) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors file or of an mmdetection .pth or .pt (with "state_dict" in it or bare).
+    """Return the tensors of a .safetensors file or of an mmdetection .pth or .pt (bare or with a "state_dict").
 
-    Nothing in the file is executed: raises UsageError for one that holds more than tensors, numbers and texts, with
-    the command that rewrites it; and for one that is missing or damaged.
+    Never runs code from the file. Raises UsageError for a file that contains more than tensors, numbers and texts, with
+    the command that rewrites it, and for one that is missing or damaged.
     """
     if not Path(path).is_file():
-        raise UsageError(f"{path}: no such file; give a checkpoint of mmdetection, a Hugging Face folder or a Hub name")
+        raise UsageError(f"{path}: no such file; expected an mmdetection file, a Hugging Face folder or a Hub name")
     try:
         if path.endswith(".safetensors"):
             return load_file(path)
         with torch.serialization.safe_globals(_NUMBERS):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); download it again") from None
-    except Exception as error:  # of many types, for a file may be damaged in many ways
+    except Exception as error:  # of many types, because files can be damaged in many ways
         if re.search(r"Unsupported (global|class)|add_safe_globals", str(error)):
             raise UsageError(_rewrite(path)) from None
         reason = str(error).split("WeightsUnpickler error: ")[-1].strip().splitlines()
         raise UsageError(
             f"{path}: damaged ({(reason or [type(error).__name__])[0][:200]}); download it again"
         ) from None
-    tensors = found.get("state_dict", found) if isinstance(found, dict) else found
+    tensors = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise UsageError(f"{path}: wanted a state dict, tensors by name, or a dict with one as 'state_dict'")
+        raise UsageError(f"{path}: expected a state dict (tensors by name) or a dict with a 'state_dict'")
     return dict(tensors)
 
 
@@ -264,38 +265,37 @@ def _rewrite(path: str) -> str:
     new = str(Path(path).with_suffix(".safetensors"))
     program = (
         "import torch; from safetensors.torch import save_file; "
-        f"found = torch.load({path!r}, map_location='cpu', weights_only=False); "
-        "tensors = found.get('state_dict', found); "
+        f"content = torch.load({path!r}, map_location='cpu', weights_only=False); "
+        "tensors = content.get('state_dict', content); "
         f"save_file({{name: tensor.contiguous() for name, tensor in tensors.items()}}, {new!r})"
     )
     return (
-        f"{path}: it holds more than tensors, and loading that could run code, which is not done here. If you trust "
-        f"the file, rewrite it once where mmdetection is installed, and give the new file:\n"
+        f"{path}: it contains more than tensors, and loading it could run code, which is not done here. If you trust "
+        f"the file, rewrite it once where mmdetection is installed, and use the new file:\n"
         f"  python -c {shlex.quote(program)}"
     )
 
 
 def from_hub(kind: Any, name: str, purpose: str) -> Any:
-    """Return kind.from_pretrained(name), a folder or a name on the Hub; a model in float32 and with every weight.
+    """Return kind.from_pretrained(name), from a folder or the Hub; models are in float32 and complete.
 
-    Raises UsageError if it is not there, is damaged, or lacks weights that matter.
+    Raises UsageError if it is missing, is damaged, or lacks weights that matter.
     """
     if not issubclass(kind, PreTrainedModel):
         return _from_pretrained(kind, name, purpose)
-    model, found = _from_pretrained(
+    model, info = _from_pretrained(
         kind, name, purpose, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
     )
     problems = [
-        f"missing: {key}"
-        for key in sorted(found["missing_keys"])
-        if not any(unused.fullmatch(key) for unused in UNUSED)
+        f"missing: {key}" for key in sorted(info["missing_keys"]) if not any(unused.fullmatch(key) for unused in UNUSED)
     ]
     problems += [
-        f"wrong shape: {key} has {list(has)}, wanted {list(wants)}" for key, has, wants in found["mismatched_keys"]
+        f"wrong shape: {key} has {list(actual)}, expected {list(expected)}"
+        for key, actual, expected in info["mismatched_keys"]
     ]
     if problems:
         text = "\n  ".join(problems)
-        raise UsageError(f"{name}: does not hold all weights of a {kind.__name__} ({purpose}):\n  {text}")
+        raise UsageError(f"{name}: does not contain all weights of a {kind.__name__} ({purpose}):\n  {text}")
     return model
 
 
@@ -304,6 +304,6 @@ def _from_pretrained(kind: Any, name: str, purpose: str, **options: Any) -> Any:
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UsageError(
-            f"{name}: no {kind.__name__} ({purpose}) could be loaded; give a folder that holds one or its name on the "
+            f"{name}: no {kind.__name__} ({purpose}) could be loaded; expected a folder with one or its name on the "
             f"Hugging Face Hub. {type(error).__name__}: {error}"
         ) from error

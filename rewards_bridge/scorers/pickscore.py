@@ -1,4 +1,4 @@
-"""PickScore: how well people would like an image for its prompt, by a CLIP ViT-H/14 trained on their choices."""
+"""PickScore: human preference for an image given its prompt, by a CLIP ViT-H/14 trained on human choices."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from rewards_bridge.scorers.clip_transformers import has_tokenizer
 MODEL = "yuvalkirstain/PickScore_v1"
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 SCALE = 26.0
-"""About the raw mark of a very good image."""
+"""Approximately the raw score of a very good image."""
 
 
 class PickScoreScorer:
     """Scores images by PickScore: raw "pickscore" = exp(logit_scale) * cos(image, prompt), score = raw / 26.
 
-    model: hub name or folder of transformers, or a folder of open_clip. processor: where tokenizer and
-    preprocessor_config.json are; empty: the model's own folder if it has both or is one of open_clip, otherwise those
-    of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, which the model was trained with. device: cpu, cuda:0, ...; dtype:
-    float32, float16 or bfloat16; batch_size: images at a time. Raises UsageError for files that are missing or another
-    model's and for options that cannot be.
+    model: hub name or folder of transformers, or a folder of open_clip. processor: place of the tokenizer and
+    preprocessor_config.json; empty: the model's own folder if it has both or is one of open_clip, otherwise
+    laion/CLIP-ViT-H-14-laion2B-s32B-b79K, with which the model was trained. device: cpu, cuda:0, ...; dtype: float32,
+    float16 or bfloat16; batch_size: images at a time. Raises UsageError for files that are missing or belong to another
+    model, and for invalid options.
 
     Source: Kirstain et al. 2023, "Pick-a-Pic: An Open Dataset of User Preferences for Text-to-Image Generation".
     """
@@ -46,11 +46,11 @@ class PickScoreScorer:
         self.clip = load_clip(weights, files, device, dtype, batch_size)
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
-        """Judge images u8[B,H,W,3] of any size for their prompts; ValueError for a batch of another form."""
+        """Score images u8[B,H,W,3] of any size for their prompts; ValueError for a batch of another form."""
         check_batch("pickscore", images, prompts, metadata)
         raw = self.clip.logits(images, prompts)
         return Scores(score=raw / np.float32(SCALE), raw={"pickscore": raw}, reasons=[""] * len(raw))
 
     def note(self, prompt: str, metadata: Mapping[str, Any]) -> str:
-        """Return that only the beginning of a prompt counts, if it is longer than the model reads."""
+        """Return a note if the prompt is longer than the model reads; otherwise ""."""
         return self.clip.cut(prompt)

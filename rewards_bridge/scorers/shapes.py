@@ -1,8 +1,9 @@
-"""The judge of the shapes world: GenEval's rule on what is seen in the pixels, and in nothing else.
+"""The scorer of the shapes world: GenEval's rule on objects that are detected from the pixels alone.
 
-A picture is read in three steps. What stands out from the plain ground is segmented by colour into connected regions;
-the outline of each is measured as a radial profile; the profile is compared, free in size and turn, with those of
-ideal shapes. How well it fits one, and how clearly better than the next, is the detection's score.
+Detection has three steps. Whatever stands out from the plain background is segmented by colour into connected regions;
+the outline of each region is measured as a radial profile; and the profile is compared, independent of size and
+rotation, with those of ideal shapes. The score of a detection says how well it fits its best shape, and how clearly
+better than the next.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rewards_bridge.scorers.rubric import details, judge, keep
 
 CLASSES = ("circle", "square", "triangle", "star")
 COLORS = ("red", "yellow", "green", "blue", "purple", "black")
-DECOYS = ("pentagon",)  # seen and named, but no prompt asks for it: what is easily taken for a class and is not one
+DECOYS = ("pentagon",)  # detected by name although no prompt asks for it, since it is easily mistaken for a class
 
 WORDS = Words("the shapes judge", CLASSES, COLORS)
 
@@ -33,24 +34,24 @@ class ShapesScorer:
     """Scores pictures of the shapes world: score = GenEval's soft score, raw = strict, soft and official."""
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
-        """Judges images u8[B,H,W,3] against GenEval metadata; the prompts' own text is not read.
+        """Score images u8[B,H,W,3] against GenEval metadata; the prompts themselves are not read.
 
-        Raises ValueError for images of another form or metadata that are not one an image, PromptError for metadata
-        that cannot be judged: fields that are not GenEval's, a class or colour that this judge cannot tell.
+        Raises ValueError for images of another form or unless there is one metadata entry per image, and PromptError
+        for metadata that are not in GenEval's format or name an unknown class or colour.
         """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or min(images.shape[1:3]) < MIN_SIDE:
             raise ValueError(
-                f"the shapes judge wants images uint8[B, H, W, 3] of at least {MIN_SIDE} pixels a side; "
+                f"the shapes judge expects images uint8[B, H, W, 3] of at least {MIN_SIDE} pixels per side; "
                 f"found {images.dtype}{list(images.shape)}"
             )
         if not len(images) == len(prompts) == len(metadata):
             raise ValueError(
-                f"the shapes judge wants one prompt and one metadata entry an image; "
+                f"the shapes judge expects one prompt and one metadata entry per image; "
                 f"found {len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata entries"
             )
         entries = [read_metadata(entry, WORDS) for entry in metadata]
         kept = [keep(entry, detect(image)) for entry, image in zip(entries, images, strict=True)]
-        verdicts = [judge(entry, found) for entry, found in zip(entries, kept, strict=True)]
+        verdicts = [judge(entry, detections) for entry, detections in zip(entries, kept, strict=True)]
         soft = np.array([verdict.soft for verdict in verdicts], dtype=np.float32)
         strict = np.array([verdict.strict for verdict in verdicts], dtype=np.float32)
         official = np.array([verdict.official for verdict in verdicts], dtype=np.float32)
@@ -58,60 +59,60 @@ class ShapesScorer:
             score=soft,
             raw={"strict": strict, "soft": soft, "official": official},
             reasons=["; ".join(verdict.reasons) for verdict in verdicts],
-            details=[details(verdict, found) for verdict, found in zip(verdicts, kept, strict=True)],
+            details=[details(verdict, detections) for verdict, detections in zip(verdicts, kept, strict=True)],
         )
 
     def problem(self, prompt: str, metadata: Mapping[str, Any]) -> str:
-        """Return what keeps pictures of a prompt from being judged: metadata that lack something, an unknown word."""
+        """Return why pictures of a prompt cannot be scored (incomplete metadata, an unknown word), or ""."""
         return "; ".join(problems(metadata, WORDS))
 
 
 def detect(image: np.ndarray) -> dict[str, list[dict[str, Any]]]:
-    """Return what is seen in a picture u8[H,W,3]: {class: [{"box": [x0, y0, x1, y1], "score": 0..1, "color": word}]}.
+    """Return the objects in a picture u8[H,W,3]: {class: [{"box": [x0, y0, x1, y1], "score": 0..1, "color": word}]}.
 
-    Every object is given to the shape of CLASSES or DECOYS it fits best; hollow and bent ones are left out. A colour
-    that is none of COLORS has another word, such as "grey".
+    Every object is assigned to the best fitting shape of CLASSES and DECOYS; hollow and bent ones are ignored. Colours
+    outside COLORS have other names, such as "grey".
     """
-    unit = min(image.shape[:2]) / MIN_SIDE  # everything that is a length is in pixels of a 32x32 picture
+    unit = min(image.shape[:2]) / MIN_SIDE  # all lengths are in pixels of a 32x32 picture
     smooth = gaussian_filter(image.astype(np.float32), (0.5 * unit, 0.5 * unit, 0))
     ground = np.median(np.concatenate([smooth[0], smooth[-1], smooth[:, 0], smooth[:, -1]]), axis=0)
-    found: dict[str, list[dict[str, Any]]] = {}
+    detections: dict[str, list[dict[str, Any]]] = {}
     for thing in _segment(smooth, ground, least_area=_MIN_AREA * unit**2):
         profile = _profile(thing, 0.25 * unit)
-        if profile.mean() < unit:  # its centroid is not on it
+        if profile.mean() < unit:  # its centroid is outside of it
             continue
         name, score = _classify(profile, area=len(thing.ys))
         box = [float(thing.xs.min()), float(thing.ys.min()), float(thing.xs.max() + 1), float(thing.ys.max() + 1)]
-        found.setdefault(name, []).append({"box": box, "score": score, "color": _color_word(thing.color)})
-    return found
+        detections.setdefault(name, []).append({"box": box, "score": score, "color": _color_word(thing.color)})
+    return detections
 
 
 # ---------------------------------------------------------------- segmentation by colour
 
-_CONTRAST = 60.0  # RGB distance from the ground that stands out
-_MIN_AREA = 12.0  # what is smaller is a speck
+_CONTRAST = 60.0  # minimum RGB distance of the foreground from the background
+_MIN_AREA = 12.0  # smaller regions are specks
 _TYPICAL = ((210, 45, 45), (235, 200, 40), (45, 155, 70), (45, 85, 210), (145, 60, 175), (30, 30, 30))
 
 
 @dataclass(frozen=True)
 class _Thing:
-    """One object seen: its pixels, its colour, and how much of that colour covers the ground, everywhere."""
+    """One segmented object: its pixels, its colour, and how much each pixel of the image is covered by that colour."""
 
     ys: np.ndarray
     xs: np.ndarray
     color: np.ndarray  # f32[3]
-    cover: np.ndarray  # f32[H, W], 1 on the object, 0 on the ground, less than 0 on very different colours
+    cover: np.ndarray  # f32[H, W], 1 on the object, 0 on the background, negative on very different colours
 
 
 def _segment(image: np.ndarray, ground: np.ndarray, least_area: float) -> list[_Thing]:
-    """Return the objects of a picture f32[H,W,3] on a ground f32[3]: connected, of one colour, at least so large."""
+    """Return the connected, single-coloured objects of at least least_area in a picture f32[H,W,3]; ground f32[3]."""
     things = []
     for region in _regions(image, ground, least_area):
         pixels = image[region]
         contrast = _length(pixels - ground)
-        color = pixels[contrast.argsort()[int(0.6 * len(pixels)) :]].mean(0)  # of the inner pixels, not of the edge
+        color = pixels[contrast.argsort()[int(0.6 * len(pixels)) :]].mean(0)  # from the inner pixels, not the edge
         cover = 1.0 - _length(image - color) / _length(color - ground)
-        parts = label(region & (cover > 0.5), connectivity=1)  # parts what only blurred edges had joined
+        parts = label(region & (cover > 0.5), connectivity=1)  # separates what only blurred edges joined
         for index in range(1, parts.max() + 1):
             ys, xs = np.nonzero(parts == index)
             if len(ys) >= least_area:
@@ -120,9 +121,10 @@ def _segment(image: np.ndarray, ground: np.ndarray, least_area: float) -> list[_
 
 
 def _regions(image: np.ndarray, ground: np.ndarray, least_area: float) -> list[np.ndarray]:
-    """Masks bool[H,W] of the connected regions that stand out, those of several colours that touch taken apart.
+    """Return masks bool[H,W] of the connected foreground regions; touching regions of different colours are separated.
 
-    A pixel's colour is told by the direction from the ground, which is the same on a soft edge as in the middle.
+    A pixel's colour is classified by its direction from the background colour, which is the same on a soft edge as in
+    the middle.
     """
     difference = image - ground
     foreground = _length(difference) > _CONTRAST
@@ -148,7 +150,7 @@ def _length(vectors: np.ndarray) -> np.ndarray:
 
 
 def _color_word(rgb: np.ndarray) -> str:
-    """Return the word for a colour: one of COLORS where people would agree, else another."""
+    """Return the name of a colour: one of COLORS where people would agree, otherwise another name."""
     red, green, blue = (min(max(float(level) / 255, 0.0), 1.0) for level in rgb)
     hue, saturation, value = colorsys.rgb_to_hsv(red, green, blue)
     if saturation * value < 0.18:
@@ -164,14 +166,14 @@ def _color_word(rgb: np.ndarray) -> str:
 _HARMONICS = 12
 _TURNS = 64
 _THETA = np.arange(_TURNS) * (2 * np.pi / _TURNS)
-_ROUNDINGS = (0.06, 0.12, 0.2)  # radians over which corners are smeared, the more the smaller the object
-# the misfit at which the score is one half
+_ROUNDINGS = (0.06, 0.12, 0.2)  # radians over which corners are blurred; more for smaller objects
+# The misfit at which the score is one half.
 _TOLERANCE = {"circle": 0.06, "square": 0.08, "triangle": 0.09, "star": 0.13, "pentagon": 0.08}
-_CLARITY = 0.01  # misfits that differ by less are hard to tell apart
+_CLARITY = 0.01  # misfits that differ by less are hard to distinguish
 
 
 def _classify(profile: np.ndarray, area: int) -> tuple[str, float]:
-    """Return the shape that an object of this profile and area fits best, and how surely: 0..1."""
+    """Return the best fitting shape for an object of this profile and area, and a confidence in 0..1."""
     misfits = _misfits(profile)
     name = min(misfits, key=lambda candidate: misfits[candidate])
     fit = 1.0 / (1.0 + (misfits[name] / _TOLERANCE[name]) ** 4)
@@ -181,7 +183,7 @@ def _classify(profile: np.ndarray, area: int) -> tuple[str, float]:
 
 
 def _profile(thing: _Thing, step: float) -> np.ndarray:
-    """How far the object reaches from its centroid in each of _TURNS directions, f64[_TURNS]; all lengths in pixels."""
+    """Return the object's radius from its centroid in each of _TURNS directions, f64[_TURNS]; all lengths in pixels."""
     weight = thing.cover[thing.ys, thing.xs]
     weight = weight / weight.sum()
     y, x = weight @ thing.ys, weight @ thing.xs
@@ -202,7 +204,7 @@ def _profile(thing: _Thing, step: float) -> np.ndarray:
 
 
 def _misfits(profile: np.ndarray) -> dict[str, float]:
-    """By class, the rms distance of a profile of mean 1 from the nearest ideal one in the best turn."""
+    """Return, by class, the rms distance of the profile, scaled to mean 1, from the nearest ideal one, best rotated."""
     seen = _spectrum(profile)
     product = np.zeros((len(_IDEAL), _TURNS // 2 + 1), dtype=np.complex128)
     product[:, 1 : _HARMONICS + 1] = seen * _IDEAL.conj()
@@ -213,7 +215,7 @@ def _misfits(profile: np.ndarray) -> dict[str, float]:
 
 
 def _spectrum(profile: np.ndarray) -> np.ndarray:
-    """Return the harmonics 1.._HARMONICS of profiles f64[..., _TURNS] over their mean, so free of size."""
+    """Return the harmonics 1.._HARMONICS of profiles f64[..., _TURNS] divided by their mean, independent of size."""
     spectrum = np.fft.rfft(profile, axis=-1)[..., : _HARMONICS + 1]
     return spectrum[..., 1:] / spectrum[..., :1].real
 
@@ -234,14 +236,14 @@ def _polygon_profile(points: np.ndarray) -> np.ndarray:
 
 
 def _star(inner: float) -> np.ndarray:
-    """Return the corners of a five-pointed star of radius 1 whose inner corners are at that radius."""
+    """Return the corners of a five-pointed star of radius 1 whose inner corners are at radius `inner`."""
     radius = np.where(np.arange(10) % 2 == 0, 1.0, inner)
     angle = np.arange(10) * np.pi / 5
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
 
 def _ideal_spectra() -> tuple[dict[str, slice], np.ndarray]:
-    """Return the spectra of all shapes in several proportions and roundings: each shape's rows, and all rows."""
+    """Return the spectra of all shapes in several proportions and roundings: the rows of each shape, and all rows."""
     disc = np.stack([np.cos(_THETA), np.sin(_THETA)], axis=1)
     square = np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
     triangle = np.array([[-0.5, 0.0], [0.5, 0.0], [0.0, 1.0]])

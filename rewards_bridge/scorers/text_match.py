@@ -1,14 +1,14 @@
-"""How well a text that was read matches the one a prompt asks for, for any reader.
+"""Compare a text that was read with the one that a prompt asks for, for any text reader.
 
     problems = check_prompts(prompts)          # before training
     score = match(read, target_text(prompt))   # 0..1
 
-Both sides are normalised alike before they are compared, see `plain`.
+Both sides are normalised in the same way before they are compared, see `plain`.
 
 Source: the OCR reward of UDM-GRPO, arXiv 2604.18518, which is that of Flow-GRPO, arXiv 2505.05470: the target is
-between the first pair of straight double quotes, spaces and case do not count. Beyond it we read typographic quotes
-where there are no straight ones, marks of inches, escaped and doubled quotes, and take letters that look alike for the
-same letter.
+between the first pair of straight double quotes; spaces and case are ignored. In addition, this module handles
+typographic quotes where there are no straight ones, inch marks, escaped and doubled quotes, and characters that look
+alike.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 TYPOGRAPHIC = "“”„‟«»″「」『』〝〞❝❞"
-"""Marks that are read as double quotes in a prompt without straight ones."""
+"""Characters that count as double quotes in a prompt without straight ones."""
 
 _LIKE_ASCII = str.maketrans(
     {
@@ -31,26 +31,26 @@ _LIKE_ASCII = str.maketrans(
         "⋯": "...",
     }
 )
-"""Characters -> those that readers say for them."""
+"""Characters -> the ones that text readers return for them."""
 
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
     "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
-"""What no font shows: Unicode's Default_Ignorable_Code_Point."""
+"""Invisible characters: Unicode's Default_Ignorable_Code_Point."""
 
 
 def target_text(prompt: str, every: bool = False) -> str:
-    """Return the text that a prompt asks for, as one would write it by hand: what its first pair of quotes encloses.
+    """Return the text that a prompt asks for, in normalised spelling: the content of its first pair of quotes.
 
-    every: what all pairs enclose, joined by spaces. Raises ValueError if there is no such pair or nothing between it;
-    the message says how to write one.
+    every: return the contents of all pairs, joined by spaces. Raises ValueError, which says how to write the quotes,
+    if there is no such pair or nothing in it.
     """
     return _target(prompt, every)[0]
 
 
 def ambiguity(prompt: str, every: bool = False) -> str:
-    """Return why a prompt's target may not be what was meant, and the target that is used; "" for a plain prompt.
+    """Return why the target of a prompt may not be the intended one, and which target is used; "" for a clear prompt.
 
     Raises ValueError as `target_text` does.
     """
@@ -59,7 +59,7 @@ def ambiguity(prompt: str, every: bool = False) -> str:
 
 
 def check_prompts(prompts: Iterable[str]) -> list[str]:
-    """Return what is wrong with prompts for an OCR reward, one text an offender with its number (from 1)."""
+    """Return the problems of prompts for an OCR reward, one text per invalid prompt with its number (from 1)."""
     problems = []
     for number, prompt in enumerate(prompts, 1):
         try:
@@ -70,29 +70,29 @@ def check_prompts(prompts: Iterable[str]) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """Return a text as it is compared, whichever side it comes from.
+    """Return a text in the form that is compared, for either side.
 
-    Unicode's compatibility form (so that full-width letters, ligatures and decomposed accents are the usual letters),
-    typographic quotes, apostrophes and dashes as the keyboard's, without invisible characters and white space, and
-    case-folded, which makes a sharp s two s and an i with or without its dot one letter.
+    Unicode's compatibility form (which turns full-width letters, ligatures and decomposed accents into usual letters),
+    with ASCII quotes, apostrophes and dashes, without invisible characters and white space, and case-folded, which
+    makes a sharp s two s and an i with or without its dot one letter.
     """
     return "".join(_tidy(text).casefold().replace("i\u0307", "i").replace("\u0131", "i").split())
 
 
 def match(read: str, target: str, extra_is_free: bool = True) -> float:
-    """Return 1 - distance / len(target), in 0..1, both sides as `plain` makes them.
+    """Return 1 - distance / len(target), in 0..1, after `plain` has normalised both sides.
 
-    The distance is Levenshtein's, at most len(target); with `extra_is_free`, the published rule, it is 0 wherever the
-    target is part of what was read. Raises ValueError for a target of nothing that can be seen.
+    The distance is Levenshtein's, at most len(target); with `extra_is_free`, the published rule, it is 0 if the target
+    is part of the text that was read. Raises ValueError for a target without visible characters.
     """
-    from rapidfuzz.distance import Levenshtein  # not above: prompts are also checked where nothing is scored
+    from rapidfuzz.distance import Levenshtein  # imported here, because prompts are also checked without scoring
 
-    wanted, seen = plain(target), plain(read)
-    if not wanted:
+    expected, actual = plain(target), plain(read)
+    if not expected:
         raise ValueError(f"the target {target!r} is empty; check_prompts finds such prompts before training")
-    if extra_is_free and wanted in seen:
+    if extra_is_free and expected in actual:
         return 1.0
-    return 1.0 - min(Levenshtein.distance(seen, wanted), len(wanted)) / len(wanted)
+    return 1.0 - min(Levenshtein.distance(actual, expected), len(expected)) / len(expected)
 
 
 def is_exact(read: str, target: str) -> bool:
@@ -101,19 +101,19 @@ def is_exact(read: str, target: str) -> bool:
 
 
 def join_lines(lines: Sequence[str]) -> str:
-    """Return recognised lines, in reading order, as one text for people; match() ignores the spaces."""
+    """Return recognised lines, in reading order, as one readable text; match() ignores the spaces."""
     return " ".join(line.strip() for line in lines if line.strip())
 
 
 def _tidy(text: str) -> str:
-    """Return the text with one form for every letter, quote and dash, and single spaces."""
+    """Return the text with a single form of every letter, quote and dash, and with single spaces."""
     alike = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text.translate(_LIKE_ASCII)))
     return " ".join(alike.translate(_LIKE_ASCII).split())
 
 
 @dataclass(frozen=True)
 class _Quotes:
-    """The texts between pairs of quotes, and what else is done with quotes in a prompt."""
+    """The texts between pairs of quotes, and whether the prompt has other quotes."""
 
     texts: Sequence[str]
     unpaired: bool = False
@@ -122,7 +122,7 @@ class _Quotes:
 
 
 def _target(prompt: str, every: bool) -> tuple[str, list[str]]:
-    """Return the target of a prompt, and what makes it doubtful."""
+    """Return the target of a prompt, and the reasons why it is doubtful."""
     text, reasons = _unescaped(prompt)
     text = text.replace("\uff02", '"')
     of_any_kind = _quotes(text.translate(dict.fromkeys(map(ord, TYPOGRAPHIC), '"')))
@@ -131,26 +131,26 @@ def _target(prompt: str, every: bool) -> tuple[str, list[str]]:
     if not used.texts:
         raise ValueError(
             f"no text to look for in the prompt {prompt!r}: {_missing(text)}; "
-            'put the wanted text between straight double quotes (U+0022), as in: a sign that says "OPEN"'
+            'put the text between straight double quotes (U+0022), as in: a sign that says "OPEN"'
         )
     count = len(max(used.texts, of_any_kind.texts, key=len))
     if used.inches:
-        reasons.append("a double quote after a digit is taken for the mark of inches")
+        reasons.append("a double quote after a digit is read as the symbol for inches")
     if used.unpaired:
-        reasons.append("a double quote has no partner")
+        reasons.append("a double quote is unpaired")
     if used.empty:
-        reasons.append("a pair of quotes has nothing between")
+        reasons.append("a pair of quotes is empty")
     if count > 1 and not every:
         reasons.append(f"{count} texts are in quotes and only the first is looked for (option texts=all: all of them)")
     target = _tidy(" ".join(used.texts) if every else used.texts[0])
     strange = sorted({letter for letter in target if unicodedata.category(letter) in ("So", "Co", "Cn", "Cc")})
     if strange:
-        reasons.append(f"text readers seldom know {' '.join(strange)}")
+        reasons.append(f"text readers rarely recognise {' '.join(strange)}")
     return target, reasons
 
 
 def _unescaped(prompt: str) -> tuple[str, list[str]]:
-    """Return the prompt with its quotes as they were before JSON, HTML or CSV escaped them, and what was done."""
+    """Return the prompt with quotes unescaped from JSON, HTML or CSV, and the reasons for any change."""
     text, reasons = re.sub(r'\\+"|&quot;|&#34;', '"', prompt.strip()), []
     if text != prompt.strip():
         reasons.append("its quotes are escaped, as in JSON or HTML")
@@ -162,9 +162,9 @@ def _unescaped(prompt: str) -> tuple[str, list[str]]:
 
 
 def _quotes(text: str) -> _Quotes:
-    """Return what is between pairs of straight double quotes.
+    """Return the texts between pairs of straight double quotes.
 
-    One after a digit opens none, unless there is no other pair.
+    A quote after a digit opens a pair only if there is no other pair.
     """
     marks = [place for place, letter in enumerate(text) if letter == '"']
     for skip_inches in (True, False):
@@ -187,6 +187,4 @@ def _missing(text: str) -> str:
     if not any(mark in text for mark in f'"{TYPOGRAPHIC}'):
         return "it has no double quotes"
     pairs = sum(text.count(mark) for mark in f'"{TYPOGRAPHIC}') > 1
-    return (
-        "there is nothing between its first pair of double quotes" if pairs else "its only double quote has no partner"
-    )
+    return "its first pair of double quotes is empty" if pairs else "its only double quote is unpaired"

@@ -1,7 +1,7 @@
-"""The models of transformers that scorers use; import them from here.
+"""The models of transformers that scorers use; always import them from this module.
 
-transformers imports torchvision as soon as a model is asked for, which fails beside a CPU build of torch unless
-torchvision's operators are declared first (see torchvision_ops.py). This module does both in the right order.
+transformers imports torchvision when a model is imported, which fails with a CPU build of torch unless torchvision's
+operators are declared first (see torchvision_ops.py). This module does both in the right order.
 """
 
 from rewards_bridge.scorers.torchvision_ops import declare_operators

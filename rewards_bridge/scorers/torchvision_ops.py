@@ -1,9 +1,9 @@
-"""torchvision's operators, declared where its compiled part does not load: beside a CPU build of torch.
+"""Declare torchvision's operators where its compiled library does not load, i.e. with a CPU build of torch.
 
-The released wheel of torchvision is linked against CUDA. Beside a CPU build of torch its library cannot be loaded, and
-`import torchvision` then fails because it describes two operators that were never declared. So do `import timm`,
-`import open_clip` and every torch model of transformers, which all import torchvision when it is installed. Declaring
-the two operators is enough; none of the scorers calls them.
+The released wheel of torchvision is linked against CUDA. With a CPU build of torch its library cannot be loaded, and
+`import torchvision` fails because it describes two operators that were never declared. So do `import timm`,
+`import open_clip` and every torch model of transformers, all of which import torchvision if it is installed. Declaring
+the two operators is sufficient; no scorer calls them.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-"""What torchvision 0.28 describes at import, whether or not its library was loaded."""
+"""The operators that torchvision 0.28 describes on import, even if its library was not loaded."""
 
 
-@functools.cache  # keeps the Library alive as well: the declarations end with it
+@functools.cache  # also keeps the Library alive, whose declarations end with it
 def declare_operators() -> Library | None:
-    """Make `import torchvision` possible beside any build of torch, and return what was declared for that.
+    """Make `import torchvision` work with any build of torch, and return the declared library.
 
-    Return None where nothing is missing: torchvision is not installed, is imported already, or its library loads.
-    Call it before the first import of torchvision, timm, open_clip or a torch model of transformers.
+    Return None if nothing is missing: torchvision is not installed, already imported, or its library loads. Call this
+    before the first import of torchvision, timm, open_clip or a torch model of transformers.
     """
     if "torchvision" in sys.modules:
         return None
@@ -43,7 +43,7 @@ def declare_operators() -> Library | None:
         if libraries:
             torch.ops.load_library(str(libraries[0]))
             return None
-    except OSError:  # it is linked against libraries that this build of torch does not have
+    except OSError:  # it is linked against libraries that this build of torch lacks
         pass
     declared = torch.library.Library("torchvision", "FRAGMENT")
     for operator in OPERATORS:

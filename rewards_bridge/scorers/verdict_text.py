@@ -1,16 +1,16 @@
-"""How the number in a judge's answer is read: the one that it clearly gives as its verdict, or none.
+"""Read the number in a judge's answer: the one that it clearly gives as its verdict, or none.
 
-A judge that is asked for "Score: NUMBER" also thinks aloud, repeats the scale, marks single criteria, mentions other
-scores and is cut off. Only these are verdicts, and only if all of them are the same number:
+A model that is asked for "Score: NUMBER" may also think aloud, repeat the scale, rate single criteria, mention other
+scores, or be truncated. Only these are verdicts, and only if all of them are the same number:
 
-- "Score" at the start of a line or of a sentence or after a colon, after nothing but words such as "overall" or "my",
-  then a colon or the like, then the number; the scale may stand in brackets before it, and "/10" or "out of 10" after
-  it if that is the scale's upper end. A later "no, score: 5" makes the answer unclear.
+- "Score" at the start of a line or sentence or after a colon, preceded only by words such as "overall" or "my", then a
+  colon or similar, then the number; the scale may precede it in brackets, and "/10" or "out of 10" may follow if that
+  is the upper end of the scale. A later "no, score: 5" makes the answer unclear.
 - "score" in an answer that is a JSON object, or has one as its only fenced block.
-- An answer that is nothing but a number.
+- An answer that is only a number.
 
-What stands in thoughts (<think> and the like) does not count. A number that continues in another way (7-8, 4/5, 80 %,
-1,000, 7½) is not guessed at.
+Thoughts (<think> and similar) are ignored. A number that continues in another way (7-8, 4/5, 80 %, 1,000, 7½) is not
+guessed at.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import sys
 from typing import Any
 
 MAX_CHARACTERS = 20_000
-"""Of an answer without its thoughts."""
+"""Limit for an answer without its thoughts."""
 _PLAIN = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
 _PLAIN |= dict.fromkeys([0x3000, 0xA0, 0x202F], " ") | dict.fromkeys([0x2212, 0x2013, 0x2014], "-")
 _PLAIN |= dict.fromkeys([0x201C, 0x201D], '"') | dict.fromkeys([0x2018, 0x2019], "'") | {0x2044: "/"}
-"""Full-width characters, wide spaces, minus signs and dashes, quotes, the fraction slash -> their ASCII forms."""
+"""Full-width characters, wide spaces, minus signs and dashes, quotes, and the fraction slash -> their ASCII forms."""
 
 _THOUGHT = re.compile(
     r"(?P<begin><(?:think|thinking|thoughts?|reasoning)>|\[THINK\]|◁think▷|<\|begin_of_thought\|>)"
@@ -70,13 +70,13 @@ _KEYS = ("score", "overall_score", "final_score", "total_score")
 
 
 class UnreadableError(ValueError):
-    """An answer without one clear verdict; the text says why, without the answer."""
+    """An answer without one clear verdict; the text gives the reason but not the answer."""
 
 
 def read_verdict(text: str, high: float, pattern: re.Pattern[str] | None = None) -> float:
-    """Return the number that an answer gives; high is the upper end of its scale. UnreadableError if it gives none.
+    """Return the number that an answer gives; high is the upper end of the scale. UnreadableError if there is none.
 
-    pattern: instead of the rules above, a regular expression with one group, the number; all its matches have to agree.
+    pattern: instead of the rules above, a regular expression with one group, the number; all its matches must agree.
     """
     answer = _without_thoughts(text).translate(_PLAIN)
     if len(answer) > MAX_CHARACTERS:
@@ -94,7 +94,7 @@ def read_verdict(text: str, high: float, pattern: re.Pattern[str] | None = None)
 
 
 def _without_thoughts(text: str) -> str:
-    """Return the answer proper; UnreadableError if its thoughts do not end."""
+    """Return the answer without thoughts; UnreadableError if they do not end."""
     if _CHANNEL in text:
         if _FINAL_CHANNEL not in text:
             raise UnreadableError("it has thoughts and no answer")
@@ -104,7 +104,7 @@ def _without_thoughts(text: str) -> str:
         if tag["begin"] and not inside:
             kept, inside = f"{kept}\n{text[at : tag.start()]}", True
         elif not tag["begin"]:
-            kept, inside = kept if inside else "", False  # some servers leave the opening tag out
+            kept, inside = kept if inside else "", False  # some servers omit the opening tag
             at = tag.end()
     if inside:
         raise UnreadableError("its thoughts do not end")
@@ -124,20 +124,20 @@ def _only(numbers: list[float | None]) -> float:
 
 
 def _statements(answer: str, high: float) -> list[float | None]:
-    """Return what the answer says its score is, once for every time it says so."""
-    found: list[float | None] = []
+    """Return all scores that the answer states, one for each statement."""
+    numbers: list[float | None] = []
     breaks = [0, *(each.end() for each in _BREAK.finditer(answer))]
     for mention in _MENTION.finditer(answer):
         start = breaks[bisect.bisect_right(breaks, mention.start()) - 1]
         before = answer[max(start, mention.start() - _MAX_LEAD) : mention.start()]
-        if not _LEAD.fullmatch(before) and not (found and _CLAUSE.search(before)):
-            continue  # the score of something else, or of something in between
+        if not _LEAD.fullmatch(before) and not (numbers and _CLAUSE.search(before)):
+            continue  # the score of something else, or an intermediate one
         tail = _TAIL.match(answer, mention.end())
         if tail:
-            found.append(_stated(answer, mention.end(), tail, high))
+            numbers.append(_stated(answer, mention.end(), tail, high))
         elif _NOTHING.match(answer, mention.end()):
-            found.append(None)
-    return found
+            numbers.append(None)
+    return numbers
 
 
 def _stated(answer: str, start: int, tail: re.Match[str], high: float) -> float | None:
@@ -147,7 +147,7 @@ def _stated(answer: str, start: int, tail: re.Match[str], high: float) -> float 
     if _goes_on(answer, tail, high) or (number.startswith("-") and not tail["separator"]):
         return None
     if elsewhere and re.search(r"\w", _after_scale(line_rest, high)):
-        return None  # the first words of the next line, such as the number of a list's first item
+        return None  # the start of the next line, such as the number of a list item
     try:
         return _as_number(number)
     except UnreadableError:
@@ -155,7 +155,7 @@ def _stated(answer: str, start: int, tail: re.Match[str], high: float) -> float 
 
 
 def _after_scale(rest: str, high: float) -> str:
-    """Return what follows a number, without "/10" if the scale ends at 10."""
+    """Return the text after a number, without "/10" if the scale ends at 10."""
     whole = _OF.match(rest)
     with contextlib.suppress(UnreadableError):
         if whole and _as_number(whole["whole"]) == high:
@@ -164,17 +164,17 @@ def _after_scale(rest: str, high: float) -> str:
 
 
 def _goes_on(answer: str, match: re.Match[str], high: float) -> bool:
-    """Whether what follows the number makes it another one, or a part of something."""
+    """Return whether the text after the number changes it or makes it part of something else."""
     rest = answer[match.end("number") :]
     after = _after_scale(rest, high)
     return bool(_GOES_ON.match(after) or (after == rest and _OF.match(rest)))
 
 
 def _as_number(text: str) -> float:
-    """Return the number of this text, with a decimal point or comma."""
+    """Return this text as a number, with a decimal point or comma; UnreadableError if it is ambiguous."""
     separators = re.findall("[.,]", text)
     if len(separators) > 1 or re.fullmatch(r"[-+]?[1-9]\d*,\d{3}", text):
-        raise UnreadableError(f"{text!r} may be one of several numbers")
+        raise UnreadableError(f"{text!r} is ambiguous")
     return float(text.replace(",", "."))
 
 
@@ -188,7 +188,7 @@ def _pattern_number(answer: str, match: re.Match[str]) -> float | None:
 
 
 def _json_object(body: str) -> list[tuple[str, Any]] | None:
-    """Return the pairs of a JSON object, one after the other; None if it is none."""
+    """Return the pairs of a JSON object in order; None if the text is not one."""
     try:
         content = json.loads(body, object_pairs_hook=list)
     except (ValueError, RecursionError):

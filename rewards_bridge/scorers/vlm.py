@@ -1,4 +1,4 @@
-"""A vision-language model as judge, behind any OpenAI-compatible /v1/chat/completions endpoint."""
+"""A vision-language model as a scorer, behind any OpenAI-compatible /v1/chat/completions endpoint."""
 
 from __future__ import annotations
 
@@ -43,35 +43,35 @@ TEMPLATE = (
 FIELDS = '{"temperature": 0, "max_tokens": 512}'
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
-"""HTTP statuses that may be gone at the next try."""
+"""HTTP statuses that may be temporary."""
 MAX_SHOWN = 500
-"""Characters of an answer shown in an error or kept as a reason."""
+"""Characters of an answer that are shown in an error or kept as a reason."""
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
 FINISHED = (None, "", "stop", "eos", "eos_token", "stop_sequence", "end_turn")
-"""Values of finish_reason of an answer that is whole; some servers say nothing."""
+"""Values of finish_reason for a complete answer; some servers omit it."""
 TAKEN_FIELDS = ("model", "messages", "stream", "n")
 DEADLINE_PART = 0.95
-"""Of deadline_s: so long it is asked and waited, which leaves the rest for the answer to the trainer."""
+"""The share of deadline_s spent on requests and waiting; the rest is left for replying to the trainer."""
 
 
 class VlmScorer:
     """Asks a model for a number: score = (number - low) / (high - low), raw = the number itself.
 
-    An answer that is cut off, refused, or without one clear number from low to high (`verdict_text` says what that is)
-    is asked for again, and an error that shows it if that does not help: no score is made up. An endpoint that asks for
-    time (429, or Retry-After) gets it, as far as deadline_s allows; that does not count as a try. Options:
-        url             the endpoint up to /v1, or all of it up to /chat/completions
-        model           the name that the endpoint knows the model by
-        template        what is asked; {prompt} is replaced by the image's prompt
-        pattern         regular expression with one group, the number, for a template that asks for something else than
-                        "Score: NUMBER"; all its matches in an answer have to agree
+    A request is repeated if the answer is truncated, a refusal, or without one clear number from low to high (defined
+    in `verdict_text`); if that does not help, an error shows the answer, and no score is invented. If the endpoint asks
+    to wait (429, or Retry-After), the scorer waits as long as deadline_s allows, without counting a retry. Options:
+        url             the endpoint up to /v1, or the full URL up to /chat/completions
+        model           the endpoint's name of the model
+        template        the question; {prompt} is replaced by the image's prompt
+        pattern         regular expression with one group, the number, for a template that does not ask for
+                        "Score: NUMBER"; all its matches in an answer must agree
         low, high       the scale that the template asks for
         timeout_s       seconds for one answer
-        deadline_s      seconds for all answers of a batch; a trainer that starts the scorer gives its own deadline_s
-        retries         how often a failed or unreadable answer is asked for again, after 0.5, 1, 2, ... 30 s
-        concurrency     images asked about at a time
-        api_key_env     environment variable that holds the API key, if the endpoint wants one
-        fields          JSON object of further fields of the request
+        deadline_s      seconds for all answers of a batch; a trainer that starts the scorer passes its own deadline_s
+        retries         how often a failed or unreadable answer is requested again, after 0.5, 1, 2, ... 30 s
+        concurrency     number of simultaneous requests, one per image
+        api_key_env     environment variable with the API key, if the endpoint needs one
+        fields          JSON object of additional request fields
     """
 
     def __init__(
@@ -97,23 +97,23 @@ class VlmScorer:
         self._low, self._high = low, high
         self._timeout_s, self._retries, self._concurrency = timeout_s, retries, concurrency
         self._deadline_s = deadline_s
-        self._not_before = 0.0  # time.monotonic() until which the endpoint has asked not to be asked
+        self._not_before = 0.0  # time.monotonic() before which the endpoint asked for no more requests
         self._fields = _json_object(fields)
         self._opener = urllib.request.build_opener(NoRedirect)
         if "{prompt}" not in template:
             raise UsageError(f"the vlm scorer's template has no {{prompt}} to be replaced; found {template!r}")
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise UsageError(f"the vlm scorer wants low < high, both finite; found low={low}, high={high}")
+            raise UsageError(f"the vlm scorer needs low < high, both finite; found low={low}, high={high}")
         if not (timeout_s > 0 and deadline_s > 0 and retries >= 0 and concurrency >= 1):
             raise UsageError(
-                "the vlm scorer wants timeout_s > 0, deadline_s > 0, retries >= 0 and concurrency >= 1; found "
+                "the vlm scorer needs timeout_s > 0, deadline_s > 0, retries >= 0 and concurrency >= 1; found "
                 f"timeout_s={timeout_s}, deadline_s={deadline_s}, retries={retries}, concurrency={concurrency}"
             )
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Scores:
-        """Judges images u8[B,H,W,3] by their prompts; raw["vlm"] is the model's number, a reason its answer.
+        """Score images u8[B,H,W,3] by their prompts; raw["vlm"] is the model's number, reasons are its answers.
 
-        Raises ValueError for images of another form, RuntimeError, naming the image, if no number can be had for one.
+        Raises ValueError for images of another form, and RuntimeError, naming the image, if one gets no number.
         """
         check_batch("vlm", images, prompts, metadata)
         stop, until = threading.Event(), time.monotonic() + DEADLINE_PART * self._deadline_s
@@ -131,7 +131,7 @@ class VlmScorer:
     def _judge(
         self, stop: threading.Event, until: float, index: int, image: np.ndarray, prompt: str
     ) -> tuple[float, str]:
-        """Return the number for one image and the answer that it stands in; stop ends the waiting between tries."""
+        """Return the number for one image and the answer that contains it; stop ends the pauses between tries."""
         request = self._request(image, prompt)
         failures, turned_away = 0, 0
         while True:
@@ -156,10 +156,10 @@ class VlmScorer:
             if pause_s >= left_s:
                 raise RuntimeError(
                     f"vlm: no score for image {index} (prompt {prompt!r}) {tries}; the next try would come in "
-                    f"{pause_s:.3g} s, and {max(left_s, 0):.3g} s are left of deadline_s={self._deadline_s:g}: allow "
-                    f"more, or send fewer images at a time; the last: {failure}"
+                    f"{pause_s:.3g} s, but {max(left_s, 0):.3g} s are left of deadline_s={self._deadline_s:g}: raise "
+                    f"it, or send fewer images at a time; the last: {failure}"
                 )
-            if isinstance(failure, BusyError):  # it is no use for the others either
+            if isinstance(failure, BusyError):  # the other images must wait as well
                 self._not_before = max(self._not_before, time.monotonic() + failure.retry_after_s)
             if stop.wait(pause_s):
                 raise futures.CancelledError
@@ -176,7 +176,7 @@ class VlmScorer:
         return request
 
     def _ask(self, request: urllib.request.Request, until: float) -> str:
-        """Return the text of one answer that is whole."""
+        """Return the text of one complete answer."""
         timeout_s = max(min(self._timeout_s, until - time.monotonic()), 0.001)
         deadline = time.monotonic() + timeout_s
         try:
@@ -192,18 +192,18 @@ class VlmScorer:
         return self._text(body)
 
     def _failure(self, error: urllib.error.HTTPError) -> Exception:
-        """Return what an HTTP status means for the next try."""
+        """Return the error for an HTTP status: refused, busy or temporary."""
         body = body_of(error)
-        told = f"HTTP status {error.code} {self._shown(body)}"
+        message = f"HTTP status {error.code} {self._shown(body)}"
         if error.code not in RETRIED or "insufficient_quota" in body:
-            return RefusedError(told)
+            return RefusedError(message)
         retry_after_s = retry_after_of(error.headers)
         if error.code == 429 or retry_after_s:
-            return BusyError(told, retry_after_s)
-        return TransientError(told)
+            return BusyError(message, retry_after_s)
+        return TransientError(message)
 
     def _text(self, body: bytes) -> str:
-        """Return the text of an answer's body, if the answer is whole."""
+        """Return the text in the body of an answer; TransientError unless the answer is complete."""
         try:
             choices = json.loads(body)["choices"]
             choice, message = choices[0], choices[0]["message"]
@@ -234,7 +234,7 @@ class VlmScorer:
         return number
 
     def _shown(self, text: str) -> str:
-        """Return a text from outside for an error message: short, and without the key, which some servers repeat."""
+        """Return an external text for an error message: shortened, and without the API key, which some servers echo."""
         return repr((text.replace(self._key, "***") if self._key else text)[:MAX_SHOWN])
 
 
@@ -249,14 +249,14 @@ def _data_url(image: np.ndarray) -> str:
 
 
 def _endpoint(url: str, has_key: bool) -> str:
-    """Return the address to post to; a key is not sent in the clear to another machine."""
+    """Return the URL for requests; UsageError if an API key would be sent unencrypted to another machine."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(f"the vlm scorer's url has to start with http:// or https:// and name a host; found {url!r}")
+        raise UsageError(f"the vlm scorer's url must start with http:// or https:// and name a host; found {url!r}")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UsageError(
-            "the vlm scorer's url holds a user, a password, a query or a fragment; leave them out, and name the "
-            "environment variable with the API key by api_key_env"
+            "the vlm scorer's url contains a user, a password, a query or a fragment; leave them out, and set "
+            "api_key_env to the environment variable with the API key"
         )
     if has_key and parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
         raise UsageError(
@@ -272,8 +272,8 @@ def _api_key(variable: str) -> str:
     key = os.environ.get(variable, "").strip()
     if not key:
         raise UsageError(
-            f"the vlm scorer's api_key_env names {variable}, which is not set in its process; export it before the "
-            "start, or leave api_key_env out if the endpoint wants no key"
+            f"the vlm scorer's api_key_env names {variable}, which is not set in its process; export it first, "
+            "or leave api_key_env out if the endpoint needs no key"
         )
     return key
 
@@ -282,21 +282,21 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UsageError(f"the vlm scorer's pattern {pattern!r} is no regular expression: {error}") from error
+        raise UsageError(f"the vlm scorer's pattern {pattern!r} is not a regular expression: {error}") from error
     if compiled.groups != 1:
         raise UsageError(
             f"the vlm scorer's pattern needs exactly one group, the number; {pattern!r} has {compiled.groups} "
-            "(a group that is not the number is written (?:...))"
+            "(write other groups as (?:...))"
         )
     return compiled
 
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        fields = json.loads(text)
     except ValueError as error:
-        raise UsageError(f"the vlm scorer's fields are no JSON: {error}; found {text!r}") from error
-    if not isinstance(found, dict) or found.keys() & set(TAKEN_FIELDS):
+        raise UsageError(f"the vlm scorer's fields are not JSON: {error}; found {text!r}") from error
+    if not isinstance(fields, dict) or fields.keys() & set(TAKEN_FIELDS):
         names = ", ".join(TAKEN_FIELDS)
-        raise UsageError(f"the vlm scorer's fields have to be a JSON object without {names}; found {text}")
-    return found
+        raise UsageError(f"the vlm scorer's fields must be a JSON object without {names}; found {text}")
+    return fields
