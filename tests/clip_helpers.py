@@ -1,4 +1,4 @@
-"""Tiny random CLIPs on disk, for the tests of the scorers that read one."""
+"""Tiny random CLIP models on disk, for tests of the scorers that use one."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ WIDTHS = (1024, 128, 64, 16, 1)
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer with two merges: bytes, bytes at the end of a word, then the start and the end of a text."""
+    """Return CLIP's tokenizer with two merges: bytes, bytes at the end of a word, merges, start and end of a text."""
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
@@ -36,7 +36,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 def make_config(act: str, eos: int = 2) -> CLIPConfig:
-    """A CLIP of two small towers, in the legacy way of saying which token ends a text unless eos is given."""
+    """Return the config of a CLIP with two small towers; the default eos is the legacy id of a text's last token."""
     both = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": act, "projection_dim": 16}
     text = {"hidden_size": 32, "intermediate_size": 128, "vocab_size": len(make_tokenizer()), "eos_token_id": eos}
     vision = {"hidden_size": 48, "intermediate_size": 192, "image_size": SIDE, "patch_size": 8}
@@ -44,7 +44,7 @@ def make_config(act: str, eos: int = 2) -> CLIPConfig:
 
 
 def make_folder(folder: Path, config: CLIPConfig) -> Path:
-    """A whole CLIP as transformers saves it, with weights far enough from 0 for images and texts to differ."""
+    """Save a complete CLIP with transformers, with weights far enough from 0 for images and texts to differ."""
     torch.manual_seed(0)
     model = CLIPModel(config)
     with torch.no_grad():
@@ -76,7 +76,7 @@ INSIDE = {"layer_norm": "ln_", "self_attn.out_proj": "attn.out_proj", "mlp.fc1":
 
 
 def to_open_clip(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same weights by open_clip's names: projections transposed, query, key and value one above the other."""
+    """Return the same weights with open_clip's names: projections transposed; query, key and value concatenated."""
     result: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         start = next(start for start in OUTSIDE if name.startswith(start))
@@ -92,7 +92,7 @@ def to_open_clip(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def open_clip_config(act: str) -> dict[str, Any]:
-    """open_clip_config.json of the model of make_config."""
+    """Return the content of open_clip_config.json for the model of make_config."""
     vision = {"image_size": SIDE, "layers": 2, "width": 48, "head_width": 12, "patch_size": 8}
     text = {"context_length": 77, "vocab_size": len(make_tokenizer()), "width": 32, "heads": 4, "layers": 2}
     mean, std = CLIPImageProcessorPil.image_mean, CLIPImageProcessorPil.image_std
@@ -101,7 +101,7 @@ def open_clip_config(act: str) -> dict[str, Any]:
 
 
 def make_open_clip_folder(folder: Path, source: Path, act: str, weights: str = "open_clip_pytorch_model.bin") -> Path:
-    """The CLIP of a folder of transformers as a folder of open_clip, with its tokenizer."""
+    """Convert a folder of transformers into a folder of open_clip, with its tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps(open_clip_config(act)))
     tensors = to_open_clip(load_file(source / "model.safetensors"))
@@ -123,7 +123,7 @@ def run(scorer: Scorer, images: np.ndarray, prompts: Sequence[str] = PROMPTS) ->
 
 
 def make(name: str, **options: object) -> Any:
-    """The scorer of this name, with its options as text, as from a config."""
+    """Return the scorer of this name, with its options as text, as from a config."""
     return load_scorer(CLASSES[name], {key: str(value) for key, value in options.items()})
 
 

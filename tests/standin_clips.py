@@ -1,4 +1,4 @@
-"""CLIPs as open_clip saves them, small and random: the folder that GenEval's colours come from, and an HPS v2 file."""
+"""Small random CLIPs in open_clip's format: the folder for GenEval's colours, and an HPS v2 file."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 VOCABULARY, TEXT_TOKENS = 49408, 77
-"""open_clip's tokenizer is built into its package, so even a tiny text tower has all of its tokens."""
+"""open_clip's tokenizer is part of its package, so even a tiny text tower needs all of its tokens."""
 MODEL: dict[str, Any] = {
     "embed_dim": 16,
     "quick_gelu": True,
@@ -18,7 +18,7 @@ PREPROCESSING = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954
 
 
 def make_open_clip(folder: Path, weights: str = "pytorch_model.bin") -> Path:
-    """A folder in open_clip's layout; `weights` is pytorch_model.bin or open_clip_pytorch_model.bin."""
+    """Create a folder in open_clip's layout; `weights` is pytorch_model.bin or open_clip_pytorch_model.bin."""
     folder.mkdir(parents=True)
     config = {"model_cfg": MODEL, "preprocess_cfg": PREPROCESSING}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -27,7 +27,7 @@ def make_open_clip(folder: Path, weights: str = "pytorch_model.bin") -> Path:
 
 
 def make_hps(path: Path) -> Path:
-    """An HPS v2 checkpoint: a training checkpoint of open_clip. Beside it, that it is not the published ViT-H-14."""
+    """Save an HPS v2 file, a training checkpoint of open_clip, with a config beside it, since it is not a ViT-H-14."""
     path.parent.mkdir(parents=True, exist_ok=True)
     (path.parent / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL}, indent=2) + "\n")
     torch.save({"epoch": 1, "name": "hps", "state_dict": open_clip_tensors(seed=6)}, path)
@@ -35,7 +35,7 @@ def make_hps(path: Path) -> Path:
 
 
 def open_clip_tensors(seed: int, model: dict[str, Any] = MODEL) -> dict[str, torch.Tensor]:
-    """Random tensors by open_clip's names, for a model of these sizes."""
+    """Return random tensors with open_clip's names, for a model of these sizes."""
     vision, text, embedding = model["vision_cfg"], model["text_cfg"], model["embed_dim"]
     patches = (vision["image_size"] // vision["patch_size"]) ** 2
     shapes: dict[str, tuple[int, ...]] = {

@@ -1,4 +1,4 @@
-"""GenEval metadata by every way in: prompt files, samples folders, `score --metadata` and a server say the same."""
+"""Tests of GenEval metadata: prompt files, samples folders, `score --metadata` and servers read them alike."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ SAME = {
         "include": [{"class": "circle", "count": 1.0}, {**STAR, "count": 1.0, "position": ["left of", 0.0]}]
     },
 }
-"""What other writers of JSON make of ENTRY."""
+"""Forms in which other JSON writers may store ENTRY."""
 
 WRONG = {
     "a list": ({"include": "[]"}, '"include" must be a list of at least one object'),
@@ -68,7 +68,7 @@ def entry(**changes: object) -> dict:
 
 
 def ways(folder: Path, metadata: dict) -> dict[str, object]:
-    """Way in -> the metadata as a scorer gets them, or what was said against them."""
+    """Return, for every way in, the metadata as a scorer gets them, or the error message."""
     picture = folder / "p" / "00000" / "samples" / "0000.png"
     picture.parent.mkdir(parents=True)
     Image.fromarray(np.full((32, 32, 3), 255, np.uint8)).save(picture)
@@ -132,14 +132,14 @@ def test_metadata_of_the_command_line_are_refused_in_one_line(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["raw"]["strict"] == 0.0
 
 
-def test_what_is_given_stays_as_it_is_and_own_keys_are_kept():
-    given = entry(**SAME["null fields"], id=None, note={"a": 1})
-    before = json.dumps(given)
-    assert read_metadata(given) == {**entry(), "id": None, "note": {"a": 1}}
-    assert json.dumps(given) == before
+def test_the_argument_is_not_modified_and_own_keys_are_kept():
+    metadata = entry(**SAME["null fields"], id=None, note={"a": 1})
+    before = json.dumps(metadata)
+    assert read_metadata(metadata) == {**entry(), "id": None, "note": {"a": 1}}
+    assert json.dumps(metadata) == before
     for thing in (None, "text", 3, [ENTRY]):
         assert "must be an object" in problems(thing)[0]
-    (found,) = problems({**ENTRY, "include": [{"class": "mouse", "count": 1}]}, WORDS)
-    assert found.endswith("traffic light and 70 more; GenEval calls it 'computer mouse'")
+    (text,) = problems({**ENTRY, "include": [{"class": "mouse", "count": 1}]}, WORDS)
+    assert text.endswith("traffic light and 70 more; GenEval calls it 'computer mouse'")
     with pytest.raises(PromptError, match=r'"count".*; .*"color"'):
         read_metadata(entry(include=[{"class": "star", "color": 3}]))

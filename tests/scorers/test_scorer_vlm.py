@@ -1,4 +1,4 @@
-"""The judge behind an endpoint, against a real HTTP server with a fake model: what is asked, read and refused."""
+"""Tests of the vlm scorer against a real HTTP server with a fake model: requests, answers and errors."""
 
 import base64
 import email.utils
@@ -24,7 +24,7 @@ KEY = "sk-do-not-tell"
 
 
 class Endpoint:
-    """Answers POSTs with what `answer` makes of their JSON: a status and a body, or a text of the model's."""
+    """Answers POST requests with the result of `answer` for their JSON: a status and a body, or the model's text."""
 
     def __init__(self, answer):
         self.answer = answer
@@ -42,11 +42,11 @@ class Endpoint:
             self.together += 1
             self.most_together = max(self.most_together, self.together)
         try:
-            made = self.answer(body)
+            response = self.answer(body)
         finally:
             with self.lock:
                 self.together -= 1
-        status, body, *headers = (200, reply(made)) if isinstance(made, str) else made
+        status, body, *headers = (200, reply(response)) if isinstance(response, str) else response
         handler.send_response(status)
         for name, value in headers:
             handler.send_header(name, value)
@@ -58,7 +58,7 @@ class Endpoint:
 
 
 def reply(text, **more) -> bytes:
-    """The body of an answer; more: finish_reason of the choice, fields of the message."""
+    """Return the body of an answer; more: finish_reason of the choice, other fields of the message."""
     finish = {"finish_reason": more.pop("finish_reason")} if "finish_reason" in more else {}
     return json.dumps({"choices": [{**finish, "message": {"role": "assistant", "content": text, **more}}]}).encode()
 
@@ -96,7 +96,7 @@ def quick_and_direct(monkeypatch):
 
 
 def pictures(number: int) -> np.ndarray:
-    """Picture b is all (b, 0, 255 - b)."""
+    """Return pictures, the b-th of which is (b, 0, 255 - b) everywhere."""
     images = np.zeros((number, 8, 6, 3), np.uint8)
     images[..., 0] = np.arange(number)[:, None, None]
     images[..., 2] = 255 - images[..., 0]
@@ -104,7 +104,7 @@ def pictures(number: int) -> np.ndarray:
 
 
 def seen(body: dict) -> tuple[str, np.ndarray]:
-    """The text and the picture of a request."""
+    """Return the text and the picture of a request."""
     text, image = body["messages"][0]["content"]
     head, _, data = image["image_url"]["url"].partition(",")
     assert head == "data:image/png;base64"
@@ -115,13 +115,13 @@ def prompts(number: int) -> list[str]:
     return [f"prompt {{{index}}}" for index in range(number)]
 
 
-def test_every_picture_is_asked_about_with_its_prompt_and_order_is_kept():
+def test_every_picture_is_sent_with_its_prompt_and_order_is_kept():
     def answer(body):
         text, picture = seen(body)
         number = int(picture[0, 0, 0])
         assert (picture == pictures(number + 1)[number]).all(), "not the picture that was sent"
         assert text == f"rate prompt {{{number}}} 0-100"
-        time.sleep(0.002 * (40 - number))  # the first is the last to be answered
+        time.sleep(0.002 * (40 - number))  # the first request is answered last
         return f"I would say 55. Score: {number}"
 
     with serving(answer) as endpoint:
@@ -192,7 +192,7 @@ def test_what_may_pass_is_tried_again(bad):
         ((500, b"out of memory"), "HTTP status 500 'out of memory'"),
     ],
 )
-def test_no_score_is_made_up(bad, words):
+def test_no_score_is_invented(bad, words):
     def answer(body):
         return bad if "prompt {2}" in seen(body)[0] else "Score: 5"
 
@@ -204,7 +204,7 @@ def test_no_score_is_made_up(bad, words):
 
 
 def test_an_endpoint_that_asks_for_time_gets_it_and_no_try_is_counted():
-    """Each 429 says how long; the other pictures are not asked about meanwhile."""
+    """Every refusal says how long to wait; the other pictures wait as well."""
     began = time.monotonic()
     begun = []
 
@@ -226,7 +226,7 @@ def test_time_that_the_deadline_does_not_have_is_not_waited_for():
         begun = time.monotonic()
         scorer = VlmScorer(endpoint.url, "judge", deadline_s=4.0)
         with pytest.raises(
-            RuntimeError, match=r"would come in 12 s, and 3.* are left of deadline_s=4: .* 429 'slow down"
+            RuntimeError, match=r"would come in 12 s, but 3.* are left of deadline_s=4: .* 429 'slow down"
         ):
             scorer.score(pictures(3), prompts(3), [{}] * 3)
         assert time.monotonic() - begun < 3
@@ -254,7 +254,7 @@ def test_what_retry_after_says(text, seconds):
     assert 20 < retry_after_of(headers) <= 30
 
 
-def test_a_trainer_gives_the_scorer_its_own_deadline():
+def test_a_trainer_passes_its_own_deadline_to_the_scorer():
     defaults = {"deadline_s": "40", "device": "cpu"}
     assert with_defaults("vlm", {"model": "m"}, defaults) == {"model": "m", "deadline_s": "40"}
     assert with_defaults("vlm", {"deadline_s": "9"}, defaults) == {"deadline_s": "9"}
@@ -273,7 +273,7 @@ def test_a_refusal_is_not_tried_again_and_ends_the_batch():
         assert len(endpoint.requests) < 20
 
 
-def test_a_slow_answer_is_given_up():
+def test_a_slow_answer_is_abandoned():
     stop = threading.Event()
 
     def answer(body):
@@ -288,7 +288,7 @@ def test_a_slow_answer_is_given_up():
         stop.set()
 
 
-def test_an_answer_that_trickles_in_is_given_up():
+def test_an_answer_that_trickles_in_is_abandoned():
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             self.send_response(200)
@@ -318,7 +318,7 @@ def test_nobody_there_is_an_error():
         VlmScorer("http://127.0.0.1:9/v1", "judge", retries=1).score(pictures(1), ["a cat"], [{}])
 
 
-def test_the_key_is_sent_and_never_told(monkeypatch):
+def test_the_key_is_sent_and_never_shown(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", f" {KEY}\n")
     with serving(lambda body: (401, f"wrong key {KEY}".encode())) as endpoint:
         scorer = load_scorer(
@@ -352,17 +352,17 @@ def test_the_key_is_not_carried_to_another_address(monkeypatch):
         ({"url": "http://host.example/v1", "api_key_env": "JUDGE_KEY"}, "unencrypted to host.example"),
         ({"api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY, which is not set"),
         ({"template": "rate it"}, "no {prompt}"),
-        ({"pattern": "("}, "no regular expression"),
+        ({"pattern": "("}, "not a regular expression"),
         ({"pattern": r"\d+"}, "exactly one group, the number; .* has 0"),
         ({"pattern": r"(a|b)(\d+)"}, "has 2"),
         ({"low": "1", "high": "1"}, "low < high"),
-        ({"high": "nan"}, "high='nan' is no"),
+        ({"high": "nan"}, "high='nan' is not a valid"),
         ({"timeout_s": "0"}, "timeout_s > 0"),
         ({"deadline_s": "-1"}, "deadline_s > 0"),
         ({"fields": '{"stream": true}'}, "without model, messages, stream, n"),
         ({"retries": "-1"}, "retries >= 0"),
         ({"concurrency": "0"}, "concurrency >= 1"),
-        ({"fields": "{"}, "no JSON"),
+        ({"fields": "{"}, "not JSON"),
         ({"fields": "[]"}, "JSON object"),
         ({"fields": '{"model": "other"}'}, "without model"),
     ],

@@ -1,4 +1,4 @@
-"""What the model scorers do with files, options and batches that they cannot use; and the scorers without a CLIP."""
+"""Tests of the CLIP scorers with unusable files, options and batches; and of the scorers without a CLIP."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(clip: Path, tmp_path: Path) -> Path:
-    """The same folder, to be damaged."""
+    """Return a copy of the folder that a test may damage."""
     return Path(shutil.copytree(clip, tmp_path / "copy"))
 
 
@@ -41,22 +41,22 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pickscore_takes_the_processor_named_or_its_own_or_the_published(clip: Path, copy: Path, offline: None) -> None:
-    wanted = run(make("pickscore", model=clip), make_images()).score
+    expected = run(make("pickscore", model=clip), make_images()).score
     (copy / "preprocessor_config.json").unlink()
     with pytest.raises(UsageError, match=r"processor='laion/CLIP-ViT-H-14.* hf download laion/CLIP.*merges.txt"):
         make("pickscore", model=copy)
-    np.testing.assert_array_equal(run(make("pickscore", model=copy, processor=clip), make_images()).score, wanted)
+    np.testing.assert_array_equal(run(make("pickscore", model=copy, processor=clip), make_images()).score, expected)
 
 
 def test_a_torch_file_is_read_and_old_extra_buffers_do_not_matter(clip: Path, copy: Path) -> None:
-    wanted = run(make("clipscore", model=clip), make_images()).score
+    expected = run(make("clipscore", model=clip), make_images()).score
     tensors = load_file(copy / "model.safetensors")
     tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
     torch.save(tensors, copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()
     old = {"feature_extractor_type": "CLIPFeatureExtractor", "size": SIDE, "crop_size": SIDE, "resample": 3}
     (copy / "preprocessor_config.json").write_text(json.dumps(old))
-    np.testing.assert_array_equal(run(make("clipscore", model=copy), make_images()).score, wanted)
+    np.testing.assert_array_equal(run(make("clipscore", model=copy), make_images()).score, expected)
 
 
 class _Harmful:
@@ -72,9 +72,9 @@ def test_no_weights_file_is_executed(clip: Path, copy: Path) -> None:
     (copy / "model.safetensors").unlink()
     for file in ("pytorch_model.bin", "head.pth"):
         torch.save({"a": _Harmful(trace)}, copy / file)
-    with pytest.raises(UsageError, match=r"could run code; wanted \.safetensors"):
+    with pytest.raises(UsageError, match=r"could run code; expected \.safetensors"):
         make("clipscore", model=copy)
-    with pytest.raises(UsageError, match=r"could run code; wanted \.safetensors"):
+    with pytest.raises(UsageError, match=r"could run code; expected \.safetensors"):
         make("aesthetic", model=clip, head=copy / "head.pth")
     assert not trace.exists()
 
@@ -91,12 +91,12 @@ def _edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obje
 
 
 DAMAGES = {
-    "architecture": (lambda f: _edit_config(f, model_type="siglip"), r"model_type .* is 'siglip', wanted 'clip'"),
+    "architecture": (lambda f: _edit_config(f, model_type="siglip"), r"model_type .* is 'siglip', expected 'clip'"),
     "missing": (lambda f: _edit_weights(f, lambda t: t.pop("logit_scale")), r"1 missing: logit_scale"),
     "extra": (lambda f: _edit_weights(f, lambda t: t.update(a=torch.ones(1))), r"1 not of this model: a$"),
     "shape": (
         lambda f: _edit_weights(f, lambda t: t.update({"visual_projection.weight": torch.ones(16, 4)})),
-        r"1 of another shape: visual_projection.weight is \[16, 4\], wanted \[16, 48\]",
+        r"1 of another shape: visual_projection.weight is \[16, 4\], expected \[16, 48\]",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), r"no config.json .* hf download openai/clip-vit-large"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"no weights .* hf download openai/clip-vit-large"),
@@ -104,7 +104,7 @@ DAMAGES = {
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"no tokenizer .*neither tokenizer.json nor"),
     "other tokenizer": (
         lambda f: CLIPTokenizer().save_pretrained(f),
-        r"another model's; tokens in the vocabulary: 2, the model's 516",
+        r"another model's: tokens in the vocabulary: 2, the model's 516",
     ),
     "other pixels": (
         lambda f: CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size=8).save_pretrained(f),
@@ -124,15 +124,15 @@ def test_what_does_not_fit_is_refused_by_name(copy: Path, damage: str) -> None:
 
 def test_what_is_nowhere_comes_with_the_command_that_downloads_it(tmp_path: Path, offline: None) -> None:
     gone = tmp_path / "gone"
-    command = f"hf download yuvalkirstain/PickScore_v1 --local-dir {gone}; and give the option model={gone}"
+    command = f"hf download yuvalkirstain/PickScore_v1 --local-dir {gone}; and set the option model={gone}"
     with pytest.raises(UsageError, match=rf"no such file or folder\)\. Download it with: {command}"):
         make("pickscore", model=gone)
-    with pytest.raises(UsageError, match=r"hf download some/clip --local-dir clip; and give the option model=clip$"):
+    with pytest.raises(UsageError, match=r"hf download some/clip --local-dir clip; and set the option model=clip$"):
         make("clipscore", model="some/clip")
     hf = Path(sys.executable).with_name("hf")
-    if hf.exists():  # the command is one that the installed hub client knows
-        told = subprocess.run([hf, "download", "--help"], capture_output=True, text=True, check=True).stdout
-        assert all(option in told for option in ("--local-dir", "--include", "[FILENAMES]"))
+    if hf.exists():  # the installed hub client knows this command
+        help_text = subprocess.run([hf, "download", "--help"], capture_output=True, text=True, check=True).stdout
+        assert all(option in help_text for option in ("--local-dir", "--include", "[FILENAMES]"))
 
 
 def test_a_head_of_another_layout_is_refused(clip: Path, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_head_of_another_layout_is_refused(clip: Path, tmp_path: Path) -> None
         make("aesthetic", model=clip)
     head = save_head(tmp_path / "head.pth", width=20)
     with pytest.raises(
-        UsageError, match=r"head=.* of another shape: layers.0.weight is \[1024, 20\], wanted \[1024, 16"
+        UsageError, match=r"head=.* of another shape: layers.0.weight is \[1024, 20\], expected \[1024, 16"
     ):
         make("aesthetic", model=clip, head=head)
     torch.save({"state_dict": {"mlp.weight": torch.ones(1, 16)}}, head)
@@ -151,11 +151,11 @@ def test_a_head_of_another_layout_is_refused(clip: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "tpu:x"}, "wanted cpu or cuda:0"),
-        ({"device": "cuda:99"}, "CUDA devices; give another device"),
-        ({"dtype": "int8"}, "wanted one of float32, float16, bfloat16"),
-        ({"batch_size": 0}, "wanted at least 1 image"),
-        ({"batch_size": "many"}, "batch_size='many' is no int"),
+        ({"device": "tpu:x"}, "expected e.g. cpu or cuda:0"),
+        ({"device": "cuda:99"}, "CUDA devices; use another device"),
+        ({"dtype": "int8"}, "expected one of float32, float16, bfloat16"),
+        ({"batch_size": 0}, "batch_size=0: expected at least 1"),
+        ({"batch_size": "many"}, "batch_size='many' is not a valid int"),
         ({"colour": "red"}, "its options"),
     ],
 )
@@ -233,7 +233,7 @@ def test_imagereward_without_its_package_says_how_to_install_it(monkeypatch: pyt
 def test_batches_of_another_form_are_refused(clip: Path, name: str) -> None:
     scorer = make(name, **({"model": clip} if name == "clipscore" else {}))
     for images in (make_images().astype(np.float32), make_images()[0], make_images()[:0], make_images()[..., :1]):
-        with pytest.raises(ValueError, match=f"'{name}' wants images uint8"):
+        with pytest.raises(ValueError, match=f"'{name}' expects images uint8"):
             run(scorer, images)
     with pytest.raises(ValueError, match="found 6 images, 5 prompts, 5 metadata"):
         run(scorer, make_images(), PROMPTS[:5])
@@ -241,7 +241,7 @@ def test_batches_of_another_form_are_refused(clip: Path, name: str) -> None:
 
 @pytest.mark.parametrize("place", ["models/PickScore_v1", "Weights/clip", "mine/PickScore_v1", "kept/other"])
 def test_a_missing_folder_is_not_taken_for_a_hub_name(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The advice downloads the published model into that folder."""
+    """The advice is to download the published model into that folder."""
     monkeypatch.chdir(tmp_path)
     Path("kept").mkdir()
     source = Source("pickscore", "model", place, "yuvalkirstain/PickScore_v1")

@@ -1,4 +1,4 @@
-"""CLIPs in the format of open_clip and timm: the scores of the same weights in that of transformers, and bad files."""
+"""Tests of CLIPs in the format of open_clip and timm: the same scores as with transformers, and invalid files."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ TIMM = "vit_large_patch14_clip_224.openai"
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads, and far slower if other programs want the cores too."""
+    """Use one thread: models this small are slower on several, especially if other programs need the cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,7 +49,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=["quick_gelu", "gelu"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """(Folder of transformers, folder of open_clip with the same weights, activation)."""
+    """Return (folder of transformers, folder of open_clip with the same weights, activation)."""
     act, root = request.param, tmp_path_factory.mktemp("pair")
     source = make_folder(root / "transformers", make_config(act))
     return source, make_open_clip_folder(root / "open_clip", source, act), act
@@ -109,7 +109,7 @@ def test_a_folder_of_timm_has_openais_activation_and_may_hold_the_image_half_as_
 ) -> None:
     folder = make_open_clip_folder(tmp_path / TIMM, quick, "quick_gelu", weights)
     config = open_clip_config("quick_gelu")
-    del config["model_cfg"]["quick_gelu"]  # then the name of the folder tells
+    del config["model_cfg"]["quick_gelu"]  # then the folder's name decides
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text(json.dumps({"architecture": "vit_large_patch14_clip_224"}))
     if weights != "pytorch_model.bin":
@@ -128,7 +128,7 @@ def test_a_folder_of_both_libraries_is_read_as_one_of_transformers(quick: Path, 
     np.testing.assert_array_equal(run(make("clipscore", model=folder), make_images()).score, expected)
 
 
-def test_colors_are_told_alike(pair: tuple[Path, Path, str]) -> None:
+def test_colors_are_the_same(pair: tuple[Path, Path, str]) -> None:
     tellers = [load_colors(str(folder), torch.device("cpu")) for folder in pair[:2]]
     torch.testing.assert_close(*(teller.classifier("dog") for teller in tellers), rtol=0, atol=2e-6)
     image, mask = make_images(1, (40, 48)), np.ones((40, 48), bool)
@@ -174,7 +174,7 @@ def test_images_are_prepared_to_the_bit_as_by_open_clip(size: tuple[int, int]) -
     assert torch.equal(to_pixels(picture, SIDE), expected)
     processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE)
     pixels = processor(picture, return_tensors="pt")["pixel_values"][0]
-    if size[0] == size[1]:  # otherwise transformers may cut the middle out one pixel elsewhere
+    if size[0] == size[1]:  # otherwise transformers may crop the centre one pixel off
         assert torch.equal(pixels, expected)
 
 
@@ -202,7 +202,7 @@ def edit(folder: Path, *keys: str, value: Any) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "harmful": (lambda f: torch.save({"a": _Harmful(f / "trace")}, f / WEIGHTS), r"could run code; wanted \.safetens"),
+    "harmful": (lambda f: torch.save({"a": _Harmful(f / "trace")}, f / WEIGHTS), r"could run code; expected \.safet"),
     "script": (
         lambda f: torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1)), f / WEIGHTS),
         r"TorchScript program",
@@ -210,24 +210,24 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:900]), r"cannot read the weights"),
     "image half": (
         lambda f: torch.save({"patch_embed.proj.weight": torch.ones(1)}, f / WEIGHTS),
-        rf"image half alone.* hf download timm/{TIMM} open_clip_config.json open_clip_pytorch_model.bin --local-dir",
+        rf"only the image half.* hf download timm/{TIMM} open_clip_config.json open_clip_pytorch_model.bin --local-dir",
     ),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), rf"none of open_clip_model.* hf download timm/{TIMM} "),
     "no model": (lambda f: edit(f, "model_cfg", value={}), r"no model_cfg with vision_cfg and text_cfg"),
     "no json": (lambda f: (f / "open_clip_config.json").write_text("{"), r"cannot read the open_clip_config.json"),
     "other text model": (
         lambda f: edit(f, "model_cfg", "text_cfg", "hf_model_name", value="some/model"),
-        r"not of a plain CLIP: it sets hf_model_name",
+        r"not describe a plain CLIP: it sets hf_model_name",
     ),
     "other kind": (lambda f: edit(f, "model_cfg", "multimodal_cfg", value={"a": 1}), r"it sets multimodal_cfg"),
-    "unknown field": (lambda f: edit(f, "model_cfg", "vision_cfg", "colour", value=1), r"no CLIP that can be built"),
+    "unknown field": (lambda f: edit(f, "model_cfg", "vision_cfg", "colour", value=1), r"not describe a valid CLIP"),
     "other size": (
         lambda f: edit(f, "model_cfg", "embed_dim", value=24),
-        r"2 of another shape: text_projection is \[32, 16\], wanted \[32, 24\]",
+        r"2 of another shape: text_projection is \[32, 16\], expected \[32, 24\]",
     ),
     "other tokenizer": (
         lambda f: [path.unlink() for path in f.glob("token*.json")],
-        r"another model's; tokens in the vocabulary: 49408, the model's 516",
+        r"another model's: tokens in the vocabulary: 49408, the model's 516",
     ),
     "pictures": (lambda f: edit(f, "preprocess_cfg", "resize_mode", value="fold"), r"preprocess_cfg"),
 }
@@ -249,12 +249,12 @@ def test_a_folder_that_is_not_there_comes_with_its_download(tmp_path: Path) -> N
     command = f"hf download timm/{TIMM} open_clip_config.json open_clip_pytorch_model.bin --local-dir {tmp_path / TIMM}"
     with pytest.raises(UsageError, match=command):
         make("clipscore", model=tmp_path / TIMM)
-    with pytest.raises(UsageError, match=f"scorer 'geneval': .*{command}; and give the option clip="):
+    with pytest.raises(UsageError, match=f"scorer 'geneval': .*{command}; and set the option clip="):
         load_colors(str(tmp_path / TIMM), torch.device("cpu"))
 
 
 def test_the_models_can_be_imported_beside_any_build_of_torch() -> None:
-    """In a process of its own, because here the operators are declared already."""
+    """The test uses a new process, because in this one the operators are already declared."""
     code = "from rewards_bridge.scorers.torch_models import CLIPModel; import torchvision, open_clip; print(CLIPModel)"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

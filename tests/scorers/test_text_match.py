@@ -1,4 +1,4 @@
-"""The text score by hand: what is asked for, how far what was read is from it, and which prompts cannot be scored."""
+"""Tests of the text score: targets of prompts, scores computed by hand, and prompts that cannot be scored."""
 
 import pytest
 
@@ -52,7 +52,7 @@ def test_the_target_is_between_the_first_pair_of_double_quotes(prompt, target):
         ("helo", "hello", 0.8),  # one letter is missing
         ("hallo", "hello", 0.8),  # one is another
         ("h3ll0", "hello", 0.6),
-        ("heello", "hello", 0.8),  # one too many, and hello is no part of it
+        ("heello", "hello", 0.8),  # one too many, and hello is not part of it
         ("", "hello", 0.0),
         ("goodbye and thanks for all the fish", "hi", 0.0),  # a distance of more than the target counts as all of it
         ("l", "1", 0.0),
@@ -103,7 +103,7 @@ def test_lines_are_joined_in_order():
 def test_all_bad_prompts_are_listed_with_their_numbers():
     prompts = ['a sign "A"', "a sign", 'half a "quote', "single 'quotes'", 'empty ""', 'blank "\u200b "', 'fine "B"']
     problems = text_match.check_prompts(prompts)
-    wrong = ["no double quotes", "no partner", "no double quotes", "nothing between", "nothing between"]
+    wrong = ["no double quotes", "is unpaired", "no double quotes", "is empty", "is empty"]
     assert [problem.partition(":")[0] for problem in problems] == [f"prompt {number}" for number in (2, 3, 4, 5, 6)]
     for problem, words, prompt in zip(problems, wrong, prompts[1:6], strict=True):
         assert words in problem
@@ -124,13 +124,13 @@ def test_a_prompt_without_a_target_is_no_score():
     [
         ('first "one" then "two"', "2 texts are in quotes and only the first is looked for"),
         ('typographic “no”, straight "yes"', "2 texts are in quotes"),
-        ('a 24" monitor that shows "HELLO"', "after a digit is taken for the mark of inches"),
-        ('an unclosed one follows "so": "', "a double quote has no partner"),
-        ('"HELLO and "BYE"', "a double quote has no partner"),
-        ('nothing in "", then "X"', "a pair of quotes has nothing between"),
+        ('a 24" monitor that shows "HELLO"', "after a digit is read as the symbol for inches"),
+        ('an unclosed one follows "so": "', "a double quote is unpaired"),
+        ('"HELLO and "BYE"', "a double quote is unpaired"),
+        ('nothing in "", then "X"', "a pair of quotes is empty"),
         (r"escaped \"SALE\" twice", "its quotes are escaped"),
         ('"doubled ""SALE"" in a cell"', "its quotes are doubled"),
-        ('a heart "❤"', "text readers seldom know ❤"),
+        ('a heart "❤"', "text readers rarely recognise ❤"),
     ],
 )
 def test_a_doubtful_target_is_said_with_its_reason(prompt, reason):

@@ -1,4 +1,4 @@
-"""How a judge's answer is read: the one number that it clearly gives as its score, or none."""
+"""Tests of reading a judge's answer: the one number that it clearly gives as its score, or an error."""
 
 import contextlib
 import re
