@@ -362,7 +362,7 @@ def test_what_a_scorer_says_of_prompts_is_told_at_the_start_and_kept(tmp_path: P
         (("--scorer=jpeg", "--option=quality=3"), "--option quality=3: wanted NAME.KEY=VALUE"),
         (("--scorer=jpeg", "--replicas=jpeg=two"), "--replicas: 'two' cannot be read; give the processes"),
         (("--scorer=jpeg", "--replicas=jpeg=0"), "jpeg has 0 replicas; give at least 1"),
-        (("--scorer=jpeg", "--deadline-s=jpeg=0"), "deadline_s has to be in"),
+        (("--scorer=jpeg", "--deadline-s=jpeg=0"), "deadline_s must be in"),
         (("--scorer=jpeg", "--address=jpeg=far:1"), "far:1 is another machine: set tls_ca and token_file"),
         (("--config=nowhere.py",), "there is no nowhere.py"),
         (("--scorer=jpeg", "--config.seed=1"), "--config.seed=1 needs --config FILE"),

@@ -152,7 +152,7 @@ def test_the_doctor_of_the_bridge_hands_a_configuration_over(capfd):
     assert bridge_main(["doctor", "--config", "configs/nowhere.py"]) == 2
     assert "there is no configs/nowhere.py" in capfd.readouterr().err
     assert bridge_main(["doctor", "--config", "configs/geneval.py", "--scorer", "jpeg"]) == 2
-    assert "leave --scorer, --option, --device out" in capfd.readouterr().err
+    assert "leave --scorer, --option and --device out" in capfd.readouterr().err
     with pytest.raises(SystemExit):
         bridge_main(["doctor", "--scorer", "jpeg", "--config.model.path=x"])
 

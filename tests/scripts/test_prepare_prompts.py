@@ -127,8 +127,8 @@ GENEVAL = "\n".join(
             {
                 2: "it has no double quotes",
                 3: "it has no double quotes",
-                4: "nothing between its first pair",
-                6: "has no partner",
+                4: "its first pair of double quotes is empty",
+                6: "is unpaired",
             },
         ),
         (
