@@ -90,7 +90,7 @@ class OpenClipTowers:
 
 
 def is_open_clip(source: Source) -> bool:
-    """Return whether the place is a folder in open_clip's format; one that is also in transformers' format is not."""
+    """Return whether the place is a folder in open_clip's format and not also in that of transformers."""
     if not source.has(CONFIG):
         return False
     try:
