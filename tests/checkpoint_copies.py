@@ -1,4 +1,4 @@
-"""Copies of a golden checkpoint in other dtypes and file layouts, made and read with PyTorch's own tools."""
+"""Copies of a golden released folder in other dtypes and file layouts, written and read with PyTorch's own tools."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ State = dict[str, torch.Tensor]
 
 
 def copy_checkpoint(folder: Path) -> Path:
-    """A writable copy of a golden checkpoint, its tensors in float32 safetensors."""
+    """Return a writable copy of a golden released folder, with its tensors in float32 safetensors."""
     shutil.copytree(first_case().checkpoint, folder)
     for part in PARTS:
         state = {name: tensor.float() for name, tensor in read_state(folder / part).items()}
@@ -31,14 +31,14 @@ def file_of(folder: Path, part: str) -> Path:
 
 
 def read_state(folder: Path) -> State:
-    """All tensors of a part's folder, however they are stored."""
-    found: State = {}
+    """Return all tensors of a part's folder, however they are stored."""
+    state: State = {}
     for file in folder.iterdir():
         if file.suffix == ".safetensors":
-            found |= load_file(file)
+            state |= load_file(file)
         elif file.suffix in (".bin", ".pth"):
-            found |= torch.load(file, weights_only=True)
-    return found
+            state |= torch.load(file, weights_only=True)
+    return state
 
 
 def change(folder: Path, part: str, edit) -> None:
@@ -54,7 +54,7 @@ def cast(folder: Path, dtype: torch.dtype) -> None:
 
 
 def cast_some(folder: Path) -> None:
-    """Every dtype of the format in one folder, and a codebook in half precision."""
+    """Use every dtype of the format in one folder, and store the codebook in half precision."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
 
     def edit(state: State) -> None:
@@ -86,7 +86,7 @@ def shard(folder: Path, ending: str = ".safetensors") -> None:
 
 
 def as_bin(folder: Path, legacy: bool = False) -> None:
-    """Store each part as a .bin file; `legacy`: as PyTorch before 1.6 did."""
+    """Store each part as a .bin file; with `legacy`, in the format of PyTorch before 1.6."""
     for part in PARTS:
         state = load_file(file_of(folder, part))
         file_of(folder, part).unlink()

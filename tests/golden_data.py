@@ -1,4 +1,4 @@
-"""Golden numbers computed by the public PyTorch release: where they lie and how to compare with them.
+"""Golden numbers computed by the public PyTorch release: where they are stored and how to compare with them.
 
 `UDM_GRPO_GOLDEN` names one golden folder (it holds golden.npz) or a folder of several; unset, `tests/golden/*` is used.
 """
@@ -50,7 +50,7 @@ def _load(path: Path) -> GoldenCase:
 
 
 def golden_paths() -> list[Path]:
-    """Return the golden folders, sorted by name; raises FileNotFoundError where there is none."""
+    """Return the golden folders, sorted by name; raises FileNotFoundError if there are none."""
     root = Path(os.environ.get("UDM_GRPO_GOLDEN") or DEFAULT_ROOT)
     if (root / "golden.npz").is_file():
         return [root]
@@ -61,22 +61,22 @@ def golden_paths() -> list[Path]:
 
 
 def golden_cases() -> pytest.MarkDecorator:
-    """Return a parametrisation over all golden folders: decorate a test that takes an argument `case: GoldenCase`."""
+    """Return a parametrisation over all golden folders: it decorates a test with an argument `case: GoldenCase`."""
     paths = golden_paths()
     return pytest.mark.parametrize("case", [_load(path) for path in paths], ids=[path.name for path in paths])
 
 
 def first_case() -> GoldenCase:
-    """Return one golden case, for tests of what does not depend on the numbers."""
+    """Return one golden case, for tests that do not depend on the numbers."""
     return _load(golden_paths()[0])
 
 
-def assert_close(actual: Any, wanted: np.ndarray, tolerance: float = 1e-5) -> None:
-    """Assert that the largest difference is at most `tolerance` times the largest value of `wanted`."""
-    found = np.asarray(actual)
-    assert found.shape == wanted.shape, f"shape {found.shape}, wanted {wanted.shape}"
-    assert np.isfinite(found).all(), "not finite"
-    largest = float(np.abs(wanted).max())
-    error = float(np.abs(found.astype(np.float64) - wanted.astype(np.float64)).max()) / max(largest, 1e-30)
+def assert_close(actual: Any, expected: np.ndarray, tolerance: float = 1e-5) -> None:
+    """Assert that the largest difference is at most `tolerance` times the largest value of `expected`."""
+    array = np.asarray(actual)
+    assert array.shape == expected.shape, f"shape {array.shape}, expected {expected.shape}"
+    assert np.isfinite(array).all(), "not finite"
+    largest = float(np.abs(expected).max())
+    error = float(np.abs(array.astype(np.float64) - expected.astype(np.float64)).max()) / max(largest, 1e-30)
     message = f"largest difference is {error:.2e} of the largest value {largest:.3g}, allowed {tolerance:.0e}"
     assert error <= tolerance, message

@@ -1,4 +1,4 @@
-"""A golden checkpoint as the middle of the house sees it: parameters, path, ids."""
+"""A golden model in the form that the model and training code takes: parameters, path, ids."""
 
 import dataclasses
 import functools
@@ -27,27 +27,27 @@ class GoldenModel:
         return self.grid[0] * self.grid[1]
 
     def ids(self, name: str) -> jnp.ndarray:
-        """An integer array of the case, image axes flattened."""
+        """Return an integer array of the case with its image axes flattened."""
         array = self.case.arrays[name]
         return jnp.asarray(array.reshape(array.shape[0], -1), jnp.int32)
 
 
 @functools.cache
 def _load(folder: str) -> tuple:
-    checkpoint = load_folder(folder)
-    return checkpoint, make_path(
-        checkpoint.path_codebook, checkpoint.scheduler.alpha, checkpoint.scheduler.c, checkpoint.scheduler.eps
+    released = load_folder(folder)
+    return released, make_path(
+        released.path_codebook, released.scheduler.alpha, released.scheduler.c, released.scheduler.eps
     )
 
 
 def load_model(case: GoldenCase) -> GoldenModel:
-    checkpoint, path = _load(str(case.checkpoint))
+    released, path = _load(str(case.checkpoint))
     return GoldenModel(
-        config=checkpoint.transformer_config,
-        params=checkpoint.transformer,
-        reference=load_transformer(case.reference, checkpoint.transformer_config),
+        config=released.transformer_config,
+        params=released.transformer,
+        reference=load_transformer(case.reference, released.transformer_config),
         path=path,
-        shift=checkpoint.scheduler.shift,
+        shift=released.scheduler.shift,
         grid=tuple(case.setup["hw"]),
         case=case,
     )

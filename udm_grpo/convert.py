@@ -1,4 +1,4 @@
-"""Between the checkpoints of training (Orbax) and the released folders of PyTorch: convert, look into, compare.
+"""Convert, inspect and compare training checkpoints (Orbax) and released model folders (PyTorch).
 
     python -m udm_grpo.convert to-pytorch --checkpoint outputs/shapes --base udm_grpo/assets/ursa-shapes --output out
     python -m udm_grpo.convert to-pytorch --checkpoint outputs/lora --base FOLDER --adapter out
@@ -6,8 +6,8 @@
     python -m udm_grpo.convert info udm_grpo/assets/ursa-shapes
     python -m udm_grpo.convert verify out udm_grpo/assets/ursa-shapes --tolerance 0.1
 
-A training checkpoint is named by a run's folder or a folder of checkpoints (whose newest is taken), by its own folder,
-or as checkpoints/best. Exit status: 0; 1 if `verify` finds a difference; 2 for an error, told in one line.
+A training checkpoint is given as a run's folder or a folder of checkpoints (the newest is taken), as its own folder, or
+as checkpoints/best. Exit status: 0; 1 if `verify` finds a difference; 2 for an error, which is printed on one line.
 """
 
 import argparse
@@ -49,61 +49,63 @@ from udm_grpo.tensor_files.weight_table import TRANSFORMER_TABLE, TensorInfo, fr
 
 REFERENCE = Path(__file__).resolve().parent.parent / "scripts" / "torch_reference.py"
 FORWARD_TOLERANCE = 1e-4
-"""Of the largest logit."""
+"""Largest difference of the logits that is allowed, relative to the largest logit."""
 BLOCK = 1 << 22
-"""Numbers that are compared at a time."""
+"""Number of values that are compared at a time."""
 TARGETS = ("output", "transformer_only", "adapter")
-"""Flags of what is written."""
-Tensors = tuple[Mapping[str, TensorInfo], Callable[[str], np.ndarray]]  # what is known by name, and what reads one
+"""Flags that name the output."""
+Tensors = tuple[Mapping[str, TensorInfo], Callable[[str], np.ndarray]]  # by name: shape and dtype, and what reads it
 
 
-def to_pytorch(given: argparse.Namespace) -> int:
-    """Run the command to-pytorch: a released folder, or the transformer alone as one file, whole or not at all."""
-    if given.transformer_only and given.transformer_only.suffix not in (".safetensors", ".bin"):
+def to_pytorch(args: argparse.Namespace) -> int:
+    """Run the command to-pytorch: write a released folder, or only the transformer as one file, atomically."""
+    if args.transformer_only and args.transformer_only.suffix not in (".safetensors", ".bin"):
         raise WeightsError(
-            f"found {given.transformer_only}, wanted a .safetensors or .bin; give it one of these endings"
+            f"--transformer-only is {args.transformer_only}; expected a name that ends with .safetensors or .bin"
         )
-    if given.adapter and given.dtype:
-        raise WeightsError("--dtype is for whole weights; an adapter is written in float32. Leave --dtype out")
-    base = load_folder(given.base, transformer_weights=given.transformer)
-    training = open_training(given.checkpoint)
-    if given.adapter:
-        return to_peft(given, base, training)
+    if args.adapter and args.dtype:
+        raise WeightsError("--dtype does not apply to --adapter, which is always written in float32; leave --dtype out")
+    base = load_folder(args.base, transformer_weights=args.transformer)
+    training = open_training(args.checkpoint)
+    if args.adapter:
+        return to_peft(args, base, training)
     layout = base.layouts["transformer"]
-    made = exported(base, training.read_for(base, given.weights, str(given.base)))
-    target = given.output or given.transformer_only
-    if given.output:
-        save_folder(made, target, given.dtype)
+    released = exported(base, training.read_for(base, args.weights, str(args.base)))
+    target = args.output or args.transformer_only
+    if args.output:
+        save_folder(released, target, args.dtype)
     else:
         alone = Layout({target.name: tuple(sorted(layout.dtypes))}, layout.dtypes, {target.name: {"format": "pt"}})
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-            save_folder(dataclasses.replace(made, layouts={**made.layouts, "transformer": alone}), scratch, given.dtype)
+            save_folder(
+                dataclasses.replace(released, layouts={**released.layouts, "transformer": alone}), scratch, args.dtype
+            )
             (Path(scratch) / "transformer" / target.name).replace(target)
-    print(f"{target}: {given.weights} of step {training.step}, in {given.dtype or _dtypes(layout)}")
+    print(f"{target}: {args.weights} of step {training.step}, in {args.dtype or _dtypes(layout)}")
     return 0
 
 
-def to_peft(given: argparse.Namespace, base: ReleasedModel, training: Training) -> int:
-    """Run the command to-pytorch with --adapter: what a LoRA run has trained, as a folder that PEFT reads."""
+def to_peft(args: argparse.Namespace, base: ReleasedModel, training: Training) -> int:
+    """Run the command to-pytorch with --adapter: write what a LoRA run has trained as a folder that PEFT reads."""
     lora = training.lora
     if lora is None:
-        raise WeightsError(f"{training.path} is of a run that trained all weights, not an adapter; use --output")
-    training.check(base, given.weights, str(given.base))
-    adapter = training.read_part(training.prefix(given.weights))
-    write_adapter(given.adapter, adapter, lora.alpha)
-    print(f"{given.adapter}: {given.weights} of step {training.step}, rank {lora.rank}, alpha {lora.alpha:g}")
+        raise WeightsError(f"{training.path} comes from a run that trained all weights, not an adapter; use --output")
+    training.check(base, args.weights, str(args.base))
+    adapter = training.read_part(training.prefix(args.weights))
+    write_adapter(args.adapter, adapter, lora.alpha)
+    print(f"{args.adapter}: {args.weights} of step {training.step}, rank {lora.rank}, alpha {lora.alpha:g}")
     return 0
 
 
-def rewrite(given: argparse.Namespace) -> int:
-    """Run the command rewrite: a released folder with other transformer weights, or with its own in another dtype."""
-    if not given.transformer and not given.dtype:
-        raise WeightsError("rewrite without --transformer and --dtype would be a copy; give one of them or both")
-    made = load_folder(given.base, transformer_weights=given.transformer)
-    save_folder(made, given.output, given.dtype)
-    where = given.transformer or given.base
-    print(f"{given.output}: the transformer of {where} in {given.dtype or _dtypes(made.layouts['transformer'])}")
+def rewrite(args: argparse.Namespace) -> int:
+    """Run the command rewrite: write a released folder with other transformer weights or in another dtype."""
+    if not args.transformer and not args.dtype:
+        raise WeightsError("rewrite needs --transformer or --dtype or both; without them it would only copy the folder")
+    released = load_folder(args.base, transformer_weights=args.transformer)
+    save_folder(released, args.output, args.dtype)
+    where = args.transformer or args.base
+    print(f"{args.output}: the transformer of {where} in {args.dtype or _dtypes(released.layouts['transformer'])}")
     return 0
 
 
@@ -112,11 +114,11 @@ def _dtypes(layout: Layout) -> str:
 
 
 def describe_released(folder: Path) -> dict[str, Any]:
-    """Return sizes, parameters, dtypes, schedule, tokenizer and files of a released folder; raises WeightsError."""
-    found = [read_json(folder / name) for name in CONFIG_FILES]
+    """Return sizes, parameters, dtypes, schedule, tokenizer and files of a released folder. Raises WeightsError."""
+    configs = [read_json(folder / name) for name in CONFIG_FILES]
     try:
-        config, vq_config = TransformerConfig.from_json(found[0]), VQConfig.from_json(found[1])
-        scheduler = Scheduler.from_json(found[2])
+        config, vq_config = TransformerConfig.from_json(configs[0]), VQConfig.from_json(configs[1])
+        scheduler = Scheduler.from_json(configs[2])
     except ValueError as error:
         raise WeightsError(f"{folder}: {error}") from error
     tokenizer = load_tokenizer(folder / "tokenizer")
@@ -132,7 +134,7 @@ def describe_released(folder: Path) -> dict[str, Any]:
 
 
 def describe_training(path: epath.Path) -> dict[str, Any]:
-    """Return what a checkpoint of training says of itself and the shapes of its transformer's parameters."""
+    """Return the metadata of a training checkpoint and the shapes of its transformer's parameters."""
     training, parts = open_training(path), dict[str, list[TensorInfo]]()
     for name, form in training.infos.items():
         parts.setdefault(part_of(name), []).append(form)
@@ -150,27 +152,27 @@ def describe_training(path: epath.Path) -> dict[str, Any]:
     } | _files(Path(training.path))
 
 
-def info(given: argparse.Namespace) -> int:
-    """Run the command info; reads no tensor."""
-    found = describe_released(Path(given.path)) if is_released(given.path) else describe_training(given.path)
-    print(json.dumps(found) if given.json else "\n".join(_lines(found)))
+def info(args: argparse.Namespace) -> int:
+    """Run the command info; no tensor is read."""
+    description = describe_released(Path(args.path)) if is_released(args.path) else describe_training(args.path)
+    print(json.dumps(description) if args.json else "\n".join(_lines(description)))
     return 0
 
 
 def open_released(folder: Path) -> dict[str, TensorFiles]:
-    """Open the tensors of every part of a released folder; raises WeightsError for what is missing or damaged."""
+    """Open the tensors of every part of a released folder. Raises WeightsError if one is missing or damaged."""
     parts = {name: open_part(folder / name) for name in ("transformer", "vae")}
     return parts | {"scheduler": open_tensors(folder / "scheduler" / SCHEDULER_FILE)}
 
 
 def tensors(path: epath.Path, weights: str) -> dict[str, Tensors]:
-    """Return, part by part, what reads the tensors under their released names; training has the transformer alone."""
+    """Return the tensors of each part by their released names; a training checkpoint has only the transformer."""
     if is_released(path):
         return {name: (opened.infos, opened.read) for name, opened in open_released(Path(path)).items()}
     tree = open_training(path).read(weights)
-    wanted, leaves = sources(TRANSFORMER_TABLE, tree), leaves_by_path(tree)
-    infos = {name: TensorInfo(source.shape, str(leaves[source.path].dtype)) for name, source in wanted.items()}
-    return {"transformer": (infos, lambda name: from_tree(wanted[name], leaves))}
+    expected, leaves = sources(TRANSFORMER_TABLE, tree), leaves_by_path(tree)
+    infos = {name: TensorInfo(source.shape, str(leaves[source.path].dtype)) for name, source in expected.items()}
+    return {"transformer": (infos, lambda name: from_tree(expected[name], leaves))}
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> tuple[float, float] | None:
@@ -189,9 +191,9 @@ def difference(one: np.ndarray, other: np.ndarray) -> tuple[float, float] | None
 
 
 def compare(part: str, one: Tensors, other: Tensors, tolerance: float) -> list[str]:
-    """Print a line on a part of two checkpoints, and return one for every name, shape, value that differs.
+    """Print a summary line for one part of two models, and return a line for every name, shape or value that differs.
 
-    tolerance: of the absolute difference; 0 asks for equal bits, of a narrower dtype after widening, which is exact.
+    tolerance: largest allowed absolute difference; 0 requires equal bits, after an exact widening of a narrower dtype.
     """
     (here, read), (there, read_other), both = one, other, one[0].keys() & other[0].keys()
     lines = [f"missing in B: {name} {here[name].shape}" for name in here if name not in both]
@@ -213,39 +215,39 @@ def compare(part: str, one: Tensors, other: Tensors, tolerance: float) -> list[s
 
 
 def compare_forward(a: epath.Path, b: epath.Path) -> list[str]:
-    """Print how far the torch model of folder A and ours of B are apart on random tokens; a line if it is too far."""
+    """Compare A's logits by the torch model with B's by ours on random tokens; return a line if they differ."""
     if not (is_released(a) and is_released(b)):
-        raise WeightsError(f"--forward: found {a} and {b}, wanted released folders; use to-pytorch first")
-    checkpoint, random = load_folder(b), np.random.default_rng(0)
-    config, length = checkpoint.transformer_config, checkpoint.tokenizer.length
+        raise WeightsError(f"--forward compares released folders, not {a} and {b}; convert them with to-pytorch first")
+    released, random = load_folder(b), np.random.default_rng(0)
+    config, length = released.transformer_config, released.tokenizer.length
     prompts = random.integers(0, config.lm_vocab_size, (2, length))
-    prompts[0, : length // 2] = checkpoint.tokenizer.pad_id
+    prompts[0, : length // 2] = released.tokenizer.pad_id
     images = random.integers(0, config.lm_head_size, (2, 4, 6))  # not square: rows are not columns
     with tempfile.TemporaryDirectory() as scratch:
         inputs, output = Path(scratch) / "inputs.npz", Path(scratch) / "logits.npz"
         np.savez(inputs, prompt_ids=prompts, image_ids=images)
         done = subprocess.run([sys.executable, REFERENCE, a, inputs, output], capture_output=True, text=True)
         if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
-            raise WeightsError(f"{REFERENCE} failed ({said}); it needs torch and transformers, see requirements.txt")
-        with np.load(output) as made:
-            wanted = made["logits"]
+            reason = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
+            raise WeightsError(f"{REFERENCE} failed ({reason}); it needs torch and transformers, see requirements.txt")
+        with np.load(output) as archive:
+            expected = archive["logits"]
     with jax.default_matmul_precision("highest"):  # GPUs would round float32 to TF32
-        found = np.asarray(Pipeline(checkpoint).logits(prompts, images))
-    gap, largest = (float(np.abs(array).max()) for array in (found - wanted, wanted))
+        logits = np.asarray(Pipeline(released).logits(prompts, images))
+    gap, largest = (float(np.abs(array).max()) for array in (logits - expected, expected))
     text = f"forward: largest difference {gap:.3g}, largest logit {largest:.3g}"
     print(text)
-    return [] if gap <= FORWARD_TOLERANCE * largest else [f"{text}; wanted a share of {FORWARD_TOLERANCE:g} at most"]
+    return [] if gap <= FORWARD_TOLERANCE * largest else [f"{text}; expected a ratio of at most {FORWARD_TOLERANCE:g}"]
 
 
-def verify(given: argparse.Namespace) -> int:
-    """Run the command verify; the logits are compared once the tensors agree."""
-    one, other = tensors(given.a, given.weights), tensors(given.b, given.weights)
-    parts = [compare(part, one[part], other[part], given.tolerance) for part in one if part in other]
-    lines = [line for found in parts for line in found]
-    if given.forward and not lines:
-        lines += compare_forward(given.a, given.b)
-    print("\n".join(lines) or "equal" + (f" within {given.tolerance:g}" if given.tolerance else ""))
+def verify(args: argparse.Namespace) -> int:
+    """Run the command verify; the logits are compared only if all tensors agree."""
+    one, other = tensors(args.a, args.weights), tensors(args.b, args.weights)
+    parts = [compare(part, one[part], other[part], args.tolerance) for part in one if part in other]
+    lines = [line for differences in parts for line in differences]
+    if args.forward and not lines:
+        lines += compare_forward(args.a, args.b)
+    print("\n".join(lines) or "equal" + (f" within {args.tolerance:g}" if args.tolerance else ""))
     return 1 if lines else 0
 
 
@@ -261,8 +263,8 @@ def _files(folder: Path) -> dict[str, Any]:
     return {"bytes": sum(files.values()), "files": dict(sorted(files.items()))}
 
 
-def _lines(found: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    for name, value in found.items():
+def _lines(fields: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    for name, value in fields.items():
         nested = isinstance(value, dict) and value
         yield f"{indent}{name}:" if nested else f"{indent}{name}: {value}"
         if nested:
@@ -278,7 +280,7 @@ def _free(text: str) -> Path:
 
 class _Parser(Parser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; {self.prog} --help says what is wanted\n")
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -287,48 +289,62 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(run: Callable[[argparse.Namespace], int], name: str, text: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text)
-        made.set_defaults(run=run)
-        return made
+        subparser = commands.add_parser(name, help=text, description=text)
+        subparser.set_defaults(run=run)
+        return subparser
 
-    one = command(to_pytorch, "to-pytorch", "a checkpoint of training -> a released folder, or only its transformer")
-    one.add_argument("--checkpoint", type=epath.Path, required=True, help="checkpoint of training")
-    one.add_argument("--base", type=Path, required=True, help="released folder: all but the transformer's values")
+    one = command(to_pytorch, "to-pytorch", "convert a training checkpoint to released weights or a PEFT adapter")
+    one.add_argument("--checkpoint", type=epath.Path, required=True, help="training checkpoint")
+    one.add_argument("--base", type=Path, required=True, help="released folder with everything but these weights")
     target = one.add_mutually_exclusive_group(required=True)
     target.add_argument("--output", type=_free, help="folder to write")
-    target.add_argument("--transformer-only", type=_free, metavar="FILE", help="a .safetensors or .bin instead")
-    target.add_argument("--adapter", type=_free, metavar="FOLDER", help="of a LoRA run, for PEFT, instead")
-    two = command(rewrite, "rewrite", "a released folder with trained transformer weights or in another dtype")
+    target.add_argument(
+        "--transformer-only", type=_free, metavar="FILE", help="write only the transformer: .safetensors, .bin"
+    )
+    target.add_argument("--adapter", type=_free, metavar="FOLDER", help="write a LoRA run's adapter in PEFT's format")
+    two = command(rewrite, "rewrite", "write a released folder with other transformer weights or in another dtype")
     two.add_argument("--base", type=Path, required=True, help="released folder")
     two.add_argument("--output", type=_free, required=True, help="folder to write")
-    for made in (one, two):
-        words = "trained weights to take instead of those in --base: a file, its folder, or checkpoint-N of the release"
-        made.add_argument("--transformer", type=Path, metavar="FILE|FOLDER", help=words)
-        made.add_argument("--dtype", choices=DTYPES, help="of the transformer's tensors (default: that of the weights)")
-    three = command(info, "info", "what a released folder or a checkpoint of training holds")
+    for subcommand in (one, two):
+        words = "weights to use instead of those in --base: a file, its folder, or a checkpoint-N of the public release"
+        subcommand.add_argument("--transformer", type=Path, metavar="FILE|FOLDER", help=words)
+        subcommand.add_argument(
+            "--dtype", choices=DTYPES, help="dtype of the transformer's tensors (default: unchanged)"
+        )
+    three = command(info, "info", "describe a released folder or a training checkpoint")
     three.add_argument("path", type=epath.Path)
-    three.add_argument("--json", action="store_true", help="one JSON object")
-    four = command(verify, "verify", "whether two checkpoints are the same, tensor by tensor")
+    three.add_argument("--json", action="store_true", help="print one JSON object")
+    four = command(verify, "verify", "compare two released folders or training checkpoints, tensor by tensor")
     four.add_argument("a", type=epath.Path)
     four.add_argument("b", type=epath.Path)
     four.add_argument(
-        "--tolerance", type=finite_number, default=0.0, help="absolute difference allowed; 0 asks for equal bits"
+        "--tolerance",
+        type=finite_number,
+        default=0.0,
+        help="largest allowed absolute difference; 0 requires equal bits",
     )
-    four.add_argument("--forward", action="store_true", help="also A's logits by transformers' Qwen3 against ours of B")
-    for made in (one, four):
-        made.add_argument("--weights", choices=tuple(PREFIXES), default="params", help="which ones of a training")
+    four.add_argument(
+        "--forward", action="store_true", help="also compare A's logits by transformers' Qwen3 with ours of B"
+    )
+    for subcommand in (one, four):
+        subcommand.add_argument(
+            "--weights",
+            choices=tuple(PREFIXES),
+            default="params",
+            help="which weights of a training checkpoint to read",
+        )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     prepare()
-    given = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
-        check_flags(given, ("checkpoint",) if given.run is to_pytorch else ())
-        target = next(filter(None, (vars(given).get(name) for name in TARGETS)), None)
+        check_flags(args, ("checkpoint",) if args.run is to_pytorch else ())
+        target = next(filter(None, (vars(args).get(name) for name in TARGETS)), None)
         with lock_beside(target) if target else contextlib.nullcontext(), device_errors():
-            return given.run(given)
+            return args.run(args)
     except (UserError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)
         return USER_ERROR_STATUS

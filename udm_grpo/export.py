@@ -1,4 +1,4 @@
-"""What a run leaves for others: folders in the released format, and an adapter in PEFT's."""
+"""Export the weights of a run: folders in the released format, and adapters in PEFT's format."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +19,11 @@ from udm_grpo.run import Run, exported
 
 
 def export(run: Run, state: TrainState, judged: Params, reference: Params) -> None:
-    """Write `export` (the weights that the run judges) and, if it keeps an average, `export_raw` (the last ones).
+    """Write `export` (the weights that the run evaluates) and, if it keeps an average, `export_raw` (the last weights).
 
-    Both are whole models in the released format. A run that trains an adapter merges it into the start model for them,
-    in the memory of process 0, and writes the adapter itself in PEFT's format beside each: `export_lora` and
-    `export_lora_raw`. All processes take part, process 0 writes. Raises as `save_folder` does.
+    Both are whole models in the released format. If the run trains an adapter, process 0 merges it into the start model
+    in its own memory, and also writes the adapter itself in PEFT's format: `export_lora` and `export_lora_raw`. All
+    processes take part; process 0 writes. Raises as `save_folder` does.
     """
     kinds = {"": judged} if state.ema is None else {"": judged, "_raw": state.params}
     if not run.config.lora.rank:
@@ -40,29 +40,29 @@ def export(run: Run, state: TrainState, judged: Params, reference: Params) -> No
 def digest_exports(output: Path) -> dict[str, str]:
     """Return the SHA-256 of every folder that `export` may have written: folder -> digest of its files and their names.
 
-    Exports themselves do not name the run: the same weights are the same files, whoever trained them.
+    The exports do not name the run: equal weights give equal files, whichever run trained them.
     """
     folders = [output / name for name in RESULTS if (output / name).is_dir()]
     return {folder.name: digest_folder(folder) for folder in folders}
 
 
 def _export_adapters(run: Run, adapters: Mapping[str, Params], frozen: Params) -> None:
-    given = run.config.lora
+    settings = run.config.lora
     model = run.config.model
     base = start_weights(local(model.path), run.released.transformer_config, frozen, model.transformer)
     for ending, adapter in adapters.items():
-        write_adapter(run.output / f"export_lora{ending}", adapter, given.alpha)
-        merged = merge_on_host(base, adapter, lora.factor(given))
+        write_adapter(run.output / f"export_lora{ending}", adapter, settings.alpha)
+        merged = merge_on_host(base, adapter, lora.factor(settings))
         save_folder(exported(run.released, merged), run.output / f"export{ending}")
 
 
 def start_weights(
     folder: PathLike, config: TransformerConfig, frozen: Params, transformer_weights: PathLike | None = None
 ) -> Params:
-    """Return the base of an adapter in float32 on the host, as exact as it is known.
+    """Return the base weights of an adapter in float32 on the host, as exactly as they are known.
 
-    `frozen` (on the host) is what training saw, perhaps rounded to bfloat16. Where the folder still holds what it was
-    rounded from, those values are taken. transformer_weights: what was read instead of the folder's, if anything was.
+    `frozen` (on the host) is what training used, perhaps rounded to bfloat16. If the folder still holds the values that
+    it was rounded from, they are taken. transformer_weights: what the run read instead of the folder's, if anything.
     """
     if all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(frozen)):
         return frozen
@@ -70,12 +70,12 @@ def start_weights(
     try:
         path = transformer_path(folder, transformer_weights)
         whole = load_transformer(path, config, shardings=jax.tree.map(lambda leaf: here, frozen))
-    except WeightsError:  # it may have gone or changed since the run began
+    except WeightsError:  # it may have been removed or changed since the run began
         return frozen
     return jax.tree.map(unrounded, whole, frozen)
 
 
 def unrounded(whole: np.ndarray, frozen: np.ndarray) -> np.ndarray:
-    """`whole` if `frozen` is what it rounds to, else `frozen` in float32."""
+    """Return `whole` if it rounds to `frozen`, else `frozen`, in float32."""
     same = np.array_equal(np.asarray(whole).astype(frozen.dtype), frozen)
     return np.asarray(whole if same else frozen, np.float32)

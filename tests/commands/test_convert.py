@@ -221,7 +221,7 @@ def test_forward_agrees_on_the_shipped_checkpoint(capsys: pytest.CaptureFixture[
 def test_forward_finds_a_changed_weight(golden: Path, capsys: pytest.CaptureFixture[str]):
     change_weight(golden, 5.0)
     assert not equal(first_case().checkpoint, golden, "--forward", "--tolerance", 10)
-    assert "wanted a share of 0.0001 at most" in capsys.readouterr().out
+    assert "expected a ratio of at most 0.0001" in capsys.readouterr().out
 
 
 def test_errors(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -233,19 +233,19 @@ def test_errors(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     wanted = {
         "taken exists and is not empty": (*base, golden, "--output", taken),
         "taken exists": ("rewrite", "--base", golden, "--dtype", "float16", "--output", taken),
-        "rewrite without --transformer and --dtype": ("rewrite", "--base", golden, "--output", free),
+        "rewrite needs --transformer or --dtype": ("rewrite", "--base", golden, "--output", free),
         "invalid choice: 'int8'": ("rewrite", "--base", golden, "--dtype", "int8", "--output", free),
-        "an adapter is written in float32": (*base, golden, "--adapter", free, "--dtype", "float16"),
+        "--adapter, which is always written in float32": (*base, golden, "--adapter", free, "--dtype", "float16"),
         "transformer.bin exists": (*base, golden, "--transformer-only", taken / "transformer.bin"),
-        "a.onnx, wanted a .safetensors or .bin": (*base, golden, "--transformer-only", free / "a.onnx"),
+        "a.onnx; expected a name that ends": (*base, golden, "--transformer-only", free / "a.onnx"),
         "is of another model than": (*base, SHAPES, "--output", free),
-        "wrong shape: lm_head.weight is (256, 64), wanted (256, 128)": (*base, SHAPES, "--output", free),
+        "wrong shape: lm_head.weight is (256, 64), expected (256, 128)": (*base, SHAPES, "--output", free),
         "nowhere: no such folder": (*base, tmp_path / "nowhere", "--output", free),
         "nowhere does not exist; wanted a run's": ("info", tmp_path / "nowhere"),
         "taken holds no complete checkpoint": ("info", taken),
         "is a released folder; wanted": ("to-pytorch", "--checkpoint", SHAPES, "--base", SHAPES, "--output", free),
         "problem(s)": ("rewrite", "--base", orbax, "--dtype", "float16", "--output", free),
-        "use to-pytorch first": ("verify", golden, orbax, "--forward"),
+        "convert them with to-pytorch first": ("verify", golden, orbax, "--forward"),
         "one of the arguments --output --transformer-only --adapter is required": (*base, golden),
         "are required: COMMAND": (),
     }

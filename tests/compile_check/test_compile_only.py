@@ -1,4 +1,4 @@
-"""Compiling for devices that are not here: a small case by the TPU compiler, and what is said about what cannot be."""
+"""Compiling for devices that are not present: a small case by the TPU compiler, and the errors of impossible ones."""
 
 import dataclasses
 import importlib.metadata
@@ -45,7 +45,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory) -> Path:
-    """A config of the tiny golden checkpoint; none of its other files exist."""
+    """A config of the tiny golden model; none of its other files exist."""
     path = tmp_path_factory.mktemp("configs") / "tiny.py"
     path.write_text(CONFIG.format(path=str(DEFAULT_ROOT / "a" / "checkpoint")))
     return path
@@ -71,10 +71,10 @@ def test_a_small_run_compiles_for_a_tpu_that_is_not_here(config_file, tmp_path, 
     assert rollout["fits"]
     assert rollout["beside"] > 3 * rollout["arguments"]  # masters, moments, reference and tokenizer beside the policy
     assert update["arguments"] > 0 and update["temporaries"] > 0 and update["flops"] > rollout["flops"]  # noqa: PT018
-    # Weights are spread over four devices: they have to come together, and gradients to be summed.
+    # Weights are spread over four devices: they have to be gathered, and gradients to be summed.
     assert rollout["collectives"]
     assert {"all-reduce", "reduce-scatter"} & set(update["collectives"])
-    # No device works on another's images: what all do together is done about once.
+    # No device repeats the work of another: their total work is about what is needed.
     assert rollout["repeated"] < 1.5
     assert update["repeated"] < 1.5
 
@@ -88,23 +88,23 @@ def test_the_devices_at_hand(config_file, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "wanted"),
+    ("flags", "message"),
     [
         pytest.param(("--topology=v9z:2x2",), "--topology=v9z:2x2: libtpu knows no such slice", marks=needs_libtpu),
         pytest.param(("--topology", "nonsense"), "name one as kind:chips, such as v5e:4x4", marks=needs_libtpu),
         (("--topology",), "--topology has no value; write --topology=value"),
         pytest.param(("--topology=v5e:2x2", "--config.mesh.fsdp=3"), "does not fit 4 device", marks=needs_libtpu),
-        (("--programs=rollout,training",), "--programs: there is no training; name some of rollout,decode"),
+        (("--programs=rollout,training",), "--programs: unknown training; choose from rollout,decode"),
         (("--config.model.path=models/URSA-9B",), "the package has no sizes for URSA-9B"),
         (("--config.model.height=18",), "choose multiples of 4"),
         (("--compile",), "unexpected --compile"),
     ],
 )
-def test_what_cannot_be_compiled_is_said_in_a_line(config_file, flags, wanted, capsys):
+def test_what_cannot_be_compiled_is_said_in_a_line(config_file, flags, message, capsys):
     assert run(config_file, *flags) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
-    assert wanted in said
+    assert message in said
 
 
 def test_without_libtpu_the_way_out_is_named(config_file, monkeypatch, capsys):
@@ -115,12 +115,12 @@ def test_without_libtpu_the_way_out_is_named(config_file, monkeypatch, capsys):
 
 
 def report(size: int, per_size: int = 10, fixed: int = 100, limit: int | None = 1000) -> Report:
-    """A program whose memory grows by `per_size` an image."""
+    """Return the report of a program whose memory grows by `per_size` for each image."""
     return Report("update", size, 1, fixed + per_size * size - 1, 0, 0, limit, flops=1, repeated=1)
 
 
 @pytest.mark.parametrize(
-    ("per_size", "wanted", "beyond", "most_compilations"),
+    ("per_size", "largest_size", "beyond", "most_compilations"),
     [
         (10, 64, "96 would need about 1.04 GiB a device", 2),
         (1, 384, "", 2),
@@ -128,7 +128,7 @@ def report(size: int, per_size: int = 10, fixed: int = 100, limit: int | None = 
         (40, 16, "32 need 1.35 GiB a device", 1),
     ],
 )
-def test_the_largest_micro_batch_is_found_by_few_compilations(per_size, wanted, beyond, most_compilations):
+def test_the_largest_micro_batch_is_found_by_few_compilations(per_size, largest_size, beyond, most_compilations):
     sizes, tried = candidates(384, 16), []
     assert sizes == [16, 32, 48, 64, 96, 128, 192, 384]
 
@@ -139,7 +139,7 @@ def test_the_largest_micro_batch_is_found_by_few_compilations(per_size, wanted, 
     def mebibytes(one: Report) -> Report:
         return dataclasses.replace(one, arguments=2**20, temporaries=one.temporaries * 2**20, limit=1000 * 2**20)
 
-    assert largest(measure, mebibytes(report(32, per_size)), sizes) == Search(wanted, beyond)
+    assert largest(measure, mebibytes(report(32, per_size)), sizes) == Search(largest_size, beyond)
     assert len(tried) <= most_compilations
     assert len(set(tried)) == len(tried)
 
@@ -150,7 +150,7 @@ def test_devices_that_divide_no_batch_are_searched_by_what_they_work_through():
 
 
 def test_what_the_compiler_refuses_counts_as_too_large():
-    """Where a size does not compile, the next smaller one that does is the largest."""
+    """If a size does not compile, the next smaller one that does is the largest."""
 
     def measure(size):
         problem = "too large for the compiler" if size > 64 else ""
@@ -182,9 +182,9 @@ def test_a_search_says_what_is_beyond_its_end(config_file, monkeypatch, tmp_path
     ],
 )
 def test_the_compilers_error_says_how_much_was_wanted(message, needed):
-    found = compile_only._too_large(message)
-    assert found.get("temporaries", 0) == int(needed)
-    assert message.replace("\n", " ") in found["problem"]
+    fields = compile_only._too_large(message)
+    assert fields.get("temporaries", 0) == int(needed)
+    assert message.replace("\n", " ") in fields["problem"]
 
 
 def test_an_operation_too_large_for_the_chip_is_told_apart_from_a_program_too_large_for_the_device():
@@ -206,14 +206,14 @@ def test_the_status_says_whether_everything_fits(config_file, monkeypatch, capsy
 
 
 def test_all_that_lies_on_a_device_is_counted(config_file):
-    """State, policy, reference, tokenizer and path: also what a program is not given."""
+    """State, policy, reference, tokenizer and path count, also where they are not arguments of a program."""
     config = RunConfig()
     config.model.path = str(DEFAULT_ROOT / "a" / "checkpoint")
     config.model.height, config.model.width = 16, 24
     sizes = read_sizes(config.model.path, 7)
-    found = programs(config, sizes, mesh_of(config, sizes, jax.devices()[:1]))
-    parameters = device_bytes(found["update"].present[0]["policy"])
-    assert device_bytes(found["decode"].present) > 5 * parameters  # masters, two moments, policy, reference
+    stages = programs(config, sizes, mesh_of(config, sizes, jax.devices()[:1]))
+    parameters = device_bytes(stages["update"].present[0]["policy"])
+    assert device_bytes(stages["decode"].present) > 5 * parameters  # masters, two moments, policy, reference
 
 
 def test_sizes_of_a_published_checkpoint_need_no_folder(tmp_path):
@@ -236,12 +236,12 @@ def test_usable_memory_of_each_kind():
 
 
 def test_the_compiler_that_is_named_is_the_one_that_is_pinned():
-    """For every Python, and, of the one that runs, in the series that the installed jax asks for."""
+    """The manual names every pin; that for the running Python is in the series that the installed jax requires."""
     pins = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["tpu-compiler"]
     for pin in pins:
         assert f"`pip install {pin.partition(';')[0]}`" in manual()
     first = pins[0].partition(";")[0]
-    assert first.replace("==", " ") in (ROOT / "scripts/compile_table.py").read_text(), "it says what made the table"
+    assert first.replace("==", " ") in (ROOT / "scripts/compile_table.py").read_text(), "it names the table's compiler"
     ours = pins[sys.version_info >= (3, 12)].partition(";")[0]
     assert ours.startswith(topology.libtpu_series().removesuffix("*"))
 

@@ -1,4 +1,4 @@
-"""Counted work against numbers that can be worked out by hand, and against the analytic ones of the published model."""
+"""The counted operations equal numbers worked out by hand, and the analytic ones of the published model."""
 
 import dataclasses
 
@@ -12,8 +12,8 @@ from udm_grpo.compile_check.programs import mesh_of, programs, read_sizes
 
 
 def count(fn, *shapes, loops=True):
-    made = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-    return matrix_flops(jax.make_jaxpr(fn)(*made).jaxpr, loops)
+    arguments = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    return matrix_flops(jax.make_jaxpr(fn)(*arguments).jaxpr, loops)
 
 
 def test_products_convolutions_loops_and_branches():
@@ -40,13 +40,13 @@ def test_products_convolutions_loops_and_branches():
 
 @pytest.fixture(scope="module")
 def published():
-    """Traced, never compiled: floating-point operations an image of each program at 1.7B and 512 x 512."""
+    """Return the TFLOP per image of each program at 1.7B and 512 x 512; the programs are traced, never compiled."""
     config = get_config()
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
     sizes = read_sizes(config.model.path, config.model.text_length)
-    made = programs(config, sizes, mesh_of(config, sizes, jax.devices()[:1]))
+    stages = programs(config, sizes, mesh_of(config, sizes, jax.devices()[:1]))
     images = {"rollout": 32, "reference": 128, "update": 128}
-    return {name: matrix_flops(made[name].trace().jaxpr.jaxpr) / n / 1e12 for name, n in images.items()}
+    return {name: matrix_flops(stages[name].trace().jaxpr.jaxpr) / n / 1e12 for name, n in images.items()}
 
 
 def test_the_published_model_costs_what_the_arithmetic_says(published):

@@ -1,4 +1,4 @@
-"""Collectives read off compiled text: on a page that a reader can count by hand, and on a program of four devices."""
+"""Collectives are counted in compiled text: one that can be counted by hand, and a program of four devices."""
 
 import subprocess
 import sys
@@ -75,14 +75,14 @@ ENTRY %main (a: f32[8,128]) -> f32[8,128] {
 
 
 def test_a_page_that_can_be_counted_by_hand():
-    found = collectives(TEXT)
-    assert found["all-reduce"] == Collective(1, 8 * 128 * 4)
-    # The loop counts to 28 by twos, so it turns 14 times; the gather's second piece is the same gather.
-    assert found["all-gather"] == Collective(14, 14 * 64 * 128 * 4)
-    assert found["reduce-scatter"] == Collective(14, 14 * 16 * 128 * 2)
-    assert found["collective-permute"] == Collective(14 * 3, 14 * 3 * 4 * 4)
-    assert found["all-to-all"] == Collective(1, 16 * 8 * 4)  # handed to the SparseCores
-    assert len(found) == 5
+    totals = collectives(TEXT)
+    assert totals["all-reduce"] == Collective(1, 8 * 128 * 4)
+    # The loop counts to 28 in steps of two, so it runs 14 times; the second piece of the gather is the same gather.
+    assert totals["all-gather"] == Collective(14, 14 * 64 * 128 * 4)
+    assert totals["reduce-scatter"] == Collective(14, 14 * 16 * 128 * 2)
+    assert totals["collective-permute"] == Collective(14 * 3, 14 * 3 * 4 * 4)
+    assert totals["all-to-all"] == Collective(1, 16 * 8 * 4)  # handed to the SparseCores
+    assert len(totals) == 5
 
 
 def test_bytes_of_types():
@@ -105,9 +105,9 @@ def gathers(turns):
         return jax.lax.with_sharding_constraint(c, whole) * 2, None
     loop = lambda w: jax.lax.scan(lambda c, _: body(c, w), jnp.ones((8, 16)), None, length=turns)[0]
     text = jax.jit(loop, in_shardings=whole, out_shardings=whole).lower(jnp.ones((16, 16))).compile().as_text()
-    found = collectives(text)
-    assert set(found) == {"all-gather"}, found
-    return found["all-gather"]
+    totals = collectives(text)
+    assert set(totals) == {"all-gather"}, totals
+    return totals["all-gather"]
 
 few, many = gathers(7), gathers(17)
 print(many.count - few.count, many.bytes - few.bytes)

@@ -1,4 +1,4 @@
-"""Trained transformers over a base folder, in every place where users of the public release have them."""
+"""Trained transformers replace that of a base folder, from every place where users of the public release have them."""
 
 import collections
 import json
@@ -34,7 +34,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def release(tmp_path: Path) -> Path:
-    """A training's output folder as the public release writes it: last weights, and a moving average of them."""
+    """Return a training output folder as the public release writes it: the last weights and their moving average."""
     trained = {name: tensor.float() for name, tensor in copies.load_file(first_case().reference).items()}
     average = {name: tensor * 0.5 for name, tensor in trained.items()}
     for place, state in (("checkpoints", trained), ("ema_checkpoints", average)):
@@ -45,12 +45,12 @@ def release(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def assert_equal(found: Any, wanted: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+def assert_equal(actual: Any, expected: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-def reference(checkpoint: ReleasedModel, factor: float = 1) -> Any:
-    read = load_transformer(first_case().reference, checkpoint.transformer_config)
+def reference(released: ReleasedModel, factor: float = 1) -> Any:
+    read = load_transformer(first_case().reference, released.transformer_config)
     return jax.tree.map(lambda leaf: leaf * factor, read)
 
 
@@ -67,10 +67,10 @@ PLACES: dict[str, tuple[str, float]] = {
 @pytest.mark.parametrize("place", PLACES)
 def test_trained_weights_are_taken_over_a_base(place: str, base: Path, release: Path):
     name, factor = PLACES[place]
-    before, found = load_folder(base), load_folder(base, transformer_weights=release / name)
-    assert_equal(found.transformer, reference(before, factor))
-    assert_equal((found.vq, found.path_codebook), (before.vq, before.path_codebook))
-    assert found.files == before.files
+    before, after = load_folder(base), load_folder(base, transformer_weights=release / name)
+    assert_equal(after.transformer, reference(before, factor))
+    assert_equal((after.vq, after.path_codebook), (before.vq, before.path_codebook))
+    assert after.files == before.files
 
 
 def test_the_base_needs_no_weights_of_its_own(base: Path, release: Path):
@@ -93,20 +93,20 @@ def test_saving_keeps_the_dtype_of_the_trained_weights(base: Path, release: Path
     half = {name: tensor.bfloat16() for name, tensor in torch.load(file, weights_only=True).items()}
     torch.save(half, tmp_path / "trained.bin")
     save_folder(load_folder(base, transformer_weights=tmp_path / "trained.bin"), tmp_path / "export")
-    found = copies.load_file(copies.file_of(tmp_path / "export", "transformer"))
-    assert found.keys() == half.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in half.items())
+    saved = copies.load_file(copies.file_of(tmp_path / "export", "transformer"))
+    assert saved.keys() == half.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in half.items())
 
 
 def test_a_transformer_of_another_size_is_named(base: Path):
-    """Every tensor that does not fit, with both shapes; and what the configuration beside it says."""
+    """The error names every tensor that does not fit, with both shapes, and the contradicting configuration."""
     with pytest.raises(WeightsError) as caught:
         load_folder(base, transformer_weights=OTHER / "transformer")
     message = str(caught.value)
     here, there = (json.loads((path / "transformer" / "config.json").read_text()) for path in (base, OTHER))
     shapes = [(config["lm_head_size"], config["hidden_size"]) for config in (there, here)]
-    assert f"wrong shape: lm_head.weight is {shapes[0]}, wanted {shapes[1]}" in message
-    assert f"hidden_size is {there['hidden_size']}, in the base folder it is {here['hidden_size']}" in message
+    assert f"wrong shape: lm_head.weight is {shapes[0]}, expected {shapes[1]}" in message
+    assert f"hidden_size is {there['hidden_size']} here but {here['hidden_size']} in the base folder" in message
     with pytest.raises(WeightsError, match=r"wrong shape: lm_head.weight is"):  # no configuration beside it
         load_folder(base, transformer_weights=golden_paths()[-1] / "reference_transformer.safetensors")
 
@@ -114,7 +114,7 @@ def test_a_transformer_of_another_size_is_named(base: Path):
 def test_a_configuration_that_no_shape_tells_is_compared(base: Path, release: Path):
     file = release / "checkpoints" / "checkpoint-100" / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_theta": 5.0}))
-    with pytest.raises(WeightsError, match=r"1 problem.*\n.*rope_theta is 5.0, in the base folder it is"):
+    with pytest.raises(WeightsError, match=r"1 problem.*\n.*rope_theta is 5.0 here but \S+ in the base folder"):
         load_folder(base, transformer_weights=release / "checkpoints")
     file.write_text("[]")
     with pytest.raises(WeightsError, match=r"config.json: holds a list"):
@@ -146,10 +146,10 @@ def renamed(folder: Path) -> Path:
 
 WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     "nothing there": (lambda folder: folder / "nowhere", "nowhere: no such file or folder"),
-    "an empty folder": (lambda folder: folder, "no weights; there must be"),
+    "an empty folder": (lambda folder: folder, "no weights; expected"),
     "an adapter": (adapter, "is a PEFT adapter, not a whole transformer; give it as --adapter"),
     "several checkpoints": (several, "has 2 checkpoints: checkpoint-100, checkpoint-200. Give one of them"),
-    "a text": (text, r"weights.txt: not a file of weights; its name has to end with"),
+    "a text": (text, r"weights.txt: not a weights file; its name must end with"),
     "other names": (renamed, r"wrong shape: lm_head.weight is"),
 }
 
@@ -165,10 +165,10 @@ def test_what_is_no_transformer_is_named(name: str, base: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("part", copies.PARTS)
 def test_two_files_of_one_part_have_to_be_equal(part: str, base: Path, capsys: pytest.CaptureFixture[str]):
-    wanted = load_folder(base)
+    expected = load_folder(base)
     state = copies.load_file(copies.file_of(base, part))
     torch.save(state, base / part / BIN)
-    assert_equal((load_folder(base).transformer, load_folder(base).vq), (wanted.transformer, wanted.vq))
+    assert_equal((load_folder(base).transformer, load_folder(base).vq), (expected.transformer, expected.vq))
     name = sorted(state)[1]
     torch.save(state | {name: state[name] + 1}, base / part / BIN)
     message = f"{part}: diffusion_pytorch_model.safetensors and {BIN} hold different weights"

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's form, read and written, against PEFT itself on the independent PyTorch model."""
+"""Adapters in PEFT's format are read and written as PEFT itself does it, on the independent PyTorch model."""
 
 import dataclasses
 import json
@@ -28,22 +28,22 @@ RANK, ALPHA = 3, 7.5
 
 
 @pytest.fixture(scope="module")
-def checkpoint() -> ReleasedModel:
+def released() -> ReleasedModel:
     return load_folder(BASE)
 
 
-def adapter_of(checkpoint: ReleasedModel, *patterns: str) -> Params:
-    """Numbers that change the logits much."""
+def adapter_of(released: ReleasedModel, *patterns: str) -> Params:
+    """Return an adapter that changes the logits a lot."""
     random = np.random.default_rng(0)
-    form = lora.abstract(checkpoint.transformer_config, RANK, lora.targets(patterns))
+    form = lora.abstract(released.transformer_config, RANK, lora.targets(patterns))
     return jax.tree.map(lambda leaf: random.normal(0, 0.2, leaf.shape).astype(np.float32), form)
 
 
 @pytest.fixture(scope="module")
-def folder(checkpoint: ReleasedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("peft") / "adapter"
-    write_adapter(made, adapter_of(checkpoint, "*_proj"), ALPHA)
-    return made
+def folder(released: ReleasedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("peft") / "adapter"
+    write_adapter(path, adapter_of(released, "*_proj"), ALPHA)
+    return path
 
 
 def torch_logits(model: torch.nn.Module) -> np.ndarray:
@@ -52,39 +52,39 @@ def torch_logits(model: torch.nn.Module) -> np.ndarray:
         return model(*(torch.from_numpy(np.array(arrays[name])) for name in ("prompt_ids", "image_ids"))).numpy()
 
 
-def our_logits(checkpoint: ReleasedModel, params: Params) -> np.ndarray:
+def our_logits(released: ReleasedModel, params: Params) -> np.ndarray:
     arrays = first_case().arrays
-    pipeline = Pipeline(dataclasses.replace(checkpoint, transformer=params))
+    pipeline = Pipeline(dataclasses.replace(released, transformer=params))
     return np.asarray(pipeline.logits(arrays["prompt_ids"], arrays["image_ids"]))
 
 
 @pytest.mark.parametrize("patterns", [("*_proj",), ("q_proj", "v_proj", "down_proj")])
-def test_peft_computes_what_we_do(patterns: tuple[str, ...], checkpoint: ReleasedModel, tmp_path: Path) -> None:
-    adapter = adapter_of(checkpoint, *patterns)
+def test_peft_computes_what_we_do(patterns: tuple[str, ...], released: ReleasedModel, tmp_path: Path) -> None:
+    adapter = adapter_of(released, *patterns)
     write_adapter(tmp_path / "adapter", adapter, ALPHA)
-    wanted = torch_logits(peft.PeftModel.from_pretrained(load_reference(BASE), tmp_path / "adapter"))
-    attached = lora.attach(checkpoint.transformer, lora.scaled(adapter, ALPHA / RANK))
-    assert_close(our_logits(checkpoint, attached), wanted)
-    merged = merge_on_host(checkpoint.transformer, adapter, ALPHA / RANK)
-    assert_close(our_logits(checkpoint, merged), wanted)
+    expected = torch_logits(peft.PeftModel.from_pretrained(load_reference(BASE), tmp_path / "adapter"))
+    attached = lora.attach(released.transformer, lora.scaled(adapter, ALPHA / RANK))
+    assert_close(our_logits(released, attached), expected)
+    merged = merge_on_host(released.transformer, adapter, ALPHA / RANK)
+    assert_close(our_logits(released, merged), expected)
     jax.tree.map(
         np.testing.assert_array_equal,
-        with_adapter(checkpoint.transformer, tmp_path / "adapter", checkpoint.transformer_config),
+        with_adapter(released.transformer, tmp_path / "adapter", released.transformer_config),
         merged,
     )
-    plain = our_logits(checkpoint, checkpoint.transformer)
-    assert np.abs(plain - wanted).max() > 0.1 * np.abs(wanted).max()
+    plain = our_logits(released, released.transformer)
+    assert np.abs(plain - expected).max() > 0.1 * np.abs(expected).max()
 
 
-def test_there_and_back(folder: Path, checkpoint: ReleasedModel, tmp_path: Path) -> None:
-    found, alpha = read_adapter(folder, checkpoint.transformer_config)
+def test_there_and_back(folder: Path, released: ReleasedModel, tmp_path: Path) -> None:
+    adapter, alpha = read_adapter(folder, released.transformer_config)
     assert alpha == ALPHA
-    jax.tree.map(np.testing.assert_array_equal, found, adapter_of(checkpoint, "*_proj"))
-    # And as PEFT itself saves it.
+    jax.tree.map(np.testing.assert_array_equal, adapter, adapter_of(released, "*_proj"))
+    # The adapter that PEFT itself saves is read as well.
     peft.PeftModel.from_pretrained(load_reference(BASE), folder).save_pretrained(tmp_path)
-    saved, alpha = read_adapter(tmp_path, checkpoint.transformer_config)
+    saved, alpha = read_adapter(tmp_path, released.transformer_config)
     assert alpha == ALPHA
-    jax.tree.map(np.testing.assert_array_equal, saved, found)
+    jax.tree.map(np.testing.assert_array_equal, saved, adapter)
 
 
 def set_fields(**fields: object) -> Callable[[Path], None]:
@@ -133,21 +133,24 @@ def two_files(folder: Path) -> None:
         (set_fields(init_lora_weights="lora_ga"), "which makes it a plain LoRA, or merge that adapter with PEFT"),
         (
             set_fields(new_trick={"x": 1}, peft_version="9.9"),
-            "new_trick is {'x': 1}, a field that is not known here",
+            "new_trick is {'x': 1}, an unknown field",
         ),
-        (set_fields(rank_pattern={"q_proj": "2"}), "rank_pattern is {'q_proj': '2'}; expected an object of patterns"),
-        (set_fields(alpha_pattern={"(": 2}), "alpha_pattern: '(' is no regular expression"),
+        (
+            set_fields(rank_pattern={"q_proj": "2"}),
+            "rank_pattern is {'q_proj': '2'}; expected an object of module name patterns",
+        ),
+        (set_fields(alpha_pattern={"(": 2}), "alpha_pattern: '(' is not a regular expression"),
         (set_fields(target_modules=["q_proj", 3]), "target_modules is ['q_proj', 3]; expected names"),
-        (set_fields(layers_to_transform=["0"]), "layers_to_transform is ['0']; expected numbers of layers"),
+        (set_fields(layers_to_transform=["0"]), "layers_to_transform is ['0']; expected layer numbers"),
         (set_fields(layer_replication=[[0, 2]]), "layer_replication is [[0, 2]], which is not supported"),
         (set_fields(trainable_token_indices=[1]), "rows of the embedding were trained as well"),
-        (set_fields(r=4), "q_proj.lora_A.weight is (3, 64), wanted (4, 64)"),
+        (set_fields(r=4), "q_proj.lora_A.weight is (3, 64), expected (4, 64)"),
         (set_fields(r=65), "the rank is 65, more than the smaller side of q_proj is 64 x"),
         (rename("layers.1.mlp.up", "layers.9.mlp.up"), "not known: base_model.model.model.layers.9.mlp.up_proj.lora_A"),
         (rename("layers.1.mlp.up", "layers.9.mlp.up"), "missing: base_model.model.model.layers.1.mlp.up_proj.lora_B"),
         (
             rename("_proj", "_projection"),
-            "has nothing of this model: 28 tensor(s) that are not read: not known",
+            "no tensor of the adapter belongs to this model: 28 tensor(s) that are not read: not known",
         ),
         (rename("0.mlp.up_proj.lora_A.weight", "0.mlp.up_proj.lora_magnitude_vector"), "not read: DoRA's magnitudes"),
         (rename("layers.1.mlp.up_proj.lora_A", "layers.1.mlp.up_proj.lora_A.second"), "tensors of several adapters"),
@@ -155,19 +158,19 @@ def two_files(folder: Path) -> None:
         (rename("lora_A", "lora.down"), "the old names of diffusers"),
         (
             lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_lora_weights.safetensors"),
-            "a file of diffusers",
+            "was written by diffusers",
         ),
         (nested, "adapters are in the folder(s) default, second: give one of them"),
         (two_files, "adapter_model.safetensors and adapter_model.bin hold different weights"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_said(
-    edit: Callable[[Path], None], said: str, folder: Path, checkpoint: ReleasedModel, tmp_path: Path
+    edit: Callable[[Path], None], said: str, folder: Path, released: ReleasedModel, tmp_path: Path
 ) -> None:
     shutil.copytree(folder, tmp_path / "adapter")
     edit(tmp_path / "adapter")
     with pytest.raises(WeightsError) as caught:
-        read_adapter(tmp_path / "adapter", checkpoint.transformer_config)
+        read_adapter(tmp_path / "adapter", released.transformer_config)
     assert said in str(caught.value)
 
 
@@ -182,21 +185,21 @@ NAMES = {
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_every_scheme_of_names_is_read(kind: str, folder: Path, checkpoint: ReleasedModel, tmp_path: Path) -> None:
+def test_every_scheme_of_names_is_read(kind: str, folder: Path, released: ReleasedModel, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "adapter")
     rename(*NAMES[kind])(tmp_path / "adapter")
     assert set(load_file(tmp_path / "adapter" / WEIGHTS)) != set(load_file(folder / WEIGHTS))
-    found, _ = read_adapter(tmp_path / "adapter", checkpoint.transformer_config)
-    jax.tree.map(np.testing.assert_array_equal, found, adapter_of(checkpoint, "*_proj"))
+    adapter, _ = read_adapter(tmp_path / "adapter", released.transformer_config)
+    jax.tree.map(np.testing.assert_array_equal, adapter, adapter_of(released, "*_proj"))
 
 
-def test_an_old_bin_file_is_read(folder: Path, checkpoint: ReleasedModel, tmp_path: Path) -> None:
+def test_an_old_bin_file_is_read(folder: Path, released: ReleasedModel, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "adapter")
     tensors = {name: torch.from_numpy(tensor) for name, tensor in load_file(folder / WEIGHTS).items()}
     torch.save(tensors, tmp_path / "adapter" / "adapter_model.bin")
     for _ in range(2):  # beside the newer file, and alone
-        found, _alpha = read_adapter(tmp_path / "adapter", checkpoint.transformer_config)
-        jax.tree.map(np.testing.assert_array_equal, found, adapter_of(checkpoint, "*_proj"))
+        adapter, _alpha = read_adapter(tmp_path / "adapter", released.transformer_config)
+        jax.tree.map(np.testing.assert_array_equal, adapter, adapter_of(released, "*_proj"))
         (tmp_path / "adapter" / WEIGHTS).unlink(missing_ok=True)
 
 
@@ -223,8 +226,8 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_fields_that_change_the_result_are_understood(kind: str, checkpoint: ReleasedModel, tmp_path: Path) -> None:
-    """PEFT makes the adapter, saves it, and adds it to the PyTorch model: the same logits as ours, merged."""
+def test_fields_that_change_the_result_are_understood(kind: str, released: ReleasedModel, tmp_path: Path) -> None:
+    """PEFT creates the adapter, saves it and adds it to the PyTorch model; our merged model gives the same logits."""
     torch.manual_seed(0)
     model = peft.get_peft_model(load_reference(BASE), peft.LoraConfig(**SETTINGS[kind]))
     with torch.no_grad():
@@ -233,18 +236,18 @@ def test_fields_that_change_the_result_are_understood(kind: str, checkpoint: Rel
                 weight.normal_(0, 0.2)
     model.save_pretrained(tmp_path)
     model.eval()
-    merged = with_adapter(checkpoint.transformer, tmp_path, checkpoint.transformer_config)
-    assert_close(our_logits(checkpoint, merged), torch_logits(model))
+    merged = with_adapter(released.transformer, tmp_path, released.transformer_config)
+    assert_close(our_logits(released, merged), torch_logits(model))
 
 
 def test_every_field_of_peft_has_a_place() -> None:
-    """A field that a newer PEFT adds has to be looked at here."""
+    """A field that a newer PEFT adds has to be put into one of the three groups."""
     placed = {*peft_config.UNDERSTOOD, *peft_config.NO_DIFFERENCE, *peft_config.REFUSED}
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= placed
 
 
-def test_nothing_else_is_overwritten(checkpoint: ReleasedModel, folder: Path, tmp_path: Path) -> None:
-    adapter = adapter_of(checkpoint, "q_proj")
+def test_nothing_else_is_overwritten(released: ReleasedModel, folder: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(released, "q_proj")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"holds no adapter_config\.json"):
         write_adapter(tmp_path, adapter, ALPHA)

@@ -1,6 +1,6 @@
-"""Weights from file to shards and back: on any mesh, and within the memory that is promised.
+"""Weights are read from files to shards and written back on any mesh, within the documented memory.
 
-Run as a program (`python test_streaming.py WHAT folder ...`) this file is one process of its own tests.
+Run as a program (`python test_streaming.py WHAT folder ...`) this file is a process of its own tests.
 """
 
 import ctypes
@@ -29,9 +29,9 @@ from udm_grpo.tensor_files.weight_table import TRANSFORMER_TABLE, sources
 
 FILE = "diffusion_pytorch_model.safetensors"
 BOUND = 1.3
-"""Of the largest tensor, on top of the local shards: what a load or an export may need at its peak."""
+"""Peak memory of a load or an export on top of the local shards, in units of the largest tensor."""
 ELSE = 24 << 20
-"""Bytes that the interpreter, the allocator and compiled programs may take besides."""
+"""Additional bytes that the interpreter, the allocator and compiled programs may take."""
 
 
 def test_eight_devices_hold_what_one_does_and_export_it(tmp_path):
@@ -39,7 +39,7 @@ def test_eight_devices_hold_what_one_does_and_export_it(tmp_path):
 
 
 def on_meshes(folder: str) -> None:
-    """Load to every mesh in blocks of a few rows; each shard must be that part of the whole."""
+    """Load to every mesh in blocks of a few rows; each shard must equal its part of the whole."""
     streaming.BLOCK_BYTES = 1 << 14
     base = load_folder(first_case().checkpoint)
     for sizes in ((8, 1, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2)):
@@ -63,7 +63,7 @@ def on_meshes(folder: str) -> None:
 
 
 def synthetic(folder: Path, megabytes: int) -> TransformerConfig:
-    """Write a bfloat16 transformer of about this size, more than half of it in one tensor, without holding it."""
+    """Write a bfloat16 transformer of about this size block by block, more than half of it in one tensor."""
     hidden, layers = 512, 4
     fixed = layers * (4 * 512 * 512 + 3 * 512 * 2048)
     codes = 1024
@@ -80,10 +80,10 @@ def synthetic(folder: Path, megabytes: int) -> TransformerConfig:
         lm_head_size=codes,
         bov_token_id=0,
     )
-    wanted = sources(TRANSFORMER_TABLE, transformer.abstract(config))
+    tensors = sources(TRANSFORMER_TABLE, transformer.abstract(config))
     at = 0
     header: dict[str, Any] = {}
-    for name, source in wanted.items():
+    for name, source in tensors.items():
         size = int(np.prod(source.shape)) * 2
         header[name] = {"dtype": "BF16", "shape": list(source.shape), "data_offsets": [at, at + size]}
         at += size
@@ -98,18 +98,18 @@ def synthetic(folder: Path, megabytes: int) -> TransformerConfig:
 
 
 def high_water() -> int:
-    """Bytes: the most memory that this process has had since `forget_high_water`.
+    """Return the peak memory of this process in bytes since `forget_high_water`.
 
-    Not by getrusage, whose number a new process takes over from the one that started it.
+    getrusage is not used, because a new process inherits its number from the process that started it.
     """
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
 
 def forget_high_water() -> None:
-    """Let what imports needed for a moment, such as compiling modules, not hide what comes after."""
+    """Reset the peak, so that temporary memory of imports, such as compiling modules, does not hide what follows."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else a load begins in memory that was freed, and does not grow
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise a load reuses freed memory and does not grow
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -118,16 +118,16 @@ def measured(folder: str, megabytes: int = 160) -> dict[str, float]:
     config = synthetic(Path(folder) / "source", megabytes)
     mesh = meshes.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
     abstract = transformer.abstract(config)
-    jax.block_until_ready(jnp.zeros(8) + 1)  # the device and its threads are there
+    jax.block_until_ready(jnp.zeros(8) + 1)  # starts the device and its threads
     forget_high_water()
     before = high_water()
     params = load_transformer(Path(folder) / "source", config, shardings=meshes.shardings(mesh, abstract))
     loaded = high_water()
     opened = open_tensors(Path(folder) / "source" / FILE)
-    wanted, leaves = sources(TRANSFORMER_TABLE, abstract), streaming.leaves_by_path(params)
+    tensors, leaves = sources(TRANSFORMER_TABLE, abstract), streaming.leaves_by_path(params)
 
     def blocks(name: str) -> Any:
-        rows = streaming.row_blocks(wanted[name], leaves[wanted[name].path], hosts.block)
+        rows = streaming.row_blocks(tensors[name], leaves[tensors[name].path], hosts.block)
         return (block.astype(ml_dtypes.bfloat16) for block in rows)
 
     (Path(folder) / "export").mkdir()
@@ -147,11 +147,11 @@ def measured(folder: str, megabytes: int = 160) -> dict[str, float]:
 
 
 def test_loading_and_exporting_need_the_local_shards_and_little_more(tmp_path):
-    """In a fresh process; the largest tensor counts with the size that it has in the file."""
-    found = json.loads(finish(run_file(__file__, "MEASURE", str(tmp_path), "160")).splitlines()[-1])
-    assert found["largest"] > 0.5 * found["file"]
-    allowed = found["local"] + BOUND * found["largest"] + ELSE / 2**20
-    assert found["local"] < found["load"] <= found["export"] < allowed, found
+    """Measured in a fresh process; the largest tensor counts with its size in the file."""
+    sizes = json.loads(finish(run_file(__file__, "MEASURE", str(tmp_path), "160")).splitlines()[-1])
+    assert sizes["largest"] > 0.5 * sizes["file"]
+    allowed = sizes["local"] + BOUND * sizes["largest"] + ELSE / 2**20
+    assert sizes["local"] < sizes["load"] <= sizes["export"] < allowed, sizes
 
 
 if __name__ == "__main__":

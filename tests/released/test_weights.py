@@ -1,4 +1,4 @@
-"""The released folder format: what is loaded is saved bit for bit, in every dtype and file layout."""
+"""Released model folders are loaded and saved bit for bit, in every dtype and file layout."""
 
 import dataclasses
 import functools
@@ -49,17 +49,17 @@ def golden() -> ReleasedModel:
     return load_folder(first_case().checkpoint)
 
 
-def assert_same_folder(found: Path, wanted: Path) -> None:
-    """The same files; the same names, shapes, dtypes and bits of tensors; every other file the same bytes."""
-    names = sorted(str(path.relative_to(wanted)) for path in wanted.rglob("*") if path.is_file())
-    assert sorted(str(path.relative_to(found)) for path in found.rglob("*") if path.is_file()) == names
+def assert_same_folder(actual: Path, expected: Path) -> None:
+    """Assert equal files: the same names, shapes, dtypes and bits of tensors, and the same bytes in other files."""
+    names = sorted(str(path.relative_to(expected)) for path in expected.rglob("*") if path.is_file())
+    assert sorted(str(path.relative_to(actual)) for path in actual.rglob("*") if path.is_file()) == names
     for name in names:
         if name.endswith(".json") and not name.endswith(".index.json"):
-            assert (found / name).read_bytes() == (wanted / name).read_bytes(), name
+            assert (actual / name).read_bytes() == (expected / name).read_bytes(), name
         if name.endswith(".index.json"):
-            assert json.loads((found / name).read_text()) == json.loads((wanted / name).read_text())
+            assert json.loads((actual / name).read_text()) == json.loads((expected / name).read_text())
     for part in (*copies.PARTS, "scheduler"):
-        here, there = copies.read_state(found / part), copies.read_state(wanted / part)
+        here, there = copies.read_state(actual / part), copies.read_state(expected / part)
         assert here.keys() == there.keys()
         for name, tensor in there.items():
             assert here[name].dtype == tensor.dtype, name
@@ -72,10 +72,10 @@ def assert_same_folder(found: Path, wanted: Path) -> None:
 def test_load_then_save_gives_back_every_bit(layout: str, tmp_path: Path):
     folder = copies.copy_checkpoint(tmp_path / "released")
     LAYOUTS[layout](folder)
-    checkpoint = load_folder(folder)
-    leaves = jax.tree.leaves((checkpoint.transformer, checkpoint.vq, checkpoint.path_codebook))
+    released = load_folder(folder)
+    leaves = jax.tree.leaves((released.transformer, released.vq, released.path_codebook))
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
-    save_folder(checkpoint, tmp_path / "export")
+    save_folder(released, tmp_path / "export")
     assert_same_folder(tmp_path / "export", folder)
 
 
@@ -89,40 +89,42 @@ def test_the_golden_files_come_back_byte_for_byte(case: GoldenCase, tmp_path: Pa
 
 @golden_cases()
 def test_every_array_has_the_shape_of_its_model(case: GoldenCase):
-    checkpoint = load_folder(case.checkpoint)
+    released = load_folder(case.checkpoint)
 
     def forms(tree: Params) -> Params:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
-    assert forms(checkpoint.transformer) == transformer.abstract(checkpoint.transformer_config)
-    assert forms(checkpoint.vq) == vq.abstract(checkpoint.vq_config)
-    assert checkpoint.path_codebook.shape[0] == checkpoint.transformer_config.lm_head_size
-    given = checkpoint.scheduler
-    assert (given.alpha, given.c, given.shift) == tuple(case.setup[name] for name in ("alpha", "c", "shift"))
-    assert checkpoint.tokenizer.length == case.setup["L"]
-    assert checkpoint.vq_config.attn_up_block == case.setup["attn"]
+    assert forms(released.transformer) == transformer.abstract(released.transformer_config)
+    assert forms(released.vq) == vq.abstract(released.vq_config)
+    assert released.path_codebook.shape[0] == released.transformer_config.lm_head_size
+    scheduler = released.scheduler
+    assert (scheduler.alpha, scheduler.c, scheduler.shift) == tuple(
+        case.setup[name] for name in ("alpha", "c", "shift")
+    )
+    assert released.tokenizer.length == case.setup["L"]
+    assert released.vq_config.attn_up_block == case.setup["attn"]
 
 
 def test_linear_layers_are_transposed_and_layers_stacked():
     state = copies.read_state(first_case().checkpoint / "transformer")
     layers = golden().transformer_config.num_hidden_layers
-    wanted = np.stack([state[f"model.layers.{i}.mlp.gate_proj.weight"].numpy().T for i in range(layers)])
-    np.testing.assert_array_equal(golden().transformer["layers"]["mlp"]["gate"]["kernel"], wanted)
+    expected = np.stack([state[f"model.layers.{i}.mlp.gate_proj.weight"].numpy().T for i in range(layers)])
+    np.testing.assert_array_equal(golden().transformer["layers"]["mlp"]["gate"]["kernel"], expected)
 
 
 def test_trained_weights_are_saved_in_the_dtype_of_the_start(tmp_path: Path):
     folder = copies.copy_checkpoint(tmp_path / "released")
     copies.cast(folder, torch.bfloat16)
-    checkpoint = load_folder(folder)
-    trained = jax.tree.map(lambda leaf: leaf * 1.1, checkpoint.transformer)
-    save_folder(dataclasses.replace(checkpoint, transformer=trained), tmp_path / "export")
-    found = copies.read_state(tmp_path / "export" / "transformer")
+    released = load_folder(folder)
+    trained = jax.tree.map(lambda leaf: leaf * 1.1, released.transformer)
+    save_folder(dataclasses.replace(released, transformer=trained), tmp_path / "export")
+    saved = copies.read_state(tmp_path / "export" / "transformer")
     before = copies.read_state(folder / "transformer")
     for name, tensor in before.items():
-        assert torch.equal(found[name], (tensor.float() * 1.1).bfloat16()), name
-    save_folder(dataclasses.replace(checkpoint, transformer=trained), tmp_path / "wide", dtype="float32")
-    found = copies.read_state(tmp_path / "wide" / "transformer")
-    assert torch.equal(found["lm_head.weight"], before["lm_head.weight"].float() * 1.1)
+        assert torch.equal(saved[name], (tensor.float() * 1.1).bfloat16()), name
+    save_folder(dataclasses.replace(released, transformer=trained), tmp_path / "wide", dtype="float32")
+    saved = copies.read_state(tmp_path / "wide" / "transformer")
+    assert torch.equal(saved["lm_head.weight"], before["lm_head.weight"].float() * 1.1)
     assert copies.read_state(tmp_path / "wide" / "vae")["quant_conv.bias"].dtype == torch.bfloat16
 
 
@@ -132,9 +134,9 @@ def test_what_was_rounded_on_loading_is_saved_as_it_was_rounded(tmp_path: Path):
     half = load_folder(folder, dtype="bfloat16")
     assert half.transformer["norm"]["scale"].dtype == jnp.bfloat16
     save_folder(half, tmp_path / "half")
-    wanted = copies.read_state(folder / "transformer")
+    before = copies.read_state(folder / "transformer")
     for name, tensor in copies.read_state(tmp_path / "half" / "transformer").items():
-        assert torch.equal(tensor, wanted[name].bfloat16()), name
+        assert torch.equal(tensor, before[name].bfloat16()), name
     save_folder(load_folder(folder), tmp_path / "single")
     assert copies.read_state(tmp_path / "single" / "vae")["quant_conv.bias"].dtype == torch.float32
 
@@ -143,10 +145,10 @@ def test_what_was_rounded_on_loading_is_saved_as_it_was_rounded(tmp_path: Path):
 def test_one_transformer_file_can_be_read_alone(case: GoldenCase, tmp_path: Path):
     config = load_folder(case.checkpoint).transformer_config
     reference = load_transformer(case.reference, config)
-    wanted = copies.load_file(case.reference)["model.embed_tokens.weight"].numpy()
-    np.testing.assert_array_equal(reference["embed"]["embedding"], wanted)
+    expected = copies.load_file(case.reference)["model.embed_tokens.weight"].numpy()
+    np.testing.assert_array_equal(reference["embed"]["embedding"], expected)
     whole = load_transformer(case.checkpoint / "transformer", config)
-    assert not np.array_equal(whole["embed"]["embedding"], wanted)
+    assert not np.array_equal(whole["embed"]["embedding"], expected)
     with pytest.raises(WeightsError, match=r"wrong shape: lm_head.weight is"):
         load_transformer(case.reference, dataclasses.replace(config, hidden_size=config.hidden_size * 2))
 
@@ -175,7 +177,7 @@ PUBLIC_CLASSES = {
     "transformer": ["diffnext.models.transformers.transformer_ursa", "URSATransformer3DModel"],
     "vae": ["diffnext.models.autoencoders.autoencoder_vq", "AutoencoderVQ"],
 }
-"""Where the public PyTorch code (diffnext, diffusers 0.35, transformers 4.57) finds the parts."""
+"""Classes by which the public PyTorch code (diffnext, diffusers 0.35, transformers 4.57) loads the parts."""
 
 
 def assert_names_public_classes(folder: Path) -> None:
@@ -195,9 +197,9 @@ def test_a_new_base_names_classes_that_transformers_4_has(tmp_path: Path):
     file = folder / "tokenizer_config.json"
     written = json.loads(file.read_text()) | {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
     file.write_text(json.dumps(written))  # as transformers 5 saves it
-    given = golden()
-    trees = (given.transformer_config, given.transformer, given.vq_config, given.vq)
-    save_folder(new_checkpoint(*trees, given.path_codebook, given.scheduler, folder), tmp_path / "new")
+    released = golden()
+    trees = (released.transformer_config, released.transformer, released.vq_config, released.vq)
+    save_folder(new_checkpoint(*trees, released.path_codebook, released.scheduler, folder), tmp_path / "new")
     assert_names_public_classes(tmp_path / "new")
 
 
@@ -213,14 +215,14 @@ def test_a_new_checkpoint_is_a_released_one(quantizer: str, dtype: str, tmp_path
     codebook = jax.random.normal(jax.random.key(0), (16, 3))
     params, vq_params = transformer.init(config, jax.random.key(1)), vq.init(vq_config, jax.random.key(2))
     scheduler = Scheduler(alpha=None, c=3.0, eps=1e-5, shift=1.5)
-    made = new_checkpoint(config, params, vq_config, vq_params, codebook, scheduler, tokenizer_folder, dtype=dtype)
-    save_folder(made, tmp_path / "new")
-    found = load_folder(tmp_path / "new")
-    assert (found.transformer_config, found.vq_config, found.scheduler) == (config, vq_config, scheduler)
-    np.testing.assert_array_equal(found.path_codebook, codebook)
+    new = new_checkpoint(config, params, vq_config, vq_params, codebook, scheduler, tokenizer_folder, dtype=dtype)
+    save_folder(new, tmp_path / "new")
+    loaded = load_folder(tmp_path / "new")
+    assert (loaded.transformer_config, loaded.vq_config, loaded.scheduler) == (config, vq_config, scheduler)
+    np.testing.assert_array_equal(loaded.path_codebook, codebook)
     saved = jax.tree.map(lambda leaf: leaf.astype(dtype).astype("float32"), (params, vq_params))
-    jax.tree.map(np.testing.assert_array_equal, (found.transformer, found.vq), saved)
-    assert found.files == made.files
+    jax.tree.map(np.testing.assert_array_equal, (loaded.transformer, loaded.vq), saved)
+    assert loaded.files == new.files
     index = json.loads((tmp_path / "new" / "model_index.json").read_text())
     assert index.keys() == json.loads((first_case().checkpoint / "model_index.json").read_text()).keys()
     for part in ("transformer", "vae", "scheduler"):

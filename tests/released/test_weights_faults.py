@@ -1,4 +1,4 @@
-"""Wrong, missing and damaged checkpoint folders, and disks that fill up: every problem is named, nothing is lost."""
+"""Wrong, missing and damaged released folders and full disks: every problem is named, and nothing is lost."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkpoint() -> ReleasedModel:
+def released() -> ReleasedModel:
     return load_folder(first_case().checkpoint)
 
 
@@ -62,10 +62,10 @@ def test_all_that_is_wrong_with_tensors_comes_in_one_error(folder: Path):
         "7 problem(s)",
         f"missing: model.norm.weight, shape ({head[1]},)",
         "not known: model.layers.9.mlp.up_proj.weight, shape (3, 4)",
-        f"wrong shape: lm_head.weight is ({head[1]}, {head[0]}), wanted ({head[0]}, {head[1]})",
-        "wrong dtype: decoder.conv_out.bias is I32, wanted one of",
+        f"wrong shape: lm_head.weight is ({head[1]}, {head[0]}), expected ({head[0]}, {head[1]})",
+        "wrong dtype: decoder.conv_out.bias is I32, expected one of",
         "missing: quant_conv.bias",
-        f"wrong shape: path.emb is (5, 4), wanted ({head[0]}, 4)",
+        f"wrong shape: path.emb is (5, 4), expected ({head[0]}, 4)",
         "not known: other",
     ):
         assert line in message
@@ -89,7 +89,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n"),
         "git lfs pull",
     ),
-    "no weights": ("vae/diffusion_pytorch_model.safetensors", Path.unlink, "no weights; there must be"),
+    "no weights": ("vae/diffusion_pytorch_model.safetensors", Path.unlink, "no weights; expected"),
     "truncated pth": (CODEBOOK, truncate, "truncated or damaged.*Download"),
     "garbage pth": (CODEBOOK, lambda file: file.write_bytes(b"garbage" * 50), "truncated or damaged"),
     "empty pth": (CODEBOOK, lambda file: file.write_bytes(b""), "truncated or damaged, 0 bytes"),
@@ -125,7 +125,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         lambda file: edit_json(file, rope_theta=float("inf")),
         "rope_theta is",
     ),
-    "foreign bov": ("transformer/config.json", lambda file: edit_json(file, bov_token_id=9999), "9999 is none of"),
+    "foreign bov": ("transformer/config.json", lambda file: edit_json(file, bov_token_id=9999), "9999 is not one of"),
     "other code count": ("vae/config.json", lambda file: edit_json(file, num_vq_embeddings=7), "number of codes"),
     "unknown quantizer": (
         "vae/config.json",
@@ -195,7 +195,7 @@ def test_shards_and_index_have_to_fit(folder: Path):
 
 
 class Payload:
-    """What unpickling would run."""
+    """An object whose unpickling would run code."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, ...]]:
         return Path.touch, (Path("ran.txt"),)
@@ -208,31 +208,31 @@ def test_nothing_in_a_pth_is_run(folder: Path, tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "ran.txt").exists()
 
 
-def test_weights_that_do_not_fit_are_not_saved(checkpoint: ReleasedModel, tmp_path: Path):
-    params = dict(checkpoint.transformer)
-    width = checkpoint.transformer_config.hidden_size
+def test_weights_that_do_not_fit_are_not_saved(released: ReleasedModel, tmp_path: Path):
+    params = dict(released.transformer)
+    width = released.transformer_config.hidden_size
     params["norm"] = {"scale": jnp.zeros(width + 1)}
     params["extra"] = {"scale": jnp.zeros(2)}
     del params["lm_head"]
     with pytest.raises(WeightsError) as caught:
-        save_folder(dataclasses.replace(checkpoint, transformer=params), tmp_path / "export")
+        save_folder(dataclasses.replace(released, transformer=params), tmp_path / "export")
     message = str(caught.value)
     assert "missing: lm_head/kernel" in message
     assert "not known: extra/scale" in message
-    assert f"wrong shape: norm/scale is ({width + 1},), wanted ({width},)" in message
+    assert f"wrong shape: norm/scale is ({width + 1},), expected ({width},)" in message
     assert not list(tmp_path.iterdir())
 
 
-def test_values_beyond_the_dtype_are_not_saved(checkpoint: ReleasedModel, tmp_path: Path):
-    large = jax.tree.map(lambda leaf: leaf * 1e6, checkpoint.transformer)
+def test_values_beyond_the_dtype_are_not_saved(released: ReleasedModel, tmp_path: Path):
+    large = jax.tree.map(lambda leaf: leaf * 1e6, released.transformer)
     with pytest.raises(WeightsError, match=r"too large for float16; save with dtype=.float32"):
-        save_folder(dataclasses.replace(checkpoint, transformer=large), tmp_path / "export", dtype="float16")
+        save_folder(dataclasses.replace(released, transformer=large), tmp_path / "export", dtype="float16")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
 def small_disk() -> Iterator[Callable[[], None]]:
-    """Calling it forbids this process to write more than 300 kB into a file, as a full disk would."""
+    """Return a function after whose call this process cannot write more than 300 kB into a file, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -241,11 +241,11 @@ def small_disk() -> Iterator[Callable[[], None]]:
 @pytest.mark.parametrize("existing", [False, True], ids=["fresh", "over an older export"])
 def test_a_full_disk_leaves_what_was_there(existing: bool, folder: Path, small_disk: Callable[[], None]):
     export = folder.parent / "export"
-    checkpoint = load_folder(folder)
+    released = load_folder(folder)
     if existing:
-        save_folder(checkpoint, export)
+        save_folder(released, export)
         before = {path: path.read_bytes() for path in export.rglob("*") if path.is_file()}
-    changed = dataclasses.replace(checkpoint, vq=jax.tree.map(jnp.zeros_like, checkpoint.vq))
+    changed = dataclasses.replace(released, vq=jax.tree.map(jnp.zeros_like, released.vq))
     small_disk()
     with pytest.raises(OSError, match=r"export cannot be written \(.*untouched; free some space"):
         save_folder(changed, export)
@@ -255,9 +255,9 @@ def test_a_full_disk_leaves_what_was_there(existing: bool, folder: Path, small_d
 
 
 def test_a_failed_swap_brings_the_older_export_back(
-    checkpoint: ReleasedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    released: ReleasedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    save_folder(checkpoint, tmp_path / "export")
+    save_folder(released, tmp_path / "export")
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
@@ -269,7 +269,7 @@ def test_a_failed_swap_brings_the_older_export_back(
         patch.setattr(atomic, "exchange", lambda *_: False)  # as on NFS
         patch.setattr(Path, "rename", failing)
         with pytest.raises(OSError, match="Input/output error"):
-            save_folder(checkpoint, tmp_path / "export")
+            save_folder(released, tmp_path / "export")
     load_folder(tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
@@ -283,7 +283,7 @@ def test_what_a_kill_left_is_cleared_away(tmp_path: Path):
 
 
 def test_an_export_that_a_kill_left_aside_comes_back(tmp_path: Path):
-    """Killed between the two renames: the older export is still there under its other name."""
+    """After a kill between the two renames, the older export still exists under its other name."""
     (tmp_path / ".export.old").mkdir()
     (tmp_path / ".export.old" / "marker").write_text("older")
     with pytest.raises(OSError, match="full"), atomic.replacing_folder(tmp_path / "export", "marker"):
@@ -291,24 +291,24 @@ def test_an_export_that_a_kill_left_aside_comes_back(tmp_path: Path):
     assert (tmp_path / "export" / "marker").read_text() == "older"
 
 
-def test_other_folders_are_not_overwritten(checkpoint: ReleasedModel, tmp_path: Path):
+def test_other_folders_are_not_overwritten(released: ReleasedModel, tmp_path: Path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="choose another folder"):
-        save_folder(checkpoint, tmp_path)
+        save_folder(released, tmp_path)
     with pytest.raises(FileExistsError, match="choose another folder"):
-        save_folder(checkpoint, tmp_path / "notes.txt")
+        save_folder(released, tmp_path / "notes.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_new_checkpoint_has_to_fit_together(checkpoint: ReleasedModel):
-    config = dataclasses.replace(checkpoint.transformer_config, lm_vocab_size=5)
+def test_a_new_checkpoint_has_to_fit_together(released: ReleasedModel):
+    config = dataclasses.replace(released.transformer_config, lm_vocab_size=5)
     with pytest.raises(WeightsError) as caught:
         new_checkpoint(
             config,
-            checkpoint.transformer,
-            checkpoint.vq_config,
-            checkpoint.vq,
-            checkpoint.path_codebook[1:],
+            released.transformer,
+            released.vq_config,
+            released.vq,
+            released.path_codebook[1:],
             Scheduler(0.9, 3.0, 1e-5, 1.0),
             first_case().checkpoint / "tokenizer",
         )

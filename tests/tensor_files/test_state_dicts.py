@@ -1,4 +1,4 @@
-"""Weights from elsewhere: wrapped, as variants, in pieces, half downloaded; read, or refused in a line or two."""
+"""Weights from other sources: wrapped, as variants, in shards or half downloaded; they are read or clearly refused."""
 
 import os
 import shutil
@@ -41,7 +41,7 @@ WRAPPERS: dict[str, tuple[Callable[[str], str], str]] = {
 
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_a_wrapper_s_names_are_recognised_and_left_out(kind: str, base: Path, tmp_path: Path, capsys):
-    """With one line that says so; an export has the usual names again."""
+    """One line on stderr says so; an export has the usual names again."""
     rename, said = WRAPPERS[kind]
     before = load_folder(base)
     assert capsys.readouterr().err == ""
@@ -82,14 +82,14 @@ def test_a_model_that_is_there_twice_is_not_guessed(base: Path):
     tensors = load_file(file)
     both = {f"{prefix}.{name}": tensor.clone() for prefix in ("ema", "generator") for name, tensor in tensors.items()}
     save_file(both, file)
-    assert "the file holds the model more than once, under 'ema.' and 'generator.'; save one" in error_of(base)
+    assert "the file holds the model more than once, under 'ema.' and 'generator.'; save only one" in error_of(base)
 
 
 def test_another_model_is_said_in_one_line(base: Path):
     wrap(base, "transformer", lambda name: name.replace("_proj", "_linear").replace("norm", "n").replace("e", "E"))
     first, line = error_of(base).splitlines()
     assert "1 problem" in first
-    assert "none of its 25 tensors is of this model: it has" in line
+    assert "none of its 25 tensors belongs to this model: it has" in line
     assert "expected model.embed_tokens.weight" in line
 
 
@@ -129,15 +129,15 @@ def empty(part: Path) -> None:
     [
         (
             move(f"{STEM}.fp16.safetensors"),
-            f"There is a variant, {STEM}.fp16.safetensors. Download the usual files",
+            f"The folder holds a variant, {STEM}.fp16.safetensors. Download the usual files",
         ),
         (move(f"{STEM}.bf16.bin"), f"mv {{0}}/{STEM}.bf16.bin {{0}}/{STEM}.bin"),
         (
             move(f"{STEM}.safetensors.index.fp16.json"),
             f"{STEM}.safetensors.index.fp16.json {{}}/{STEM}.safetensors.index",
         ),
-        (shards, "There are 1 of 3 shards without their index. Download"),
-        (shards, f"Download {STEM}.safetensors.index.json and of the shards 1, 3."),
+        (shards, "The folder holds 1 of 3 shards, without their index. Download"),
+        (shards, f"Download {STEM}.safetensors.index.json and the shards 1, 3."),
         (move(f"{STEM}.safetensors.part"), f"A download was interrupted ({STEM}.safetensors.part): run the same"),
         (hub_cache, "abc.def.incomplete): run the same download again"),
         (empty, "truncated or damaged, 0 bytes (Error while deserializing header: header too small). A download was"),
@@ -150,12 +150,12 @@ def test_what_is_there_instead_of_weights_is_said(edit: Callable[[Path], None], 
 
 
 def test_the_command_for_a_variant_works(base: Path):
-    """Also in a folder whose name has characters that a shell or a pattern takes for its own."""
+    """The folder name has characters that are special in a shell or a pattern."""
     odd = base.with_name("it's [a] {b} $c #d é%20;\\ *")
     shutil.move(base, odd)
     before = load_folder(odd)
     move(f"{STEM}.fp16.safetensors")(odd / "transformer")
-    command = error_of(odd).partition("or take the variant for them: ")[2]
+    command = error_of(odd).partition("or use the variant instead: ")[2]
     assert os.system(command.splitlines()[0]) == 0
     after = load_folder(odd)
     jax.tree.map(np.testing.assert_array_equal, after.transformer, before.transformer)

@@ -1,4 +1,4 @@
-"""Files of torch.save read and written without torch, with torch itself as the oracle; hostile files run nothing."""
+"""Files of torch.save are read and written without torch as by torch itself; hostile files run nothing."""
 
 import collections
 import io
@@ -27,12 +27,12 @@ State = dict[str, torch.Tensor]
 
 
 def state() -> State:
-    """Every dtype, and every way in which a tensor can lie in its storage."""
+    """Return tensors of every dtype, and of every layout in their storage."""
     generator = torch.Generator().manual_seed(0)
-    made = {str(dtype): (torch.randn(5, 3, generator=generator) * 9).to(dtype) for dtype in DTYPES}
+    tensors = {str(dtype): (torch.randn(5, 3, generator=generator) * 9).to(dtype) for dtype in DTYPES}
     whole = torch.randn(6, 8, 4, generator=generator)
     shared = torch.randn(40, generator=generator).bfloat16()
-    return made | {
+    return tensors | {
         "transposed": whole.transpose(0, 2),
         "every other": whole[::2, 1::3],
         "in the middle": whole[2:5],
@@ -52,23 +52,23 @@ def bits(tensor: torch.Tensor) -> np.ndarray:
     return plain.flatten().view(torch.uint8).numpy() if plain.numel() else np.zeros(0, np.uint8)
 
 
-def assert_same(path: Path, wanted: State) -> None:
-    """All tensors, whole and row by row, have the bits that torch has."""
-    found = open_tensors(path)
-    assert found.infos.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found.infos[name] == TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        whole = found.read(name)
-        assert (whole.dtype.name, whole.shape) == (found.infos[name].dtype, tuple(tensor.shape)), name
+def assert_same(path: Path, expected: State) -> None:
+    """Assert that all tensors, whole and row by row, have the same bits as in torch."""
+    opened = open_tensors(path)
+    assert opened.infos.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert opened.infos[name] == TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        whole = opened.read(name)
+        assert (whole.dtype.name, whole.shape) == (opened.infos[name].dtype, tuple(tensor.shape)), name
         np.testing.assert_array_equal(np.ascontiguousarray(whole).reshape(-1).view(np.uint8), bits(tensor), name)
         if tensor.ndim:
-            rows = [found.read_rows(name, at, at + 2) for at in range(0, len(tensor), 2)]
+            rows = [opened.read_rows(name, at, at + 2) for at in range(0, len(tensor), 2)]
             joined = np.concatenate(rows) if rows else whole
             np.testing.assert_array_equal(joined.reshape(-1).view(np.uint8), bits(tensor), name)
 
 
 class Module(torch.nn.Module):
-    """Its state dict is an OrderedDict with metadata, and its weights are tied."""
+    """A module whose state dict is an OrderedDict with metadata and whose weights are tied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,13 +78,13 @@ class Module(torch.nn.Module):
 
 @pytest.mark.parametrize("options", [{}, {"pickle_protocol": 4}, {"_use_new_zipfile_serialization": False}])
 def test_every_bit_is_as_torch_has_it(options: dict[str, Any], tmp_path: Path):
-    for name, wanted in (("state.bin", state()), ("module.bin", Module().state_dict())):
-        torch.save(wanted, tmp_path / name, **options)
-        assert_same(tmp_path / name, wanted)
+    for name, expected in (("state.bin", state()), ("module.bin", Module().state_dict())):
+        torch.save(expected, tmp_path / name, **options)
+        assert_same(tmp_path / name, expected)
 
 
 def test_rows_are_read_without_the_rest(tmp_path: Path):
-    """A file of 64 MB that lies in a sparse file: rows come from where they are."""
+    """Rows of a 64 MB file are read from their own positions."""
     torch.save({"large": torch.arange(1 << 24, dtype=torch.float32).view(1 << 14, -1)}, tmp_path / "large.bin")
     archive = open_archive(tmp_path / "large.bin")
     start = archive.starts["0"]
@@ -97,8 +97,8 @@ def test_rows_are_read_without_the_rest(tmp_path: Path):
 
 @pytest.mark.parametrize("mapped", [False, True])
 def test_torch_reads_what_is_written(mapped: bool, tmp_path: Path):
-    wanted = {name: tensor for name, tensor in state().items() if tensor.is_contiguous()}
-    arrays = {name: tensor.detach().clone() for name, tensor in wanted.items()}
+    expected = {name: tensor for name, tensor in state().items() if tensor.is_contiguous()}
+    arrays = {name: tensor.detach().clone() for name, tensor in expected.items()}
     infos = {name: TensorInfo(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in arrays.items()}
 
     def blocks(name: str) -> list[np.ndarray]:
@@ -107,12 +107,12 @@ def test_torch_reads_what_is_written(mapped: bool, tmp_path: Path):
 
     file = tmp_path / "folder" / "written.bin"
     write_archive(file, infos, blocks)
-    found = torch.load(file, weights_only=True, mmap=mapped)
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor), name
-    assert_same(file, wanted)
+    loaded = torch.load(file, weights_only=True, mmap=mapped)
+    assert loaded.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor), name
+    assert_same(file, expected)
     assert all(start % torch_archive.ALIGNMENT == 0 for start in open_archive(file).starts.values())
     content = file.read_bytes()
     write_archive(file, infos, blocks)
@@ -134,7 +134,7 @@ def test_sizes_beyond_32_bits_are_written(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 class Payload:
-    """What an unpickler would run."""
+    """An object whose unpickling would call a function."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.reduced = (function, arguments)
@@ -144,7 +144,7 @@ class Payload:
 
 
 def ran(name: str = "") -> None:
-    """Called by a payload alone."""
+    """Fail the test; only a payload calls it."""
     raise AssertionError(f"code of a file has run {name}")
 
 
@@ -224,13 +224,13 @@ STORED = ("storage", torch.FloatStorage, "0", "cpu", 12)
     ],
 )
 def test_a_tensor_has_to_lie_in_its_storage(offset: Any, shape: Any, strides: Any):
-    assert tensor_pickle.read_bytes(made(0, (3, 4), (4, 1)))["a"].shape == (3, 4)
+    assert tensor_pickle.read_bytes(pickled(0, (3, 4), (4, 1)))["a"].shape == (3, 4)
     with pytest.raises(PickleError):
-        tensor_pickle.read_bytes(made(offset, shape, strides))
+        tensor_pickle.read_bytes(pickled(offset, shape, strides))
 
 
-def made(offset: Any, shape: Any, strides: Any) -> bytes:
-    """A pickle of {"a": a tensor of these}, in a storage of 12 numbers."""
+def pickled(offset: Any, shape: Any, strides: Any) -> bytes:
+    """Return a pickle of {"a": such a tensor} in a storage of 12 numbers."""
 
     class Stored:
         pass
@@ -266,7 +266,7 @@ def mutated(content: bytes, random: np.random.Generator) -> bytes:
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_damaged_files_are_refused_or_read(legacy: bool, tmp_path: Path):
-    """Random damage raises the one documented error, or none if it hit what does not matter."""
+    """Random damage raises the one documented error, or none if the damaged bytes do not matter."""
     small = {name: tensor for name, tensor in state().items() if name in ("shared 1", "shared 2", "transposed")}
     content = saved(small, _use_new_zipfile_serialization=not legacy)
     random, refused, file = np.random.default_rng(0), 0, tmp_path / "damaged.bin"
@@ -293,7 +293,7 @@ def test_damaged_pickles_raise_nothing_else():
 
 
 def rezipped(edit: Callable[[dict[str, bytes]], Any], compression: int = zipfile.ZIP_STORED) -> bytes:
-    """A good archive after `edit` has changed its entries."""
+    """Return a good archive after `edit` has changed its entries."""
     with zipfile.ZipFile(io.BytesIO(saved({"a": torch.zeros(3)}))) as source:
         entries = {name: source.read(name) for name in source.namelist()}
     edit(entries)
@@ -305,7 +305,7 @@ def rezipped(edit: Callable[[dict[str, bytes]], Any], compression: int = zipfile
 
 
 def of_another_order(**system: Any) -> bytes:
-    """A file of PyTorch before 1.6 that says something else of the machine that wrote it."""
+    """Return a file of PyTorch before 1.6 from a machine described by `system`."""
     parts = (torch_archive.MAGIC_NUMBER, 1001, {"little_endian": True} | system, {}, [])
     return b"".join(pickle.dumps(part, 2) for part in parts)
 
@@ -321,8 +321,8 @@ def of_another_order(**system: Any) -> bytes:
         ),
         (saved({"a": torch.zeros(1), "epoch": 3}), ContentError, "expected a dict of tensors"),
         (saved({1: torch.zeros(1)}), ContentError, "expected a dict of tensors"),
-        (rezipped(lambda entries: entries.pop("archive/data/0")), ArchiveError, "numbers of a are not all there"),
-        (rezipped(lambda e: e.update({"archive/data/0": b"12345678"})), ArchiveError, "numbers of a are not all there"),
+        (rezipped(lambda entries: entries.pop("archive/data/0")), ArchiveError, "numbers of a are incomplete"),
+        (rezipped(lambda e: e.update({"archive/data/0": b"12345678"})), ArchiveError, "numbers of a are incomplete"),
         (rezipped(lambda entries: entries.pop("archive/data.pkl")), ArchiveError, "no data.pkl"),
         (rezipped(lambda e: e.update({"archive/byteorder": b"big"})), ContentError, "big-endian"),
         (rezipped(lambda e: e.update({"archive/constants.pkl": b""})), ContentError, "TorchScript"),

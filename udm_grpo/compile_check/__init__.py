@@ -1,1 +1,1 @@
-"""--compile-only: the programs of a run, compiled for devices that need not be there."""
+"""--compile-only: compile the programs of a run for devices that need not be present."""

@@ -1,4 +1,4 @@
-"""Work of a program before compilation: its matrix products and convolutions, every loop body times its length."""
+"""Floating-point operations of a traced program: matrix products and convolutions, loop bodies times their length."""
 
 import math
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
 def matrix_flops(jaxpr: Jaxpr, loops: bool = True) -> int:
-    """Floating-point operations of all devices together, two for a multiplication and an addition.
+    """Return the floating-point operations of all devices together; a multiplication with its addition counts as two.
 
-    `loops` False counts every loop body once, as the compiler's cost analysis does. Of a conditional, the branch with
-    the most work counts.
+    With `loops` False, every loop body counts once, as in the compiler's cost analysis. Of a conditional, the branch
+    with the most work counts.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -37,7 +37,7 @@ def _shape(variable: Any) -> tuple[int, ...]:
 def _turns(name: str, params: dict[str, Any], loops: bool) -> int:
     if name == "scan" and loops:
         return int(params["length"])
-    if name == "pallas_call":  # its grid is no loop of the program: the compiler sees one operation
+    if name == "pallas_call":  # its grid is not a loop of the program: the compiler sees one operation
         return math.prod(int(size) for size in params["grid_mapping"].grid)
     return 1
 

@@ -1,4 +1,4 @@
-"""What devices say to each other in a compiled program, read off its text: collectives by kind, with their bytes."""
+"""Count the collectives of a compiled program by kind, with their bytes, from its text."""
 
 import math
 import re
@@ -16,7 +16,7 @@ class Collective:
     """All collectives of one kind in one execution of a program."""
 
     count: int = 0
-    """How often one runs; one in a loop counts once for each turn."""
+    """Number of executions; a collective in a loop counts once for each iteration."""
     bytes: int = 0
     """Bytes on one device: of the results, and of the operands of a reduce-scatter."""
 
@@ -26,7 +26,7 @@ class _Operation:
     kind: str
     bytes: int
     channel: str
-    """Pieces of one collective that is spread over other work have the same channel; empty if there is none."""
+    """Shared by the pieces of one collective that is spread over other work; empty if there is none."""
 
 
 @dataclass
@@ -34,27 +34,27 @@ class _Computation:
     types: dict[str, str] = field(default_factory=dict)
     """Instruction -> its type."""
     own: list[_Operation] = field(default_factory=list)
-    """The collectives in it."""
+    """The collectives in this computation."""
     calls: list[tuple[str, int]] = field(default_factory=list)
-    """(computation, times) that it calls."""
+    """(computation, number of times) that this one calls."""
     constants: dict[str, int] = field(default_factory=dict)
-    """Instruction -> its value, for whole numbers."""
+    """Instruction -> its value, for integer constants."""
     elements: dict[str, int] = field(default_factory=dict)
-    """Instruction -> which element of a tuple it takes."""
+    """Instruction -> index of the tuple element that it takes."""
     sums: dict[str, list[str]] = field(default_factory=dict)
-    """Instruction -> what it adds."""
+    """Instruction -> names of what it adds."""
     less: list[str] = field(default_factory=list)
-    """[i, N] of the comparison i < N in it."""
+    """[i, N] of the comparison i < N in this computation."""
     last: list[str] = field(default_factory=list)
-    """Operands of its last instruction: a loop body's next state."""
+    """Operands of the last instruction: the next state of a loop body."""
 
 
 def collectives(text: str) -> dict[str, Collective]:
-    """Kind -> Collective of one execution, from `compiled.as_text()`; kinds that do not occur are left out.
+    """Return kind -> Collective of one execution, from `compiled.as_text()`; kinds that do not occur are left out.
 
-    A loop's body counts as often as the loop turns, which is read off the compiler's note or off its counter (i < N,
-    and what the body adds to i); where it says neither, once. A collective whose pieces the compiler spread over other
-    work counts once, not once a piece.
+    A loop body counts once for each iteration. Their number is taken from the compiler's annotation or from the loop
+    counter (i < N, and what the body adds to i); if neither is known, the body counts once. A collective whose pieces
+    the compiler spread over other work counts once, not once for each piece.
     """
     entry, computations = _read(text)
     pieces: dict[str, tuple[int, _Operation]] = {}
@@ -70,16 +70,16 @@ def collectives(text: str) -> dict[str, Collective]:
 
     if entry:
         visit(entry, 1)
-    found: dict[str, Collective] = {}
+    totals: dict[str, Collective] = {}
     for times, operation in pieces.values():
-        total = found.setdefault(operation.kind, Collective())
+        total = totals.setdefault(operation.kind, Collective())
         total.count += times
         total.bytes += times * operation.bytes
-    return found
+    return totals
 
 
 def type_bytes(text: str) -> int:
-    """Bytes of an array type such as bf16[32,1345]{1,0}, or of all arrays in a tuple type."""
+    """Return the bytes of an array type such as bf16[32,1345]{1,0}, or of all arrays in a tuple type."""
     return sum(
         math.ceil(_bits(kind) * math.prod(int(size) for size in shape.split(",") if size) / 8)
         for kind, shape in _ARRAY.findall(text)
@@ -89,8 +89,8 @@ def type_bytes(text: str) -> int:
 def _bits(kind: str) -> int:
     if kind == "pred":
         return 8
-    found = re.search(r"\d+", kind)
-    return int(found.group()) if found else 0
+    digits = re.search(r"\d+", kind)
+    return int(digits.group()) if digits else 0
 
 
 def _read(text: str) -> tuple[str, dict[str, _Computation]]:
@@ -111,7 +111,7 @@ def _read(text: str) -> tuple[str, dict[str, _Computation]]:
             _note(current, name, kind, operation, rest)
             if operation == "while":
                 waiting.append((current, rest))
-    for computation, rest in waiting:  # a loop's parts may stand below it
+    for computation, rest in waiting:  # the parts of a loop may follow it
         computation.calls.append((_called(rest, "body")[0], _turns(rest, computations)))
     return entry, computations
 
@@ -137,16 +137,16 @@ def _note(computation: _Computation, name: str, kind: str, operation: str, rest:
 
 
 def _collective_bytes(computation: _Computation, kind: str, operation: str, rest: str) -> int:
-    given = sum(type_bytes(computation.types.get(name, "")) for name in _operands(rest))
+    operand_bytes = sum(type_bytes(computation.types.get(name, "")) for name in _operands(rest))
     if operation.startswith("reduce-scatter"):
-        return given
+        return operand_bytes
     if operation in ("all-gather-start", "collective-permute-start"):  # a tuple of operands and results
-        return type_bytes(kind) - given
+        return type_bytes(kind) - operand_bytes
     return type_bytes(kind)
 
 
 def _operands(rest: str) -> list[str]:
-    """Names of the operands, from the text behind an operation's opening bracket; types in front of them or not."""
+    """Return the names of the operands from the text after an operation's opening bracket, which may have types."""
     depth, end = 1, 0
     while end < len(rest) and depth:
         depth += {"(": 1, ")": -1}.get(rest[end], 0)
@@ -155,8 +155,8 @@ def _operands(rest: str) -> list[str]:
 
 
 def _called(rest: str, attribute: str) -> list[str]:
-    found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", rest)
-    return re.findall(r"%?([\w.\-]+)", found.group(1)) if found else []
+    match = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", rest)
+    return re.findall(r"%?([\w.\-]+)", match.group(1)) if match else []
 
 
 def _turns(rest: str, computations: dict[str, _Computation]) -> int:

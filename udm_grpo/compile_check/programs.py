@@ -1,4 +1,4 @@
-"""The programs of a run for arguments that are shapes only: no weights, no devices that are here."""
+"""The programs of a run for shapes instead of arrays: neither weights nor the devices have to be present."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,10 +29,10 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a checkpoint folder's configuration files say."""
+    """The sizes in the configuration files of a released folder."""
 
     folder: Path
-    """Where they were read."""
+    """Where they were read from."""
     transformer: TransformerConfig
     vq: VQConfig
     scheduler: Scheduler
@@ -41,10 +41,9 @@ class Sizes:
 
 
 def read_sizes(path: str, text_length: int = 0) -> Sizes:
-    """Return the sizes of the checkpoint `path`; of a published one that is not there, those that come with the
-    package.
+    """Return the sizes of the released folder `path`; for a published model that is not there, those in the package.
 
-    `text_length` is L; 0 takes the tokenizer's. Raises ConfigError, or WeightsError for a damaged file.
+    `text_length` is L; 0 takes that of the tokenizer. Raises ConfigError, or WeightsError for a damaged file.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -67,21 +66,21 @@ def read_sizes(path: str, text_length: int = 0) -> Sizes:
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled stage of a run, before it is compiled."""
+    """A stage of a run before compilation."""
 
     name: str
     micro_batch: int
-    """Images or states that it works through at a time, on all devices together."""
+    """Images or states that it processes at a time, on all devices together."""
     trace: Callable[[], Any]
-    """-> jax.stages.Traced."""
+    """Returns a jax.stages.Traced."""
     present: Any
-    """Shapes of all that lies on the devices meanwhile, its arguments among it."""
+    """Shapes of everything on the devices meanwhile, including the arguments."""
 
 
 def mesh_of(config: RunConfig, sizes: Sizes, devices: list[Any]) -> Mesh:
     """Return the mesh of a run over `devices`.
 
-    Raises MeshError or ConfigError where image, sizes and mesh do not fit.
+    Raises MeshError or ConfigError if the image, the sizes and the mesh do not fit together.
     """
     mesh = meshes.make_mesh(asdict(config.mesh), devices)
     check_sizes(config, sizes.vq.stride)
@@ -91,8 +90,8 @@ def mesh_of(config: RunConfig, sizes: Sizes, devices: list[Any]) -> Mesh:
 def programs(config: RunConfig, sizes: Sizes, mesh: Mesh) -> dict[str, Program]:
     """Return the programs of one iteration by name: rollout, decode, reference and update."""
     held, steps = _held(config, sizes, mesh)
-    given = _given(config, sizes, mesh, steps)
-    samples = _samples(held, given, steps, mesh)
+    batches = _batches(config, sizes, mesh, steps)
+    samples = _samples(held, batches, steps, mesh)
     rollout, update = steps.sizes.rollout, steps.sizes.update
 
     def program(name: str, step: Any, micro_batch: int, taken: tuple[str, ...], *rest: Any) -> Program:
@@ -102,16 +101,20 @@ def programs(config: RunConfig, sizes: Sizes, mesh: Mesh) -> dict[str, Program]:
         arguments = (*bound, *(held[part] for part in taken), *rest)
         return Program(name, micro_batch, lambda: jitted.trace(*arguments), (held, rest))
 
-    drawn = (given["rollout prompts"], given["empty"], given["index"], given["key"])
-    judged = (given["prompts"], Rollout(given["clean"], given["trajectory"], given["trajectory"]), given["key"])
-    learned = (samples, given["score"], held["reference"], given["images"])
-    made = (
+    drawn = (batches["rollout prompts"], batches["empty"], batches["index"], batches["key"])
+    judged = (
+        batches["prompts"],
+        Rollout(batches["clean"], batches["trajectory"], batches["trajectory"]),
+        batches["key"],
+    )
+    learned = (samples, batches["score"], held["reference"], batches["images"])
+    stages = (
         program("rollout", steps.rollout, rollout, ("policy",), *drawn),
-        program("decode", steps.decode, rollout, ("tokenizer",), given["rollout clean"]),
+        program("decode", steps.decode, rollout, ("tokenizer",), batches["rollout clean"]),
         program("reference", steps.prepare, update, ("policy", "reference"), *judged),
         program("update", steps.update, update, ("state",), *learned),
     )
-    return {one.name: one for one in made}
+    return {one.name: one for one in stages}
 
 
 def _spread(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
@@ -119,7 +122,7 @@ def _spread(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.Shape
 
 
 def _held(config: RunConfig, sizes: Sizes, mesh: Mesh) -> tuple[dict[str, Any], Steps]:
-    """Shapes of what lies on the devices all through an iteration, by name; and the stages."""
+    """Return the shapes of what is on the devices throughout an iteration, by name, and the stages."""
     plans = make_plans(config, sizes.transformer, sizes.vq, sizes.scheduler.shift, mesh)
     optimizer = optimizer_of(config)
     whole_model = transformer.abstract(sizes.transformer)
@@ -147,8 +150,8 @@ def _held(config: RunConfig, sizes: Sizes, mesh: Mesh) -> tuple[dict[str, Any], 
     return held, build(config, plans, path, optimizer, mesh, state)
 
 
-def _given(config: RunConfig, sizes: Sizes, mesh: Mesh, steps: Steps) -> dict[str, Any]:
-    """Shapes of the batches that the stages are given."""
+def _batches(config: RunConfig, sizes: Sizes, mesh: Mesh, steps: Steps) -> dict[str, Any]:
+    """Return the shapes of the batches that the stages take."""
     over_batch, whole = meshes.over_batch(mesh), meshes.replicated(mesh)
     L, m, N = sizes.text_length, steps.sizes.rollout, steps.plans.network.tokens
     B, T, M = steps.sizes.drawn, config.rollout.steps, config.grpo.minibatches
@@ -171,17 +174,19 @@ def _given(config: RunConfig, sizes: Sizes, mesh: Mesh, steps: Steps) -> dict[st
     }
 
 
-def _samples(held: dict[str, Any], given: dict[str, Any], steps: Steps, mesh: Mesh) -> Samples:
-    """Shapes of the training states, which are what the objective of the run makes them."""
-    rolled = Rollout(given["clean"], given["trajectory"], given["trajectory"])
-    made = jax.eval_shape(steps.prepare, held["policy"], held["reference"], given["prompts"], rolled, given["key"])
-    return jax.tree.map(lambda leaf: _spread(leaf.shape, leaf.dtype, meshes.over_batch(mesh)), made)
+def _samples(held: dict[str, Any], batches: dict[str, Any], steps: Steps, mesh: Mesh) -> Samples:
+    """Return the shapes of the training states, which the objective of the run determines."""
+    rolled = Rollout(batches["clean"], batches["trajectory"], batches["trajectory"])
+    samples = jax.eval_shape(
+        steps.prepare, held["policy"], held["reference"], batches["prompts"], rolled, batches["key"]
+    )
+    return jax.tree.map(lambda leaf: _spread(leaf.shape, leaf.dtype, meshes.over_batch(mesh)), samples)
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes on one device of shapes with shardings."""
+    """Return the bytes on one device of shapes with shardings."""
     total = 0
-    # What stands in it twice lies there once: the base of an adapter is the reference, too.
+    # A leaf that occurs twice is stored once: the base of an adapter is also the reference.
     for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values():
         shard = leaf.sharding.shard_shape(leaf.shape)
         size = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize

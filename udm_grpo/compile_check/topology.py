@@ -1,4 +1,4 @@
-"""The devices to compile for: those at hand, or a TPU slice or GPUs that need not be, by their compilers alone."""
+"""The devices to compile for: those at hand, or a TPU slice or GPUs that need not be present."""
 
 import importlib.metadata
 import importlib.util
@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from rewards_bridge.errors import UserError
 
 TESTED = ("v5e:4x4", "v5p:2x2x2", "v5p:2x2x4", "v6e:4x4", "tpu7x:2x2x1")
-"""Topology names that libtpu takes, of those that were tried."""
+"""Topology names that were tried and that libtpu accepts."""
 
 GIB = 2**30
 USABLE_HBM = {
@@ -23,10 +23,10 @@ USABLE_HBM = {
     "TPU v6 lite": 31.25,
     "TPU7x": 94.75,
 }
-"""Kind of a device -> GiB that a program may use, as the compiler of libtpu 0.0.42.1 says when one is too large.
+"""Kind of a device -> GiB that a program may use, as the compiler of libtpu 0.0.42.1 reports it when one is too large.
 
 Published per chip: v4 32 GB, v5e 16 GB, v5p 95 GB, v6e 32 GB, tpu7x 192 GB (docs.cloud.google.com/tpu/docs). A v4 chip,
-named so, and a tpu7x chip show as two devices with half each.
+under this name, and a tpu7x chip appear as two devices with half of it each.
 """
 
 _H100 = """
@@ -55,19 +55,19 @@ dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 13 minor: 0 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-"""What XLA's compiler has to know of a GPU, as it describes an H100 of 80 GB (SXM)."""
+"""What XLA's compiler has to know of a GPU, in its own description of an H100 with 80 GB (SXM)."""
 GPU_BYTES = {"NVIDIA H100 80GB HBM3": 84929347584}
 GPU_FRACTION = 0.75
-"""Part of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
+"""Fraction of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION is set."""
 _NO_GPU = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
-"""Without a GPU, nothing can be timed to choose by."""
+"""Compiler options without a GPU, where kernels cannot be timed to choose the fastest."""
 
 _QUIET = {
-    # libtpu asks the machine which TPU it is; any well-formed answer will do, none is used by the compiler.
+    # libtpu asks which TPU the machine has; any well-formed answer will do, since the compiler does not use it.
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_SKIP_MDS_QUERY": "1",
-    # Compiling holds no TPU, so several may compile at the same time.
+    # Compiling does not occupy a TPU, so several processes may compile at the same time.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
@@ -78,15 +78,15 @@ class TopologyError(UserError, ValueError):
 
 
 def devices_of(topology: str) -> list[Any]:
-    """Return the devices of a slice such as "v5p:2x2x4" or "h100:8", or those at hand for ""; raises TopologyError."""
+    """Return the devices of a slice such as "v5p:2x2x4" or "h100:8", or those at hand for "". Raises TopologyError."""
     if not topology:
         return list(jax.devices())
     if topology.partition(":")[0] == "h100":
         return _gpus(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise TopologyError(
-            f"--topology={topology} needs the TPU compiler, which is not part of jax; pip install '{libtpu_series()}'. "
-            "Without --topology the devices at hand are compiled for."
+            f"--topology={topology} needs the TPU compiler, which is not part of jax; fix: pip install "
+            f"'{libtpu_series()}'. Without --topology, the programs are compiled for the devices at hand."
         )
     _check_libtpu(topology)
     for name, value in _QUIET.items():
@@ -94,27 +94,27 @@ def devices_of(topology: str) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except (JaxRuntimeError, ValueError, NotImplementedError) as error:
-        said = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise TopologyError(
-            f"--topology={topology}: libtpu knows no such slice ({said}); name one as kind:chips, such as "
+            f"--topology={topology}: libtpu knows no such slice ({reason}); name one as kind:chips, such as "
             f"{', '.join(TESTED)}."
         ) from None
 
 
 def libtpu_series() -> str:
-    """Return the releases of libtpu that the installed jax names for TPUs, such as "libtpu==0.0.42.*"."""
+    """Return the releases of libtpu that the installed jax requires for TPUs, such as "libtpu==0.0.42.*"."""
     named = (line for line in importlib.metadata.requires("jax") or [] if line.startswith("libtpu"))
     return next(named, "libtpu").partition(";")[0].strip()
 
 
 def _check_libtpu(topology: str) -> None:
-    """Raise TopologyError for a libtpu that the installed jax was not made for: it fails on programs with kernels."""
+    """Raise TopologyError if libtpu does not match the installed jax: it would fail on programs with kernels."""
     series, installed = libtpu_series(), importlib.metadata.version("libtpu")
     numbers = series.partition("==")[2].removesuffix("*")
     if not f"{installed}.".startswith(numbers):
         raise TopologyError(
             f"--topology={topology}: libtpu {installed} does not fit jax {jax.__version__}, which needs {series}; "
-            f"pip install '{series}'."
+            f"fix: pip install '{series}'."
         )
 
 
@@ -123,30 +123,30 @@ def _gpus(topology: str) -> list[Any]:
     if not count:
         raise TopologyError(f"--topology={topology}: give the number of GPUs of one host, as in h100:8.")
     try:
-        # "processes x hosts x GPUs of each" of one partition; the compiler is part of JAX's CUDA plugin.
-        found = topologies.get_topology_desc(platform="cuda", target_config=_H100, topology=f"1x1x{count[1]}")
+        # "processes x hosts x GPUs per host" of one partition; the compiler is part of JAX's CUDA plugin.
+        description = topologies.get_topology_desc(platform="cuda", target_config=_H100, topology=f"1x1x{count[1]}")
     except (JaxRuntimeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise TopologyError(
             f"--topology={topology} needs JAX's CUDA compiler, which runs without a GPU; pip install "
             f'"jax[cuda13]=={jax.__version__}" ({str(error).splitlines()[0]}).'
         ) from None
-    return list(found.devices)
+    return list(description.devices)
 
 
 def compiler_options(device: Any) -> dict[str, Any]:
-    """Options to compile with for a device that may not be here."""
+    """Return the compiler options for a device that may not be present."""
     here = any(device is one for one in jax.devices())
     return {} if here or device.platform != "gpu" else dict(_NO_GPU)
 
 
 def usable_bytes(device: Any) -> int | None:
-    """Bytes of memory of a device that programs may use; None where nobody says."""
+    """Return the bytes of a device's memory that programs may use; None if unknown."""
     if device.platform == "tpu" and device.device_kind in USABLE_HBM:
         return int(USABLE_HBM[device.device_kind] * GIB)
     try:
-        found = device.memory_stats()
-    except JaxRuntimeError:  # a device that is not here
+        stats = device.memory_stats()
+    except JaxRuntimeError:  # a device that is not present
         fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_FRACTION))
         size = GPU_BYTES.get(device.device_kind)
         return None if size is None else int(size * fraction)
-    return int(found["bytes_limit"]) if found and "bytes_limit" in found else None
+    return int(stats["bytes_limit"]) if stats and "bytes_limit" in stats else None

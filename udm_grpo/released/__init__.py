@@ -1,1 +1,1 @@
-"""The released URSA checkpoint folder and PEFT's adapter folder, read and written."""
+"""Read and write released URSA model folders and PEFT's adapter folders."""

@@ -1,4 +1,4 @@
-"""What a checkpoint folder in the released format holds, once it is read."""
+"""The contents of a released model folder once it is read, and checks that they fit together."""
 
 import functools
 import os
@@ -25,7 +25,7 @@ T = TypeVar("T")
 SCHEDULER_FILE = "scheduler_model.pth"
 CODEBOOK_NAME = "path.emb"
 MAX_SHOWN = 24
-"""Tensors of a kind of problem that an error names."""
+"""Number of tensors that an error names for each kind of problem."""
 CONFIG_FILES = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 MAX_SCHEDULE = {"alpha": 100.0, "c": 1e6, "eps": 1.0, "shift": 1e4}
 """Largest value of each number of a schedule; the released ones are 0.9, 3, 1e-5 and 1 to 3."""
@@ -36,17 +36,17 @@ class Scheduler:
     """scheduler_config.json: the probability path and the schedule."""
 
     alpha: float | None
-    """Exponent of beta_t; None: the mixture path."""
+    """Exponent of beta_t; None selects the mixture path."""
     c: float
     """Factor of beta_t."""
     eps: float
-    """Least norm of a codebook row when it is normalised."""
+    """Lower bound on the norm of a codebook row when it is normalised."""
     shift: float
-    """s of the schedule."""
+    """Shift s of the schedule."""
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Scheduler":
-        """Read scheduler_config.json, with the release's defaults; raises ValueError for values that cannot be."""
+        """Read scheduler_config.json, with the release's defaults. Raises ValueError for a value out of range."""
         values: dict[str, float | None] = {"alpha": None, "c": 3.0, "eps": 1e-5, "shift": 1.0}
         for name in values:
             value = raw.get(name)
@@ -55,7 +55,7 @@ class Scheduler:
             most = MAX_SCHEDULE[name]
             if not is_number(value) or not 0 < value <= most:
                 raise ValueError(
-                    f"scheduler_config.json: {name} is {value!r:.40}; wanted a number above 0 and at most {most:g}"
+                    f"scheduler_config.json: {name} is {value!r:.40}; expected a number above 0 and at most {most:g}"
                 )
             values[name] = float(value)
         return cls(**values)  # type: ignore[arg-type]
@@ -63,9 +63,9 @@ class Scheduler:
 
 @dataclass(frozen=True)
 class ReleasedModel:
-    """Everything that a checkpoint folder holds, and how it was stored.
+    """Everything that a released model folder holds, and how it was stored.
 
-    To export trained weights: `save_folder(dataclasses.replace(checkpoint, transformer=params), folder)`.
+    To export trained weights: `save_folder(dataclasses.replace(released, transformer=params), folder)`.
     """
 
     transformer_config: TransformerConfig
@@ -73,39 +73,39 @@ class ReleasedModel:
     vq_config: VQConfig
     vq: Params
     path_codebook: Float[Array, "v e"]
-    """The codes as the path sees them, float32; the image tokenizer has its own."""
+    """Embeddings of the codes for the probability path, float32; the image tokenizer has its own."""
     scheduler: Scheduler
     tokenizer: PromptTokenizer
     files: Mapping[str, bytes]
     """Relative path -> content of every configuration and tokenizer file; saved verbatim."""
     layouts: Mapping[str, Layout]
-    """Part (transformer, vae, scheduler) -> how its tensors lie in files, with their dtypes."""
+    """Part (transformer, vae, scheduler) -> how its tensors are divided into files, with their dtypes."""
 
 
 class Problems:
-    """Collects what is wrong, to say it all at once."""
+    """Collects problems, so that all of them are reported at once."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
     def collect(self, read: Callable[[], T]) -> T | None:
-        """Return what `read` returns, or None if it raises ValueError, which is then kept."""
+        """Return what `read` returns, or None if it raises ValueError, whose message is kept."""
         try:
             return read()
         except ValueError as error:
             self.lines.append(str(error))
             return None
 
-    def part(self, path: Path, wanted: Mapping[str, Source] | None) -> TensorFiles | None:
-        """Open a part's tensors and compare them with what is wanted; None if they cannot be opened."""
+    def part(self, path: Path, expected: Mapping[str, Source] | None) -> TensorFiles | None:
+        """Open a part's tensors and compare them with the expected ones; None if they cannot be opened."""
         opened = self.collect(lambda: open_part(path))
-        if opened and wanted is not None:
+        if opened and expected is not None:
             try:
-                opened = without_wrapper(path, opened, wanted)
+                opened = without_wrapper(path, opened, expected)
             except ValueError as error:
                 self.lines.append(f"{path}: {error}")
                 return None
-            self.lines += [f"{path}: {line}" for line in tensor_problems(wanted, opened.infos)]
+            self.lines += [f"{path}: {line}" for line in tensor_problems(expected, opened.infos)]
         return opened
 
     def raise_any(self, what: PathLike) -> None:
@@ -114,12 +114,14 @@ class Problems:
             raise WeightsError("\n  ".join([f"{what}: {len(self.lines)} problem(s):", *self.lines]))
 
 
-def without_wrapper(path: Path, opened: TensorFiles, wanted: Mapping[str, Source]) -> TensorFiles:
-    """Return the tensors under the names that they have without what a wrapper put in, and say so once on stderr."""
-    names, wrapper = unwrapped_names(opened.infos, wanted)
+def without_wrapper(path: Path, opened: TensorFiles, expected: Mapping[str, Source]) -> TensorFiles:
+    """Return the tensors under their names without what a wrapper added, and print one note on stderr."""
+    names, wrapper = unwrapped_names(opened.infos, expected)
     if not names:
         return opened
-    _say_once(f"note: {path}: the names of the tensors come from inside a wrapper; {wrapper} in them is left out.")
+    _say_once(
+        f"note: {path}: the tensors were saved from inside a wrapper; {wrapper} in them is dropped from their names."
+    )
     return opened.renamed(names)
 
 
@@ -128,13 +130,14 @@ def _say_once(text: str) -> None:  # a run opens its folder twice
     print(text, file=sys.stderr, flush=True)
 
 
-def tensor_problems(wanted: Mapping[str, Source], found: Mapping[str, TensorInfo]) -> list[str]:
-    """Return a line for what is wrong with each tensor, at most MAX_SHOWN of a kind; one line if none is known."""
-    if found and not any(name in wanted for name in found):
-        here, expected = (", ".join(list(names)[:3]) for names in (found, wanted))
-        return [f"none of its {len(found)} tensors is of this model: it has {here}, ...; expected {expected}, ..."]
+def tensor_problems(expected: Mapping[str, Source], infos: Mapping[str, TensorInfo]) -> list[str]:
+    """Return a line for each problem of a tensor, at most MAX_SHOWN of a kind; one line if no tensor is known."""
+    if infos and not any(name in expected for name in infos):
+        first, first_expected = (", ".join(list(names)[:3]) for names in (infos, expected))
+        text = f"none of its {len(infos)} tensors belongs to this model"
+        return [f"{text}: it has {first}, ...; expected {first_expected}, ..."]
     kinds: dict[str, list[str]] = {}
-    for line in problems(wanted, found):
+    for line in problems(expected, infos):
         kinds.setdefault(line.partition(":")[0], []).append(line)
     shown = [
         [*lines[:MAX_SHOWN], f"{kind}: and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else lines
@@ -149,14 +152,14 @@ def is_number(value: Any) -> bool:
 
 
 def tokenizer_problems(tokenizer: PromptTokenizer, config: TransformerConfig) -> list[str]:
-    """Return what about a tokenizer does not fit a transformer."""
+    """Return a line for everything in a tokenizer that does not fit a transformer."""
     lines = []
     if tokenizer.vocabulary != config.lm_vocab_size:
-        found = f"the tokenizer has {tokenizer.vocabulary} ids, transformer/config.json says lm_vocab_size"
-        lines.append(f"{found} {config.lm_vocab_size}; use the tokenizer that the transformer was trained with")
+        sizes = f"the tokenizer has {tokenizer.vocabulary} ids, transformer/config.json says lm_vocab_size"
+        lines.append(f"{sizes} {config.lm_vocab_size}; use the tokenizer that the transformer was trained with")
     if not 0 <= config.bov_token_id < config.lm_vocab_size:
         lines.append(
-            f"transformer/config.json: bov_token_id {config.bov_token_id} is none of {config.lm_vocab_size} text ids"
+            f"transformer/config.json: bov_token_id {config.bov_token_id} is not one of {config.lm_vocab_size} text ids"
         )
     return lines
 

@@ -1,4 +1,4 @@
-"""A checkpoint that no folder held before, ready for `save_folder`: what pre-training ends with."""
+"""Build a released model that was not loaded from a folder, for `save_folder`; pre-training ends with it."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from udm_grpo.tensor_files.weight_table import TRANSFORMER_TABLE, VQ_TABLE, Tabl
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 DIFFUSERS_VERSION = "0.35.1"
-"""What the released folders name; programs that read them want one named."""
+"""Version that the released folders name; programs that read them require one."""
 
 
 def new_checkpoint(
@@ -39,26 +39,26 @@ def new_checkpoint(
     tokenizer_folder: PathLike,
     dtype: str = "float32",
 ) -> ReleasedModel:
-    """Return a checkpoint of a new model; `dtype` (float32, bfloat16, float16) is what its tensors are to be saved as.
+    """Return a new released model, whose tensors will be saved in `dtype` (float32, bfloat16 or float16).
 
     tokenizer_folder: a Hugging Face tokenizer with its tokenizer_config.json; its model_max_length is L, at most 320.
     Raises WeightsError listing what does not fit together.
     """
-    found = Problems()
-    tokenizer = found.collect(lambda: load_tokenizer(Path(tokenizer_folder)))
+    errors = Problems()
+    tokenizer = errors.collect(lambda: load_tokenizer(Path(tokenizer_folder)))
     if tokenizer:
-        found.lines += tokenizer_problems(tokenizer, transformer_config)
+        errors.lines += tokenizer_problems(tokenizer, transformer_config)
     counts = vq_config.num_vq_embeddings, transformer_config.lm_head_size, path_codebook.shape[0]
     if len(set(counts)) > 1:
-        found.lines.append(f"num_vq_embeddings, lm_head_size and the rows of path_codebook differ: {counts}")
-    found.raise_any("the new checkpoint")
+        errors.lines.append(f"num_vq_embeddings, lm_head_size and the rows of path_codebook differ: {counts}")
+    errors.raise_any("the new model")
     assert tokenizer
     tokenizer_name = tokenizer_class(Path(tokenizer_folder))
     files = {f"tokenizer/{name}": content for name, content in read_files(Path(tokenizer_folder)).items()}
     configs = _configs(transformer_config, vq_config, scheduler, tokenizer_name)
-    said = read_json(Path(tokenizer_folder) / "tokenizer_config.json")
-    said.pop("backend", None)  # transformers 5 writes it
-    configs["tokenizer/tokenizer_config.json"] = said | {"tokenizer_class": tokenizer_name}
+    tokenizer_config = read_json(Path(tokenizer_folder) / "tokenizer_config.json")
+    tokenizer_config.pop("backend", None)  # transformers 5 writes it
+    configs["tokenizer/tokenizer_config.json"] = tokenizer_config | {"tokenizer_class": tokenizer_name}
     files |= {name: json.dumps(content, indent=2).encode() + b"\n" for name, content in configs.items()}
     layouts = {
         "transformer": _layout(TRANSFORMER_TABLE, transformer, dtype),

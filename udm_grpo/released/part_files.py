@@ -1,4 +1,4 @@
-"""Which files hold the weights of a part: a folder has one answer, and trained transformers come in several places."""
+"""Find the files that hold the weights of a part, and those of trained transformers in their usual places."""
 
 import functools
 from collections.abc import Mapping
@@ -24,9 +24,9 @@ ADAPTER_FILE = "adapter_config.json"
 
 
 def open_part(path: Path) -> TensorFiles:
-    """Open the tensors of a part: of its folder, or of one file.
+    """Open the tensors of a part, from its folder or from one file.
 
-    Raises WeightsError if there are none, if they are damaged, and if a folder holds several files with different
+    Raises WeightsError if there are none, if they are damaged, or if a folder holds several files with different
     weights, where any choice between them would be a guess.
     """
     if not path.is_dir():
@@ -40,29 +40,31 @@ def open_part(path: Path) -> TensorFiles:
 
 
 def different_files(one: Path, other: Path) -> str:
-    """Return what to do about two files of a folder that hold different weights; empty if they are equal."""
+    """Return an error message if two files of a folder hold different weights; empty if they are equal."""
     difference = _difference(_identity(one), _identity(other))
     if not difference:
         return ""
     return (
-        f"{one.parent}: {one.name} and {other.name} hold different weights ({difference}). Remove the one that is not "
-        "wanted, or move it to another folder."
+        f"{one.parent}: {one.name} and {other.name} hold different weights ({difference}). Remove the one that you "
+        "do not need, or move it to another folder."
     )
 
 
 def transformer_source(path: Path) -> Path:
-    """Return the file or folder with the tensors of a trained transformer that a user names.
+    """Return the file or folder with the tensors of a trained transformer, for a path that a user gave.
 
-    That may be the file itself, its folder, a training checkpoint of the public release (checkpoint-100, with a folder
-    transformer in it, of checkpoints or ema_checkpoints), a folder with one such checkpoint, or a released folder.
+    The path may be the file itself, its folder, a training checkpoint of the public release (checkpoint-100 in
+    checkpoints or ema_checkpoints, with a folder transformer), a folder with one such checkpoint, or a released folder.
     Raises WeightsError for anything else.
     """
     if path.is_file():
         if not path.name.endswith(ENDINGS):
-            raise WeightsError(f"{path}: not a file of weights; its name has to end with one of {', '.join(ENDINGS)}.")
+            raise WeightsError(f"{path}: not a weights file; its name must end with one of {', '.join(ENDINGS)}.")
         return path
     if not path.is_dir():
-        raise WeightsError(f"{path}: no such file or folder; give a transformer's weights or the folder that has them.")
+        raise WeightsError(
+            f"{path}: no such file or folder; give a transformer's weights or the folder that holds them."
+        )
     for folder in (path, path / "transformer"):
         if candidates(folder):
             return folder
@@ -74,27 +76,27 @@ def transformer_source(path: Path) -> Path:
     if checkpoints:
         names = ", ".join(entry.name for entry in checkpoints)
         raise WeightsError(f"{path} has {len(checkpoints)} checkpoints: {names}. Give one of them.")
-    return find(path / "transformer" if (path / "transformer").is_dir() else path)  # which raises
+    return find(path / "transformer" if (path / "transformer").is_dir() else path)  # raises WeightsError
 
 
 def size_differences(source: Path, sizes: Mapping[str, Any]) -> list[str]:
     """Return how the config.json beside a transformer's weights, if there is one, contradicts the sizes of the base.
 
-    Tensors have shapes that would tell, but no tensor tells the base of the rotary frequencies or the number of heads.
+    The shapes of the tensors show most differences, but not the base of the rotary frequencies or the number of heads.
     """
     file = (source if source.is_dir() else source.parent) / "config.json"
     if not file.is_file():
         return []
     beside = read_json(file)
     return [
-        f"{file}: {name} is {beside[name]}, in the base folder it is {value}; give the base that it was trained from"
+        f"{file}: {name} is {beside[name]} here but {value} in the base folder; give the base that it was trained from"
         for name, value in sizes.items()
         if name in beside and beside[name] != value
     ]
 
 
 Identity = tuple[tuple[str, int, int], ...]
-"""(path, bytes, time of the last change) of the files that a comparison depends on."""
+"""(path, bytes, time of the last change) of each file that a comparison depends on."""
 
 
 def _identity(path: Path) -> Identity:
@@ -105,7 +107,7 @@ def _identity(path: Path) -> Identity:
 
 @functools.lru_cache(maxsize=8)  # a run opens its folder twice, and the files may be large
 def _difference(one: Identity, other: Identity) -> str:
-    """Return the first difference of two sets of tensors, compared block by block; empty if they are equal."""
+    """Return the first difference between two sets of tensors, compared block by block; empty if they are equal."""
     a, b = open_tensors(Path(one[0][0])), open_tensors(Path(other[0][0]))
     alone = sorted(a.infos.keys() ^ b.infos.keys())
     if alone:

@@ -1,7 +1,7 @@
-"""adapter_config.json of PEFT: each field is understood here, makes no difference to the result, or is refused.
+"""PEFT's adapter_config.json: each field is understood here, makes no difference to the result, or is refused.
 
-Checked against the fields of PEFT 0.3 to 0.21. A field that is not known is refused if it has a value that says
-something, since a newer PEFT may compute something else with it.
+Checked against the fields of PEFT 0.3 to 0.21. An unknown field is refused unless its value is empty, because a newer
+PEFT may compute something else with it.
 """
 
 import math
@@ -21,17 +21,17 @@ NO_DIFFERENCE = (
     *("layers_pattern", "lora_dropout", "lora_ga_config", "loftq_config", "megatron_core", "merge_weights"),
     *("peft_version", "qalora_group_size", "revision", "runtime_config", "task_type", "velora_config"),
 )
-"""Fields about training, places and other fields: the trained adapter computes the same whatever they say."""
+"""Fields on training, file locations and other fields, which do not change what a trained adapter computes."""
 REFUSED = {
-    "alora_invocation_tokens": "an activated LoRA acts from some tokens on, so that it has no merged weights",
+    "alora_invocation_tokens": "an activated LoRA acts only after certain tokens, so it has no merged weights",
     "arrow_config": "Arrow chooses among several adapters for each token",
-    "bias": "the biases of the base were trained as well, and this model has none",
+    "bias": "the biases of the base were trained as well, but this model has none",
     "fan_in_fan_out": "the weights are transposed",
-    "kasa_config": "KaSA changes the base weights when it begins",
+    "kasa_config": "KaSA changes the base weights at initialisation",
     "layer_replication": "layers of the base are repeated",
-    "lora_bias": "the adapter has biases, and this model has none",
-    "megatron_config": "the adapter is of Megatron's parallel layers",
-    "modules_to_save": "whole modules were trained beside the adapter",
+    "lora_bias": "the adapter has biases, but this model has none",
+    "megatron_config": "the adapter belongs to Megatron's parallel layers",
+    "modules_to_save": "whole modules were trained in addition to the adapter",
     "monteclora_config": "MonteCLoRA samples its weights",
     "target_parameters": "parameters outside of linear layers are adapted",
     "trainable_token_indices": "rows of the embedding were trained as well",
@@ -39,38 +39,38 @@ REFUSED = {
     "use_dora": "DoRA also scales the columns of the base weights",
     "use_qalora": "QA-LoRA pools the inputs",
 }
-"""Fields that change the result and are not supported, with what they do."""
+"""Unsupported fields that change the result -> what they do."""
 SAME_BASE = ("gaussian", "eva", "orthogonal", "mica")
-"""Initialisations that leave the base weights as they are, beside true and false."""
+"""Initialisations, besides true and false, that leave the base weights unchanged."""
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The fields that decide what an adapter adds to a model. Modules are named as in the base model."""
+    """The fields that determine what an adapter adds to a model. Modules are named as in the base model."""
 
     rank: int
     alpha: float
     rslora: bool
     ranks: Mapping[str, int]
-    """Pattern of module names -> their own rank."""
+    """Pattern of module names -> rank of these modules."""
     alphas: Mapping[str, float]
-    """Pattern of module names -> their own alpha."""
+    """Pattern of module names -> alpha of these modules."""
     targets: str | tuple[str, ...] | None
     excluded: str | tuple[str, ...] | None
     layers: frozenset[int] | None
-    """The layers that are adapted; None: all."""
+    """The layers that are adapted; None for all."""
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module."""
         return int(_by_pattern(self.ranks, module, self.rank))
 
     def scaling(self, module: str) -> float:
-        """Return what B A is multiplied by: alpha / r, or alpha / sqrt(r) with use_rslora."""
+        """Return the factor of B A: alpha / r, or alpha / sqrt(r) with use_rslora."""
         rank = self.rank_of(module)
         return _by_pattern(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
     def adapts(self, module: str, layer: int) -> bool:
-        """Return whether a linear map is adapted, as PEFT decides it."""
+        """Return whether a linear map is adapted, by the rules of PEFT."""
         if self.layers is not None and layer not in self.layers:
             return False
         if self.excluded and _matches(self.excluded, module):
@@ -79,7 +79,7 @@ class AdapterConfig:
 
 
 def read_config(raw: Mapping[str, Any], problems: list[str]) -> AdapterConfig | None:
-    """Return what an adapter_config.json says; None, with a line for each reason, if it cannot be used."""
+    """Return the settings in an adapter_config.json; None, with each reason added to `problems`, if it is unusable."""
     lines = [*_number_problems(raw), *_pattern_problems(raw), *_other_problems(raw)]
     problems += [f"{CONFIG_FILE}: {line}" for line in lines]
     if lines:
@@ -101,7 +101,7 @@ def read_config(raw: Mapping[str, Any], problems: list[str]) -> AdapterConfig | 
 def _number_problems(raw: Mapping[str, Any]) -> list[str]:
     lines = []
     if raw.get("peft_type") != "LORA":
-        lines.append(f"peft_type is {raw.get('peft_type')!r}; expected 'LORA', the only kind that is read. {ADVICE}")
+        lines.append(f"peft_type is {raw.get('peft_type')!r}; expected 'LORA', the only supported kind. {ADVICE}")
     if not _is_rank(raw.get("r")):
         lines.append(f"r is {raw.get('r')!r}; expected a whole number above 0")
     if not _is_alpha(raw.get("lora_alpha")):
@@ -114,13 +114,13 @@ def _pattern_problems(raw: Mapping[str, Any]) -> list[str]:
     for name, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
         pattern = raw.get(name) or {}
         if not isinstance(pattern, dict) or not all(map(fits, pattern.values())):
-            lines.append(f"{name} is {pattern!r}; expected an object of patterns of module names to numbers above 0")
+            lines.append(f"{name} is {pattern!r}; expected an object of module name patterns and numbers above 0")
             continue
-        lines += [f"{name}: {key!r} is no regular expression" for key in pattern if not _compiles(key)]
+        lines += [f"{name}: {key!r} is not a regular expression" for key in pattern if not _compiles(key)]
     for name in ("target_modules", "exclude_modules"):
         value = raw.get(name)
         if isinstance(value, str) and not _compiles(value):
-            lines.append(f"{name} is {value!r}, which is no regular expression")
+            lines.append(f"{name} is {value!r}, which is not a regular expression")
         elif isinstance(value, list) and not all(isinstance(word, str) for word in value):
             lines.append(f"{name} is {value!r}; expected names")
         elif value is not None and not isinstance(value, str | list):
@@ -128,7 +128,7 @@ def _pattern_problems(raw: Mapping[str, Any]) -> list[str]:
     layers = raw.get("layers_to_transform")
     numbers = layers if isinstance(layers, list) else [layers]
     if layers is not None and not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
-        lines.append(f"layers_to_transform is {layers!r}; expected numbers of layers")
+        lines.append(f"layers_to_transform is {layers!r}; expected layer numbers")
     return lines
 
 
@@ -147,7 +147,7 @@ def _other_problems(raw: Mapping[str, Any]) -> list[str]:
     for name, value in raw.items():
         if name not in (*UNDERSTOOD, *NO_DIFFERENCE, *REFUSED) and not _is_empty(value):
             version = f", written by PEFT {raw['peft_version']}" if raw.get("peft_version") else ""
-            lines.append(f"{name} is {value!r}, a field that is not known here{version}; {ADVICE}")
+            lines.append(f"{name} is {value!r}, an unknown field{version}; {ADVICE}")
     return lines
 
 

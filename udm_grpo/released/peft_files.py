@@ -1,4 +1,4 @@
-"""The folder of a low-rank adapter as PEFT reads and writes it: adapter_model.safetensors and adapter_config.json.
+"""Read and write a low-rank adapter as a PEFT folder: adapter_model.safetensors and adapter_config.json.
 
 `PeftModel.from_pretrained(model, folder)` adds it to a PyTorch model whose parameters are named as in a released file.
 """
@@ -34,7 +34,7 @@ from udm_grpo.tensor_files.weight_table import (
 
 WEIGHTS_FILE, OLD_WEIGHTS_FILE = "adapter_model.safetensors", "adapter_model.bin"
 UNNAMED_FILE = "pytorch_lora_weights.safetensors"
-"""What diffusers writes instead, without an adapter_config.json."""
+"""File that diffusers writes instead, without an adapter_config.json."""
 PREFIX = "base_model.model.model.layers.{layer}"
 PEFT_TABLE: Table = (
     ("layers/attn/{name}/lora_a", PREFIX + ".self_attn.{name}_proj.lora_A.weight", KERNEL),
@@ -42,7 +42,7 @@ PEFT_TABLE: Table = (
     ("layers/mlp/{name}/lora_a", PREFIX + ".mlp.{name}_proj.lora_A.weight", KERNEL),
     ("layers/mlp/{name}/lora_b", PREFIX + ".mlp.{name}_proj.lora_B.weight", KERNEL),
 )
-"""As TRANSFORMER_TABLE."""
+"""In the form of TRANSFORMER_TABLE."""
 NOT_USED: Mapping[str, Any] = {
     "bias": "none",
     "fan_in_fan_out": False,
@@ -54,24 +54,24 @@ NOT_USED: Mapping[str, Any] = {
     "rank_pattern": {},
     "alpha_pattern": {},
 }
-"""Fields of adapter_config.json for what no adapter that is written here has."""
+"""Fields of adapter_config.json for features that adapters written here do not have."""
 
 
 def write_adapter(folder: PathLike, adapter: Params, alpha: float) -> None:
-    """Write an adapter (not `scaled`) in float32.
+    """Write an adapter, to which `lora.scaled` was not applied, in float32.
 
     Raises WeightsError for numbers that are not finite, FileExistsError rather than overwrite anything but an adapter,
     and OSError if the disk is full.
     """
-    wanted = sources(PEFT_TABLE, adapter)
-    infos = {name: TensorInfo(wanted[name].shape, "float32") for name in sorted(wanted)}
+    tensors = sources(PEFT_TABLE, adapter)
+    infos = {name: TensorInfo(tensors[name].shape, "float32") for name in sorted(tensors)}
     leaves = {path: np.asarray(leaf, np.float32) for path, leaf in leaves_by_path(adapter).items()}
-    if bad := nonfinite({name: leaves[source.path] for name, source in wanted.items()}):
-        raise WeightsError(f"{folder} is not written: NaN or infinite numbers in {named(bad)}.")
+    if bad := nonfinite({name: leaves[source.path] for name, source in tensors.items()}):
+        raise WeightsError(f"{folder} was not written: NaN or infinite numbers in {named(bad)}.")
     config = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": None,  # PEFT would take the name of a folder for one on the hub, and ask there
+        "base_model_name_or_path": None,  # PEFT would look up a folder name on the hub
         "inference_mode": True,
         "r": next(iter(leaves.values())).shape[-1],  # of lora_a, which comes before lora_b
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
@@ -83,24 +83,24 @@ def write_adapter(folder: PathLike, adapter: Params, alpha: float) -> None:
     layout = Layout({WEIGHTS_FILE: tuple(infos)}, dict.fromkeys(infos, "float32"), {WEIGHTS_FILE: {"format": "pt"}})
     with replacing_folder(Path(folder), CONFIG_FILE) as fresh:
         write_file(fresh / CONFIG_FILE, [json.dumps(config, indent=2).encode() + b"\n"])
-        write_tensors(fresh, layout, infos, lambda name: [from_tree(wanted[name], leaves)])
+        write_tensors(fresh, layout, infos, lambda name: [from_tree(tensors[name], leaves)])
 
 
 def read_adapter(folder: PathLike, config: TransformerConfig) -> tuple[Params, float]:
-    """Return (adapter in float32 on the host, alpha) of a PEFT folder, of the highest rank that any of its maps has.
+    """Return (adapter in float32 on the host, alpha) of a PEFT folder, with the highest rank that any of its maps has.
 
-    What a module has of its own (rank_pattern, alpha_pattern), use_rslora and layers that are not adapted are in the
-    numbers: matrices are filled up with zeros, and B is scaled so that alpha / rank is right for all.
-    Raises WeightsError that lists every problem: a damaged file, another kind of adapter, one of another model.
+    Settings of single modules (rank_pattern, alpha_pattern), use_rslora and layers that are not adapted are part of the
+    values: matrices are padded with zeros, and B is scaled so that alpha / rank is right for all.
+    Raises WeightsError listing every problem: a damaged file, another kind of adapter, an adapter of another model.
     """
-    folder, found = Path(folder), Problems()
-    raw = found.collect(lambda: read_json(_file(folder, CONFIG_FILE)))
-    opened = found.collect(lambda: open_tensors(_weights_file(folder)))
-    fields = None if raw is None else read_config(raw, found.lines)
+    folder, errors = Path(folder), Problems()
+    raw = errors.collect(lambda: read_json(_file(folder, CONFIG_FILE)))
+    opened = errors.collect(lambda: open_tensors(_weights_file(folder)))
+    fields = None if raw is None else read_config(raw, errors.lines)
     names = None if opened is None else read_names(opened.infos)
     if names:
-        found.lines += [f"{WEIGHTS_FILE}: {line}" for line in (names.unknown if names.tensors else ())]
-    found.raise_any(folder)
+        errors.lines += [f"{WEIGHTS_FILE}: {line}" for line in (names.unknown if names.tensors else ())]
+    errors.raise_any(folder)
     assert fields
     assert opened
     assert names
@@ -108,13 +108,13 @@ def read_adapter(folder: PathLike, config: TransformerConfig) -> tuple[Params, f
     if not maps:
         some = "; ".join(names.unknown) or "nothing"
         expected = next(iter(sources(PEFT_TABLE, lora.abstract(config, 1, ("q_proj",)))))
-        raise WeightsError(f"{folder}: the adapter has nothing of this model: {some}; expected {expected}")
+        raise WeightsError(f"{folder}: no tensor of the adapter belongs to this model: {some}; expected {expected}")
     layers = range(config.num_hidden_layers)
     ranks = [fields.rank_of(names.module(layer, name)) for layer in layers for name in maps]
-    form = found.collect(lambda: lora.abstract(config, max(ranks), maps))
+    form = errors.collect(lambda: lora.abstract(config, max(ranks), maps))
     if form is not None:
-        found.lines += _tensor_problems(names, fields, config, opened.infos, maps)
-    found.raise_any(folder)
+        errors.lines += _tensor_problems(names, fields, config, opened.infos, maps)
+    errors.raise_any(folder)
     assert form is not None
     bad: list[str] = []
     adapter = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), form)
@@ -135,7 +135,7 @@ def read_adapter(folder: PathLike, config: TransformerConfig) -> tuple[Params, f
 
 
 def with_adapter(base: Params, folder: PathLike, config: TransformerConfig) -> Params:
-    """Return float32 weights on the host with the adapter of a PEFT folder merged in; raises as `read_adapter`."""
+    """Return float32 weights on the host with the adapter of a PEFT folder merged in; raises as `read_adapter` does."""
     adapter, alpha = read_adapter(folder, config)
     rank = jax.tree.leaves(adapter)[0].shape[-1]
     return merge_on_host(base, adapter, alpha / rank)
@@ -148,24 +148,24 @@ def merge_on_host(base: Params, adapter: Params, factor: float) -> Params:
 
 
 def _file(folder: Path, name: str) -> Path:
-    """Return a file of an adapter; raises WeightsError that says what is in the folder instead."""
+    """Return the path of an adapter's file. Raises WeightsError saying what is in the folder instead."""
     if (folder / name).is_file() or not folder.is_dir():
         return folder / name
     below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
     if below:
-        raise WeightsError(f"{name} is not here; adapters are in the folder(s) {', '.join(below)}: give one of them")
+        raise WeightsError(f"{name} is missing; adapters are in the folder(s) {', '.join(below)}: give one of them")
     if (folder / UNNAMED_FILE).is_file():
         raise WeightsError(
-            f"{UNNAMED_FILE} is a file of diffusers, which has no {CONFIG_FILE} and so does not say alpha; save the "
-            "adapter with PEFT's save_pretrained"
+            f"{UNNAMED_FILE} was written by diffusers, without the {CONFIG_FILE} that holds alpha; save the adapter "
+            "with PEFT's save_pretrained"
         )
     return folder / name
 
 
 def _weights_file(folder: Path) -> Path:
-    """Return the file of the matrices.
+    """Return the file with the matrices.
 
-    The one of PEFT before 0.7 where there is no newer one, and an error if they differ.
+    It is the file of PEFT before 0.7 if there is no newer one. Raises WeightsError if both exist and differ.
     """
     new, old = folder / WEIGHTS_FILE, folder / OLD_WEIGHTS_FILE
     if new.is_file() and old.is_file() and (problem := different_files(new, old)):
@@ -180,7 +180,7 @@ def _tensor_problems(
     infos: Mapping[str, TensorInfo],
     maps: Sequence[str],
 ) -> list[str]:
-    """Return a line for every matrix that is missing, superfluous, misshapen or not of floats."""
+    """Return a line for every matrix that is missing, superfluous, misshapen or not of a floating-point dtype."""
     expected: dict[str, Source] = {}
     layers = transformer.abstract(config)["layers"]
     for name in maps:

@@ -1,8 +1,8 @@
-"""How versions of PEFT, and what is wrapped around its models, name the tensors of an adapter.
+"""How versions of PEFT, and wrappers around its models, name the tensors of an adapter.
 
 base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight            what PEFT saves
 base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight    a state dict, with the adapter's name
-module.base_model.model._orig_mod.model.layers.0...                       of DDP, DeepSpeed, torch.compile, FSDP
+module.base_model.model._orig_mod.model.layers.0...                       inside DDP, DeepSpeed, torch.compile or FSDP
 transformer.model.layers.0.self_attn.q_proj.lora_A.weight                 as diffusers saves it, under a part's name
 """
 
@@ -19,26 +19,26 @@ WEIGHT = re.compile(
 OTHERS = {
     r"\.lora_magnitude_vector": "DoRA's magnitudes",
     r"\.lora_embedding_[AB]": "an adapted embedding",
-    r"\.modules_to_save\.|\.original_module\.": "whole modules that were trained beside the adapter",
+    r"\.modules_to_save\.|\.original_module\.": "whole modules that were trained in addition to the adapter",
     r"\.token_adapter\.|\.trainable_tokens": "trained rows of the embedding",
     r"\.base_layer\.": "the weights of the base model; this is the state dict of the whole adapted model",
     r"\.lora_[AB](\.\w+)?\.bias": "biases of the adapter",
     r"\.lora_(E|ranknum)": "AdaLoRA, another kind of adapter",
     r"\.(ia3_|hada_|lokr_|oft_|boft_|vera_|fourierft_|randlora_|vblora_|road_|miss_|shira_)": "another kind of adapter",
     r"^prompt_|\.prompt_encoder|prompt_embeddings": "prompt tuning, another kind of adapter",
-    r"\.lora(_linear_layer)?\.(up|down)\.": "the old names of diffusers, which do not say alpha",
+    r"\.lora(_linear_layer)?\.(up|down)\.": "the old names of diffusers, which do not include alpha",
     r"^lora_\w+\.(lora_(up|down)\.weight|alpha)$|\.lora_(up|down)\.|\.alpha$": "kohya's names, not PEFT's",
 }
-"""Names of tensors that are not read -> what they are."""
+"""Pattern of the names of tensors that are not read -> what they are."""
 
 
 @dataclass(frozen=True, order=True)
 class Factor:
-    """Which matrix of an adapter a tensor is."""
+    """Identifies one matrix of an adapter."""
 
     layer: int
     map: str
-    """As in lora.MAPS."""
+    """Name of the linear map in lora.MAPS."""
     side: str
     """A or B."""
 
@@ -50,9 +50,9 @@ class AdapterNames:
     tensors: dict[Factor, str]
     """Matrix -> the tensor's name in the file."""
     start: str
-    """What stands before "layers." in the names of the base model's modules."""
+    """Prefix before "layers." in the names of the base model's modules."""
     unknown: tuple[str, ...]
-    """Sentences on what else is there, one a kind."""
+    """One sentence for each kind of tensor that is not read."""
 
     def module(self, layer: int, name: str) -> str:
         """Return the name of a linear map in the base model, as the patterns of adapter_config.json see it."""
@@ -60,13 +60,13 @@ class AdapterNames:
         return f"{self.start}layers.{layer}.{part}.{name}"
 
     def saved(self, factor: Factor) -> str:
-        """Return the name under which a matrix is, or would be, in the file."""
+        """Return the name that a matrix has, or would have, in the file."""
         usual = f"base_model.model.{self.module(factor.layer, factor.map)}.lora_{factor.side}.weight"
         return self.tensors.get(factor, usual)
 
 
 def read_names(names: Iterable[str]) -> AdapterNames:
-    """Return which tensors are which matrices, and what is not read."""
+    """Return which tensor is which matrix, and a description of those that are not read."""
     tensors: dict[Factor, str] = {}
     starts: dict[str, str] = {}
     adapters: dict[str, str] = {}
@@ -82,7 +82,8 @@ def read_names(names: Iterable[str]) -> AdapterNames:
         adapters.setdefault(match["adapter"] or "", name)
         tensors[Factor(int(match["layer"]), match["map"], match["side"])] = name
     unknown = [
-        f"{len(found)} tensor(s) that are not read: {text} ({', '.join(found[:3])})" for text, found in others.items()
+        f"{len(members)} tensor(s) that are not read: {kind} ({', '.join(members[:3])})"
+        for kind, members in others.items()
     ]
     for what, several in (("prefixes", starts), ("adapters", adapters)):
         if len(several) > 1:

@@ -1,6 +1,6 @@
-"""The released URSA checkpoint folder, read and written.
+"""Read and write released URSA model folders.
 
-`new_checkpoint` makes what `save_folder` writes for a model that no folder held before.
+`new_checkpoint` builds a released model that was not loaded from a folder, for `save_folder` to write.
 """
 
 import dataclasses
@@ -80,35 +80,35 @@ def load_folder(
     read_transformer: bool = True,
     transformer_weights: PathLike | None = None,
 ) -> ReleasedModel:
-    """Read a checkpoint folder of any size in the released format.
+    """Read a released folder of a model of any size.
 
-    dtype: of the parameters in memory; 16-bit weights widen to float32 without loss and are saved in 16 bits again,
-    while weights that `dtype` cannot hold exactly are rounded and will be saved as `dtype`. prompt_length: L; by
-    default the tokenizer's model_max_length, at most 320. read_transformer: with False it is checked but comes as
-    shapes alone, for `load_transformer` to read to its devices. transformer_weights: a file or folder whose weights are
-    taken instead of the transformer's in the folder, as `transformer_path` finds them. Raises WeightsError that lists
-    every problem at once.
+    dtype: dtype of the parameters in memory; 16-bit weights are widened to float32 without loss and saved in 16 bits
+    again, while weights that `dtype` cannot hold exactly are rounded and saved as `dtype`. prompt_length: L; by default
+    the tokenizer's model_max_length, at most 320. read_transformer: if False, the transformer is checked but returned
+    as shapes only, for `load_transformer` to read to its devices. transformer_weights: a file or folder with weights to
+    use instead of the folder's transformer, located as in `transformer_path`. Raises WeightsError listing every problem
+    at once.
     """
     _check_dtype(dtype)
-    folder, found = Path(with_home("the folder", os.fspath(folder))), Problems()
+    folder, errors = Path(with_home("the folder", os.fspath(folder))), Problems()
     if not folder.is_dir():
         parts = "transformer/, vae/, scheduler/, tokenizer/"
         raise WeightsError(f"{folder}: no such folder; give the folder that holds {parts}")
     files = [folder / name for name in CONFIG_FILES]
-    config = found.collect(lambda: _transformer_config(read_json(files[0])))
-    vq_config = found.collect(lambda: _vq_config(read_json(files[1])))
-    scheduler = found.collect(lambda: Scheduler.from_json(read_json(files[2])))
-    tokenizer = found.collect(lambda: load_tokenizer(folder / "tokenizer", prompt_length))
-    weights = _open_transformer(found, folder, transformer_weights, config)
-    codec = found.part(folder / "vae", sources(VQ_TABLE, vq.abstract(vq_config)) if vq_config else None)
-    codebook = found.collect(lambda: open_tensors(folder / "scheduler" / SCHEDULER_FILE))
+    config = errors.collect(lambda: _transformer_config(read_json(files[0])))
+    vq_config = errors.collect(lambda: _vq_config(read_json(files[1])))
+    scheduler = errors.collect(lambda: Scheduler.from_json(read_json(files[2])))
+    tokenizer = errors.collect(lambda: load_tokenizer(folder / "tokenizer", prompt_length))
+    weights = _open_transformer(errors, folder, transformer_weights, config)
+    codec = errors.part(folder / "vae", sources(VQ_TABLE, vq.abstract(vq_config)) if vq_config else None)
+    codebook = errors.collect(lambda: open_tensors(folder / "scheduler" / SCHEDULER_FILE))
     if config and codebook:
-        found.lines += _codebook_problems(codebook, config)
+        errors.lines += _codebook_problems(codebook, config)
     if config and vq_config:
-        found.lines += _code_problems(vq_config, config)
+        errors.lines += _code_problems(vq_config, config)
     if config and tokenizer:
-        found.lines += tokenizer_problems(tokenizer, config)
-    found.raise_any(folder)
+        errors.lines += tokenizer_problems(tokenizer, config)
+    errors.raise_any(folder)
     assert config is not None
     assert vq_config is not None
     assert scheduler is not None
@@ -136,7 +136,7 @@ def load_folder(
 
 
 def transformer_path(folder: PathLike, transformer_weights: PathLike | None) -> Path:
-    """Return where the transformer's tensors are: in the released folder, or where a user has trained ones.
+    """Return where the transformer's tensors are: in the released folder, or in the trained weights of a user.
 
     Raises WeightsError for a file or folder that holds none.
     """
@@ -150,84 +150,84 @@ def load_transformer(
 ) -> Params:
     """Read a transformer's parameters from its folder or from one tensor file; raises WeightsError listing problems.
 
-    shardings: of each leaf, in a tree of their form; by default all is on the first device. Tensors go block by block
-    into the shards of this process, whose memory holds those and one block. With several processes each reads its own
-    shards, so each needs the file.
+    shardings: a tree with the sharding of each leaf; by default all leaves are on the first device. Tensors are read
+    block by block into the shards of this process, whose memory holds those and one block. Each of several processes
+    reads its own shards, so each needs access to the file.
     """
     _check_dtype(dtype)
-    path, found = Path(path), Problems()
-    wanted = sources(TRANSFORMER_TABLE, transformer.abstract(config))
-    weights = found.part(path, wanted)
-    found.raise_any(path)
+    path, errors = Path(path), Problems()
+    expected = sources(TRANSFORMER_TABLE, transformer.abstract(config))
+    weights = errors.part(path, expected)
+    errors.raise_any(path)
     assert weights
     return _read_tree(path, weights, TRANSFORMER_TABLE, transformer.abstract(config), dtype, shardings)
 
 
 def save_folder(
-    checkpoint: ReleasedModel,
+    released: ReleasedModel,
     folder: PathLike,
     dtype: str | None = None,
     fetch: Fetch = fetch_here,
     write: bool = True,
 ) -> None:
-    """Write a checkpoint in the released format; `folder` changes at once, when everything is written, or not at all.
+    """Write a released model; `folder` is replaced atomically once everything is written, or stays unchanged.
 
-    fetch: how a block of a parameter is brought to this host. Where that takes all processes, all of them call this
-    function, and all but one with write=False.
+    fetch: function that brings a block of a parameter to this host. If it needs all processes, all of them call this
+    function, all but one with write=False.
 
     Names, shapes, dtypes and the division into files are those of the folder that was loaded, so unchanged weights
-    come back bit for bit; `dtype`, if given, is that of the transformer's tensors instead. Raises WeightsError for
-    weights that do not fit the configurations, are not finite or overflow their dtype, FileExistsError rather than
-    overwrite anything but a checkpoint, and OSError if the disk is full or forbids it.
+    are written back bit for bit; `dtype` replaces that of the transformer's tensors. Raises WeightsError for weights
+    that do not fit the configurations, are not finite or overflow their dtype, FileExistsError rather than overwrite
+    anything but a released model, and OSError if the disk is full or not writable.
     """
-    layouts = dict(checkpoint.layouts)
+    layouts = dict(released.layouts)
     if dtype is not None:
         _check_dtype(dtype)
         names = dict.fromkeys(layouts["transformer"].dtypes, dtype)
         layouts["transformer"] = dataclasses.replace(layouts["transformer"], dtypes=names)
     trees = {
-        "transformer": (TRANSFORMER_TABLE, transformer.abstract(checkpoint.transformer_config), checkpoint.transformer),
-        "vae": (VQ_TABLE, vq.abstract(checkpoint.vq_config), checkpoint.vq),
+        "transformer": (TRANSFORMER_TABLE, transformer.abstract(released.transformer_config), released.transformer),
+        "vae": (VQ_TABLE, vq.abstract(released.vq_config), released.vq),
     }
-    found = Problems()
+    errors = Problems()
     for part, (_, abstract, tree) in trees.items():
-        found.lines += _tree_problems(part, abstract, tree)
-    found.raise_any("the checkpoint to save")
-    codebook = {CODEBOOK_NAME: Source(CODEBOOK_NAME, None, KEEP, checkpoint.path_codebook.shape)}
+        errors.lines += _tree_problems(part, abstract, tree)
+    errors.raise_any("the model to save")
+    codebook = {CODEBOOK_NAME: Source(CODEBOOK_NAME, None, KEEP, released.path_codebook.shape)}
     parts = {
         part: _Part(layouts[part], sources(table, abstract), leaves_by_path(tree), fetch)
         for part, (table, abstract, tree) in trees.items()
     }
-    parts["scheduler"] = _Part(layouts["scheduler"], codebook, {CODEBOOK_NAME: checkpoint.path_codebook}, fetch_here)
+    parts["scheduler"] = _Part(layouts["scheduler"], codebook, {CODEBOOK_NAME: released.path_codebook}, fetch_here)
     if not write:
         return _take_part(parts)
     try:
         with replacing_folder(Path(folder), CONFIG_FILES[0]) as fresh:
-            for name, content in checkpoint.files.items():
+            for name, content in released.files.items():
                 write_file(fresh / name, [content])
             for name, one in parts.items():
                 write_tensors(fresh / name, one.layout, one.infos, functools.partial(one.blocks, name))
     except (FileExistsError, FolderLockedError, PlaceError):
         raise
     except OSError as error:
-        advice = "what was there before is untouched; free some space or choose another folder"
+        advice = "its previous contents are untouched; free some space or choose another folder"
         raise OSError(error.errno, f"{folder} cannot be written ({error.strerror}); {advice}") from error
 
 
 def _open_transformer(
-    found: Problems, folder: Path, transformer_weights: PathLike | None, config: TransformerConfig | None
+    errors: Problems, folder: Path, transformer_weights: PathLike | None, config: TransformerConfig | None
 ) -> TensorFiles | None:
-    path = found.collect(lambda: transformer_path(folder, transformer_weights))
+    path = errors.collect(lambda: transformer_path(folder, transformer_weights))
     if path is None:
         return None
     if config and transformer_weights:
         sizes = dataclasses.asdict(config)
-        found.lines += found.collect(lambda: size_differences(path, sizes)) or []
-    return found.part(path, sources(TRANSFORMER_TABLE, transformer.abstract(config)) if config else None)
+        errors.lines += errors.collect(lambda: size_differences(path, sizes)) or []
+    return errors.part(path, sources(TRANSFORMER_TABLE, transformer.abstract(config)) if config else None)
 
 
 def _one_file(opened: TensorFiles) -> Layout:
-    """Return the layout of trained weights in a folder that they did not come from: one file, in their dtypes."""
+    """Return the layout for weights from outside of the folder: one file, in their own dtypes."""
     return Layout({WEIGHTS_FILE: tuple(sorted(opened.infos))}, opened.layout.dtypes, {WEIGHTS_FILE: {"format": "pt"}})
 
 
@@ -237,7 +237,7 @@ def _check_dtype(dtype: str) -> None:
 
 
 def _transformer_config(raw: Mapping[str, Any]) -> TransformerConfig:
-    """Return the sizes in transformer/config.json; raises ValueError if one of them is no number above 0."""
+    """Return the sizes in transformer/config.json. Raises ValueError if one of them is not a number above 0."""
     wrong = []
     sizes = {field.name: raw[field.name] for field in dataclasses.fields(TransformerConfig) if field.name in raw}
     for name, value in sizes.items():
@@ -247,7 +247,7 @@ def _transformer_config(raw: Mapping[str, Any]) -> TransformerConfig:
         else:
             sizes[name] = float(value) if name == "rope_theta" else int(value)
     if wrong:
-        raise ValueError(f"transformer/config.json: {', '.join(wrong)}; wanted numbers above 0")
+        raise ValueError(f"transformer/config.json: {', '.join(wrong)}; expected numbers above 0")
     return TransformerConfig.from_json(sizes)
 
 
@@ -266,10 +266,10 @@ def _code_problems(vq_config: VQConfig, config: TransformerConfig) -> list[str]:
 
 
 def _codebook_problems(codebook: TensorFiles, config: TransformerConfig) -> list[str]:
-    found = codebook.infos.get(CODEBOOK_NAME)
-    width = found.shape[1] if found and len(found.shape) == 2 else 0
-    wanted = {CODEBOOK_NAME: Source(CODEBOOK_NAME, None, KEEP, (config.lm_head_size, width))}
-    return [f"scheduler/{SCHEDULER_FILE}: {line}" for line in problems(wanted, codebook.infos)]
+    info = codebook.infos.get(CODEBOOK_NAME)
+    width = info.shape[1] if info and len(info.shape) == 2 else 0
+    expected = {CODEBOOK_NAME: Source(CODEBOOK_NAME, None, KEEP, (config.lm_head_size, width))}
+    return [f"scheduler/{SCHEDULER_FILE}: {line}" for line in problems(expected, codebook.infos)]
 
 
 def _read_tree(
@@ -286,13 +286,13 @@ def _read_codebook(files: TensorFiles) -> np.ndarray:
 
 
 def _saved_layout(layout: Layout, dtype: str) -> Layout:
-    """Return the layout to save what was read as `dtype`: a dtype that `dtype` does not hold exactly becomes it."""
+    """Return the layout for saving what was read as `dtype`, which replaces dtypes that it does not hold exactly."""
     names = {name: old if _holds(dtype, old) else dtype for name, old in layout.dtypes.items()}
     return dataclasses.replace(layout, dtypes=names)
 
 
 def _holds(dtype: str, other: str) -> bool:
-    """Return whether every number of dtype `other` is one of `dtype` too."""
+    """Return whether `dtype` holds every number of dtype `other` exactly."""
     wide, narrow = jnp.finfo(dtype), jnp.finfo(other)
     return wide.nmant >= narrow.nmant and wide.nexp >= narrow.nexp
 
@@ -305,32 +305,32 @@ def _read_carried(folder: Path) -> dict[str, bytes]:
 
 
 def _tree_problems(part: str, abstract: Params, tree: Params) -> list[str]:
-    wanted, found = leaves_by_path(abstract), leaves_by_path(tree)
-    lines = [f"missing: {path}, shape {leaf.shape}" for path, leaf in wanted.items() if path not in found]
-    lines += [f"not known: {path}, shape {leaf.shape}" for path, leaf in found.items() if path not in wanted]
-    both = [(path, wanted[path].shape, found[path].shape) for path in wanted if path in found]
-    lines += [f"wrong shape: {path} is {there}, wanted {shape}" for path, shape, there in both if shape != there]
+    expected, actual = leaves_by_path(abstract), leaves_by_path(tree)
+    lines = [f"missing: {path}, shape {leaf.shape}" for path, leaf in expected.items() if path not in actual]
+    lines += [f"not known: {path}, shape {leaf.shape}" for path, leaf in actual.items() if path not in expected]
+    both = [(path, expected[path].shape, actual[path].shape) for path in expected if path in actual]
+    lines += [f"wrong shape: {path} is {there}, expected {shape}" for path, shape, there in both if shape != there]
     return [f"{part}: {line}" for line in lines]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A part of a checkpoint on its way into files."""
+    """One part of a model, ready to be written to files."""
 
     layout: Layout
-    wanted: Mapping[str, Source]
+    sources: Mapping[str, Source]
     leaves: Mapping[str, Any]
     fetch: Fetch
 
     @property
     def infos(self) -> dict[str, TensorInfo]:
-        return {name: TensorInfo(source.shape, self.layout.dtypes[name]) for name, source in self.wanted.items()}
+        return {name: TensorInfo(source.shape, self.layout.dtypes[name]) for name, source in self.sources.items()}
 
     def blocks(self, part: str, name: str) -> Iterator[np.ndarray]:
-        """Yield a tensor in the dtype of its file; raises WeightsError if that is too small, or it is not finite."""
-        source, dtype = self.wanted[name], self.layout.dtypes[name]
+        """Yield a tensor in the dtype of its file. Raises WeightsError if a value is not finite or too large for it."""
+        source, dtype = self.sources[name], self.layout.dtypes[name]
         for block in row_blocks(source, self.leaves[source.path], self.fetch):
-            with np.errstate(over="ignore"):  # found below, and said with the tensor's name
+            with np.errstate(over="ignore"):  # reported below, with the tensor's name
                 cast = block.astype(dtype)
             if not np.isfinite(block).all():
                 raise WeightsError(f"{part}: {name} has NaN or infinite numbers; such weights are not written")
@@ -341,7 +341,7 @@ class _Part:
 
 
 def _take_part(parts: Mapping[str, _Part]) -> None:
-    """Fetch all blocks in the order in which the process that writes does."""
+    """Fetch all blocks in the same order as the process that writes them."""
     for part, one in parts.items():
         for names in one.layout.files.values():
             for name in names:

@@ -1,1 +1,1 @@
-"""Files of tensors, read and written without torch, and the names of the tensors in them."""
+"""Read and write files of tensors without torch, and map the names of the tensors in them."""

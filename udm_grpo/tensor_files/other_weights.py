@@ -1,4 +1,4 @@
-"""What is in a folder that has no weights where they are looked for: variants, shards alone, half downloads."""
+"""Explain why a folder has no usable weights: variants, shards without an index, interrupted downloads."""
 
 import re
 import shlex
@@ -6,50 +6,51 @@ from collections.abc import Sequence
 from pathlib import Path
 
 UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
-"""How the names of files end that hf, curl scripts, browsers and aria2 are still writing, or never finished."""
+"""Name endings of files that hf, curl scripts, browsers and aria2 are still writing, or never finished."""
 FOREIGN = (".msgpack", ".h5", ".onnx", ".gguf", ".ckpt", ".pkl", ".npz")
-"""Weights in forms that are not read."""
+"""Name endings of weights in formats that are not supported."""
 HUB_CACHE = Path(".cache") / "huggingface" / "download"
-"""Where `hf download --local-dir` keeps what it has not finished, below that folder."""
+"""Where `hf download --local-dir` keeps unfinished files, relative to that folder."""
 
 
 def interrupted(folder: Path) -> str:
-    """Return what to do about downloads into a folder that were not finished; empty if there are none."""
+    """Return what to do about unfinished downloads into a folder; empty if there are none."""
     files = [file for file in _files(folder) if file.name.endswith(UNFINISHED)]
     for above in (folder, *folder.parents[:2]):
         files += sorted((above / HUB_CACHE).glob("**/*.incomplete"))
     if not files:
         return ""
     names = ", ".join(str(file.relative_to(folder) if file.is_relative_to(folder) else file) for file in files[:3])
-    return f"A download was interrupted ({names}): run the same download again, which finishes it."
+    return f"A download was interrupted ({names}): run the same download again to finish it."
 
 
 def other_weights(folder: Path, stems: Sequence[str]) -> str:
-    """Return what is there instead of the usual files of weights, and what to do; empty if nothing is recognised."""
+    """Return what the folder holds instead of the usual weights, and what to do; empty if nothing is recognised."""
     return interrupted(folder) or _shards(folder, stems) or _variant(folder, stems) or _foreign(folder)
 
 
 def _variant(folder: Path, stems: Sequence[str]) -> str:
-    """Files such as diffusion_pytorch_model.fp16.safetensors, whole or as an index of shards."""
-    names = "|".join(map(re.escape, stems))
-    single = re.compile(rf"({names})\.(\w+)\.(safetensors|bin)(\.index\.json)?")
-    index = re.compile(rf"({names})\.(safetensors|bin)\.index\.(\w+)\.json")
-    found: dict[str, str] = {}
+    """Return what to do about files such as diffusion_pytorch_model.fp16.safetensors or an index of such shards."""
+    stem = "|".join(map(re.escape, stems))
+    single = re.compile(rf"({stem})\.(\w+)\.(safetensors|bin)(\.index\.json)?")
+    index = re.compile(rf"({stem})\.(safetensors|bin)\.index\.(\w+)\.json")
+    usual_names: dict[str, str] = {}
     for file in _files(folder):
         if match := single.fullmatch(file.name):
-            found[file.name] = f"{match[1]}.{match[3]}{match[4] or ''}"
+            usual_names[file.name] = f"{match[1]}.{match[3]}{match[4] or ''}"
         elif match := index.fullmatch(file.name):
-            found[file.name] = f"{match[1]}.{match[2]}.index.json"
-    if not found:
+            usual_names[file.name] = f"{match[1]}.{match[2]}.index.json"
+    if not usual_names:
         return ""
-    old, new = next(iter(found.items()))
+    old, new = next(iter(usual_names.items()))
     command = shlex.join(["mv", str(folder / old), str(folder / new)])
-    what = "a variant" if len(found) == 1 else "variants"
-    return f"There is {what}, {', '.join(found)}. Download the usual files, or take the variant for them: {command}"
+    what = "a variant" if len(usual_names) == 1 else "variants"
+    names = ", ".join(usual_names)
+    return f"The folder holds {what}, {names}. Download the usual files, or use the variant instead: {command}"
 
 
 def _shards(folder: Path, stems: Sequence[str]) -> str:
-    """Parts such as diffusion_pytorch_model-00001-of-00003.safetensors without their index."""
+    """Return what to do about shards such as diffusion_pytorch_model-00001-of-00003.safetensors without their index."""
     names = "|".join(map(re.escape, stems))
     part = re.compile(rf"({names})(?:\.\w+)?-(\d+)-of-(\d+)(?:\.\w+)?\.(safetensors|bin)")
     matches = [match for file in _files(folder) if (match := part.fullmatch(file.name))]
@@ -59,8 +60,8 @@ def _shards(folder: Path, stems: Sequence[str]) -> str:
     there = {int(match[2]) for match in matches}
     missing = [str(number) for number in range(1, count + 1) if number not in there]
     index = f"{matches[0][1]}.{matches[0][4]}.index.json"
-    also = f" and of the shards {', '.join(missing)}" if missing else ""
-    return f"There are {len(there)} of {count} shards without their index. Download {index}{also}."
+    also = f" and the shards {', '.join(missing)}" if missing else ""
+    return f"The folder holds {len(there)} of {count} shards, without their index. Download {index}{also}."
 
 
 def _foreign(folder: Path) -> str:

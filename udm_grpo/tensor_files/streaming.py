@@ -1,7 +1,7 @@
-"""Tensors between files and devices, a block of rows at a time.
+"""Move tensors between files and devices, one block of rows at a time.
 
-Reading, a process needs memory for its own shards and for one block; writing, for one block. Blocks are rows of the
-tensor as it lies in the file.
+To read, a process needs memory for its own shards and for one block; to write, for one block. Blocks are rows of the
+tensor as it is stored in the file.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,34 +18,34 @@ from udm_grpo.tensor_files.torch_files import WeightsError
 from udm_grpo.tensor_files.weight_table import KEEP, Source, backward, forward, leaves_by_path
 
 BLOCK_BYTES = 32 << 20
-ALIGNED = 64  # where a buffer has to begin so that a CPU device takes it over instead of copying it
+ALIGNED = 64  # bytes; a CPU device takes over a buffer with this alignment instead of copying it
 
 Spans = tuple[tuple[int, int], ...]
 """(start, stop) along each axis."""
 Rows = Callable[[str, int, int], np.ndarray]
-"""(tensor name, start, stop) -> those rows of it."""
+"""(tensor name, start, stop) -> those rows of the tensor."""
 Fetch = Callable[[Any, int | None, int, int, int], np.ndarray]
 """(leaf, layer or None, start, stop, axis) -> leaf[layer] from start to stop along the axis, in every process."""
 
 
 def read_tree(
-    place: Any, wanted: Mapping[str, Source], tree: Params, read_rows: Rows, dtype: jnp.dtype, shardings: Any = None
+    place: Any, sources: Mapping[str, Source], tree: Params, read_rows: Rows, dtype: jnp.dtype, shardings: Any = None
 ) -> Params:
-    """Return the parameters in the form of the abstract `tree`, on `shardings` (a tree too) or the first device.
+    """Return the parameters in the form of the abstract `tree`, on `shardings` (also a tree) or on the first device.
 
-    Each process reads and keeps only what its devices hold. Raises WeightsError naming `place`, where the tensors are
-    from, and those that hold NaN, infinities, or numbers that are too large for `dtype`.
+    Each process reads and keeps only what its devices hold. Raises WeightsError if tensors hold NaN, infinities or
+    numbers too large for `dtype`; the message names them and `place`, where the tensors are stored.
     """
     bad = list[str]()
     names = dict[str, list[str]]()
-    for name, source in wanted.items():
+    for name, source in sources.items():
         names.setdefault(source.path, []).append(name)
     shown = progress_bar(len(names), "reading", "tensor")
     places = dict[str, Any]() if shardings is None else leaves_by_path(shardings)
 
     def leaf(path: tuple[Any, ...], abstract: jax.ShapeDtypeStruct) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        members = {member: wanted[member] for member in names[name]}
+        members = {member: sources[member] for member in names[name]}
         sharding = places.get(name)
         whole = tuple((0, size) for size in abstract.shape)
         held = {None: whole} if sharding is None else _held(sharding, abstract.shape)
@@ -65,20 +65,20 @@ def read_tree(
 
 
 def row_blocks(source: Source, leaf: Any, fetch: Fetch) -> Iterator[np.ndarray]:
-    """Yield a tensor as it is to lie in a file, in the leaf's dtype, block by block."""
+    """Yield a tensor as it is stored in a file, in the leaf's dtype, block by block."""
     axis = 0 if source.transform == KEEP else len(source.shape) - 1
     for start, stop in row_ranges(source.shape, leaf.dtype.itemsize):
         yield backward(fetch(leaf, source.layer, start, stop, axis), source.transform)
 
 
 def fetch_here(leaf: Any, layer: int | None, start: int, stop: int, axis: int) -> np.ndarray:
-    """Fetch from an array that this process holds whole: NumPy's or on its own devices."""
+    """Fetch from an array that this process holds completely, in NumPy or on its own devices."""
     part = np.asarray(leaf if layer is None else leaf[layer])
     return part[(slice(None),) * axis + (slice(start, stop),)]
 
 
 def _held(sharding: Any, shape: tuple[int, ...]) -> dict[Any, Spans]:
-    """Return what each device of this process holds of an array."""
+    """Return which part of an array each device of this process holds."""
     indices = sharding.addressable_devices_indices_map(shape)
     return {
         device: tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
@@ -87,7 +87,7 @@ def _held(sharding: Any, shape: tuple[int, ...]) -> dict[Any, Spans]:
 
 
 def _fill(buffers: Mapping[Spans, np.ndarray], members: Mapping[str, Source], read_rows: Rows) -> list[str]:
-    """Read tensors into the parts of a leaf that they belong to; return those whose numbers are not finite there."""
+    """Read tensors into their parts of a leaf; return the names of those with values that are not finite there."""
     bad = dict[str, None]()
     for name, source in members.items():
         for start, stop in row_ranges(source.shape, 4):
@@ -100,7 +100,7 @@ def _fill(buffers: Mapping[Spans, np.ndarray], members: Mapping[str, Source], re
                 continue
             block = forward(read_rows(name, start, stop), source.transform)
             for target, inside in targets:
-                with np.errstate(over="ignore"):  # found below
+                with np.errstate(over="ignore"):  # reported below
                     target[...] = block[inside]
                 if not np.isfinite(target).all():
                     bad[name] = None
@@ -110,7 +110,7 @@ def _fill(buffers: Mapping[Spans, np.ndarray], members: Mapping[str, Source], re
 def _target(
     spans: Spans, buffer: np.ndarray, source: Source, start: int, stop: int
 ) -> Iterator[tuple[np.ndarray, tuple[slice, ...]]]:
-    """Yield (what of a buffer a block of a tensor fills, what of the block does), if they meet."""
+    """Yield (part of the buffer that a block of a tensor fills, index of it in the block), if they overlap."""
     if source.layer is not None:
         low, high = spans[0]
         if not low <= source.layer < high:
@@ -127,7 +127,7 @@ def _target(
 
 
 def row_ranges(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of the blocks of a tensor."""
+    """Yield (start, stop) of each block of rows of a tensor."""
     row = int(np.prod(shape[1:])) * itemsize
     step = max(1, BLOCK_BYTES // max(row, 1))
     for start in range(0, shape[0], step):

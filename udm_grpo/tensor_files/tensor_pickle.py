@@ -1,8 +1,8 @@
 """The pickles inside PyTorch's tensor files, read opcode by opcode and written by hand; nothing is ever executed.
 
 `read` is not an unpickler: it imports no module and calls no function. It knows the opcodes that build plain
-containers, and a fixed list of names (a tensor, a parameter, an OrderedDict, the storage types) that it takes apart
-itself. Anything else is refused. Apart from torch, which the trainer does without, no library reads these files safely.
+containers, and a fixed list of names (a tensor, a parameter, an OrderedDict, the storage types) that it interprets
+itself. Anything else is refused. No library but torch, which the trainer does not need, reads these files safely.
 """
 
 import io
@@ -26,7 +26,7 @@ STORAGES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
-"""PyTorch's storage type -> NumPy's name of its dtype."""
+"""PyTorch's storage type -> NumPy name of its dtype."""
 FUNCTIONS = (
     "torch._utils._rebuild_tensor_v2",
     "torch._utils._rebuild_parameter",
@@ -70,19 +70,19 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class _Name:
-    """A global of the pickle: a name, never what it stands for."""
+    """A global of the pickle: only its name, never the object."""
 
     text: str
 
 
 class _Mark:
-    """Where the items of a container begin on the stack."""
+    """Marks where the items of a container begin on the stack."""
 
 
 def read(file: IO[bytes] | mmap.mmap) -> Any:
-    """Return what the pickle at the file's position holds; the position is then behind it.
+    """Return the content of the pickle at the file's position, which is moved past it.
 
-    Tensors come as StoredTensor. Raises PickleError for anything but tensors and plain containers.
+    Tensors are returned as StoredTensor. Raises PickleError for anything but tensors and plain containers.
     """
     machine = _Machine()
     try:
@@ -92,13 +92,13 @@ def read(file: IO[bytes] | mmap.mmap) -> Any:
             machine.run(opcode.name, argument)
     except PickleError:
         raise
-    except Exception as error:  # genops raises any type for bytes that are no pickle
+    except Exception as error:  # genops raises arbitrary types for bytes that are not a pickle
         raise PickleError(f"not a pickle: {error or type(error).__name__}") from None
     raise PickleError("not a pickle: it has no end")
 
 
 def read_bytes(content: bytes) -> Any:
-    """Return what a pickle that is in memory holds; raises as `read`."""
+    """Return the content of a pickle in memory; raises as `read` does."""
     return read(io.BytesIO(content))
 
 
@@ -110,7 +110,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, name: str, argument: Any) -> None:
-        """Carry out one opcode; raises PickleError for one that plain containers and tensors do not need."""
+        """Apply one opcode. Raises PickleError for one that plain containers and tensors do not need."""
         if name in LITERALS:
             self.stack.append(argument)
         elif name in CONSTANTS:
@@ -128,19 +128,19 @@ class _Machine:
             step(argument)
 
     def top(self) -> Any:
-        """Return the top of the stack, which stays."""
+        """Return the top of the stack without removing it."""
         if not self.stack or isinstance(self.stack[-1], _Mark):
             raise PickleError("the stack is empty")
         return self.stack[-1]
 
     def pop(self) -> Any:
-        """Take the top of the stack."""
+        """Remove and return the top of the stack."""
         value = self.top()
         self.stack.pop()
         return value
 
     def pop_many(self) -> list[Any]:
-        """Take everything above the last mark, and the mark."""
+        """Remove the last mark and everything above it, and return the latter."""
         for at in range(len(self.stack) - 1, -1, -1):
             if isinstance(self.stack[at], _Mark):
                 items = self.stack[at + 1 :]
@@ -222,7 +222,7 @@ class _Machine:
         if not isinstance(target, dict) or len(items) % 2:
             raise PickleError("items of something other than a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str | int | float | None):  # nothing whose hash could take long
+            if not isinstance(key, str | int | float | None):  # no type whose hash could take long
                 raise PickleError(f"a {type(key).__name__} as the key of a dict")
             target[key] = value
 
@@ -234,24 +234,24 @@ class _Machine:
         self.stack.append(_Name(text))
 
 
-def _storage(found: Any) -> Storage:
+def _storage(persistent_id: Any) -> Storage:
     """Return the storage that a persistent id names: ("storage", type, key, device, size) and perhaps a view."""
-    wanted = "a persistent id that is not of a storage"
-    if not isinstance(found, tuple) or len(found) not in (5, 6) or found[0] != "storage":
-        raise PickleError(wanted)
-    _, kind, key, _, size = found[:5]
-    if len(found) == 6 and found[5] is not None:
+    problem = "a persistent id that is not a storage"
+    if not isinstance(persistent_id, tuple) or len(persistent_id) not in (5, 6) or persistent_id[0] != "storage":
+        raise PickleError(problem)
+    _, kind, key, _, size = persistent_id[:5]
+    if len(persistent_id) == 6 and persistent_id[5] is not None:
         raise PickleError("a storage that is a view of another one, as PyTorch before 0.4 wrote")
     if not isinstance(kind, _Name) or not isinstance(key, str) or not _is_size(size):
-        raise PickleError(wanted)
+        raise PickleError(problem)
     dtype = STORAGES.get(kind.text.removeprefix("torch."))
     if dtype is None:
-        raise PickleError(wanted)
+        raise PickleError(problem)
     return Storage(key, dtype, size)
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """Return what a REDUCE stands for, taken apart here; raises PickleError."""
+    """Return the value of a REDUCE opcode without calling its function; raises PickleError."""
     if not isinstance(function, _Name) or not isinstance(arguments, tuple):
         raise PickleError("a call of something other than a known name")
     if function.text == "collections.OrderedDict" and not arguments:
@@ -270,17 +270,17 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any) -> StoredTensor
     """Return a tensor whose numbers all lie in its storage; raises PickleError."""
     shape, strides = _sizes(shape), _sizes(strides)
     if not isinstance(storage, Storage) or not _is_size(offset) or len(shape) != len(strides):
-        raise PickleError("a tensor that is not described as one")
+        raise PickleError("an invalid description of a tensor")
     end = offset + 1 + sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True))
     if 0 not in shape and end > storage.size:
         raise PickleError(f"a tensor of shape {list(shape)} that reaches beyond its {storage.size} stored numbers")
     return StoredTensor(storage, offset, shape, strides)
 
 
-def _sizes(found: Any) -> tuple[int, ...]:
-    if not isinstance(found, tuple | list) or len(found) > MAX_DIMENSIONS or not all(map(_is_size, found)):
-        raise PickleError("a shape that is not of whole numbers")
-    return tuple(found)
+def _sizes(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, tuple | list) or len(values) > MAX_DIMENSIONS or not all(map(_is_size, values)):
+        raise PickleError("a shape that does not consist of whole numbers")
+    return tuple(values)
 
 
 def _is_size(value: Any) -> bool:

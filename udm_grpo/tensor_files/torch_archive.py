@@ -1,7 +1,7 @@
-"""Files of torch.save, read and written without torch: the zip archives of PyTorch 1.6 and later, and what came before.
+"""Read and write files of torch.save without torch: zip archives of PyTorch 1.6 and later; older files are only read.
 
 An archive holds the pickle of a state dict and, uncompressed, the numbers of each storage in an entry of its own, so
-that any rows of a tensor can be read from where they lie.
+that any rows of a tensor can be read directly.
 """
 
 import mmap
@@ -22,10 +22,10 @@ from udm_grpo.tensor_files.tensor_pickle import PickleError, Storage, StoredTens
 from udm_grpo.tensor_files.weight_table import TensorInfo
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
-"""What the first pickle of a file of PyTorch before 1.6 holds."""
+"""Content of the first pickle in a file of PyTorch before 1.6."""
 MAX_PICKLE_BYTES = 256 << 20
 ALIGNMENT = 64
-"""Bytes; where the numbers of a storage begin, as torch.save has it."""
+"""Bytes; the numbers of a storage begin at a multiple of this, as torch.save writes them."""
 
 
 class ArchiveError(ValueError):
@@ -33,12 +33,12 @@ class ArchiveError(ValueError):
 
 
 class ContentError(ArchiveError):
-    """A file that holds something other than what is read here; the message says what to do."""
+    """A file with content that is not supported here; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Archive:
-    """An open file: its tensors by name, and where each storage begins in it."""
+    """An open file: its tensors by name, and the position of each storage."""
 
     path: Path
     tensors: Mapping[str, StoredTensor]
@@ -51,7 +51,7 @@ class Archive:
         return {name: TensorInfo(tensor.shape, tensor.storage.dtype) for name, tensor in self.tensors.items()}
 
     def read_rows(self, name: str, rows: slice) -> np.ndarray:
-        """Return rows of a tensor, reading no more of the file than these; a scalar is returned whole."""
+        """Return rows of a tensor, reading nothing else from the file; a scalar is returned whole."""
         tensor = self.tensors[name]
         dtype, offset, shape = np.dtype(tensor.storage.dtype), tensor.offset, tensor.shape
         if shape:
@@ -63,7 +63,8 @@ class Archive:
         at = self.starts[tensor.storage.key] + offset * dtype.itemsize
         if span == int(np.prod(shape)) and _is_contiguous(shape, tensor.strides):
             return np.fromfile(self.path, np.uint8, span * dtype.itemsize, offset=at).view(dtype).reshape(shape)
-        mapped = np.memmap(self.path, np.uint8, "r", at, (span * dtype.itemsize,))  # only the pages that are needed
+        # Only the pages that are needed are read.
+        mapped = np.memmap(self.path, np.uint8, "r", at, (span * dtype.itemsize,))
         strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
         return np.ndarray(shape, dtype, mapped, 0, strides).copy()
 
@@ -72,44 +73,44 @@ def open_archive(path: Path) -> Archive:
     """Open a .bin or .pth file without reading its numbers.
 
     Raises ArchiveError for a damaged file, ContentError for one that holds anything but a dict of tensors by name,
-    ForbiddenError for one that names anything but tensors and containers, OSError.
+    ForbiddenError for one that names anything but tensors and containers, and OSError.
     """
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
         size = file.seek(0, os.SEEK_END)
     try:
-        found, starts = _open_zip(path) if zipped else _open_legacy(path)
+        content, starts = _open_zip(path) if zipped else _open_legacy(path)
     except (ArchiveError, OSError, tensor_pickle.ForbiddenError):
         raise
     except PickleError as error:
         raise ArchiveError(str(error)) from None
-    except Exception as error:  # zipfile raises any type for bytes that are no archive
+    except Exception as error:  # zipfile raises arbitrary types for bytes that are not an archive
         raise ArchiveError(f"not an archive: {error or type(error).__name__}") from None
-    found = _state_dict(found)
-    for name, tensor in found.items():
+    tensors = _state_dict(content)
+    for name, tensor in tensors.items():
         stored = tensor.storage
         length = stored.size * np.dtype(stored.dtype).itemsize
         begin, end = starts.get(stored.key, (0, -1))
         if begin + length > min(end, size):
-            raise ArchiveError(f"the numbers of {name[:200]} are not all there")
-    return Archive(path, found, {key: begin for key, (begin, _) in starts.items()})
+            raise ArchiveError(f"the numbers of {name[:200]} are incomplete")
+    return Archive(path, tensors, {key: begin for key, (begin, _) in starts.items()})
 
 
-def _state_dict(found: Any) -> dict[str, StoredTensor]:
-    """Return a state dict, or the only one in a dict of a training's state; raises ContentError if there is none."""
-    if _is_state_dict(found):
-        return found
-    entries = found.items() if isinstance(found, dict) else ()
+def _state_dict(content: Any) -> dict[str, StoredTensor]:
+    """Return a state dict, or the only one in a dict of training state. Raises ContentError if there is none."""
+    if _is_state_dict(content):
+        return content
+    entries = content.items() if isinstance(content, dict) else ()
     inside = {key: value for key, value in entries if value and _is_state_dict(value)}
     if len(inside) == 1:
         return next(iter(inside.values()))
-    several = f"; it has several of them, {', '.join(map(repr, inside))}" if inside else ""
-    raise ContentError(f"expected a dict of tensors by name, as a state dict is{several}; save that alone")
+    several = f"; the file has several of them, {', '.join(map(repr, inside))}" if inside else ""
+    raise ContentError(f"expected a dict of tensors by name (a state dict){several}; save only that")
 
 
-def _is_state_dict(found: Any) -> bool:
-    return isinstance(found, dict) and all(
-        isinstance(name, str) and isinstance(tensor, StoredTensor) for name, tensor in found.items()
+def _is_state_dict(content: Any) -> bool:
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, StoredTensor) for name, tensor in content.items()
     )
 
 
@@ -118,7 +119,7 @@ Starts = dict[str, tuple[int, int]]
 
 
 def _open_zip(path: Path) -> tuple[Any, Starts]:
-    """Return (what the pickle holds, where storages lie) of an archive."""
+    """Return (content of the pickle, positions of the storages) of an archive."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as raw:
         entries = {entry.filename: entry for entry in archive.infolist()}
         pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
@@ -126,25 +127,25 @@ def _open_zip(path: Path) -> tuple[Any, Starts]:
             raise ArchiveError("no data.pkl, which torch.save writes")
         root = pickles[0].removesuffix("data.pkl")
         if entries[pickles[0]].file_size > MAX_PICKLE_BYTES:
-            raise ContentError(f"data.pkl has {entries[pickles[0]].file_size} bytes; that of a state dict is small")
+            raise ContentError(f"data.pkl has {entries[pickles[0]].file_size} bytes, too many for a state dict")
         if root + "constants.pkl" in entries:
             raise ContentError("a TorchScript program; save its state_dict() instead")
         order = root + "byteorder"
         if order in entries and archive.read(order) != b"little":
             raise ContentError("its numbers are big-endian; save it again on a little-endian machine")
         with archive.open(pickles[0]) as file:
-            content = file.read(MAX_PICKLE_BYTES)
-        found = tensor_pickle.read_bytes(content)
+            pickled = file.read(MAX_PICKLE_BYTES)
+        content = tensor_pickle.read_bytes(pickled)
         starts = {
             name.removeprefix(root + "data/"): _position(raw, entry)
             for name, entry in entries.items()
             if name.startswith(root + "data/")
         }
-    return found, starts
+    return content, starts
 
 
 def _position(raw: Any, entry: zipfile.ZipInfo) -> tuple[int, int]:
-    """Return (begin, end) of an entry's content in the file; raises ArchiveError for a compressed one."""
+    """Return (begin, end) of an entry's content in the file; raises ArchiveError if it is compressed."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
         raise ContentError(f"{entry.filename[:200]} is compressed or encrypted; save it again with torch.save")
     raw.seek(entry.header_offset)
@@ -156,7 +157,7 @@ def _position(raw: Any, entry: zipfile.ZipInfo) -> tuple[int, int]:
 
 
 def _open_legacy(path: Path) -> tuple[Any, Starts]:
-    """Return (what the pickle holds, where storages lie) of a file of PyTorch before 1.6: pickles, then numbers."""
+    """Return (content of the pickle, positions of the storages) of a file of PyTorch before 1.6."""
     with path.open("rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as file:
         if tensor_pickle.read(file) != MAGIC_NUMBER:
             raise ArchiveError("not a file of torch.save")
@@ -164,28 +165,28 @@ def _open_legacy(path: Path) -> tuple[Any, Starts]:
         system = tensor_pickle.read(file)
         if not isinstance(system, dict) or system.get("little_endian") is not True:
             raise ContentError("its numbers are big-endian; save it again on a little-endian machine")
-        found, keys, starts = tensor_pickle.read(file), tensor_pickle.read(file), Starts()
+        content, keys, starts = tensor_pickle.read(file), tensor_pickle.read(file), Starts()
         sizes = {
             tensor.storage.key: np.dtype(tensor.storage.dtype).itemsize
-            for tensor in (found.values() if isinstance(found, dict) else ())
+            for tensor in (content.values() if isinstance(content, dict) else ())
             if isinstance(tensor, StoredTensor)
         }
         for key in keys if isinstance(keys, list) else ():
             if not isinstance(key, str) or key not in sizes:
-                raise ArchiveError("numbers that no tensor refers to")
+                raise ArchiveError("a storage that no tensor refers to")
             count = int.from_bytes(file.read(8), "little", signed=True)
             begin = file.tell()
             if not 0 <= count * sizes[key] <= len(file) - begin:
-                raise ArchiveError("its numbers are not all there")
+                raise ArchiveError("its numbers are incomplete")
             starts[key] = (begin, begin + count * sizes[key])
             file.seek(starts[key][1])
-    return found, starts
+    return content, starts
 
 
 def write_archive(path: Path, infos: Mapping[str, TensorInfo], blocks: Callable[[str], Iterable[np.ndarray]]) -> None:
     """Write tensors, block by block, as torch.save would; raises OSError.
 
-    blocks: tensor name -> its rows one after the other, in the dtype of `infos`.
+    blocks: tensor name -> its rows in order, in the dtype of `infos`.
     """
     storages = {
         name: Storage(str(number), info.dtype, int(np.prod(info.shape, dtype=np.int64)))

@@ -1,6 +1,6 @@
-"""The tensor files of PyTorch checkpoints, read and written: safetensors and .bin/.pth, whole or in shards.
+"""Read and write the tensor files of PyTorch: safetensors and .bin/.pth, whole or in shards.
 
-Torch is not needed for any of them (torch_archive.py), and nothing that such a file holds is ever executed.
+None of them needs torch (torch_archive.py), and nothing in such a file is ever executed.
 """
 
 import itertools
@@ -24,14 +24,14 @@ from udm_grpo.tensor_files.weight_table import TensorInfo
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".pt")
-"""What a part's tensors may be called, in the order in which they are looked for."""
+"""Name endings of a part's tensor files, in the order in which they are looked for."""
 GIT_LFS_POINTER = b"version https://git-lfs"
 _NUMPY_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SAFETENSORS_NAMES = {name: short for short, name in _NUMPY_NAMES.items()}
 
 
 class WeightsError(UserError, ValueError):
-    """A checkpoint that cannot be read or does not fit; the message names every problem and what to do."""
+    """Weights that cannot be read or do not fit; the message names every problem and what to do."""
 
 
 Reader = Callable[[str, slice], np.ndarray]
@@ -40,27 +40,27 @@ Reader = Callable[[str, slice], np.ndarray]
 
 @dataclass(frozen=True)
 class Layout:
-    """How tensors lie in files: enough to write them in the same way again."""
+    """How tensors are divided into files: enough to write them again in the same way."""
 
     files: Mapping[str, tuple[str, ...]]
-    """File name -> names of its tensors, in their order."""
+    """File name -> names of its tensors, in order."""
     dtypes: Mapping[str, str]
     """Tensor name -> NumPy name of its dtype in the file."""
     metadata: Mapping[str, Mapping[str, str]]
     """File name -> the metadata in its header (safetensors)."""
     index: str | None = None
-    """Name of the index of a sharded checkpoint."""
+    """Name of the index, if there are shards."""
     index_metadata: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class TensorFiles:
-    """An open set of tensors, read one by one."""
+    """An open set of tensors, which are read one by one."""
 
     layout: Layout
     infos: Mapping[str, TensorInfo]
     readers: Mapping[str, Reader]
-    """Tensor name -> what reads rows of it."""
+    """Tensor name -> function that reads rows of it."""
 
     def read(self, name: str) -> np.ndarray:
         """Return a tensor in the dtype that it has in the file."""
@@ -71,7 +71,7 @@ class TensorFiles:
         return self.readers[name](name, slice(start, stop))
 
     def renamed(self, names: Mapping[str, str]) -> "TensorFiles":
-        """Return the same tensors under other names: name in the file -> name from now on."""
+        """Return the same tensors under other names: name in the file -> new name."""
         readers: dict[str, Reader] = {}
         for name, read in self.readers.items():
             readers[names[name]] = lambda _, rows, name=name, read=read: read(name, rows)
@@ -82,7 +82,7 @@ class TensorFiles:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """Return every file (or index of shards) of a folder that could hold a part's tensors, the usual one first."""
+    """Return every file (or index of shards) of a folder that may hold a part's tensors, the usual one first."""
     files = [folder / (stem + ending) for stem in STEMS for ending in ENDINGS]
     return [file for file in files if file.is_file()]
 
@@ -91,9 +91,9 @@ def find(folder: Path) -> Path:
     """Return the file (or the index of shards) that holds a part's tensors; raises WeightsError if there is none."""
     for file in candidates(folder):
         return file
-    wanted = f"{STEMS[0]} with one of {', '.join(ENDINGS)}"
+    expected = f"{STEMS[0]} with one of the endings {', '.join(ENDINGS)}"
     advice = other_weights(folder, STEMS) or "Download the folder again, with all its files."
-    raise WeightsError(f"{folder}: no weights; there must be {wanted}. {advice}")
+    raise WeightsError(f"{folder}: no weights; expected {expected}. {advice}")
 
 
 def open_tensors(path: Path) -> TensorFiles:
@@ -119,23 +119,25 @@ def open_tensors(path: Path) -> TensorFiles:
     lost = [f"{name} in {file}" for name, file in weight_map.items() if there.get(name) != file]
     lost += [f"{name} in {file} (not in the index)" for name, file in there.items() if name not in weight_map]
     if lost:
-        raise WeightsError(f"{path} does not fit its shards: {'; '.join(lost)}. Download index and shards together.")
+        raise WeightsError(
+            f"{path} does not fit its shards: {'; '.join(lost)}. Download the index and the shards together."
+        )
     return opened
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object; raises WeightsError naming the file if it is missing or damaged."""
+    """Return a JSON object. Raises WeightsError, naming the file, if it is missing or damaged."""
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except OSError as error:
         raise WeightsError(
             f"{path}: cannot be read ({error.strerror}). Download the folder with all its files."
         ) from None
     except ValueError as error:
         raise WeightsError(f"{path}: is not JSON ({error}). Download it again.") from None
-    if not isinstance(found, dict):
-        raise WeightsError(f"{path}: holds a {type(found).__name__}, wanted a JSON object. Download it again.")
-    return found
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: holds a {type(content).__name__}, expected a JSON object. Download it again.")
+    return content
 
 
 def write_tensors(
@@ -143,7 +145,7 @@ def write_tensors(
 ) -> None:
     """Write tensors block by block as `layout` says; raises OSError if a file cannot be written.
 
-    blocks: tensor name -> its rows one after the other, in the dtype of `infos`.
+    blocks: tensor name -> its rows in order, in the dtype of `infos`.
     """
     for file, names in layout.files.items():
         members = {name: infos[name] for name in names}
@@ -158,7 +160,7 @@ def write_tensors(
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write a file through to the disk; raises OSError."""
+    """Write a file and flush it to the disk; raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         for chunk in chunks:
@@ -174,10 +176,10 @@ def _open_all(folder: Path, files: list[str], index: str | None, index_metadata:
     readers: dict[str, Reader] = {}
     for file in files:
         opening = _open_safetensors if file.endswith(".safetensors") else _open_torch
-        found, metadata[file], read = opening(folder / file)
-        names[file] = tuple(found)
-        infos |= found
-        readers |= dict.fromkeys(found, read)
+        members, metadata[file], read = opening(folder / file)
+        names[file] = tuple(members)
+        infos |= members
+        readers |= dict.fromkeys(members, read)
     dtypes = {name: info.dtype for name, info in infos.items()}
     return TensorFiles(Layout(names, dtypes, metadata, index, index_metadata), infos, readers)
 
@@ -205,8 +207,8 @@ def _open_safetensors(path: Path) -> Opened:
         begin, end, _ = rows.indices(shape[0]) if shape else (0, 1, 1)
         width = int(np.prod(shape[1:]))
         at = 8 + length + header[name]["data_offsets"][0] + begin * width * dtype.itemsize
-        found = np.fromfile(path, np.uint8, (end - begin) * width * dtype.itemsize, offset=at).view(dtype)
-        return found.reshape(end - begin, *shape[1:]) if shape else found.reshape(())
+        values = np.fromfile(path, np.uint8, (end - begin) * width * dtype.itemsize, offset=at).view(dtype)
+        return values.reshape(end - begin, *shape[1:]) if shape else values.reshape(())
 
     return infos, dict(file.metadata() or {}), read
 

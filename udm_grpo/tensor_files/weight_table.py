@@ -1,4 +1,4 @@
-"""How PyTorch's state-dict names map onto parameter trees: one table a model, used in both directions."""
+"""How PyTorch's state-dict names map onto parameter trees: one table per model, used in both directions."""
 
 import re
 from collections.abc import Mapping
@@ -27,8 +27,8 @@ TRANSFORMER_TABLE: Table = (
     ("norm/scale", "model.norm.weight", KEEP),
     ("lm_head/kernel", "lm_head.weight", KERNEL),
 )
-"""(path in the tree, name in the file, how the axes go). {layer} is axis 0 of the tree's array; any other {word} stands
-for the same text on both sides. The first row that fits holds."""
+"""(path in the tree, name in the file, KEEP or KERNEL). {layer} is the index on axis 0 of the tree's array; any other
+{word} stands for the same text on both sides. The first row that matches applies."""
 
 VQ_TABLE: Table = (
     ("codebook/embedding", "quantizer.embedding.weight", KEEP),
@@ -36,14 +36,14 @@ VQ_TABLE: Table = (
     ("{module}/scale", "{module}.weight", KEEP),
     ("{module}/bias", "{module}.bias", KEEP),
 )
-"""As TRANSFORMER_TABLE."""
+"""In the form of TRANSFORMER_TABLE."""
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file says about one of its tensors; the dtype by its NumPy name where NumPy has it."""
+    """Shape and dtype of a tensor in a file; the dtype has its NumPy name where NumPy has it."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -51,16 +51,16 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor of a file lies in the tree."""
+    """Where a tensor of a file belongs in the tree."""
 
     path: str
-    """Of the leaf."""
+    """Path of the leaf."""
     layer: int | None
-    """Index on the leaf's axis 0, where it stacks layers."""
+    """Index on the leaf's axis 0, if it stacks layers."""
     transform: str
     """KEEP or KERNEL."""
     shape: tuple[int, ...]
-    """That the tensor must have in the file."""
+    """Shape that the tensor must have in the file."""
 
 
 def leaves_by_path(tree: Params) -> dict[str, Any]:
@@ -70,50 +70,50 @@ def leaves_by_path(tree: Params) -> dict[str, Any]:
 
 
 def sources(table: Table, tree: Params) -> dict[str, Source]:
-    """Return, for every tensor name that a file of this (perhaps abstract) tree holds, where it lies in the tree.
+    """Return, for the name of every tensor in a file of this (perhaps abstract) tree, where it belongs in the tree.
 
-    Raises KeyError for a leaf that the table has no row for.
+    Raises KeyError for a leaf that no row of the table matches.
     """
-    found = dict[str, Source]()
+    by_name = dict[str, Source]()
     for path, leaf in leaves_by_path(tree).items():
         name, transform = _row_for(table, path)
         if "{layer}" in name:
             shape = _turned(tuple(leaf.shape[1:]), transform)
-            found |= {name.format(layer=i): Source(path, i, transform, shape) for i in range(leaf.shape[0])}
+            by_name |= {name.format(layer=i): Source(path, i, transform, shape) for i in range(leaf.shape[0])}
         else:
-            found[name] = Source(path, None, transform, _turned(tuple(leaf.shape), transform))
-    return found
+            by_name[name] = Source(path, None, transform, _turned(tuple(leaf.shape), transform))
+    return by_name
 
 
-def problems(wanted: Mapping[str, Source], found: Mapping[str, TensorInfo]) -> list[str]:
-    """Return a line for every missing, superfluous or misshapen tensor, and for every one that is not of floats."""
-    lines = [f"missing: {name}, shape {source.shape}" for name, source in wanted.items() if name not in found]
-    lines += [f"not known: {name}, shape {info.shape}" for name, info in found.items() if name not in wanted]
-    for name, source in wanted.items():
-        if name not in found:
+def problems(expected: Mapping[str, Source], infos: Mapping[str, TensorInfo]) -> list[str]:
+    """Return a line for every tensor that is missing, superfluous, misshapen or not of a floating-point dtype."""
+    lines = [f"missing: {name}, shape {source.shape}" for name, source in expected.items() if name not in infos]
+    lines += [f"not known: {name}, shape {info.shape}" for name, info in infos.items() if name not in expected]
+    for name, source in expected.items():
+        if name not in infos:
             continue
-        info = found[name]
+        info = infos[name]
         if info.shape != source.shape:
-            lines.append(f"wrong shape: {name} is {info.shape}, wanted {source.shape}")
+            lines.append(f"wrong shape: {name} is {info.shape}, expected {source.shape}")
         if info.dtype not in FLOATS:
-            lines.append(f"wrong dtype: {name} is {info.dtype}, wanted one of {', '.join(FLOATS)}")
+            lines.append(f"wrong dtype: {name} is {info.dtype}, expected one of {', '.join(FLOATS)}")
     return lines
 
 
 def from_tree(source: Source, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return one tensor of a file, in the tree's dtype, out of the tree's leaves by path."""
+    """Return one tensor of a file, in the tree's dtype, from the tree's leaves by path."""
     leaf = leaves[source.path]
     return backward(leaf if source.layer is None else leaf[source.layer], source.transform)
 
 
 def _row_for(table: Table, path: str) -> tuple[str, str]:
-    """Return (name with {layer} left open, transform) of the first row that fits a path."""
+    """Return (name with {layer} not filled in, transform) of the first row that matches a path."""
     for pattern, name, transform in table:
         match = re.fullmatch(re.sub(r"\{(\w+)\}", r"(?P<\1>.+)", pattern), path)
         if match:
             words = {word: text.replace("/", ".") for word, text in match.groupdict().items()}
             return name.format(layer="{layer}", **words), transform
-    raise KeyError(f"no row of the weight table fits {path}; add one")
+    raise KeyError(f"no row of the weight table matches {path}; add one")
 
 
 def forward(tensor: np.ndarray, transform: str) -> np.ndarray:
