@@ -21,7 +21,7 @@ DEFAULT_ROOT = Path(__file__).parent / "golden"
 class GoldenCase:
     """One golden folder.
 
-    path: the folder; checkpoint: the released-format checkpoint in it; reference: the reference transformer's file;
+    path: the folder; checkpoint: the released model folder in it; reference: the reference transformer's file;
     setup: setup.json (sizes, L, grid hw); prompts: the texts of prompt_ids; arrays: golden.npz, read-only.
     """
 
