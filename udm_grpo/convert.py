@@ -298,9 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--base", type=Path, required=True, help="released folder with everything but these weights")
     target = one.add_mutually_exclusive_group(required=True)
     target.add_argument("--output", type=_free, help="folder to write")
-    target.add_argument(
-        "--transformer-only", type=_free, metavar="FILE", help="write only the transformer: .safetensors, .bin"
-    )
+    target.add_argument("--transformer-only", type=_free, metavar="FILE", help="write one .safetensors or .bin file")
     target.add_argument("--adapter", type=_free, metavar="FOLDER", help="write a LoRA run's adapter in PEFT's format")
     two = command(rewrite, "rewrite", "write a released folder with other transformer weights or in another dtype")
     two.add_argument("--base", type=Path, required=True, help="released folder")
@@ -308,31 +306,21 @@ def _parser() -> argparse.ArgumentParser:
     for subcommand in (one, two):
         words = "weights to use instead of those in --base: a file, its folder, or a checkpoint-N of the public release"
         subcommand.add_argument("--transformer", type=Path, metavar="FILE|FOLDER", help=words)
-        subcommand.add_argument(
-            "--dtype", choices=DTYPES, help="dtype of the transformer's tensors (default: unchanged)"
-        )
+        subcommand.add_argument("--dtype", choices=DTYPES, help="dtype of the transformer (default: unchanged)")
     three = command(info, "info", "describe a released folder or a training checkpoint")
     three.add_argument("path", type=epath.Path)
     three.add_argument("--json", action="store_true", help="print one JSON object")
     four = command(verify, "verify", "compare two released folders or training checkpoints, tensor by tensor")
     four.add_argument("a", type=epath.Path)
     four.add_argument("b", type=epath.Path)
-    four.add_argument(
-        "--tolerance",
-        type=finite_number,
-        default=0.0,
-        help="largest allowed absolute difference; 0 requires equal bits",
-    )
+    words = "largest absolute difference allowed; 0 requires equal bits"
+    four.add_argument("--tolerance", type=finite_number, default=0.0, help=words)
     four.add_argument(
         "--forward", action="store_true", help="also compare A's logits by transformers' Qwen3 with ours of B"
     )
     for subcommand in (one, four):
-        subcommand.add_argument(
-            "--weights",
-            choices=tuple(PREFIXES),
-            default="params",
-            help="which weights of a training checkpoint to read",
-        )
+        words = "which weights of a training checkpoint to read"
+        subcommand.add_argument("--weights", choices=tuple(PREFIXES), default="params", help=words)
     return parser
 
 
