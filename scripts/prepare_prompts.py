@@ -155,14 +155,14 @@ def generate(given: argparse.Namespace) -> None:
     ratio = dict(given.ratio or geneval_prompts.RATIO)
     drawn = geneval_prompts.generate(given.count, given.seed, ratio, leave_out, given.plurals, given.repeats)
     for tag, share in drawn.shares.items():
-        if share.available < share.wanted:
+        if share.available < share.target:
             what = "they repeat" if given.repeats else "all of them are in, and other tags make up the number"
-            warn(f"{tag} has {share.available} different prompts, but a share of {share.wanted}: {what}")
+            warn(f"{tag} has {share.available} different prompts, but a share of {share.target}: {what}")
     if given.jsonl:
         lines = "".join(json.dumps(row) + "\n" for row in drawn.rows)
         replace_file(given.jsonl, partial(Path.write_text, data=lines, encoding="utf-8"))
     save(given.output, {"train": drawn.rows} | ({"test": leave_out} if leave_out else {}))
-    if {tag: share.given for tag, share in drawn.shares.items()} != {tag: s.wanted for tag, s in drawn.shares.items()}:
+    if {tag: share.count for tag, share in drawn.shares.items()} != {tag: s.target for tag, s in drawn.shares.items()}:
         settings = (f"--config.prompts.tag_weights.{tag}={weight}" for tag, weight in ratio.items())
         print("The set itself is not in the ratio; training draws in it with", *settings)
         if ratio == geneval_prompts.RATIO:

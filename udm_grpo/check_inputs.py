@@ -1,9 +1,9 @@
-"""Check that what a training reads is on this machine: the start model, the prompt files, files of remote scorers.
+"""Check that this machine can read the inputs of a training run: start model, prompts, files of remote scorers.
 
     python -m udm_grpo.check_inputs --config configs/geneval.py --config.output_dir=/mnt/shared/run
 
-It reads them as a training does, and with JAX_PLATFORMS=cpu leaves the accelerator alone. scripts/launch_tpu_pod.sh
-runs it on every worker before it starts a training.
+It reads them as training does; with JAX_PLATFORMS=cpu it does not use the accelerator. scripts/launch_tpu_pod.sh runs
+it on every worker before it starts training.
 """
 
 import sys
@@ -30,7 +30,7 @@ def _error(read: Callable[[], Any]) -> str:
 
 
 def problems(config: RunConfig) -> Iterator[str]:
-    """Yield a line for everything that `config` names and this machine cannot read."""
+    """Yield a line for every input of `config` that this machine cannot read."""
     model, prompts, length = config.model, config.prompts, config.model.text_length or None
     checks = {
         "model.path": lambda: load_folder(local(model.path), "float32", length, False, model.transformer or None),
@@ -45,18 +45,18 @@ def problems(config: RunConfig) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit status: 0 if everything is there, else that of a user's mistake."""
+    """Run the command line; return 0 if all inputs can be read, else the exit status of a user error."""
     try:
         config = parse(list(sys.argv[1:] if argv is None else argv))
         validate(config)
-        found = list(problems(config))
+        errors = list(problems(config))
     except (UserError, OSError) as error:
-        found = [str(error)]
-    for line in found:
+        errors = [str(error)]
+    for line in errors:
         print(f"error: {line}", file=sys.stderr)
-    if not found:
-        print("the start model and the prompt files are there")
-    return USER_ERROR_STATUS if found else 0
+    if not errors:
+        print("the start model and the prompt files can be read")
+    return USER_ERROR_STATUS if errors else 0
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@
 
 --samples is what `udm_grpo.sample` writes, or GenEval's own layout (00000/metadata.jsonl, 00000/samples/00000.png), or
 DPG-Bench's (ID.png, the four pictures of a prompt in a 2 x 2 grid; --prompts prompts.json has the prompts by id).
-The output has
+The output folder has
 
-    scores.jsonl                     a line a picture and scorer; the same command again continues where it stopped
+    scores.jsonl                     a line per picture and scorer; rerunning the command continues where it stopped
     summary.json, summary.md         means with bootstrap intervals over prompts; GenEval's per-task table
-    prompt_notes.json                what the scorers say of the prompts: those that they cut, ambiguous texts
-    results.jsonl                    what GenEval's evaluate_images.py writes, for its summary_scores.py
+    prompt_notes.json                notes of the scorers on prompts: truncated ones, ambiguous texts
+    results.jsonl                    as GenEval's evaluate_images.py writes it, for its summary_scores.py
     comparison.json, .md, .png       with --compare: differences, and the prompts that changed most
 """
 
@@ -56,45 +56,45 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(","))
 
 
-_OF_A_SCORER: dict[str, tuple[Callable[[str], Any], str]] = {
-    "replicas": (int, "processes that are started and share the pictures"),
-    "address": (str, "of a running server; may be repeated, and they share the pictures"),
-    "interpreter": (str, "Python that runs the scorer"),
-    "devices": (_words, "GPUs as 6,7, a process on each; or auto (the last GPU, else the CPU) or cpu"),
-    "memory_fraction": (float, "largest part of a GPU's memory for one process of the scorer"),
-    "deadline_s": (float, "seconds a batch may take to score"),
-    "start_timeout_s": (float, "seconds the scorer may take to load"),
-    "max_restarts": (int, "times that a dead process is started again, or a lost server is called again"),
-    "tls_ca": (str, "certificate that servers on other machines are checked against"),
-    "token_file": (str, "file with the token that such servers want"),
-    "check_example": (_truth, "true or false: whether a scorer that gets its test images wrong is an error"),
+_SCORER_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "replicas": (int, "number of processes to start, which share the pictures"),
+    "address": (str, "address of a running server; repeat it for several, which share the pictures"),
+    "interpreter": (str, "Python interpreter that runs the scorer"),
+    "devices": (_words, "GPUs such as 6,7, with a process on each; or auto (the last GPU, else the CPU) or cpu"),
+    "memory_fraction": (float, "largest fraction of a GPU's memory for one process of the scorer"),
+    "deadline_s": (float, "seconds that scoring a batch may take"),
+    "start_timeout_s": (float, "seconds that loading the scorer may take"),
+    "max_restarts": (int, "number of times that a dead process is restarted or a lost server is called again"),
+    "tls_ca": (str, "certificate with which servers on other machines are verified"),
+    "token_file": (str, "file with the token that such servers require"),
+    "check_example": (_truth, "true or false: whether a scorer that misjudges its test images is an error"),
 }
-"""Flag -> type of its value and what it is, each given as NAME=VALUE."""
+"""Flags of a scorer, each passed as NAME=VALUE: the type of the value and its meaning."""
 
 
 def evaluate(
-    folder: SampleFolder, scorers: dict[str, ScorerConfig], output: Path, given: argparse.Namespace
+    folder: SampleFolder, scorers: dict[str, ScorerConfig], output: Path, args: argparse.Namespace
 ) -> tuple[Scored, str]:
-    """Score a folder and write everything that is about it alone; returns the scores and summary.md.
+    """Score a folder and write its scores and summary; return the scores and the text of summary.md.
 
     Raises what `score_folder` raises.
     """
-    scored, warnings = score_folder(folder, scorers, output, given.batch, _warn)
-    summary = summarize(scored, [*folder.warnings, *warnings], given.resamples, given.seed)
-    _warn(summary["warnings"][len(folder.warnings) + len(warnings) :])  # those before have been told of
+    scored, warnings = score_folder(folder, scorers, output, args.batch, _warn)
+    summary = summarize(scored, [*folder.warnings, *warnings], args.resamples, args.seed)
+    _warn(summary["warnings"][len(folder.warnings) + len(warnings) :])  # the ones before have been shown
     text = summary_text(summary)
     write_official(scored, output)
     replace_file(output / "summary.md", lambda path: path.write_text(text, encoding="utf-8"))
-    write_json(output / "summary.json", summary)  # last: it says that all is there
+    write_json(output / "summary.json", summary)  # last: it marks a complete output
     return scored, text
 
 
-def compare_with(before: Scored, scored: Scored, output: Path, given: argparse.Namespace) -> str:
-    """Compare scores with those of another folder, and write all about it; returns comparison.md.
+def compare_with(before: Scored, scored: Scored, output: Path, args: argparse.Namespace) -> str:
+    """Compare scores with those of another folder, and write the comparison; return the text of comparison.md.
 
     Raises what `compare` and `draw_changed` raise.
     """
-    comparison = compare(before, scored, given.changed, given.resamples, given.seed)
+    comparison = compare(before, scored, args.changed, args.resamples, args.seed)
     _warn(comparison["warnings"])
     text = comparison_text(comparison, draw_changed(comparison, output))
     replace_file(output / "comparison.md", lambda path: path.write_text(text, encoding="utf-8"))
@@ -105,16 +105,16 @@ def compare_with(before: Scored, scored: Scored, output: Path, given: argparse.N
 def open_other(
     other: Path, scorers: dict[str, ScorerConfig], allow_missing: bool, prompts: Rows | None = None
 ) -> Scored | SampleFolder:
-    """Return the folder to compare with: its scores, or its pictures to be scored by these scorers too.
+    """Return the folder to compare with: its scores, or its pictures if these scorers have to score them too.
 
-    Raises ScoringError or SampleFolderError if it cannot be compared with what these scorers will say.
+    Raises ScoringError or SampleFolderError if it cannot be compared with the results of these scorers.
     """
     if not is_scored(other):
         return _read(other, allow_missing, prompts)
     before = load_scored(other)
     common_scorers(before, made_by(scorers))
     if not before.samples.is_dir():
-        raise ScoringError(f"{other} is of {before.samples}, which is not there to be shown; put it back.")
+        raise ScoringError(f"{other} has scores of {before.samples}, which is missing; restore it to show pictures.")
     return before
 
 
@@ -124,16 +124,16 @@ def _read(samples: Path, allow_missing: bool, prompts: Rows | None) -> SampleFol
     return folder
 
 
-def read_listed(given: argparse.Namespace) -> Rows | None:
-    """Return the prompts of --prompts; raises ScoringError if no folder of pictures lacks its own."""
-    if given.prompt_key and not given.prompts:
+def read_listed(args: argparse.Namespace) -> Rows | None:
+    """Return the prompts of --prompts; raise ScoringError if all folders of pictures have their own."""
+    if args.prompt_key and not args.prompts:
         raise ScoringError("--prompt-key chooses a text of --prompts FILE; give that as well.")
-    if not given.prompts:
+    if not args.prompts:
         return None
-    folders = [Path(folder) for folder in (given.samples, given.compare) if folder]
+    folders = [Path(folder) for folder in (args.samples, args.compare) if folder]
     if all(folder.is_dir() and (is_scored(folder) or has_prompts(folder)) for folder in folders):
         raise ScoringError("--prompts is for folders of DPG-Bench's ID.png; these pictures have prompts of their own.")
-    return read_prompts(given.prompts, key=given.prompt_key or PROMPT).metadata
+    return read_prompts(args.prompts, key=args.prompt_key or PROMPT).metadata
 
 
 def _warn(warnings: Sequence[str]) -> None:
@@ -152,19 +152,19 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--samples", metavar="FOLDER", required=True, help="the pictures")
-    parser.add_argument("--output", metavar="FOLDER", required=True, help="for the scores")
-    parser.add_argument("--compare", metavar="FOLDER", help="the same before: of scores, or of pictures to score too")
-    parser.add_argument("--prompts", metavar="FILE", help="of pictures that have none beside them: DPG-Bench's ID.png")
-    parser.add_argument("--prompt-key", metavar="KEY", help="of --prompts: the text that was drawn (default: prompt)")
+    parser.add_argument("--samples", metavar="FOLDER", required=True, help="folder of pictures to score")
+    parser.add_argument("--output", metavar="FOLDER", required=True, help="folder for the scores")
+    parser.add_argument("--compare", metavar="FOLDER", help="folder of scores, or of pictures to score too")
+    parser.add_argument("--prompts", metavar="FILE", help="prompts of pictures without their own: DPG-Bench's ID.png")
+    parser.add_argument("--prompt-key", metavar="KEY", help="key of the drawn text in --prompts (default: prompt)")
     parser.add_argument(
         "--allow-missing", action="store_true", help="count missing and unreadable pictures, and continue"
     )
     for name, default, meaning in (
-        ("batch", 32, "pictures that are scored together"),
-        ("changed", 16, "prompts of the comparison that are shown; 0: none"),
-        ("resamples", 10_000, "of the bootstrap"),
-        ("seed", 0, "of the bootstrap"),
+        ("batch", 32, "pictures to score at a time"),
+        ("changed", 16, "prompts to show in the comparison; 0: none"),
+        ("resamples", 10_000, "number of bootstrap resamples"),
+        ("seed", 0, "seed of the bootstrap"),
     ):
         parser.add_argument(flag(name), type=int, default=default, help=f"{meaning} (default: %(default)s)")
     what = parser.add_argument_group("scorers")
@@ -173,43 +173,43 @@ def _parser() -> argparse.ArgumentParser:
         metavar="[NAME=]SCORER",
         action="append",
         default=[],
-        help="one of rewards_bridge, or module:Class; may be repeated; NAME (default: its own) is what it is called",
+        help="a scorer of rewards_bridge, or module:Class; may be repeated; NAME: its name in the results",
     )
-    what.add_argument("--config", metavar="FILE", help="the scorers of a training; --config.field=value as there")
+    what.add_argument("--config", metavar="FILE", help="config whose scorers to use; --config.field=value overrides")
     for name, metavar in (("option", "NAME.KEY=VALUE"), ("environment", "NAME.VARIABLE=VALUE")):
         what.add_argument(flag(name), metavar=metavar, action="append", default=[], help="may be repeated")
-    for name, (_, meaning) in _OF_A_SCORER.items():
+    for name, (_, meaning) in _SCORER_FLAGS.items():
         what.add_argument(flag(name), metavar="NAME=VALUE", action="append", default=[], help=meaning)
     return parser
 
 
-def read_scorers(given: argparse.Namespace, overrides: Sequence[str]) -> dict[str, ScorerConfig]:
+def read_scorers(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, ScorerConfig]:
     """Return the scorers of the command line by name.
 
-    Raises ScoringError (ConfigError for --config) for what cannot be.
+    Raises ScoringError (ConfigError for --config) for flags that are not valid.
     """
     scorers: dict[str, ScorerConfig] = {}
-    if given.config:
-        scorers.update(parse([f"--config={given.config}", *overrides]).rewards.scorers)
+    if args.config:
+        scorers.update(parse([f"--config={args.config}", *overrides]).rewards.scorers)
     elif overrides:
-        raise ScoringError(f"{' '.join(overrides)} needs --config FILE; without one, use --option and its like.")
-    for text in given.scorer:
+        raise ScoringError(f"{' '.join(overrides)} needs --config FILE; without one, use --option and others.")
+    for text in args.scorer:
         name, equals, scorer = text.partition("=")
         name = name if equals else text.rpartition(":")[2]
         if not re.fullmatch(r"\w[\w-]*", name) or not (scorer or not equals):
-            raise ScoringError(f"--scorer {text}: wanted SCORER or NAME=SCORER, the name of letters, digits, _ and -.")
+            raise ScoringError(f"--scorer {text}: expected SCORER or NAME=SCORER; a NAME has letters, digits, _, -.")
         if name in scorers:
             raise ScoringError(f"--scorer {text}: there is a scorer {name} already; give this one as OTHER={text}.")
         scorers[name] = ScorerConfig(scorer=scorer or text)
     if not scorers:
         raise ScoringError("there is no scorer; give --scorer SCORER (such as pickscore) or --config FILE.")
     for argument in ("option", "environment"):
-        for text in vars(given)[argument]:
+        for text in vars(args)[argument]:
             name, key, value = _split(argument, text, scorers, dotted=True)
             held = scorers[name].options if argument == "option" else scorers[name].environment
             held[key] = value
-    for argument in _OF_A_SCORER:
-        for text in vars(given)[argument]:
+    for argument in _SCORER_FLAGS:
+        for text in vars(args)[argument]:
             name, _, value = _split(argument, text, scorers, dotted=False)
             _set(scorers[name], argument, value)
     _check_scorers(scorers)
@@ -217,21 +217,21 @@ def read_scorers(given: argparse.Namespace, overrides: Sequence[str]) -> dict[st
 
 
 def _split(argument: str, text: str, scorers: dict[str, ScorerConfig], dotted: bool) -> tuple[str, str, str]:
-    """(scorer, key, value) of NAME.KEY=VALUE or NAME=VALUE."""
+    """Return (scorer, key, value) of NAME.KEY=VALUE or NAME=VALUE."""
     left, equals, value = text.partition("=")
     name, dot, key = left.partition(".") if dotted else (left, ".", "")
     if not equals or not dot or name not in scorers or (dotted and not key):
-        wanted = "NAME.KEY=VALUE" if dotted else "NAME=VALUE"
-        raise ScoringError(f"{flag(argument)} {text}: wanted {wanted}, the name one of {', '.join(scorers)}.")
+        expected = "NAME.KEY=VALUE" if dotted else "NAME=VALUE"
+        raise ScoringError(f"{flag(argument)} {text}: expected {expected}, with NAME one of {', '.join(scorers)}.")
     return name, key, value
 
 
 def _set(scorer: ScorerConfig, argument: str, text: str) -> None:
-    read, meaning = _OF_A_SCORER[argument]
+    read, meaning = _SCORER_FLAGS[argument]
     try:
         value = read(text)
     except ValueError:
-        raise ScoringError(f"{flag(argument)}: {text!r} cannot be read; give the {meaning}.") from None
+        raise ScoringError(f"{flag(argument)}: {text!r} is not valid; expected: {meaning}.") from None
     if argument == "address":
         scorer.addresses = (*scorer.addresses, text)
     else:
@@ -241,16 +241,16 @@ def _set(scorer: ScorerConfig, argument: str, text: str) -> None:
 
 def _check_scorers(scorers: dict[str, ScorerConfig]) -> None:
     wrong = []
-    for name, given in scorers.items():
-        if given.replicas < 1:
-            wrong.append(f"{name} has {given.replicas} replicas; give at least 1.")
+    for name, scorer in scorers.items():
+        if scorer.replicas < 1:
+            wrong.append(f"{name} has {scorer.replicas} replicas; give at least 1.")
     if wrong:
         raise ScoringError("\n  ".join(wrong))
 
 
-def _check_numbers(given: argparse.Namespace) -> None:
+def _check_numbers(args: argparse.Namespace) -> None:
     least = {"batch": 1, "changed": 0, "resamples": 100, "seed": 0}
-    named = vars(given)
+    named = vars(args)
     wrong = [
         f"{flag(name)} is {named[name]}; choose at least {low}." for name, low in least.items() if named[name] < low
     ]
@@ -258,36 +258,36 @@ def _check_numbers(given: argparse.Namespace) -> None:
         raise ScoringError("\n  ".join(wrong))
 
 
-def _run(scorers: dict[str, ScorerConfig], output: Path, given: argparse.Namespace) -> None:
-    # Both folders are looked at before anything is scored.
-    listed = read_listed(given)
-    folder = _read(Path(given.samples), given.allow_missing, listed)
-    other = open_other(Path(given.compare), scorers, given.allow_missing, listed) if given.compare else None
-    scored, text = evaluate(folder, scorers, output, given)
+def _run(scorers: dict[str, ScorerConfig], output: Path, args: argparse.Namespace) -> None:
+    # Both folders are read before anything is scored.
+    listed = read_listed(args)
+    folder = _read(Path(args.samples), args.allow_missing, listed)
+    other = open_other(Path(args.compare), scorers, args.allow_missing, listed) if args.compare else None
+    scored, text = evaluate(folder, scorers, output, args)
     print(text)
     if isinstance(other, SampleFolder):
-        other = evaluate(other, scorers, output / "compared", given)[0]
+        other = evaluate(other, scorers, output / "compared", args)[0]
     if other is not None:
-        print(compare_with(other, scored, output, given))
+        print(compare_with(other, scored, output, args))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 2 for a user's mistake, reported without a traceback."""
+    """Run the command line; return the exit status: 2 for a user error, which is reported without a traceback."""
     prepare()
     parser = _parser()
-    given, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(argv)
     overrides = [word for word in rest if word.startswith("--config.")]
     if len(overrides) < len(rest):
         parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in overrides)}")
-    output = Path(given.output)
+    output = Path(args.output)
     try:
-        check_flags(given)
-        _check_numbers(given)
-        named = RewardsConfig(read_scorers(given, overrides))
+        check_flags(args)
+        _check_numbers(args)
+        named = RewardsConfig(read_scorers(args, overrides))
         with lock_output(output), reserved(named, trainer=False) as (placed, lines):
             for line in lines:
                 _say(line)
-            _run(placed.scorers, output, given)
+            _run(placed.scorers, output, args)
     except BridgeError as error:
         _say(f"error: {error}\nWhat was scored is in {output}; the same command resumes from there.")
         return USER_ERROR_STATUS

@@ -1,4 +1,4 @@
-"""The model that a command draws with: a released folder, with an adapter or without, or a training run."""
+"""Models that commands draw with: a released folder, with or without an adapter, or a training run."""
 
 import json
 from dataclasses import dataclass, replace
@@ -14,12 +14,12 @@ from udm_grpo.released.weights import ReleasedModel, load_folder
 
 
 class SamplingError(UserError, ValueError):
-    """What was asked for cannot be drawn; the message says what to change."""
+    """A request that cannot be drawn; the message says what to change."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What draws: a checkpoint in float32, where it comes from (for the record); height, width, dtype by default."""
+    """A released model in float32, its origin (for settings.json), and its default height, width and dtype."""
 
     released: ReleasedModel
     source: dict[str, Any]
@@ -27,46 +27,46 @@ class Model:
 
 
 def open_folder(folder: str, adapter: str | None = None, transformer: str | None = None) -> Model:
-    """Open a checkpoint folder in the released format; raises WeightsError.
+    """Open a folder in the released format; raises WeightsError.
 
-    transformer: trained weights to take instead of those in the folder; adapter: a PEFT folder to merge into them.
+    transformer: trained weights to use instead of those in the folder; adapter: a PEFT folder to merge into them.
     """
-    checkpoint = load_folder(local(folder), transformer_weights=transformer)
-    size = 32 * checkpoint.vq_config.stride
+    released = load_folder(local(folder), transformer_weights=transformer)
+    size = 32 * released.vq_config.stride
     source = {"checkpoint": folder} | ({"transformer": transformer} if transformer else {})
     if adapter is not None:
-        merged = with_adapter(checkpoint.transformer, local(adapter), checkpoint.transformer_config)
-        checkpoint, source = replace(checkpoint, transformer=merged), {**source, "adapter": adapter}
-    return Model(checkpoint, source, {"height": size, "width": size, "dtype": "float32"})
+        merged = with_adapter(released.transformer, local(adapter), released.transformer_config)
+        released, source = replace(released, transformer=merged), {**source, "adapter": adapter}
+    return Model(released, source, {"height": size, "width": size, "dtype": "float32"})
 
 
 def open_run(folder: str, step: str | None = None, weights: str | None = None) -> Model:
-    """Return a training run's checkpoint: its start model's folder with the weights of a step (a number, best; None:
-    latest).
+    """Open a training run: its start model with the weights of a checkpoint.
 
-    weights: params, ema or None: what the run itself judges and exports, its moving average if it keeps one.
+    step: a number, best or None (the latest). weights: params, ema or None: those that the run itself evaluates and
+    exports, its moving average if it keeps one.
     Raises SamplingError, CheckpointError, WeightsError.
     """
     file = local(f"{folder}/config.json")
     if not file.is_file():
         raise SamplingError(f"{folder} is not a training run: there is no {file}. Give the output_dir of one as --run.")
     config = read_json(file)
-    given, judged = config["model"], "ema" if config["optimizer"]["ema_decay"] > 0 else "params"
-    wanted = weights or judged
-    if wanted != judged and (step == "best" or judged == "params"):
-        raise SamplingError(f"--weights is {wanted}, but {folder} has only {judged} there; give --weights {judged}.")
+    model, judged = config["model"], "ema" if config["optimizer"]["ema_decay"] > 0 else "params"
+    chosen = weights or judged
+    if chosen != judged and (step == "best" or judged == "params"):
+        raise SamplingError(f"--weights is {chosen}, but {folder} has only {judged}; give --weights {judged}.")
     path, number = _checkpoint_of(f"{folder}/checkpoints", step or "latest")
-    length, trained = given["text_length"] or None, given.get("transformer") or None
-    checkpoint = load_folder(local(given["path"]), prompt_length=length, transformer_weights=trained)
+    length, trained = model["text_length"] or None, model.get("transformer") or None
+    released = load_folder(local(model["path"]), prompt_length=length, transformer_weights=trained)
     best, training = step == "best", read_training(path)
     if training.meta.get("run", config.get("run")) != config.get("run"):
-        others = f"{path} is of the run {training.meta['run']}, but config.json of {config.get('run')}"
-        raise SamplingError(f"{others}: the files of two runs are mixed in {folder}; give the folder of one.")
-    # The best one holds what the run judges under the name params.
-    params = training.read_for(checkpoint, "params" if best else wanted, given["path"])
-    source = {"run": folder, "step": number, "best": best, "weights": wanted}
-    defaults = {name: given[name] for name in ("height", "width", "dtype")}
-    return Model(replace(checkpoint, transformer=params), source, defaults)
+        others = f"{path} belongs to the run {training.meta['run']}, but config.json to {config.get('run')}"
+        raise SamplingError(f"{others}: the files of two runs are mixed in {folder}; give the folder of a single run.")
+    # The best checkpoint stores the weights that the run evaluates under the name params.
+    params = training.read_for(released, "params" if best else chosen, model["path"])
+    source = {"run": folder, "step": number, "best": best, "weights": chosen}
+    defaults = {name: model[name] for name in ("height", "width", "dtype")}
+    return Model(replace(released, transformer=params), source, defaults)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _checkpoint_of(folder: str, step: str) -> tuple[Any, int]:
-    """(folder, step) of a run's checkpoint."""
+    """Return (folder, step) of a run's checkpoint."""
     saved = Checkpoints(folder, keep=1)
     steps = saved.steps()
     there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"

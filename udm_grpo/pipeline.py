@@ -1,4 +1,4 @@
-"""A checkpoint as one object, for notebooks, scripts and tests: prompts to pictures and every stage between.
+"""A released model as one object, for notebooks, scripts and tests: from prompts to pictures, with every stage between.
 
 from udm_grpo.pipeline import load_pipeline
 
@@ -28,11 +28,11 @@ AnyArray = Array | np.ndarray
 
 
 def load_pipeline(folder: PathLike, dtype: str = "float32", transformer: PathLike | None = None) -> "Pipeline":
-    """Read a checkpoint folder in the released format; `dtype` is that of the parameters and the computation.
+    """Read a folder in the released format; `dtype` is that of the parameters and the computation.
 
-    transformer: a file or folder with trained weights to take instead of the transformer's in the folder, such as
-    checkpoint-100 of the public release. The folder may lie in a bucket, gs://..., of which a copy is kept. Raises
-    WeightsError that lists everything that is wrong with the folder, PlaceError for an address that cannot be used.
+    transformer: a file or folder with trained weights to use instead of those in the folder, such as checkpoint-100 of
+    the public release. The folder may be in a bucket (gs://...), of which a local copy is kept. Raises WeightsError
+    that lists everything that is wrong with the folder, and PlaceError for an address that cannot be used.
     """
     if problem := places.problem("folder", str(folder), supported=True):
         raise places.PlaceError(problem)
@@ -41,13 +41,13 @@ def load_pipeline(folder: PathLike, dtype: str = "float32", transformer: PathLik
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A loaded checkpoint; V codes, L text tokens, tokens of `stride` x `stride` pixels."""
+    """A loaded model; V codes, L text tokens, image tokens of `stride` x `stride` pixels."""
 
     released: ReleasedModel
     execution: Execution = field(default_factory=Execution)
     """How the transformer is computed."""
     compiled: dict[Any, Callable[..., Any]] = field(default_factory=dict, repr=False)
-    """Stages that were used before, by what they were compiled for."""
+    """Compiled stages, by what they were compiled for."""
 
     @property
     def stride(self) -> int:
@@ -56,12 +56,12 @@ class Pipeline:
 
     @property
     def path(self) -> ProbabilityPath:
-        """The probability path of the checkpoint's scheduler."""
+        """The probability path of the model's scheduler."""
         scheduler = self.released.scheduler
         return make_path(self.released.path_codebook, scheduler.alpha, scheduler.c, scheduler.eps)
 
     def tokenize(self, prompts: Sequence[str]) -> Int32[np.ndarray, "b l"]:
-        """Return L ids a prompt, padded on the left; longer ones are cut, with one warning that counts them."""
+        """Return L ids per prompt, padded on the left; longer prompts are truncated, and one warning counts them."""
         return self.released.tokenizer(prompts)
 
     def logits(self, prompt_ids: Int[AnyArray, "b l"], image_ids: Int[AnyArray, "b h w"]) -> Float[Array, "b n v"]:
@@ -81,8 +81,8 @@ class Pipeline:
     def encode(self, pixels: Float[AnyArray, "b hh ww 3"]) -> Int32[Array, "b h w"]:
         """Return the codes of pixels in [-1, 1]; raises ValueError for sizes that the stride does not divide."""
         if pixels.ndim != 4 or pixels.shape[-1] != 3 or not jnp.issubdtype(pixels.dtype, jnp.floating):
-            found = f"{pixels.dtype}{list(pixels.shape)}"
-            raise ValueError(f"pixels is {found}; wanted floats in [-1, 1], [images, height, width, 3]")
+            actual = f"{pixels.dtype}{list(pixels.shape)}"
+            raise ValueError(f"pixels is {actual}; expected floats in [-1, 1], [images, height, width, 3]")
         run = self._stage("encode", lambda: compiled.tokenizer_codec(self.released.vq_config)[0])
         return run(self.released.vq, jnp.asarray(pixels, jnp.float32))
 
@@ -101,11 +101,11 @@ class Pipeline:
         height: int,
         width: int,
     ) -> UInt8[np.ndarray, "b hh ww 3"]:
-        """Draw one picture a prompt in T = `steps` steps; the same seed draws the same pictures.
+        """Draw one picture per prompt in T = `steps` steps; the same seed draws the same pictures.
 
-        guidance_scale: 1 is CFG-free; more contrasts with the negative prompt while t < 0.9, which is the empty prompt
-        unless one is given. height, width: pixels. Raises ValueError for sizes that the stride does not divide, where
-        there is no prompt, and for a negative prompt without guidance.
+        guidance_scale: 1 is CFG-free; above 1, guidance contrasts with the negative prompt, by default the empty one,
+        while t < 0.9. height, width: pixels. Raises ValueError for sizes that the stride does not divide, if there is
+        no prompt, and for a negative prompt without guidance.
         """
         if not len(prompts):
             raise ValueError("there are no prompts; give at least one")
@@ -123,7 +123,7 @@ class Pipeline:
         return _to_uint8(self._pixels(rolled.clean.reshape(-1, *grid)))
 
     def save(self, folder: PathLike) -> None:
-        """Write the checkpoint in the released format; raises as `save_folder` does."""
+        """Write the model in the released format; raises what `save_folder` raises."""
         save_folder(self.released, folder)
 
     def _network(self, grid: tuple[int, int]) -> Network:
@@ -149,13 +149,13 @@ class Pipeline:
 
 
 def _ids(name: str, ids: AnyArray, rank: int, count: int) -> Int32[Array, "..."]:
-    """Return ids as int32, checked: an id out of range would silently be taken for another."""
-    given = np.asarray(ids)
-    if given.ndim != rank or not np.issubdtype(given.dtype, np.integer):
-        raise ValueError(f"{name} is {given.dtype}{list(given.shape)}; wanted integers with {rank} axes")
-    if given.size and (given.min() < 0 or given.max() >= count):
-        raise ValueError(f"{name} holds {given.min()} to {given.max()}; wanted 0 to {count - 1}")
-    return jnp.asarray(given, jnp.int32)
+    """Return ids as int32 after a check: an id out of range would silently be read as another."""
+    array = np.asarray(ids)
+    if array.ndim != rank or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} is {array.dtype}{list(array.shape)}; expected integers with {rank} axes")
+    if array.size and (array.min() < 0 or array.max() >= count):
+        raise ValueError(f"{name} holds {array.min()} to {array.max()}; expected 0 to {count - 1}")
+    return jnp.asarray(array, jnp.int32)
 
 
 def _to_uint8(pixels: Float[Array, "b hh ww 3"]) -> UInt8[np.ndarray, "b hh ww 3"]:

@@ -1,4 +1,4 @@
-"""Draw pictures of prompts with a released folder or a training run.
+"""Draw pictures for prompts with a released folder or a training run.
 
     python -m udm_grpo.sample --checkpoint udm_grpo/assets/ursa-shapes --output outputs/pictures \\
         --prompt "a photo of a red circle" --height 32 --width 32
@@ -6,15 +6,16 @@
     python -m udm_grpo.sample --checkpoint FOLDER --adapter outputs/mine/export_lora --output out --prompt "a star"
     python -m udm_grpo.sample --checkpoint FOLDER --transformer checkpoint-100 --output out --prompt "a star"
 
---layout geneval, what GenEval's evaluation reads, or --layout flat (--layout dpgbench: OUTPUT/ID.png, the four pictures
-of a prompt in a 2 x 2 grid, named by its id, and prompts.jsonl):
+--layout geneval, which GenEval's evaluation reads, or --layout flat (--layout dpgbench: prompts.jsonl and OUTPUT/ID.png
+with the four pictures of a prompt in a 2 x 2 grid, named by the prompt's id):
 
-    OUTPUT/00000/metadata.jsonl          the prompt's line          OUTPUT/prompts.jsonl    a line a prompt
+    OUTPUT/00000/metadata.jsonl          the prompt's line          OUTPUT/prompts.jsonl    a line per prompt
     OUTPUT/00000/samples/0000.png        its first picture          OUTPUT/00000_0.png      its first picture
 
-and settings.json and contact_sheet.png. The same command again continues where it stopped. Image i of prompt p depends
-on (seed, p, i) alone, not on --batch, --devices or hosts (several share the work like those of a training, see
-udm_grpo/multihost/distributed.py, and the folder); image 0 of each is what `Pipeline.generate` draws with that seed.
+It also writes settings.json and contact_sheet.png. Rerunning the command continues where it stopped. Image i of prompt
+p depends on (seed, p, i) alone, not on --batch, --devices or the number of hosts (several share the work and the
+folder, started as for training: udm_grpo/multihost/distributed.py); image 0 is what `Pipeline.generate` draws with that
+seed.
 """
 
 import argparse
@@ -59,38 +60,38 @@ from udm_grpo.scoring.layouts import GRID, LAYOUTS, QUARTERS, cut_grid, file_nam
 from udm_grpo.scoring.sample_settings import Settings, digest_of, open_output
 
 MAX_PROMPTS, MAX_IMAGES_PER_PROMPT = 2**20, 2**11
-"""Image i of prompt p is number i * MAX_PROMPTS + p of the rollouts, which 31 bits hold."""
+"""Image i of prompt p has the number i * MAX_PROMPTS + p in the rollouts, which fits into 31 bits."""
 
 
 def drawer(
-    checkpoint: ReleasedModel, settings: Settings, texts: Sequence[str], batch: int, devices: list[Any]
+    released: ReleasedModel, settings: Settings, texts: Sequence[str], batch: int, devices: list[Any]
 ) -> Callable[[Sequence[tuple[int, int]]], UInt8[jax.Array, "b hh ww 3"]]:
-    """Return a function that starts to draw up to `batch` pictures, named by (prompt, image); the tail may be padding.
+    """Return a function that starts drawing up to `batch` pictures, by (prompt, image); the last rows may be padding.
 
     Raises SamplingError for sizes that the tokens do not divide.
     """
-    stride = checkpoint.vq_config.stride
+    stride = released.vq_config.stride
     if min(settings.height, settings.width) < 1 or settings.height % stride or settings.width % stride:
         sizes = f"--height {settings.height} and --width {settings.width}"
         raise SamplingError(f"{sizes} must be multiples of {stride}, the pixels of a token.")
     mesh = meshes.make_mesh(asdict(MeshConfig()), devices)
     rows = padded(batch, meshes.batch_shards(mesh))
     grid = (settings.height // stride, settings.width // stride)
-    network = Network(checkpoint.transformer_config, grid, rows=4 * meshes.batch_shards(mesh))
-    shift = checkpoint.scheduler.shift
+    network = Network(released.transformer_config, grid, rows=4 * meshes.batch_shards(mesh))
+    shift = released.scheduler.shift
     plan = RolloutPlan(settings.steps, shift, settings.guidance_scale, settings.guidance_trunc)
-    path = jax.device_put(path_of(checkpoint), meshes.replicated(mesh))
+    path = jax.device_put(path_of(released), meshes.replicated(mesh))
     rollout = compiled.free_rollout(network, path, plan)
-    decode = compiled.tokenizer_codec(checkpoint.vq_config)[1]
-    params = jax.tree.map(lambda leaf: np.asarray(leaf, settings.dtype), checkpoint.transformer)
+    decode = compiled.tokenizer_codec(released.vq_config)[1]
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, settings.dtype), released.transformer)
     params = jax.device_put(params, meshes.shardings(mesh, params))
-    vq_params = jax.device_put(checkpoint.vq, meshes.replicated(mesh))
-    prompt_ids = checkpoint.tokenizer(texts)  # all at once, so that those cut short are counted in one warning
-    empty_ids = jax.device_put(checkpoint.tokenizer.negative(settings.negative_prompt), meshes.replicated(mesh))
+    vq_params = jax.device_put(released.vq, meshes.replicated(mesh))
+    prompt_ids = released.tokenizer(texts)  # all at once, so that one warning counts those that are truncated
+    empty_ids = jax.device_put(released.tokenizer.negative(settings.negative_prompt), meshes.replicated(mesh))
     key = jax.random.key(settings.seed)
 
-    def draw(wanted: Sequence[tuple[int, int]]) -> UInt8[jax.Array, "b hh ww 3"]:
-        prompt, image = np.pad(np.array(wanted, np.int32), ((0, rows - len(wanted)), (0, 0)), mode="edge").T
+    def draw(pairs: Sequence[tuple[int, int]]) -> UInt8[jax.Array, "b hh ww 3"]:
+        prompt, image = np.pad(np.array(pairs, np.int32), ((0, rows - len(pairs)), (0, 0)), mode="edge").T
         ids, index = jax.device_put((prompt_ids[prompt], image * MAX_PROMPTS + prompt), meshes.over_batch(mesh))
         rolled = rollout(params, ids, empty_ids, index, key)
         return compiled.to_pixels(decode(vq_params, rolled.clean.reshape(-1, *grid)))
@@ -99,11 +100,11 @@ def drawer(
 
 
 def sample(model: Model, settings: Settings, prompts: PromptSet, output: Path, batch: int, devices: list[Any]) -> int:
-    """Draw all pictures of `settings` that are not in `output` yet, `batch` at a time; returns how many.
+    """Draw all pictures of `settings` that are not in `output` yet, `batch` at a time; return how many.
 
-    Of several processes each draws its own share, on its own `devices`.
+    Each of several processes draws its own share, on its own `devices`.
 
-    Raises what `open_output` and `drawer` raise, and OSError where a picture cannot be written.
+    Raises what `open_output` and `drawer` raise, and OSError if a picture cannot be written.
     """
     draw = drawer(model.released, settings, prompts.prompts, batch, devices)
     hosts.from_primary(lambda: open_output(settings, model.source, prompts, output))  # the others wait for its files
@@ -114,10 +115,10 @@ def sample(model: Model, settings: Settings, prompts: PromptSet, output: Path, b
     files = [(path, pairs) for path, pairs in files if not path.exists()]
     todo = [pair for _, pairs in files for pair in pairs]
     parts = [todo[at : at + batch] for at in range(0, len(todo), batch)]
-    # The devices draw a part while the one before is written.
+    # The devices draw a part while the previous one is written.
     started = itertools.chain(map(draw, parts), [None])
     drawing = next(started)
-    waiting: list[UInt8[np.ndarray, "hh ww 3"]] = []  # drawn, in the order of todo, and not yet a whole file
+    waiting: list[UInt8[np.ndarray, "hh ww 3"]] = []  # drawn in the order of todo, not yet a complete file
     with progress_bar(every, "drawing", "image", every - len(todo)) as bar:
         for part in parts:
             drawn, drawing = drawing, next(started)
@@ -132,7 +133,7 @@ def sample(model: Model, settings: Settings, prompts: PromptSet, output: Path, b
 
 
 def contact_sheet(settings: Settings, prompts: PromptSet, output: Path, count: int) -> None:
-    """Write contact_sheet.png: the first picture of each of the first `count` prompts; none for 0."""
+    """Write contact_sheet.png: the first picture of each of the first `count` prompts; no file for 0."""
     shown = min(count, len(prompts))
     names = file_names(settings.layout, prompts.metadata)
     places = [place_of(settings.layout, output, names, prompt, 0) for prompt in range(shown)]
@@ -147,47 +148,47 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m udm_grpo.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--checkpoint", metavar="FOLDER", help="in the released format")
-    model.add_argument("--run", metavar="OUTPUT_DIR", help="of a training run")
+    model.add_argument("--checkpoint", metavar="FOLDER", help="folder in the released format")
+    model.add_argument("--run", metavar="OUTPUT_DIR", help="output folder of a training run")
     parser.add_argument(
         "--transformer",
         metavar="FILE|FOLDER",
-        help="trained weights to take instead of those in --checkpoint: a .safetensors or .bin, its folder, or a "
+        help="trained weights to use instead of those in --checkpoint: a .safetensors or .bin, its folder, or a "
         "checkpoint-N folder of the public release",
     )
-    parser.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter of --checkpoint, e.g. a run's export_lora")
-    parser.add_argument("--step", help="of --run: a number, latest (the default) or best")
-    parser.add_argument("--weights", choices=("params", "ema"), help="of --run; default: ema if it keeps one")
+    parser.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter for --checkpoint, e.g. a run's export_lora")
+    parser.add_argument("--step", help="checkpoint of --run: a number, latest (the default) or best")
+    parser.add_argument("--weights", choices=("params", "ema"), help="weights of --run; default: ema if it keeps one")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", metavar="TEXT", nargs="+", action="extend", help="one or several, each quoted")
+    what.add_argument("--prompt", metavar="TEXT", nargs="+", action="extend", help="one or more prompts, each quoted")
     what.add_argument("--prompts", metavar="FILE", help=".jsonl, .json, .txt, .csv; FOLDER:SPLIT of prepare_prompts")
-    parser.add_argument("--prompt-key", metavar="KEY", help="of --prompts: the text to draw (default: prompt)")
+    parser.add_argument("--prompt-key", metavar="KEY", help="key in --prompts of the text to draw (default: prompt)")
     parser.add_argument("--output", metavar="FOLDER", required=True)
     parser.add_argument("--layout", choices=LAYOUTS, default="geneval", help="default: geneval")
     for name, default, meaning in (
-        ("images_per_prompt", 4, "pictures of every prompt"),
+        ("images_per_prompt", 4, "pictures per prompt"),
         ("steps", 25, "denoising steps"),
-        ("guidance_scale", 1.0, "1 is without guidance"),
-        ("guidance_trunc", 0.9, "guidance acts while t is below it"),
-        ("seed", 0, "another one draws other pictures"),
-        ("batch", 32, "pictures that are drawn together, on all devices of a host"),
+        ("guidance_scale", 1.0, "1: no guidance"),
+        ("guidance_trunc", 0.9, "guidance applies while t is below this"),
+        ("seed", 0, "another seed draws other pictures"),
+        ("batch", 32, "pictures to draw at a time, on all devices of a host"),
         ("sheet_prompts", 16, "prompts on contact_sheet.png; 0: none"),
     ):
         parser.add_argument(flag(name), type=type(default), default=default, help=f"{meaning} (default: %(default)s)")
     parser.add_argument(
         "--negative-prompt",
         metavar="TEXT",
-        help="guidance contrasts with this instead of the empty prompt",
+        help="prompt that guidance contrasts with instead of the empty one",
     )
     for name in ("height", "width"):
         parser.add_argument(flag(name), type=int, help="pixels (default: the run's, else 32 tokens)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the transformer (default: the run's, else float32)")
-    parser.add_argument("--devices", type=int, help="how many to use (default: all)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the transformer (default: the run's, else float32)")
+    parser.add_argument("--devices", type=int, help="number of devices to use (default: all)")
     return parser
 
 
-def _check(given: argparse.Namespace, available: int) -> None:
-    """Raise SamplingError with all that is wrong with the command line by itself."""
+def _check(args: argparse.Namespace, available: int) -> None:
+    """Raise SamplingError that lists everything that is wrong with the command line alone."""
     ranges = {
         "images_per_prompt": (1, MAX_IMAGES_PER_PROMPT),
         "steps": (1, 10_000),
@@ -198,44 +199,44 @@ def _check(given: argparse.Namespace, available: int) -> None:
         "sheet_prompts": (0, MAX_PROMPTS),
         "devices": (1, available),
     }
-    named = vars(given)
-    found = [
+    named = vars(args)
+    problems = [
         f"{flag(name)} is {named[name]}; choose {least} to {most}."
         for name, (least, most) in ranges.items()
         if named[name] is not None and not least <= named[name] <= most
     ]
-    if given.checkpoint and (given.step or given.weights):
-        found.append("--step and --weights choose from a training run; give it as --run OUTPUT_DIR.")
+    if args.checkpoint and (args.step or args.weights):
+        problems.append("--step and --weights choose from a training run; give it as --run OUTPUT_DIR.")
     for name in ("adapter", "transformer"):
-        if given.run and vars(given)[name]:
-            found.append(f"{flag(name)} belongs to a released folder; give that as --checkpoint instead of --run.")
-    if given.negative_prompt and (given.guidance_scale == 1 or given.guidance_trunc == 0):
-        found.append("--negative-prompt changes nothing without guidance; give a --guidance-scale above 1 as well.")
-    if given.layout == GRID and given.images_per_prompt != QUARTERS:
-        found.append(f"--layout {GRID} takes exactly {QUARTERS} --images-per-prompt, a 2 x 2 grid a prompt.")
-    if found:
-        raise SamplingError("\n  ".join(found))
+        if args.run and vars(args)[name]:
+            problems.append(f"{flag(name)} belongs to a released folder; give that as --checkpoint instead of --run.")
+    if args.negative_prompt and (args.guidance_scale == 1 or args.guidance_trunc == 0):
+        problems.append("--negative-prompt changes nothing without guidance; give a --guidance-scale above 1 as well.")
+    if args.layout == GRID and args.images_per_prompt != QUARTERS:
+        problems.append(f"--layout {GRID} takes exactly {QUARTERS} --images-per-prompt, a 2 x 2 grid per prompt.")
+    if problems:
+        raise SamplingError("\n  ".join(problems))
 
 
-def _read_prompts(given: argparse.Namespace) -> PromptSet:
-    texts = given.prompt or []
+def _read_prompts(args: argparse.Namespace) -> PromptSet:
+    texts = args.prompt or []
     rows = tuple({"tag": UNTAGGED, "prompt": text} for text in texts)
-    if given.prompt_key and not given.prompts:
+    if args.prompt_key and not args.prompts:
         raise SamplingError("--prompt-key chooses a text of --prompts FILE; give that instead of --prompt.")
-    key = given.prompt_key or PROMPT
+    key = args.prompt_key or PROMPT
     prompts = (
-        read_prompts(local_prompts(given.prompts), key=key)
-        if given.prompts
+        read_prompts(local_prompts(args.prompts), key=key)
+        if args.prompts
         else PromptSet(tuple(texts), rows, (UNTAGGED,) * len(rows))
     )
     if len(prompts) > MAX_PROMPTS:
         raise SamplingError(f"there are {len(prompts)} prompts; give at most {MAX_PROMPTS} at a time.")
-    file_names(given.layout, prompts.metadata)  # raises for ids that name no files, before anything is loaded
+    file_names(args.layout, prompts.metadata)  # raises for ids that are not file names, before anything is loaded
     return prompts
 
 
-def _settings(given: argparse.Namespace, model: Model, prompts: PromptSet) -> Settings:
-    asked = {field.name: vars(given).get(field.name) for field in fields(Settings)}
+def _settings(args: argparse.Namespace, model: Model, prompts: PromptSet) -> Settings:
+    asked = {field.name: vars(args).get(field.name) for field in fields(Settings)}
     read = {
         "weights": digest_of(model.released),
         "prompts": hashlib.sha256(json.dumps([prompts.prompts, prompts.metadata]).encode()).hexdigest(),
@@ -244,32 +245,32 @@ def _settings(given: argparse.Namespace, model: Model, prompts: PromptSet) -> Se
     return Settings(**{**model.defaults, **{name: value for name, value in asked.items() if value is not None}, **read})
 
 
-def draw_all(given: argparse.Namespace) -> None:
+def draw_all(args: argparse.Namespace) -> None:
     """Draw what the command line asks for; raises SamplingError, WeightsError and the like."""
     devices = jax.local_devices()
-    _check(given, len(devices))
-    prompts = _read_prompts(given)
-    if given.run:
-        model = open_run(given.run, given.step, given.weights)
+    _check(args, len(devices))
+    prompts = _read_prompts(args)
+    if args.run:
+        model = open_run(args.run, args.step, args.weights)
     else:
-        model = open_folder(given.checkpoint, given.adapter, given.transformer)
-    settings, output = _settings(given, model, prompts), Path(given.output)
-    drawn = sum(hosts.gather(sample(model, settings, prompts, output, given.batch, devices[: given.devices])))
+        model = open_folder(args.checkpoint, args.adapter, args.transformer)
+    settings, output = _settings(args, model, prompts), Path(args.output)
+    drawn = sum(hosts.gather(sample(model, settings, prompts, output, args.batch, devices[: args.devices])))
     if hosts.is_primary():
         remove_unfinished(output)
-        contact_sheet(settings, prompts, output, given.sheet_prompts)
+        contact_sheet(settings, prompts, output, args.sheet_prompts)
         print(f"{settings.images_per_prompt} pictures of each prompt are in {output}; {drawn} are new", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 2 for a user's mistake, reported without a traceback."""
+    """Run the command line; return the exit status: 2 for a user error, which is reported without a traceback."""
     prepare()
-    given = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     expected = (UserError, OSError)
     try:
-        check_flags(given, ("checkpoint", "run", "adapter", "prompts"))
-        with distributed.joined(DistributedConfig(), expected), on_devices(), lock_for_all(given.output):
-            draw_all(given)
+        check_flags(args, ("checkpoint", "run", "adapter", "prompts"))
+        with distributed.joined(DistributedConfig(), expected), on_devices(), lock_for_all(args.output):
+            draw_all(args)
     except expected as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR_STATUS

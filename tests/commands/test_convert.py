@@ -89,14 +89,14 @@ def test_there_and_back_is_the_same_folder(dtype: torch.dtype, golden: Path, tmp
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_dtype_of_what_is_written(dtype: str, golden: Path, tmp_path: Path):
-    wanted = copies.read_state(golden / "transformer")
+    original = copies.read_state(golden / "transformer")
     orbax, files = as_training(golden, tmp_path / "orbax"), ("--base", golden, "--dtype", dtype)
     assert call("to-pytorch", "--checkpoint", orbax, *files, "--output", tmp_path / "trained") == 0
     assert call("rewrite", *files, "--output", tmp_path / "rewritten") == 0
     assert call("to-pytorch", "--checkpoint", orbax, *files, "--transformer-only", tmp_path / "one.bin") == 0
     alone = torch.load(tmp_path / "one.bin", weights_only=True)
-    for found in (copies.read_state(tmp_path / "trained/transformer"), alone):
-        assert all(torch.equal(found[name], tensor.to(getattr(torch, dtype))) for name, tensor in wanted.items())
+    for state in (copies.read_state(tmp_path / "trained/transformer"), alone):
+        assert all(torch.equal(state[name], tensor.to(getattr(torch, dtype))) for name, tensor in original.items())
     assert equal(tmp_path / "trained", tmp_path / "rewritten")
     assert {tensor.dtype for tensor in copies.read_state(tmp_path / "rewritten" / "vae").values()} == {torch.float32}
 
@@ -112,12 +112,12 @@ def test_a_trained_checkpoint_is_its_export(trained: Path, tmp_path: Path, capsy
     assert not equal(tmp_path / "params", trained / "export")
     capsys.readouterr()
     assert call("info", trained / "checkpoints" / "00000001", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["kind"], found["step"], found["ema"]) == ("training checkpoint", 1, True)
-    assert {"state/params", "state/ema", "state/opt_state", "state/step", "reference"} == found["parts"].keys()
-    assert found["parts"]["state/params"] == {"parameters": 857728, "dtypes": {"float32": 857728}}
-    assert found["fingerprint"] == read_meta(trained / "checkpoints" / "00000001")["fingerprint"]
-    assert found["bytes"] > 3 * 4 * 857728
+    info = json.loads(capsys.readouterr().out)
+    assert (info["kind"], info["step"], info["ema"]) == ("training checkpoint", 1, True)
+    assert {"state/params", "state/ema", "state/opt_state", "state/step", "reference"} == info["parts"].keys()
+    assert info["parts"]["state/params"] == {"parameters": 857728, "dtypes": {"float32": 857728}}
+    assert info["fingerprint"] == read_meta(trained / "checkpoints" / "00000001")["fingerprint"]
+    assert info["bytes"] > 3 * 4 * 857728
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
@@ -126,9 +126,9 @@ def test_the_transformer_alone(ending: str, golden: Path, tmp_path: Path):
     as_training(golden, orbax)
     assert call("to-pytorch", "--checkpoint", orbax, "--base", golden, "--transformer-only", file) == 0
     assert [path.name for path in file.parent.iterdir()] == [file.name]
-    wanted = load_folder(golden)
-    found = load_transformer(file, wanted.transformer_config)
-    jax.tree.map(np.testing.assert_array_equal, found, wanted.transformer)
+    released = load_folder(golden)
+    transformer = load_transformer(file, released.transformer_config)
+    jax.tree.map(np.testing.assert_array_equal, transformer, released.transformer)
     state = copies.load_file(file) if ending == "safetensors" else torch.load(file, weights_only=True)
     assert state.keys() == copies.read_state(golden / "transformer").keys()
 
@@ -145,16 +145,16 @@ def test_the_best_one(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_info_of_a_released_folder(capsys: pytest.CaptureFixture[str]):
     assert call("info", SHAPES, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    info = json.loads(capsys.readouterr().out)
     tensors = load_file(SHAPES / WEIGHTS)
     count = sum(tensor.size for tensor in tensors.values())
-    assert found["parts"]["transformer"] == {"parameters": count, "dtypes": {"float32": count}}
-    assert found["scheduler"] == {"alpha": 0.9, "c": 15.0, "eps": 1e-5, "shift": 1.0}
-    assert found["tokenizer"] == {"length": 10, "vocabulary": 28}
-    assert found["transformer"]["hidden_size"] == 128
-    assert found["vae"]["stride"] == 8
-    assert found["files"][WEIGHTS] == (SHAPES / WEIGHTS).stat().st_size
-    assert found["bytes"] == sum(path.stat().st_size for path in SHAPES.rglob("*") if path.is_file())
+    assert info["parts"]["transformer"] == {"parameters": count, "dtypes": {"float32": count}}
+    assert info["scheduler"] == {"alpha": 0.9, "c": 15.0, "eps": 1e-5, "shift": 1.0}
+    assert info["tokenizer"] == {"length": 10, "vocabulary": 28}
+    assert info["transformer"]["hidden_size"] == 128
+    assert info["vae"]["stride"] == 8
+    assert info["files"][WEIGHTS] == (SHAPES / WEIGHTS).stat().st_size
+    assert info["bytes"] == sum(path.stat().st_size for path in SHAPES.rglob("*") if path.is_file())
     assert call("info", SHAPES) == 0
     text = capsys.readouterr().out
     assert "  hidden_size: 128\n" in text
@@ -209,8 +209,8 @@ def test_differences():
 def test_the_reference_computes_what_the_release_computes(case: GoldenCase):
     with torch.inference_mode():
         ids = (torch.from_numpy(np.array(case.arrays[name])) for name in ("prompt_ids", "image_ids"))
-        found = load_reference(case.checkpoint)(*ids).numpy()
-    assert_close(found, case.arrays["logits_image"])
+        logits = load_reference(case.checkpoint)(*ids).numpy()
+    assert_close(logits, case.arrays["logits_image"])
 
 
 def test_forward_agrees_on_the_shipped_checkpoint(capsys: pytest.CaptureFixture[str]):
@@ -230,7 +230,7 @@ def test_errors(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     taken.mkdir()
     (taken / "transformer.bin").write_text("something")
     base = ("to-pytorch", "--checkpoint", orbax, "--base")
-    wanted = {
+    cases = {
         "taken exists and is not empty": (*base, golden, "--output", taken),
         "taken exists": ("rewrite", "--base", golden, "--dtype", "float16", "--output", taken),
         "rewrite needs --transformer or --dtype": ("rewrite", "--base", golden, "--output", free),
@@ -249,7 +249,7 @@ def test_errors(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "one of the arguments --output --transformer-only --adapter is required": (*base, golden),
         "are required: COMMAND": (),
     }
-    for text, words in wanted.items():
+    for text, words in cases.items():
         assert text in say(capsys, *words), text
     assert not free.exists()
     (golden / "transformer" / "config.json").write_text("{}")

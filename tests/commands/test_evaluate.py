@@ -76,11 +76,11 @@ def test_the_means_are_those_of_the_truth(judged: Path, right: tuple[np.ndarray,
     tags = [prompt["tag"] for prompt in two_of_each_tag()]
     by_tag = {tag: truth[[row for row, other in enumerate(tags) if other == tag]] for tag in TAGS}
     assert list(values["strict"]["tags"]) == list(TAGS)
-    for tag, wanted in by_tag.items():
-        found = values["strict"]["tags"][tag]
-        assert found["value"] == pytest.approx(wanted.mean())
-        assert (found["prompts"], found["images"]) == (2, 8)
-        assert found["low"] == pytest.approx(wanted.mean(1).min())  # of two prompts, a quarter is twice the same one
+    for tag, expected in by_tag.items():
+        entry = values["strict"]["tags"][tag]
+        assert entry["value"] == pytest.approx(expected.mean())
+        assert (entry["prompts"], entry["images"]) == (2, 8)
+        assert entry["low"] == pytest.approx(expected.mean(1).min())  # of two prompts, a quarter is twice the same one
     assert values["strict"]["mean"]["value"] == pytest.approx(truth.mean())
     assert values["strict"]["overall"]["value"] == pytest.approx(np.mean([part.mean() for part in by_tag.values()]))
     assert (
@@ -108,7 +108,7 @@ def test_the_results_file_is_what_the_benchmark_summarises(judged: Path) -> None
     values = summary["values"]["official"]
     assert values["overall"]["value"] == pytest.approx(np.mean([np.mean(marks) for marks in of_task.values()]))
     assert values["mean"]["value"] == pytest.approx(np.mean([line["correct"] for line in results]))
-    assert {tag: found["value"] for tag, found in values["tags"].items()} == pytest.approx(
+    assert {tag: entry["value"] for tag, entry in values["tags"].items()} == pytest.approx(
         {tag: np.mean(marks) for tag, marks in of_task.items()}
     )
     assert summary["correct_prompts"] == pytest.approx(np.mean([any(marks) for marks in of_prompt.values()]))
@@ -182,7 +182,7 @@ def test_scores_are_compared_without_scoring_again(judged: Path, tmp_path: Path,
         for folder in ("before", "after"):
             (judged / folder / "settings.json").unlink()
     (warning,) = json.loads((tmp_path / "scores" / "comparison.json").read_text())["warnings"]
-    assert "drawn with other settings" in warning
+    assert "drawn with different settings" in warning
     assert "dtype bfloat16 before and float32 after, steps 10 before and 25 after." in warning
     assert warning in capsys.readouterr().err
 
@@ -272,16 +272,16 @@ def test_other_settings_and_other_pictures_are_refused(echoed: Path, tmp_path: P
         return capsys.readouterr().err
 
     kept = (scores / "scores.jsonl").read_bytes()
-    assert "other settings:\n  options of echo: there {}, now {'delay': '1'}" in said(*ECHO, "--option=echo.delay=1")
-    assert "other settings:\n  scorers: there echo, now jpeg\n" in said("--scorer=jpeg")
-    assert "holds something, but no settings.json" in said(*ECHO, output=TESTS)
-    assert "is not of scores" in said(*ECHO, output=Path(_drawn(tmp_path)))
+    assert "settings:\n  options of echo: there {}, now {'delay': '1'}" in said(*ECHO, "--option=echo.delay=1")
+    assert "different settings:\n  scorers: there echo, now jpeg\n" in said("--scorer=jpeg")
+    assert "is not empty and has no settings.json" in said(*ECHO, output=TESTS)
+    assert "does not belong to scores" in said(*ECHO, output=Path(_drawn(tmp_path)))
     shutil.copy(pictures / "00000_1.png", pictures / "00001_0.png")
     changed = said(*ECHO)
-    assert "scores of 1 pictures that are gone, or are others" in changed
+    assert "scores of 1 pictures that were removed or changed" in changed
     assert changed.endswith(":\n  00001_0.png\n")
     (pictures / "00003_0.png").unlink()
-    assert "2 pictures that are gone" in said(*ECHO, "--allow-missing")
+    assert "2 pictures that were removed" in said(*ECHO, "--allow-missing")
     assert (scores / "scores.jsonl").read_bytes() == kept
 
 
@@ -319,7 +319,7 @@ def test_a_scorer_that_fails_keeps_what_was_scored(tmp_path: Path, capsys) -> No
     assert len(list((tmp_path / "scores" / "kept_images" / "wrong").glob("*.png"))) == 1
     assert not (tmp_path / "scores" / "summary.json").exists()
     assert run(tmp_path / "pictures", tmp_path / "new", *words, f"--compare={tmp_path / 'scores'}") == 2
-    assert "has no summary.json, so nothing was scored there to the end" in capsys.readouterr().err
+    assert "has no summary.json, so its scores are incomplete" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- wrong input
@@ -353,14 +353,14 @@ def test_what_a_scorer_says_of_prompts_is_told_at_the_start_and_kept(tmp_path: P
     ("words", "said"),
     [
         ((), "there is no scorer; give --scorer"),
-        (("--scorer=a=",), "--scorer a=: wanted SCORER or NAME=SCORER"),
+        (("--scorer=a=",), "--scorer a=: expected SCORER or NAME=SCORER"),
         (("--scorer=jpeg", "--scorer=jpeg"), "there is a scorer jpeg already; give this one as OTHER=jpeg"),
         (
             ("--scorer=jpeg", "--option=jpg.quality=3"),
-            "--option jpg.quality=3: wanted NAME.KEY=VALUE, the name one of jpeg",
+            "--option jpg.quality=3: expected NAME.KEY=VALUE, with NAME one of jpeg",
         ),
-        (("--scorer=jpeg", "--option=quality=3"), "--option quality=3: wanted NAME.KEY=VALUE"),
-        (("--scorer=jpeg", "--replicas=jpeg=two"), "--replicas: 'two' cannot be read; give the processes"),
+        (("--scorer=jpeg", "--option=quality=3"), "--option quality=3: expected NAME.KEY=VALUE"),
+        (("--scorer=jpeg", "--replicas=jpeg=two"), "--replicas: 'two' is not valid; expected: number of processes"),
         (("--scorer=jpeg", "--replicas=jpeg=0"), "jpeg has 0 replicas; give at least 1"),
         (("--scorer=jpeg", "--deadline-s=jpeg=0"), "deadline_s must be in"),
         (("--scorer=jpeg", "--address=jpeg=far:1"), "far:1 is another machine: set tls_ca and token_file"),
@@ -370,21 +370,21 @@ def test_what_a_scorer_says_of_prompts_is_told_at_the_start_and_kept(tmp_path: P
         (("--scorer=jpeg", "--prompts=x.json"), "these pictures have prompts of their own"),
         (("--scorer=jpeg", "--prompt-key=x"), "--prompt-key chooses a text of --prompts FILE"),
         (("--scorer=jpeg", "--compare=nowhere"), "there is no folder nowhere"),
-        (("--scorer=jpeg", "--compare={scores}"), "no scorer is in both: echo scored"),
+        (("--scorer=jpeg", "--compare={scores}"), "no scorer in common: echo scored"),
         ((*ECHO, "--option=echo.delay=1", "--compare={scores}"), "echo: before {'scorer': 'bridge_scorers:Echo', 'opt"),
     ],
 )
 def test_wrong_words_are_named(echoed: Path, tmp_path: Path, capsys, words: tuple[str, ...], said: str) -> None:
-    given = [word.replace("{scores}", str(echoed / "scores")) for word in words]
-    assert run(echoed / "pictures", tmp_path / "scores", *given) == 2
+    arguments = [word.replace("{scores}", str(echoed / "scores")) for word in words]
+    assert run(echoed / "pictures", tmp_path / "scores", *arguments) == 2
     assert said in capsys.readouterr().err
 
 
 def test_the_scorers_of_a_config_and_flags_together() -> None:
     words = ["--samples=x", "--output=y", "--config=configs/shapes.py", "--scorer=jpeg", "--option=jpeg.quality=90"]
     words += ["--address=jpeg=unix:/a", "--address=jpeg=unix:/b", "--interpreter=shapes=python9", "--replicas=shapes=3"]
-    given = evaluate._parser().parse_args(words)
-    scorers = evaluate.read_scorers(given, ["--config.rewards.scorers.shapes.deadline_s=5"])
+    args = evaluate._parser().parse_args(words)
+    scorers = evaluate.read_scorers(args, ["--config.rewards.scorers.shapes.deadline_s=5"])
     assert list(scorers) == ["shapes", "jpeg"]
     shapes, jpeg = scorers.values()
     assert (shapes.deadline_s, shapes.interpreter, shapes.replicas) == (5.0, "python9", 3)
@@ -395,9 +395,9 @@ def test_the_commands_of_the_docstring_are_understood() -> None:
     """Their scorers need weights that are not here; the README's command is run as it stands."""
     text = evaluate.__doc__.replace("\\\n", " ")
     commands = [line.split()[3:] for line in text.splitlines() if line.startswith("    python -m udm_grpo.evaluate ")]
-    made = [evaluate.read_scorers(evaluate._parser().parse_args(words), []) for words in commands]
-    assert [list(scorers) for scorers in made] == [["geneval"], ["pickscore", "clipscore", "hpsv2"]]
-    assert made[0]["geneval"].options == {"detector": "detector.pth", "clip": "clip-vit-large-patch14"}
+    parsed = [evaluate.read_scorers(evaluate._parser().parse_args(words), []) for words in commands]
+    assert [list(scorers) for scorers in parsed] == [["geneval"], ["pickscore", "clipscore", "hpsv2"]]
+    assert parsed[0]["geneval"].options == {"detector": "detector.pth", "clip": "clip-vit-large-patch14"}
 
 
 def test_help_names_every_option(capsys) -> None:
@@ -413,4 +413,4 @@ def test_nothing_in_common_is_no_comparison(echoed: Path, tmp_path: Path, capsys
     prompts, pictures = numbered(4, 1)
     write_flat(tmp_path / "others", [prompt | {"prompt": "other"} for prompt in prompts], pictures)
     assert run(tmp_path / "others", tmp_path / "scores", *ECHO, f"--compare={echoed / 'scores'}") == 2
-    assert "have no prompt in common; compare others" in capsys.readouterr().err
+    assert "have no prompt in common; compare other folders" in capsys.readouterr().err

@@ -39,21 +39,21 @@ def specs(params: Params, mesh: Mesh) -> dict[str, tuple]:
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 4, 1), (8, 1, 1), (1, 32, 1)])
 def test_where_the_sizes_divide_the_rules_hold_as_they_stand(published, shape):
-    found = specs(published, mesh_of(*shape))
-    assert found["embed/embedding"] == ("tensor", "fsdp")
-    assert found["lm_head/kernel"] == ("fsdp", "tensor")
+    layout = specs(published, mesh_of(*shape))
+    assert layout["embed/embedding"] == ("tensor", "fsdp")
+    assert layout["lm_head/kernel"] == ("fsdp", "tensor")
     for name in ("attn/q", "attn/k", "attn/v", "mlp/gate", "mlp/up"):
-        assert found[f"layers/{name}/kernel"] == (None, "fsdp", "tensor")
+        assert layout[f"layers/{name}/kernel"] == (None, "fsdp", "tensor")
     for name in ("attn/o", "mlp/down"):
-        assert found[f"layers/{name}/kernel"] == (None, "tensor", "fsdp")
+        assert layout[f"layers/{name}/kernel"] == (None, "tensor", "fsdp")
     assert meshes.undivided(mesh_of(*shape), published) == []
 
 
 def test_seven_devices_split_the_layers(published):
     """7 divides neither width nor codes, but the 28 layers: no block is whole on a device."""
     mesh = mesh_of(1, 7, 1)
-    found = specs(published, mesh)
-    assert all(found[f"layers/{name}/kernel"][0] == "fsdp" for name in BLOCKS)
+    layout = specs(published, mesh)
+    assert all(layout[f"layers/{name}/kernel"][0] == "fsdp" for name in BLOCKS)
     left = meshes.undivided(mesh, published)
     assert [(one.path, one.dividing) for one in left] == [
         ("embed/embedding", (2, 3, 4, 8)),
@@ -73,16 +73,16 @@ def test_layers_come_together_once_and_only_where_they_are_split():
 
 
 def test_another_dimension_of_the_matrix_comes_before_the_layers(published):
-    found = specs(published, mesh_of(1, 6, 1))
+    layout = specs(published, mesh_of(1, 6, 1))
     for name in ("gate", "up"):
-        assert found[f"layers/mlp/{name}/kernel"] == (None, None, ("tensor", "fsdp"))
-    assert found["layers/mlp/down/kernel"] == (None, ("tensor", "fsdp"), None)
+        assert layout[f"layers/mlp/{name}/kernel"] == (None, None, ("tensor", "fsdp"))
+    assert layout["layers/mlp/down/kernel"] == (None, ("tensor", "fsdp"), None)
 
 
 def test_a_dimension_can_be_split_over_two_axes(published):
     """Rows of the embedding are odd in number: its width is split over both axes."""
-    found = specs(published, mesh_of(1, 4, 2))
-    assert found["embed/embedding"] == (None, ("fsdp", "tensor"))
+    layout = specs(published, mesh_of(1, 4, 2))
+    assert layout["embed/embedding"] == (None, ("fsdp", "tensor"))
 
 
 def test_every_leaf_is_divided_evenly(published):

@@ -54,11 +54,11 @@ def test_logits_match_the_release(case: GoldenCase):
 @golden_cases()
 def test_pictures_match_the_release(case: GoldenCase):
     pipeline = pipeline_of(case.path)
-    wanted = channels_last(case.arrays["vae_decode"])
+    expected = channels_last(case.arrays["vae_decode"])
     decoded = pipeline.decode(case.arrays["image_ids"])
     assert decoded.dtype == jnp.float32
     # Clipping comes after the comparison of test_vq.py, so the scale of the error is that of the unclipped picture.
-    assert np.abs(decoded - np.clip(wanted, -1, 1)).max() <= 1e-5 * np.abs(wanted).max()
+    assert np.abs(decoded - np.clip(expected, -1, 1)).max() <= 1e-5 * np.abs(expected).max()
     ids = pipeline.encode(channels_last(case.arrays["vae_encode_pixels"]))
     np.testing.assert_array_equal(ids, case.arrays["vae_encode_ids"])
 
@@ -95,8 +95,8 @@ def test_16_bits_are_near_float32(dtype: str, pipeline: Pipeline):
     with jax.numpy_dtype_promotion("standard"):
         logits = half.logits(prompt_ids, image_ids)
     assert logits.dtype == jnp.float32
-    wanted = case.arrays["logits_image"]
-    assert np.abs(logits - wanted).max() < 0.05 * np.abs(wanted).max()
+    expected = case.arrays["logits_image"]
+    assert np.abs(logits - expected).max() < 0.05 * np.abs(expected).max()
     decoded = half.decode(image_ids)
     assert decoded.dtype == jnp.float32
     assert np.abs(decoded - pipeline.decode(image_ids)).max() < 0.2
@@ -106,8 +106,8 @@ def test_a_saved_pipeline_is_the_same_pipeline(pipeline: Pipeline, tmp_path: Pat
     case = first_case()
     pipeline.save(tmp_path / "copy")
     copy = load_pipeline(tmp_path / "copy")
-    wanted = pipeline.logits(case.arrays["prompt_ids"], case.arrays["image_ids"])
-    np.testing.assert_array_equal(copy.logits(case.arrays["prompt_ids"], case.arrays["image_ids"]), wanted)
+    expected = pipeline.logits(case.arrays["prompt_ids"], case.arrays["image_ids"])
+    np.testing.assert_array_equal(copy.logits(case.arrays["prompt_ids"], case.arrays["image_ids"]), expected)
 
 
 def test_no_scheduler_alpha_means_the_mixture_path(tmp_path: Path):

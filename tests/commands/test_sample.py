@@ -40,12 +40,12 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory):
     """The command compiles anew each time; the tests' calls share what was compiled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "tokenizer_codec", functools.cache(compiled.tokenizer_codec))
-        original, made = compiled.free_rollout, {}
+        original, programs = compiled.free_rollout, {}
 
         def free_rollout(network, path, plan):
-            if (network, plan) not in made:
-                made[network, plan] = original(network, path, plan)
-            return made[network, plan]
+            if (network, plan) not in programs:
+                programs[network, plan] = original(network, path, plan)
+            return programs[network, plan]
 
         patch.setattr(compiled, "free_rollout", free_rollout)
         yield
@@ -71,10 +71,10 @@ def pictures(output: Path) -> dict[str, np.ndarray]:
     return {file.relative_to(output).as_posix(): np.asarray(Image.open(file)) for file in sorted(files)}
 
 
-def assert_same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, picture in wanted.items():
-        np.testing.assert_array_equal(found[name], picture, err_msg=name)
+def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, picture in expected.items():
+        np.testing.assert_array_equal(actual[name], picture, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +87,9 @@ def whole(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_geneval_layout(whole: Path) -> None:
     names = {f"{prompt:05d}/samples/{image:04d}.png" for prompt in range(3) for image in range(4)}
-    found = pictures(whole)
-    assert found.keys() == names
-    assert {(picture.shape, picture.dtype) for picture in found.values()} == {((32, 32, 3), np.dtype(np.uint8))}
+    drawn = pictures(whole)
+    assert drawn.keys() == names
+    assert {(picture.shape, picture.dtype) for picture in drawn.values()} == {((32, 32, 3), np.dtype(np.uint8))}
     for prompt, line in enumerate(LINES):
         assert json.loads((whole / f"{prompt:05d}" / "metadata.jsonl").read_text()) == line
     assert sorted(entry.name for entry in whole.iterdir() if entry.is_file()) == ["contact_sheet.png", "settings.json"]
@@ -108,18 +108,18 @@ def test_the_first_picture_is_that_of_the_notebook(whole: Path) -> None:
 
 def test_the_flat_layout_and_plain_prompts(whole: Path, tmp_path: Path) -> None:
     texts = [line["prompt"] for line in LINES[:2]]
-    found = draw(tmp_path / "words", "--layout=flat", "--images-per-prompt=2", "--prompt", *texts, "--batch=8")
-    assert list(found) == ["00000_0.png", "00000_1.png", "00001_0.png", "00001_1.png"]
+    drawn = draw(tmp_path / "words", "--layout=flat", "--images-per-prompt=2", "--prompt", *texts, "--batch=8")
+    assert list(drawn) == ["00000_0.png", "00000_1.png", "00001_0.png", "00001_1.png"]
     lines = [json.loads(line) for line in (tmp_path / "words" / "prompts.jsonl").read_text().splitlines()]
     assert lines == [{"tag": "untagged", "prompt": text} for text in texts]
     # Fewer pictures of a prompt, and fewer prompts after it, change none.
-    for name, picture in found.items():
+    for name, picture in drawn.items():
         prompt, image = name.removesuffix(".png").split("_")
         np.testing.assert_array_equal(picture, pictures(whole)[f"{prompt}/samples/{int(image):04d}.png"])
     file = tmp_path / "two.txt"
     file.write_text("\n".join(texts))
     words = ("--layout=flat", "--images-per-prompt=2", f"--prompts={file}", "--batch=8", "--sheet-prompts=0")
-    assert_same(draw(tmp_path / "file", *words), found)
+    assert_same(draw(tmp_path / "file", *words), drawn)
     assert not (tmp_path / "file" / "contact_sheet.png").exists()
 
 
@@ -128,10 +128,10 @@ def test_the_layout_of_dpg_bench(whole: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.json"
     file.write_text(json.dumps(rows))
     words = ("--layout=dpgbench", f"--prompts={file}", "--batch=8")
-    found = draw(tmp_path / "dpg", *words)
-    assert list(found) == ["111.png", "COCO_9.png", "x y.png"]
+    drawn = draw(tmp_path / "dpg", *words)
+    assert list(drawn) == ["111.png", "COCO_9.png", "x y.png"]
     for prompt, row in enumerate(rows):
-        grid = found[f"{row['id']}.png"]
+        grid = drawn[f"{row['id']}.png"]
         for image, (top, left) in enumerate(((0, 0), (0, 32), (32, 0), (32, 32))):
             single = pictures(whole)[f"{prompt:05d}/samples/{image:04d}.png"]
             np.testing.assert_array_equal(grid[top : top + 32, left : left + 32], single)
@@ -140,7 +140,7 @@ def test_the_layout_of_dpg_bench(whole: Path, tmp_path: Path) -> None:
     assert len(read.pictures) == 12
     assert read.warnings == []
     (tmp_path / "dpg" / "x y.png").unlink()
-    assert_same(draw(tmp_path / "dpg", *words), found)  # of several grids, the one that is missing
+    assert_same(draw(tmp_path / "dpg", *words), drawn)  # of several grids, the one that is missing
 
 
 def test_a_negative_prompt_takes_the_place_of_the_empty_one(tmp_path: Path) -> None:
@@ -174,8 +174,8 @@ def test_guidance_and_bfloat16_are_used(whole: Path, prompts: Path, tmp_path: Pa
     words = ("--guidance-scale=3", "--guidance-trunc=1", "--dtype=bfloat16")
     # jax.nn.dot_product_attention promotes bfloat16 to float32 implicitly.
     with jax.numpy_dtype_promotion("standard"):
-        found = draw(tmp_path / "guided", f"--prompts={prompts}", "--batch=8", *words)
-    assert any((found[name] != picture).any() for name, picture in pictures(whole).items())
+        drawn = draw(tmp_path / "guided", f"--prompts={prompts}", "--batch=8", *words)
+    assert any((drawn[name] != picture).any() for name, picture in pictures(whole).items())
     settings = json.loads((tmp_path / "guided" / "settings.json").read_text())
     assert (settings["guidance_scale"], settings["guidance_trunc"], settings["dtype"]) == (3, 1, "bfloat16")
 
@@ -183,7 +183,7 @@ def test_guidance_and_bfloat16_are_used(whole: Path, prompts: Path, tmp_path: Pa
 def test_what_is_there_is_not_drawn_again(
     whole: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output, wanted = tmp_path / "copy", pictures(whole)
+    output, expected = tmp_path / "copy", pictures(whole)
     shutil.copytree(whole, output)
     kept = output / "00000" / "samples" / "0000.png"
     before = kept.stat().st_mtime_ns
@@ -191,15 +191,15 @@ def test_what_is_there_is_not_drawn_again(
     for name in lost:
         (output / name).unlink()
     (output / "contact_sheet.png").unlink()
-    assert_same(draw(output, f"--prompts={prompts}", "--batch=8"), wanted)
+    assert_same(draw(output, f"--prompts={prompts}", "--batch=8"), expected)
     assert f"4 pictures of each prompt are in {output}; 3 are new" in capsys.readouterr().err
     assert kept.stat().st_mtime_ns == before
     assert (output / "contact_sheet.png").exists()
 
 
 def command(output: Path, prompts: Path, *words: str) -> list[str]:
-    given = [f"--checkpoint={SHAPES}", f"--prompts={prompts}", f"--output={output}", *FEW, *words]
-    return [sys.executable, "-m", "udm_grpo.sample", *given]
+    options = [f"--checkpoint={SHAPES}", f"--prompts={prompts}", f"--output={output}", *FEW, *words]
+    return [sys.executable, "-m", "udm_grpo.sample", *options]
 
 
 def test_seven_devices_after_a_kill_draw_what_one_does_at_once(whole: Path, prompts: Path, tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_the_best_weights_of_a_run(run: Path, tmp_path: Path) -> None:
     model = sample.open_run(str(tmp_path / "best"), "best")
     assert model.source == {"run": str(tmp_path / "best"), "step": 7, "best": True, "weights": "ema"}
     assert digest_of(model.released) == digest_of(average)
-    with pytest.raises(sample.SamplingError, match=r"--weights is params, but .* has only ema there"):
+    with pytest.raises(sample.SamplingError, match=r"--weights is params, but .* has only ema;"):
         sample.open_run(str(tmp_path / "best"), "best", "params")
     with pytest.raises(sample.SamplingError, match=r"--step 3; there are 1\."):
         sample.open_run(str(run), "3")
@@ -309,18 +309,18 @@ def test_wrong_folders_are_named(whole: Path, prompts: Path, tmp_path: Path, cap
         assert sample.main([f"--output={output}", *FEW, *words]) == 2
         return capsys.readouterr().err
 
-    model, given = f"--checkpoint={SHAPES}", f"--prompts={prompts}"
-    changed = said(model, given, "--seed=1", "--steps=4", output=whole)
-    assert "holds pictures of other settings:\n  steps: there 3, now 4\n  seed: there 0, now 1\n  Set" in changed
+    model, prompts_option = f"--checkpoint={SHAPES}", f"--prompts={prompts}"
+    changed = said(model, prompts_option, "--seed=1", "--steps=4", output=whole)
+    assert "different settings:\n  steps: there 3, now 4\n  seed: there 0, now 1\n  Restore" in changed
     assert "prompts: there" in said(model, "--prompt=a photo of a star", output=whole)
-    assert "no settings.json; give an empty or new folder" in said(model, given, output=prompts.parent)
-    assert "Not a directory" in said(model, given, output=prompts)
-    assert "no such folder" in said("--checkpoint=nowhere", given)
-    assert "not a training run: there is no" in said(f"--run={tmp_path}", given)
+    assert "no settings.json; give an empty or new folder" in said(model, prompts_option, output=prompts.parent)
+    assert "Not a directory" in said(model, prompts_option, output=prompts)
+    assert "no such folder" in said("--checkpoint=nowhere", prompts_option)
+    assert "not a training run: there is no" in said(f"--run={tmp_path}", prompts_option)
     assert "no such prompt file" in said(model, "--prompts=nowhere.txt")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "settings.json").write_text("{")
-    assert "settings.json is damaged" in said(model, given, output=tmp_path / "damaged")
+    assert "settings.json is damaged" in said(model, prompts_option, output=tmp_path / "damaged")
     assert not (tmp_path / "new").exists()
 
 

@@ -147,7 +147,7 @@ def test_a_tag_that_runs_out_is_filled_up_by_the_others_in_their_ratio():
     drawn = generate(3000, 0, {"counting": 1, "position": 2, "color_attr": 1.0}, [CLOCKS])
     counts = Counter(row["tag"] for row in drawn.rows)
     assert counts == {"counting": 239, "position": 1841, "color_attr": 920}
-    assert {tag: (share.wanted, share.given) for tag, share in drawn.shares.items()} == {
+    assert {tag: (share.target, share.count) for tag, share in drawn.shares.items()} == {
         "counting": (750, 239),
         "position": (1500, 1841),
         "color_attr": (750, 920),
@@ -180,17 +180,17 @@ def test_the_seed_decides_everything():
     [
         ({"ratio": {"counting": 1}}, "count is 300, but without repeats there are 239 prompts .239 counting"),
         ({"count": 0}, "count is 0"),
-        ({"ratio": {"colours": 1}}, "wanted numbers of at least 0"),
-        ({"ratio": {"colors": -1, "position": 1}}, "wanted numbers of at least 0"),
-        ({"ratio": {"colors": 0}}, "one above"),
-        ({"ratio": {"colors": float("nan")}}, "wanted numbers"),
-        ({"ratio": {"colors": float("inf")}}, "wanted numbers"),
+        ({"ratio": {"colours": 1}}, "expected numbers of at least 0"),
+        ({"ratio": {"colors": -1, "position": 1}}, "expected numbers of at least 0"),
+        ({"ratio": {"colors": 0}}, "at least one of them above 0"),
+        ({"ratio": {"colors": float("nan")}}, "expected numbers"),
+        ({"ratio": {"colors": float("inf")}}, "expected numbers"),
     ],
 )
 def test_sets_that_cannot_be_drawn(change, says):
-    wanted = {"count": 300, "seed": 0, "ratio": RATIO, "leave_out": EVALUATION}
+    arguments = {"count": 300, "seed": 0, "ratio": RATIO, "leave_out": EVALUATION}
     with pytest.raises(ValueError, match=says):
-        generate(**wanted | change)
+        generate(**arguments | change)
 
 
 def test_words_that_the_grammar_does_not_have():
@@ -200,7 +200,7 @@ def test_words_that_the_grammar_does_not_have():
         {"class": "cat", "count": 1, "position": ["beside", 0]},
     ]
     said = unknown_words({"include": wrong})
-    assert "'mouse' is none of GenEval's 80 classes" in said
-    assert "'beige' is none of its colors" in said
-    assert "'beside' is none of its relations" in said
+    assert "'mouse' is not one of GenEval's 80 classes" in said
+    assert "'beige' is not one of its colors" in said
+    assert "'beside' is not one of its relations" in said
     assert "not in GenEval's format" in unknown_words({"prompt": "a dog"})

@@ -23,9 +23,9 @@ def shapes():
 
 @pytest.fixture(scope="module")
 def folder(shapes, tmp_path_factory):
-    made = tmp_path_factory.mktemp("prepared") / "shapes"
-    write_dataset(made, {split: prompts.metadata for split, prompts in shapes.items()})
-    return made
+    path = tmp_path_factory.mktemp("prepared") / "shapes"
+    write_dataset(path, {split: prompts.metadata for split, prompts in shapes.items()})
+    return path
 
 
 def test_a_prepared_set_is_the_set_of_its_file(folder, shapes):

@@ -172,9 +172,9 @@ def test_columns_are_found_or_named_and_the_others_kept(tmp_path):
 @pytest.mark.parametrize(
     ("content", "columns", "says"),
     [
-        ("a,b\n1,2\n", {}, "wanted one column named prompt, prompts, caption.*found a, b; .*--column NAME"),
+        ("a,b\n1,2\n", {}, "expected one column named prompt, prompts, caption.*found a, b; .*--column NAME"),
         ("prompt,caption\n1,2\n", {}, "found prompt, caption"),
-        ("prompt\n1\n", {"column": "Prompt"}, "wanted a column 'Prompt'; found prompt"),
+        ("prompt\n1\n", {"column": "Prompt"}, "expected a column 'Prompt'; found prompt"),
         ("prompt,tag,category\n1,2,3\n", {}, "--tag-column NAME"),
         ("prompt,prompt\n1,2\n", {}, "names a column twice"),
         ("", {}, "found none"),

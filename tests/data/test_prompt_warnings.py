@@ -31,16 +31,16 @@ def test_sets_without_doubts_give_no_warning(tmp_path):
 def test_few_equal_contradictory_and_leaked_prompts_are_told_with_their_lines(tmp_path):
     lines = [geneval("two stars", 2), "", geneval("a star", 1), geneval("A  star", 1), geneval("Two stars ", 3)]
     train, heldout = sets(tmp_path, "\n".join(lines), "a circle\n# mine\n\na circle\nTWO stars\n")
-    found = set_warnings(train, heldout, 3)
-    assert len(found) == 8
-    assert [text.rsplit(": ", 1)[1] for text in found[:3]] == ["1", "1", "1"]  # empty, empty, comment
-    assert found[3].startswith("prompts.train has 2 different prompts for the 3 of an iteration")
-    assert found[4] == "prompts.train has 1 prompts that repeat an earlier one: line 4"
-    assert found[5].startswith("prompts.train has 1 prompts that an earlier one contradicts")
-    assert "line 5, such as 'Two stars' (first at line 1)" in found[5]
-    assert found[6] == "prompts.heldout has 1 prompts that repeat an earlier one: line 4"
-    assert "1 of 3 prompts that are in prompts.train, too" in found[7]
-    assert "line 5, such as 'TWO stars' (line 1 of prompts.train)" in found[7]
+    warnings = set_warnings(train, heldout, 3)
+    assert len(warnings) == 8
+    assert [text.rsplit(": ", 1)[1] for text in warnings[:3]] == ["1", "1", "1"]  # empty, empty, comment
+    assert warnings[3].startswith("prompts.train has 2 different prompts, but an iteration uses 3")
+    assert warnings[4] == "prompts.train has 1 prompts that repeat an earlier one: line 4"
+    assert warnings[5].startswith("prompts.train has 1 prompts that contradict an earlier one")
+    assert "line 5, such as 'Two stars' (first at line 1)" in warnings[5]
+    assert warnings[6] == "prompts.heldout has 1 prompts that repeat an earlier one: line 4"
+    assert "1 of 3 prompts that are also in prompts.train" in warnings[7]
+    assert "line 5, such as 'TWO stars' (line 1 of prompts.train)" in warnings[7]
 
 
 def test_prompts_longer_than_the_model_reads_are_counted_once_with_their_lines(tmp_path):
@@ -48,10 +48,10 @@ def test_prompts_longer_than_the_model_reads_are_counted_once_with_their_lines(t
     train, heldout = sets(
         tmp_path, json.dumps({"prompt": "a photo of " + "a star and " * 20}), "a star\n" + "red " * 30
     )
-    found = cut_warnings(train, heldout, tokenizer)
-    assert [text.partition(" has ")[0] for text in found] == ["prompts.train", "prompts.heldout"]
-    assert "1 of 2 prompts with more than the 6 tokens that the model reads" in found[1]
-    assert found[1].endswith("line 2")
+    warnings = cut_warnings(train, heldout, tokenizer)
+    assert [text.partition(" has ")[0] for text in warnings] == ["prompts.train", "prompts.heldout"]
+    assert "1 of 2 prompts with more than the 6 tokens that the model reads" in warnings[1]
+    assert warnings[1].endswith("line 2")
     assert tokenizer(train.prompts, warn=False).shape == (1, 6)
 
 
@@ -76,7 +76,7 @@ def test_the_start_keeps_them_for_the_report(tmp_path):
     assert "prompts.heldout has 1 of 2 prompts with the text of a special token, such as '[PAD]'" in special
     assert special.endswith("reads as that token: line 1")
     (note,) = prompt_notes(run)
-    assert note.startswith("warning: the prompts:\n  prompts.heldout has 1 of 1 prompts that are in prompts.train, too")
+    assert note.startswith("warning: the prompts:\n  prompts.heldout has 1 of 1 prompts that are also in prompts.train")
     kept = json.loads((tmp_path / "prompt_warnings.json").read_text())
     assert kept == {"run": "mine", "warnings": [note.split("\n  ")[1]]}
     write_warnings(tmp_path, "mine", [])
@@ -112,10 +112,10 @@ def test_what_scorers_say_is_counted_with_the_lines_of_the_file(tmp_path):
 
 def test_notes_beyond_fifty_are_counted(tmp_path):
     notes = {"ocr": {index: f"target {index % 52}" for index in range(53)}}
-    found = note_warnings("prompts", 60, notes, lambda indices: f"lines {indices}")
-    assert len(found) == 51
-    assert found[0] == "prompts, scorer ocr: 2 of 60 prompts (lines [0, 52]): target 0"
-    assert found[-1] == "prompts, scorer ocr: 2 of 60 prompts (lines [50, 51]): 2 more notes of this kind"
+    lines = note_warnings("prompts", 60, notes, lambda indices: f"lines {indices}")
+    assert len(lines) == 51
+    assert lines[0] == "prompts, scorer ocr: 2 of 60 prompts (lines [0, 52]): target 0"
+    assert lines[-1] == "prompts, scorer ocr: 2 of 60 prompts (lines [50, 51]): 2 more notes of this kind"
 
 
 def test_the_report_reads_those_of_its_own_run(tmp_path):

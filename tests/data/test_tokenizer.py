@@ -36,10 +36,10 @@ def qwen(folder: Path) -> None:
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.train_from_iterator(TEXTS * 3, trainer)
     model = json.loads(trained.to_str())["model"]
-    made = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
-    made.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    made.add_tokens(["<tool_call>"])
-    made.save_pretrained(folder)
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.add_tokens(["<tool_call>"])
+    tokenizer.save_pretrained(folder)
 
 
 def edit(folder: Path, **values: Any) -> None:
@@ -92,12 +92,12 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
 
 def assert_as_transformers(folder: Path) -> None:
     ours, theirs = load_tokenizer(folder, 500), AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    wanted = [theirs(text, add_special_tokens=False, verbose=False)["input_ids"] for text in TEXTS]
-    assert [encoding.ids for encoding in ours.backend.encode_batch(TEXTS, add_special_tokens=False)] == wanted
+    expected = [theirs(text, add_special_tokens=False, verbose=False)["input_ids"] for text in TEXTS]
+    assert [encoding.ids for encoding in ours.backend.encode_batch(TEXTS, add_special_tokens=False)] == expected
     assert (ours.pad_id, ours.vocabulary) == (theirs.pad_token_id, len(theirs))
     assert load_tokenizer(folder).length == min(int(theirs.model_max_length), 320)
-    assert ours(TEXTS[:1])[0, -len(wanted[0]) :].tolist() == wanted[0]
-    assert set(ours(TEXTS[:1])[0, : -len(wanted[0])]) == {theirs.pad_token_id}
+    assert ours(TEXTS[:1])[0, -len(expected[0]) :].tolist() == expected[0]
+    assert set(ours(TEXTS[:1])[0, : -len(expected[0])]) == {theirs.pad_token_id}
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -142,18 +142,18 @@ def test_the_text_of_special_tokens_is_warned_of():
 
 def test_a_prompt_of_any_length_ends_quickly_and_counts_as_cut():
     tokenizer = load_tokenizer(ASSETS / "ursa-shapes" / "tokenizer")
-    given = []
+    lengths = []
 
     class Backend:
         def encode_batch(self, texts, **options):
-            given.extend(map(len, texts))
+            lengths.extend(map(len, texts))
             return tokenizer.backend.encode_batch(texts, **options)
 
     watched = dataclasses.replace(tokenizer, backend=Backend())
     long = "a photo of a red circle " * 50_000
     with pytest.warns(UserWarning, match="2 of 3 prompts have more than 10 tokens"):
         ids = watched([long, "x" * 10**6, "a photo"])
-    assert max(given) <= MAX_CHARACTERS
+    assert max(lengths) <= MAX_CHARACTERS
     np.testing.assert_array_equal(ids[:1], tokenizer([long[:200]], warn=False))
     assert watched.cut([long, "x" * 10**6, "a photo"]) == [0, 1]
     assert tokenizer.marked(["a photo", "a [PAD] circle", "zebra"]) == [1]

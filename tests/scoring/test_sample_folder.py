@@ -38,18 +38,19 @@ def test_both_layouts_hold_the_same(tmp_path: Path, name: str) -> None:
     prompts, pictures = numbered(3, 2)
     write_geneval(tmp_path / "geneval", prompts, pictures, name)
     write_flat(tmp_path / "flat", prompts, pictures)
-    found, other = read_samples(tmp_path / "geneval"), read_samples(tmp_path / "flat")
-    assert found.prompts == other.prompts == dict(enumerate(prompts))
-    assert [(p.prompt, p.image, p.size, p.digest) for p in found.pictures] == [
+    samples, other = read_samples(tmp_path / "geneval"), read_samples(tmp_path / "flat")
+    assert samples.prompts == other.prompts == dict(enumerate(prompts))
+    assert [(p.prompt, p.image, p.size, p.digest) for p in samples.pictures] == [
         (p.prompt, p.image, p.size, p.digest) for p in other.pictures
     ]
-    assert [picture.path for picture in found.pictures] == [
+    assert [picture.path for picture in samples.pictures] == [
         f"{prompt:05d}/samples/{image:{name}}.png" for prompt in range(3) for image in range(2)
     ]
-    assert found.warnings == other.warnings == []
-    assert len({picture.digest for picture in found.pictures}) == 6
-    for picture in found.pictures:
-        np.testing.assert_array_equal(load_picture(found.root / picture.path), pictures[picture.prompt][picture.image])
+    assert samples.warnings == other.warnings == []
+    assert len({picture.digest for picture in samples.pictures}) == 6
+    for picture in samples.pictures:
+        expected = pictures[picture.prompt][picture.image]
+        np.testing.assert_array_equal(load_picture(samples.root / picture.path), expected)
 
 
 def test_the_layouts_are_those_of_sample(tmp_path: Path) -> None:
@@ -67,10 +68,10 @@ def test_the_layouts_are_those_of_sample(tmp_path: Path) -> None:
                 path.parent.mkdir(exist_ok=True)
                 Image.fromarray(pictures[prompt][image]).save(path)
         Image.fromarray(pictures[0][0]).save(root / "contact_sheet.png")
-        found = read_samples(root)
-        assert found.prompts == dict(enumerate(prompts))
-        assert len(found.pictures) == 4
-        assert found.warnings == []
+        samples = read_samples(root)
+        assert samples.prompts == dict(enumerate(prompts))
+        assert len(samples.pictures) == 4
+        assert samples.warnings == []
         gone = place_of(settings.layout, root, (), 1, 1)[0]
         gone.unlink()
         said = refused(root)
@@ -86,14 +87,14 @@ def test_missing_pictures_are_listed_and_counted(geneval: Path) -> None:
     for name in ("00000/samples/0000.png", "00001/samples/0000.png", "00002 (a prompt with all its pictures)"):
         assert f"\n    {geneval / name}" in said
     assert said.endswith("--allow-missing scores what is there and counts the rest.")
-    found = read_samples(geneval, allow_missing=True)
-    assert [picture.path for picture in found.pictures] == [
+    samples = read_samples(geneval, allow_missing=True)
+    assert [picture.path for picture in samples.pictures] == [
         "00000/samples/0001.png",
         *(f"00003/samples/000{image}.png" for image in range(2)),
     ]
-    missing, counts = found.warnings
+    missing, counts = samples.warnings
     assert missing.startswith("3 pictures are missing and left out:")
-    assert counts.startswith("3 different numbers of pictures for a prompt")
+    assert counts.startswith("3 different numbers of pictures per prompt")
 
 
 def test_unreadable_pictures_are_listed(flat: Path) -> None:
@@ -103,7 +104,7 @@ def test_unreadable_pictures_are_listed(flat: Path) -> None:
     (flat / "00001_1.png").write_bytes(b"GIF8 or something")
     Image.new("CMYK", (8, 8)).save(flat / "00002_1.png", format="JPEG")
     said = refused(flat)
-    assert "4 pictures cannot be scored; convert them, or draw them again (remove them first):" in said
+    assert "4 pictures cannot be scored; convert them, or remove them and draw them again:" in said
     for text in (
         "00000_0.png: is damaged",
         "00001_0.png: is no PNG, JPEG or WebP file: it is empty",
@@ -181,26 +182,26 @@ def test_the_same_number_twice_is_refused(geneval: Path) -> None:
     said = refused(geneval)
     assert "00000.png: 00000/samples/0000.png has the same number; keep one of them" in said
     assert "another folder has the number 1 too; keep one of them" in said
-    assert "9999999.png: numbers of pictures are below" in said
-    assert "20260101: numbers of prompts are below" in said
+    assert "9999999.png: numbers of pictures must be below" in said
+    assert "20260101: numbers of prompts must be below" in said
 
 
 def test_what_is_no_picture_by_its_name_is_counted(geneval: Path) -> None:
     (geneval / "00000" / "samples" / "grid.png").write_bytes(b"x")
     (geneval / "00000" / "samples" / ".0000-123.png").write_bytes(b"half")  # what a kill leaves
-    found = read_samples(geneval)
-    assert found.warnings == [
-        f"1 files are no pictures by their names and are left out:\n    {geneval / '00000' / 'samples' / 'grid.png'}"
+    samples = read_samples(geneval)
+    assert samples.warnings == [
+        f"1 files are not named like pictures and are left out:\n    {geneval / '00000' / 'samples' / 'grid.png'}"
     ]
-    assert len(found.pictures) == 6
+    assert len(samples.pictures) == 6
 
 
 def test_transparent_parts_are_counted_and_white(flat: Path) -> None:
     Image.fromarray(np.full((8, 8, 4), (77, 77, 77, 0), np.uint8)).save(flat / "00000_0.png")
     Image.new("P", (8, 8)).save(flat / "00000_1.png", transparency=b"\x00\x80")
     Image.fromarray(np.full((8, 8, 4), 255, np.uint8)).save(flat / "00001_0.png")
-    found = read_samples(flat)
-    assert found.warnings == [
+    samples = read_samples(flat)
+    assert samples.warnings == [
         "2 pictures are partly transparent and are scored on white:\n"
         f"    {flat / '00000_0.png'}\n    {flat / '00000_1.png'}"
     ]
@@ -243,16 +244,17 @@ def test_grids_are_cut_row_by_row_and_score_as_single_pictures_do(tmp_path: Path
     grid = np.asarray(Image.open(tmp_path / "grids" / "111.png"))
     np.testing.assert_array_equal(grid[:8, 8:], pictures[0][1])
     np.testing.assert_array_equal(grid[8:, :8], pictures[0][2])
-    found = read_samples(tmp_path / "grids", prompts=rows)
-    assert found.prompts == dict(enumerate(rows))
-    assert [picture.path for picture in found.pictures][:5] == [
+    samples = read_samples(tmp_path / "grids", prompts=rows)
+    assert samples.prompts == dict(enumerate(rows))
+    assert [picture.path for picture in samples.pictures][:5] == [
         *(f"111.png#{image}" for image in range(4)),
         "COCOval_9.png#0",
     ]
-    assert {picture.size for picture in found.pictures} == {(8, 8)}
-    assert len({picture.digest for picture in found.pictures}) == 12
-    for picture in found.pictures:
-        np.testing.assert_array_equal(load_picture(found.root / picture.path), pictures[picture.prompt][picture.image])
+    assert {picture.size for picture in samples.pictures} == {(8, 8)}
+    assert len({picture.digest for picture in samples.pictures}) == 12
+    for picture in samples.pictures:
+        expected = pictures[picture.prompt][picture.image]
+        np.testing.assert_array_equal(load_picture(samples.root / picture.path), expected)
 
 
 def test_what_is_wrong_with_grids_is_named(tmp_path: Path) -> None:
@@ -268,9 +270,9 @@ def test_what_is_wrong_with_grids_is_named(tmp_path: Path) -> None:
     said = str(caught.value)
     assert f"{root}/a.png#0: is 15 x 16 pixels; a grid of 2 x 2 pictures has even sides" in said
     assert f"{root}/b.png (a prompt with its four pictures)" in said
-    found = read_samples(root, allow_missing=True, prompts=rows)
-    assert [picture.path for picture in found.pictures] == [f"c.png#{image}" for image in range(4)]
-    assert any("other.png" in warning for warning in found.warnings)
+    samples = read_samples(root, allow_missing=True, prompts=rows)
+    assert [picture.path for picture in samples.pictures] == [f"c.png#{image}" for image in range(4)]
+    assert any("other.png" in warning for warning in samples.warnings)
 
 
 def test_grids_are_named_by_ids_that_are_file_names() -> None:
@@ -290,6 +292,6 @@ def test_grids_are_named_by_ids_that_are_file_names() -> None:
         grid_names(bad)
     for number in (0, 1, 2, 3, 6, 7):
         assert f"prompt {number} has the id {bad[number].get('id')!r}" in str(caught.value)
-    assert "the id 'a' comes more than once" in str(caught.value)
+    assert "the id 'a' occurs more than once" in str(caught.value)
     with pytest.raises(ValueError, match="even sides"):
         cut_grid(np.zeros((4, 3, 3), np.uint8), 0)

@@ -64,14 +64,14 @@ def test_the_overall_score_is_the_mean_of_the_tasks() -> None:
     assert summary["scorers"]["judge"]["correct_prompts"] == 0.5
     first, lacking = summary["warnings"]
     assert first == "first"
-    assert "the mean over counting, colors; of" in lacking
-    assert lacking.endswith("there lack: single_object, two_object, position, color_attr.")
+    assert "the mean over counting, colors; " in lacking
+    assert lacking.endswith("missing tasks of GenEval: single_object, two_object, position, color_attr.")
 
 
 def test_the_same_seed_gives_the_same_intervals() -> None:
     rng = np.random.default_rng(3)
-    made = scored([(prompt, "untagged", value) for prompt, value in enumerate(rng.random(20).tolist())])
-    first, again, other = (json.dumps(summarize(made, [], 300, seed)["scorers"]) for seed in (0, 0, 1))
+    scores = scored([(prompt, "untagged", value) for prompt, value in enumerate(rng.random(20).tolist())])
+    first, again, other = (json.dumps(summarize(scores, [], 300, seed)["scorers"]) for seed in (0, 0, 1))
     assert first == again != other
 
 
@@ -89,20 +89,20 @@ def test_many_prompts_are_resampled_in_parts() -> None:
 
 
 def test_raw_values_that_some_pictures_lack_are_left_out() -> None:
-    made = scored([(0, "untagged", 1.0), (1, "untagged", 0.0)])
-    del made.marks[1].raw["official"]
-    assert columns(made, "judge").names == ("score",)
-    assert write_official(made, Path("nowhere")) == []
-    (warning,) = summarize(made, [], 10, 0)["warnings"]
+    scores = scored([(0, "untagged", 1.0), (1, "untagged", 0.0)])
+    del scores.marks[1].raw["official"]
+    assert columns(scores, "judge").names == ("score",)
+    assert write_official(scores, Path("nowhere")) == []
+    (warning,) = summarize(scores, [], 10, 0)["warnings"]
     assert warning.startswith("judge: 1 of 2 pictures have no raw value 'official', which is left out here")
 
 
 def test_a_raw_value_named_score_is_kept_beside_the_score() -> None:
-    made = scored([(0, "untagged", 1.0), (1, "untagged", 0.0)], official=False)
-    for mark in made.marks:
+    scores = scored([(0, "untagged", 1.0), (1, "untagged", 0.0)], official=False)
+    for mark in scores.marks:
         mark.raw["score"] = 7.0
-    values = summarize(made, [], 10, 0)["scorers"]["judge"]["values"]
-    assert {name: found["mean"]["value"] for name, found in values.items()} == {"score": 0.5, "raw/score": 7.0}
+    values = summarize(scores, [], 10, 0)["scorers"]["judge"]["values"]
+    assert {name: entry["mean"]["value"] for name, entry in values.items()} == {"score": 0.5, "raw/score": 7.0}
 
 
 @pytest.mark.parametrize("details", ["", "no JSON", "[1]"])

@@ -90,7 +90,7 @@ def test_repeats_are_counted_and_left_out_when_asked(files, tmp_path, capsys):
     line = f"prompts --train {files}/pick/train.txt --test {files}/pick/test.txt --output {tmp_path}/set"
     status, out, err = command(line, capsys)
     assert status == 0
-    assert "train.txt: empty lines passed over: 1" in err
+    assert "train.txt: empty lines skipped: 1" in err
     assert "train: prompts that repeat an earlier one: 1 of 3 (kept; --unique leaves them out)" in err
     assert "train: prompts that are also in test: 1, such as 'a cat' (kept; --unique" in err
     assert f"{tmp_path}/set:train: 3 (3 untagged)\n{tmp_path}/set:test: 2 (2 untagged)\n" == out
@@ -173,9 +173,9 @@ def test_every_line_that_its_judge_cannot_use_is_named(tmp_path, capsys, kind, c
     [
         ("prompts --output {tmp}/out", "nothing to prepare; give --train FILE, --test FILE or both"),
         ("prompts --train {tmp}/gone.txt --output {tmp}/out", "no such prompt file"),
-        ("prompts --train {tmp}/set.csv --output {tmp}/out", "wanted one column named"),
+        ("prompts --train {tmp}/set.csv --output {tmp}/out", "expected one column named"),
         ("prompts --train {tmp}/set.csv --column a --output {tmp}", "not overwritten; choose another folder"),
-        ("generate-geneval --leave-out {tmp}/bad.jsonl --output {tmp}/out", "'mouse' is none of GenEval's 80 classes"),
+        ("generate-geneval --leave-out {tmp}/bad.jsonl --output {tmp}/out", "'mouse' is not one of"),
         ("generate-geneval --leave-nothing-out --ratio counting=1 --output {tmp}/out", "without repeats there are 240"),
         ("generate-geneval --leave-nothing-out --count 0 --output {tmp}/out", "count is 0"),
     ],

@@ -1,10 +1,10 @@
-"""GenEval's prompts: its grammar of six tags over 80 classes, and seeded training sets that leave its own prompts out.
+"""GenEval's prompt grammar (six tags, 80 classes), and seeded training sets that exclude its evaluation prompts.
 
     drawn = generate(50_000, seed=0, ratio=RATIO, leave_out=evaluation_rows)
     drawn.rows, drawn.shares["counting"]
 
 Source: Ghosh et al. 2023, "GenEval" (the grammar); Flow-GRPO, arXiv 2505.05470, and UDM-GRPO, arXiv 2604.18518 (the
-training set: the ratio, the evaluation prompts left out).
+training set: its ratio, and the exclusion of the evaluation prompts).
 """
 
 import itertools
@@ -29,10 +29,10 @@ CLASSES: tuple[str, ...] = (
     *("computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock"),
     *("vase", "scissors", "teddy bear", "hair drier", "toothbrush"),
 )
-"""COCO's, three of them under names that say more."""
+"""COCO's class names; computer mouse, tv remote and computer keyboard are more specific than COCO's."""
 
 COLORED = CLASSES[1:]
-"""Nobody is asked for a green person."""
+"""Classes that a prompt may give a color: all but person."""
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -40,7 +40,7 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 RATIO = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0}
-"""The published one."""
+"""The published ratio of the tags."""
 
 PLURALS = ("benchmark", "english")
 
@@ -56,12 +56,12 @@ _ENGLISH = {
 
 
 def with_article(name: str) -> str:
-    """Put "a" or "an" before a name, by its first letter as in GenEval."""
+    """Return a name with "a" or "an" before it, chosen by its first letter as in GenEval."""
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def plural(name: str, kind: str) -> str:
-    """Return the plural of a class: "benchmark" as its prompts have it ("knifes", "sheeps", "benchs"), or "english"."""
+    """Return the plural of a class; kind: "benchmark" (its own: "knifes", "sheeps", "benchs") or "english"."""
     if kind == "benchmark":
         return f"{name}es" if name.endswith("s") else f"{name}s"
     if name in _ENGLISH:
@@ -77,12 +77,12 @@ def _object(name: str, count: int = 1, **more: Any) -> dict[str, Any]:
 
 
 def single_object(name: str) -> Row:
-    """One object: "a photo of a cat"."""
+    """Return a prompt for one object: "a photo of a cat"."""
     return {"tag": "single_object", "include": [_object(name)], "prompt": f"a photo of {with_article(name)}"}
 
 
 def two_object(first: str, second: str) -> Row:
-    """Two objects: "a photo of a cat and a dog"."""
+    """Return a prompt for two objects: "a photo of a cat and a dog"."""
     return {
         "tag": "two_object",
         "include": [_object(first), _object(second)],
@@ -91,7 +91,7 @@ def two_object(first: str, second: str) -> Row:
 
 
 def counting(name: str, count: int, plurals: str) -> Row:
-    """Several of a kind: "a photo of two cats"."""
+    """Return a prompt for several objects of a class: "a photo of two cats"."""
     return {
         "tag": "counting",
         "include": [_object(name, count)],
@@ -101,7 +101,7 @@ def counting(name: str, count: int, plurals: str) -> Row:
 
 
 def colors(name: str, color: str) -> Row:
-    """One object of a colour: "a photo of a red car"."""
+    """Return a prompt for one object with a color: "a photo of a red car"."""
     return {
         "tag": "colors",
         "include": [_object(name, color=color)],
@@ -110,7 +110,10 @@ def colors(name: str, color: str) -> Row:
 
 
 def position(first: str, relation: str, second: str) -> Row:
-    """One object beside another: "a photo of a cat left of a dog". The reference comes first in "include"."""
+    """Return a prompt for two objects with a relation: "a photo of a cat left of a dog".
+
+    The reference object comes first in "include".
+    """
     return {
         "tag": "position",
         "include": [_object(second), _object(first, position=[relation, 0])],
@@ -119,7 +122,7 @@ def position(first: str, relation: str, second: str) -> Row:
 
 
 def color_attr(first: str, first_color: str, second: str, second_color: str) -> Row:
-    """Two objects of a colour each: "a photo of a red car and a blue cup"."""
+    """Return a prompt for two objects with a color each: "a photo of a red car and a blue cup"."""
     return {
         "tag": "color_attr",
         "include": [_object(first, color=first_color), _object(second, color=second_color)],
@@ -128,11 +131,11 @@ def color_attr(first: str, first_color: str, second: str, second_color: str) -> 
 
 
 Space = tuple[int, Callable[[int], Row]]
-"""How many prompts a tag has, and the one of a number below that."""
+"""The number of prompts of a tag, and a function that returns the prompt with an index below that number."""
 
 
 def spaces(plurals: str = "benchmark") -> dict[str, Space]:
-    """Every prompt of the grammar by tag and number, none made before it is asked for: 587,290 in all."""
+    """Return every prompt of the grammar by tag and index, 587,290 in all; a prompt is built only on request."""
 
     def space(make: Callable[..., Row], *choices: Sequence[Any]) -> Space:
         whole = 1
@@ -161,16 +164,17 @@ def spaces(plurals: str = "benchmark") -> dict[str, Space]:
     }
 
 
-# ---------------------------------------------------------------- what is left out
+# ---------------------------------------------------------------- excluded prompts
 
 
 _MIRROR = {"right of": "left of", "below": "above"}
 
 
 def combination(row: Row) -> tuple[Any, ...]:
-    """Return what a row asks for, whatever its wording; any metadata in GenEval's format.
+    """Return what a row asks for, independent of its wording; `row` is any metadata in GenEval's format.
 
-    Twins share it: "a cat and a dog" and "a dog and a cat"; "a cat left of a dog" and "a dog right of a cat".
+    Equivalent prompts have the same combination: "a cat and a dog" and "a dog and a cat"; "a cat left of a dog" and
+    "a dog right of a cat".
     """
     objects = []
     relations = []
@@ -186,18 +190,15 @@ def combination(row: Row) -> tuple[Any, ...]:
 
 
 def unknown_words(row: Row) -> str:
-    """Return what of a row the grammar does not know, so that leaving it out would leave out nothing.
-
-    "" if it knows all.
-    """
+    """Return which words of a row the grammar does not have, so that the row would exclude no prompt; "" if none."""
     wrong = []
     for item in row.get("include", []):
         if item["class"] not in CLASSES:
-            wrong.append(f"{item['class']!r} is none of GenEval's 80 classes")
+            wrong.append(f"{item['class']!r} is not one of GenEval's 80 classes")
         if item.get("color", COLORS[0]) not in COLORS:
-            wrong.append(f"{item['color']!r} is none of its colors {', '.join(COLORS)}")
+            wrong.append(f"{item['color']!r} is not one of its colors {', '.join(COLORS)}")
         if "position" in item and item["position"][0] not in RELATIONS:
-            wrong.append(f"{item['position'][0]!r} is none of its relations {', '.join(RELATIONS)}")
+            wrong.append(f"{item['position'][0]!r} is not one of its relations {', '.join(RELATIONS)}")
     if not row.get("include"):
         wrong.append('there is no "include", so it is not in GenEval\'s format')
     return "; ".join(wrong)
@@ -208,17 +209,20 @@ def unknown_words(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Share:
-    """One tag of a generated set, in prompts: its share by the ratio, how many different ones there are (not counted
-    beyond the size of the set), and how many are in the set."""
+    """Numbers of prompts of one tag of a generated set.
 
-    wanted: int
+    target: its share by the ratio. available: different prompts (counted up to the size of the set). count: prompts in
+    the set.
+    """
+
+    target: int
     available: int
-    given: int
+    count: int
 
 
 @dataclass(frozen=True)
 class Generated:
-    """A training set in GenEval's format, mixed, and how its tags came out."""
+    """A shuffled training set in GenEval's format, and the share of each tag."""
 
     rows: tuple[Row, ...]
     shares: dict[str, Share]
@@ -232,21 +236,22 @@ def generate(
     plurals: str = "benchmark",
     repeats: bool = False,
 ) -> Generated:
-    """Draw `count` training prompts, each tag its part of `ratio`, none of a combination of `leave_out`.
+    """Draw `count` training prompts with the tags in the proportions of `ratio`, excluding what `leave_out` asks for.
 
-    No prompt comes twice: where a tag has fewer than its share, all of its prompts are there and the other tags of the
-    ratio make up the number, in proportion. With `repeats` every tag has exactly its share, and a tag with fewer
-    prompts has them as often, give or take one.
+    No prompt is repeated: if a tag has fewer prompts than its share, all of them are in the set and the other tags make
+    up the number in proportion. With `repeats`, every tag has exactly its share, and a tag with too few prompts repeats
+    each of them equally often, give or take one.
 
-    Raises PromptsError for a ratio that names no known tag with more than 0, or for a count that cannot be reached.
+    Raises PromptsError for a ratio without a known tag above 0, and for a count that cannot be reached.
     """
     unknown = sorted(set(ratio) - set(TAGS))
     if unknown or not any(ratio.values()) or not all(0 <= weight < math.inf for weight in ratio.values()):
         raise PromptsError(
-            f"the ratio is {dict(ratio)}; wanted numbers of at least 0, one above, for {', '.join(TAGS)}"
+            f"the ratio is {dict(ratio)}; expected numbers of at least 0, at least one of them above 0, for "
+            f"{', '.join(TAGS)}"
         )
     if count < 1:
-        raise PromptsError(f"count is {count}; wanted at least 1")
+        raise PromptsError(f"count is {count}; expected at least 1")
     left_out = {combination(row) for row in leave_out}
     texts = {_words(row["prompt"]) for row in leave_out}
     weights = {tag: Fraction(str(ratio[tag])) for tag in TAGS if ratio.get(tag, 0) > 0}
@@ -255,13 +260,13 @@ def generate(
         if tag in weights:
             drawn = map(at, shuffle(seed, GENERATE, number, 0, size).tolist())
             allowed = (row for row in drawn if combination(row) not in left_out and _words(row["prompt"]) not in texts)
-            # Of color_attr, which has half a million, no more are made than could be asked for.
+            # color_attr has half a million prompts; no more of them are built than could be needed.
             pools[tag] = list(itertools.islice(allowed, count))
-    wanted = split(count, weights)
+    targets = split(count, weights)
     available = {tag: len(pool) for tag, pool in pools.items()}
-    given = wanted if repeats else _within(count, weights, available)
-    rows = [row for tag in weights for row in itertools.islice(_epochs(pools[tag], seed, tag), given[tag])]
-    shares = {tag: Share(wanted[tag], available[tag], given[tag]) for tag in weights}
+    counts = targets if repeats else _within(count, weights, available)
+    rows = [row for tag in weights for row in itertools.islice(_epochs(pools[tag], seed, tag), counts[tag])]
+    shares = {tag: Share(targets[tag], available[tag], counts[tag]) for tag in weights}
     return Generated(tuple(rows[i] for i in shuffle(seed, MIX, 0, 0, count)), shares)
 
 
@@ -270,14 +275,14 @@ def _words(text: str) -> str:
 
 
 def _epochs(pool: Sequence[Row], seed: int, tag: str) -> Iterator[Row]:
-    """Yield a pool without end: every prompt once, then every prompt again, each time in another order."""
+    """Yield the prompts of a pool endlessly: every epoch has every prompt once, in an order of its own."""
     yield from pool
     for epoch in itertools.count(1):
         yield from (pool[i] for i in shuffle(seed, GENERATE, TAGS.index(tag), epoch, len(pool)))
 
 
 def split(count: int, weights: Mapping[str, Fraction]) -> dict[str, int]:
-    """Split a number in proportion to weights above 0, in whole numbers: the largest remainders are rounded up."""
+    """Split a number into whole parts in proportion to weights above 0; the largest remainders are rounded up."""
     exact = {tag: count * weight / sum(weights.values()) for tag, weight in weights.items()}
     parts = {tag: int(part) for tag, part in exact.items()}
     for tag in sorted(exact, key=lambda tag: parts[tag] - exact[tag])[: count - sum(parts.values())]:
@@ -286,7 +291,7 @@ def split(count: int, weights: Mapping[str, Fraction]) -> dict[str, int]:
 
 
 def _within(count: int, weights: Mapping[str, Fraction], available: Mapping[str, int]) -> dict[str, int]:
-    """Split a number in proportion to weights, no part larger than what is available of it."""
+    """Split a number in proportion to weights, with no part larger than what is available."""
     if sum(available.values()) < count:
         there = ", ".join(f"{number} {tag}" for tag, number in available.items())
         raise PromptsError(

@@ -3,7 +3,7 @@
     write_dataset("data/geneval", {"train": rows, "test": other_rows})
     rows = read_dataset("data/geneval", "train")
 
-An example is {"prompt", "tag", "metadata"}, the last being the whole row as JSON. Whatever reads TFDS reads these, too:
+An example is {"prompt", "tag", "metadata"}; metadata is the whole row as JSON. Any TFDS reader can read the folders:
 tfds.data_source("udm_grpo_prompts", data_dir="data/geneval", split="train").
 """
 
@@ -26,23 +26,23 @@ from udm_grpo.machine.progress import progress_bar
 
 VERSION = "1.0.0"
 INFO = f"{DATASET}/{VERSION}/dataset_info.json"
-"""What a prepared folder must hold."""
+"""A file that every prepared folder has."""
 
 
 class UdmGrpoPrompts(tfds.core.GeneratorBasedBuilder):
-    """Builds a dataset from rows at hand: split -> rows, each {"tag", "prompt", ...}. Their order is kept."""
+    """Builds a dataset from rows in memory, {split: rows}, each row {"tag", "prompt", ...}; their order is kept."""
 
     VERSION = tfds.core.Version(VERSION)
     RELEASE_NOTES = {"1.0.0": "prompt, tag, and the whole row as JSON"}  # noqa: RUF012 (the base class reads it there)
 
     def __init__(self, splits: Mapping[str, Sequence[Row]] | None = None, **settings: Any) -> None:
-        self._rows = splits or {}  # none is given where TFDS itself makes one, to read
+        self._rows = splits or {}  # TFDS passes no splits when it creates a builder for reading
         super().__init__(**settings)
 
     def _info(self) -> Any:
         text = tfds.features.Text()
         features = tfds.features.FeaturesDict({"prompt": text, "tag": text, "metadata": text})
-        # Without disable_shuffling TFDS reorders examples by the hash of their keys.
+        # Without disable_shuffling, TFDS reorders examples by the hash of their keys.
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
@@ -56,19 +56,19 @@ class UdmGrpoPrompts(tfds.core.GeneratorBasedBuilder):
 
 
 def write_dataset(folder: str | Path, splits: Mapping[str, Sequence[Row]]) -> None:
-    """Write a prepared folder, whole or not at all; one that was there is replaced.
+    """Write a prepared folder atomically; an existing one is replaced.
 
-    Raises FileExistsError if `folder` is something else, ValueError for a split without rows, OSError.
+    Raises FileExistsError if `folder` is anything else, PromptsError for a split without rows, OSError.
     """
     for split, rows in splits.items():
         if not rows:
             raise PromptsError(f"the split {split} has no prompts; a split needs at least one")
     with replacing_folder(Path(folder), INFO) as fresh, contextlib.redirect_stdout(io.StringIO()):
         tfds.disable_progress_bar()
-        # TFDS's own default is TFRecord, which needs TensorFlow.
+        # TFDS's default format, TFRecord, needs TensorFlow.
         builder = UdmGrpoPrompts(splits, data_dir=fresh, file_format="array_record")
         builder.download_and_prepare()
-        shutil.rmtree(fresh / "downloads", ignore_errors=True)  # made by TFDS, and empty
+        shutil.rmtree(fresh / "downloads", ignore_errors=True)  # TFDS leaves it empty
 
 
 def split_names(folder: str | Path) -> list[str]:
@@ -80,24 +80,24 @@ def split_names(folder: str | Path) -> list[str]:
 
 
 def read_dataset(folder: str | Path, split: str = "") -> tuple[Row, ...]:
-    """Read the rows of a split, in order; "" is the only one that there is.
+    """Return the rows of a split, in order; "" means the only split.
 
-    Raises PromptsError for an unknown split (naming those that there are), several where none is named, and damaged
-    files.
+    Raises PromptsError for an unknown split, or if none is named where there are several (it names them), ValueError
+    for damaged files.
     """
     names = split_names(folder)
     if not split and len(names) == 1:
         split = names[0]
     if split not in names:
-        found = f"has no split {split!r}" if split else "has several splits"
-        raise PromptsError(f"{folder} {found}; write {' or '.join(f'{folder}:{name}' for name in names)}")
+        problem = f"has no split {split!r}" if split else "has several splits"
+        raise PromptsError(f"{folder} {problem}; write {' or '.join(f'{folder}:{name}' for name in names)}")
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     try:
         source = tfds.data_source(
             f"{DATASET}:{VERSION}", data_dir=folder, split=split, download=False, deserialize_method=raw
         )
         with _uncollected():
-            # All in one call, and of each example only what is needed: TFDS's own decoding of 50,000 takes 2.5 s.
+            # One call reads all examples, and only the metadata is decoded: TFDS's own decoding of 50,000 takes 2.5 s.
             examples = map(tf_example_pb2.Example.FromString, source.__getitems__(range(len(source))))
             features = (example.features.feature for example in examples)
             return tuple(json.loads(feature["metadata"].bytes_list.value[0].decode()) for feature in features)
@@ -107,7 +107,7 @@ def read_dataset(folder: str | Path, split: str = "") -> tuple[Row, ...]:
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without garbage collection, which takes a fifth of the time of making many small dicts and finds nothing."""
+    """Disable garbage collection, which takes a fifth of the time of creating many small dicts and frees nothing."""
     was = gc.isenabled()
     gc.disable()
     try:

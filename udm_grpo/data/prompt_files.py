@@ -1,11 +1,10 @@
-"""Raw prompt files -> one dict a prompt: {"tag", "prompt", and whatever else a scorer needs}.
+"""Read raw prompt files into one dict per prompt: {"tag", "prompt", and whatever else a scorer needs}.
 
     parsed = parse_file("evaluation_metadata.jsonl")   # .jsonl, .json, .txt, .csv, or a folder of .txt files
     parsed = parse_file("prompts.json", key="dense_prompt")
     rows = parsed.all_or_error()
 
-Nothing is dropped in silence: what cannot be read is kept with its line number, and lines with nothing in them are
-counted.
+Nothing is dropped silently: lines that cannot be read are kept with their numbers, and empty lines are counted.
 """
 
 import csv
@@ -32,33 +31,33 @@ from udm_grpo.machine.progress import progress_bar
 __all__ = ["DATASET", "KINDS", "PROMPT", "UNTAGGED", "Parsed", "Row", "parse_file", "with_key", "wrong_text"]
 
 DATASET = "udm_grpo_prompts"
-"""The folder within a prepared folder that marks it as one; the name of the dataset in it."""
+"""Name of the dataset in a prepared folder, and of the subfolder that identifies such a folder."""
 
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "captions", "text")
-"""Column of a .csv file that holds the prompts unless another is named; upper and lower case are alike."""
+"""Default names of the prompt column of a .csv file; case is ignored."""
 
 TAG_COLUMNS = ("tag", "category")
-"""Column of a .csv file that holds the tags unless another is named."""
+"""Default names of the tag column of a .csv file; case is ignored."""
 
 KINDS = (
-    ".jsonl (GenEval's format, or objects with a prompt), .json (an array of such), .txt (one prompt a line), "
-    ".csv or .tsv (with a header), or a folder of .txt files (one prompt a file)"
+    ".jsonl (GenEval's format, or objects with a prompt), .json (an array of these), .txt (one prompt per line), "
+    ".csv or .tsv (with a header), or a folder of .txt files (one prompt per file)"
 )
 
 TABLES = (".csv", ".tsv")
 DELIMITERS = (",", ";", "\t")
-"""What divides the values of a .csv file, whichever makes its header name a column of prompts."""
+"""Delimiters of a .csv file; the first with which its header names a prompt column is used."""
 
 MAX_LINES_SHOWN = 50
-"""Bad lines that an error explains one by one; of any further ones it gives the line numbers."""
+"""Number of bad lines that an error explains; of further ones it gives only the line numbers."""
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a file holds: rows, the place of each (its line number, or its name in a folder), and what is wrong where.
+    """Contents of a prompt file: rows, the place of each (line number, or file name in a folder), and errors by place.
 
-    `empty` counts lines with nothing in them and `comments` those that begin with "# "; they are passed over. `cleaned`
-    counts the prompts of which invisible characters or special spaces were taken away.
+    `bad` has (place, reason) pairs. `empty` counts empty lines and `comments` lines that begin with "# "; both are
+    skipped. `cleaned` counts the prompts from which invisible characters or special spaces were removed.
     """
 
     path: Path
@@ -69,17 +68,17 @@ class Parsed:
     comments: int = 0
     cleaned: int = 0
     unit: str = "line"
-    """What a place is: line, file or item (of a JSON array, from 1)."""
+    """Kind of place: line, file or item (of a JSON array, counted from 1)."""
 
     def checked(self, problem: Callable[[Row], str]) -> "Parsed":
-        """Return this with the rows that `problem` has a text for among the bad ones."""
+        """Return a copy in which the rows for which `problem` returns a reason are bad."""
         with progress_bar(len(self.rows), f"checking {self.path.name}", "prompt") as bar:
-            found = []
+            reasons = []
             for row in self.rows:
-                found.append(problem(row))
+                reasons.append(problem(row))
                 bar.update()
-        good = [i for i, text in enumerate(found) if not text]
-        bad = [(place, text) for place, text in zip(self.places, found, strict=True) if text]
+        good = [i for i, text in enumerate(reasons) if not text]
+        bad = [(place, text) for place, text in zip(self.places, reasons, strict=True) if text]
         order = {place: i for i, place in enumerate(sorted({p for p, _ in (*self.bad, *bad)}, key=_natural))}
         return replace(
             self,
@@ -89,7 +88,7 @@ class Parsed:
         )
 
     def all_or_error(self) -> tuple[Row, ...]:
-        """Return the rows; ValueError with every bad place, or if there is no row at all."""
+        """Return the rows; raise PromptsError that lists every bad place, or if there are no rows."""
         if self.bad:
             raise PromptsError(self.bad_text("correct or remove"))
         if not self.rows:
@@ -97,20 +96,20 @@ class Parsed:
         return self.rows
 
     def remarks(self) -> list[str]:
-        """Return what was passed over or changed in reading the file, a text each."""
+        """Return a message for each kind of thing that was skipped or changed when the file was read."""
         counts = (
-            ("empty lines passed over", self.empty),
-            ('comment lines (that begin with "# ") passed over', self.comments),
-            ("prompts with invisible characters or special spaces, read without them", self.cleaned),
+            ("empty lines skipped", self.empty),
+            ('comment lines (beginning with "# ") skipped', self.comments),
+            ("prompts with invisible characters or special spaces, which were removed", self.cleaned),
         )
         return [f"{self.path}: {what}: {count}" for what, count in counts if count]
 
     def bad_text(self, advice: str) -> str:
-        """Every bad place and what is wrong with it, the first MAX_LINES_SHOWN with their reasons."""
+        """Return a message that lists every bad place, the first MAX_LINES_SHOWN with their reasons."""
         return self.listed(f"bad {self.unit}{'s' if len(self.bad) > 1 else ''}; {advice}", self.bad)
 
     def listed(self, what: str, places: Sequence[tuple[str, str]]) -> str:
-        """How many places there are of something, and each with its text, of the first MAX_LINES_SHOWN."""
+        """Return a message that counts and lists places, the first MAX_LINES_SHOWN with their texts."""
         lines = [f"{self.path}: {len(places)} {what}:"]
         lines += [f"  {self.unit} {place}: {reason}" for place, reason in places[:MAX_LINES_SHOWN]]
         further = ", ".join(place for place, _ in places[MAX_LINES_SHOWN:])
@@ -126,12 +125,12 @@ def _natural(place: str) -> tuple[int, str]:
 def parse_file(path: str | Path, column: str = "", tag_column: str = "", key: str = PROMPT) -> Parsed:
     """Read a prompt file of one of KINDS.
 
-    column, tag_column: of a .csv file; "" finds one of PROMPT_COLUMNS and of TAG_COLUMNS (the tag may be missing).
-    key: which text of each object is the prompt. Another than "prompt" is kept under its own name as well, and the text
-    it replaces as "original_prompt"; of a .csv file it is a column.
+    column, tag_column: columns of a .csv file; "" finds one of PROMPT_COLUMNS and of TAG_COLUMNS (tags are optional).
+    key: the key of the prompt in each object (the column of a .csv file). If it is not "prompt", the text is also kept
+    under its own key, and the text that it replaces under "original_prompt".
 
-    Raises FileNotFoundError, and ValueError for another kind of file, a .csv file without such a column, and a file
-    none of whose objects has the key (it names those that there are).
+    Raises FileNotFoundError, and PromptsError for another kind of file, a .csv file without such a column, and a file
+    in which no object has the key (it names the existing keys).
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -140,9 +139,9 @@ def parse_file(path: str | Path, column: str = "", tag_column: str = "", key: st
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such prompt file")
     if (column or tag_column) and suffix not in TABLES:
-        raise PromptsError(f"{path}: only a .csv file has columns; leave out the names of columns")
+        raise PromptsError(f"{path}: only a .csv file has columns; omit the names of columns")
     if key != PROMPT and (path.is_dir() or suffix == ".txt"):
-        raise PromptsError(f"{path}: only .json, .jsonl and .csv files have keys; leave out the prompt key {key!r}")
+        raise PromptsError(f"{path}: only .json, .jsonl and .csv files have keys; omit the prompt key {key!r}")
     if path.is_dir():
         return _parse_folder(path)
     try:
@@ -156,7 +155,7 @@ def parse_file(path: str | Path, column: str = "", tag_column: str = "", key: st
 
 @dataclass
 class _Collector:
-    """Rows and bad places while a file is read."""
+    """Collects rows and bad places while a file is read."""
 
     rows: list[Row] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
@@ -187,33 +186,33 @@ class _Collector:
 
 
 def _parse_lines(path: Path, text: str, row_of: Callable[[str], Row], comment: Callable[[str], bool]) -> Parsed:
-    found = _Collector()
+    collector = _Collector()
     for number, line in enumerate(lines_of(text), start=1):
         if is_blank(line):
-            found.empty += 1
+            collector.empty += 1
         elif comment(line.lstrip("\ufeff ")):
-            found.comments += 1
+            collector.comments += 1
         else:
-            found.read(str(number), row_of, line.strip())
-    return found.parsed(path)
+            collector.read(str(number), row_of, line.strip())
+    return collector.parsed(path)
 
 
 def _parse_plain(path: Path, text: str) -> Parsed:
-    """One prompt a line; ValueError for a file that is something else by its contents: JSON, or a table."""
+    """Parse one prompt per line; raise PromptsError if the contents are of another kind: JSON, or a table."""
     if text.lstrip().startswith(("[", "{")) and json_sequence(text) is not None:
-        raise PromptsError(f"{path}: holds JSON, not one prompt a line; give it the suffix .json or .jsonl")
+        raise PromptsError(f"{path}: holds JSON, not one prompt per line; give it the suffix .json or .jsonl")
     lines = [line.strip() for line in lines_of(text) if not is_blank(line)]
     tabs = {line.count("\t") for line in lines}
     if lines and len(tabs) == 1 and (values := tabs.pop() + 1) > 1:
         raise PromptsError(
-            f"{path}: every line has {values} values divided by tabs, as line 1: {lines[0]!r}; it is a table, not one "
-            "prompt a line: put a line with the names of its columns, such as prompt, first and give it the suffix .tsv"
+            f"{path}: every line has {values} values separated by tabs, such as line 1: {lines[0]!r}; this is a table, "
+            "not one prompt per line: add a header line with column names, such as prompt, and use the suffix .tsv"
         )
     return _parse_lines(path, text, _plain_row, is_comment)
 
 
 def _parse_objects(path: Path, text: str, key: str) -> Parsed:
-    """Objects, one a line, over several lines or in one array; ValueError if none of them has the key."""
+    """Parse objects, one per line, over several lines or in one array; raise PromptsError if none has the key."""
     keys: dict[str, None] = {}
 
     def row_of(thing: Any) -> Row:
@@ -221,21 +220,21 @@ def _parse_objects(path: Path, text: str, key: str) -> Parsed:
         return object_row(thing, key)
 
     array = json_array(path, text)
-    found = _Collector()
+    collector = _Collector()
     if array is not None:
         for number, thing in enumerate(array, start=1):
-            found.read(str(number), row_of, thing)
-        parsed = found.parsed(path, "item")
+            collector.read(str(number), row_of, thing)
+        parsed = collector.parsed(path, "item")
     else:
         parsed = _parse_lines(path, text, lambda line: row_of(json_of(line)), lambda line: line.startswith(("#", "//")))
         if parsed.bad and (sequence := json_sequence(text)) and len(sequence) < len(parsed.bad):
             for number, thing in sequence:
-                found.read(str(number), row_of, thing)
-            parsed = found.parsed(path)
+                collector.read(str(number), row_of, thing)
+            parsed = collector.parsed(path)
     if keys and key not in keys:
         raise PromptsError(
-            f"{path}: no prompt has the key {key!r}; the keys are {', '.join(map(repr, keys))}; name the one of the "
-            "prompts with --prompt-key (prompts.prompt_key in a config)"
+            f"{path}: no prompt has the key {key!r}; the keys are {', '.join(map(repr, keys))}; name the key of "
+            "the prompts with --prompt-key (prompts.prompt_key in a config)"
         )
     return parsed
 
@@ -244,31 +243,31 @@ def _plain_row(text: str) -> Row:
     if wrong := undecodable(text):
         raise PromptsError(wrong)
     if "\r" in text:
-        raise PromptsError("a carriage return within the line: the file mixes line ends; save it with one kind of them")
+        raise PromptsError("a carriage return within the line: the file mixes line endings; save it with one kind")
     return {"tag": UNTAGGED, "prompt": text}
 
 
 def _parse_folder(path: Path) -> Parsed:
-    """One prompt a file, by file name; line breaks within it become spaces. The name's stem is kept as "id"."""
+    """Parse one prompt per file, sorted by name; line breaks become spaces, and the name's stem is kept as "id"."""
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     files = [entry for entry in entries if entry.suffix.lower() == ".txt"]
     if not files:
-        raise PromptsError(f"{path}: the folder holds no prompts; a set is {KINDS}, or one that was prepared")
-    found = _Collector(bad=[(entry.name, "not a .txt file") for entry in entries if entry not in files])
+        raise PromptsError(f"{path}: the folder holds no prompts; a prompt set is {KINDS}, or a prepared folder")
+    collector = _Collector(bad=[(entry.name, "not a .txt file") for entry in entries if entry not in files])
     for file in files:
         try:
             lines = lines_of(decode(file.read_bytes()))
             if wrong := undecodable("\n".join(lines)):
                 raise PromptsError(wrong)
         except ValueError as error:
-            found.bad.append((file.name, str(error)))
+            collector.bad.append((file.name, str(error)))
             continue
         text = " ".join(line.strip() for line in lines if not is_blank(line))
         if text:
-            found.take(file.name, {"tag": UNTAGGED, "prompt": text, "id": file.stem})
+            collector.take(file.name, {"tag": UNTAGGED, "prompt": text, "id": file.stem})
         else:
-            found.bad.append((file.name, "the file is empty"))
-    return found.parsed(path, "file")
+            collector.bad.append((file.name, "the file is empty"))
+    return collector.parsed(path, "file")
 
 
 def _parse_csv(path: Path, text: str, column: str, tag_column: str) -> Parsed:
@@ -286,27 +285,27 @@ def _parse_csv(path: Path, text: str, column: str, tag_column: str) -> Parsed:
     others = [name for name in names if name != prompt]
     tagged = tag_column or _has(others, TAG_COLUMNS)
     tag = _column(path, others, tag_column, TAG_COLUMNS, "tag-column") if tagged else ""
-    found = _Collector()
+    collector = _Collector()
     for line, record in records:
         if isinstance(record, str):
-            found.bad.append((str(line), record))
+            collector.bad.append((str(line), record))
         elif all(is_blank(value) for value in record):
-            found.empty += 1
+            collector.empty += 1
         elif len(record) == 1 and is_comment(record[0]):
-            found.comments += 1
+            collector.comments += 1
         elif len(record) != len(names):
-            found.bad.append((str(line), f"{len(record)} values, but the header names {len(names)} columns"))
+            collector.bad.append((str(line), f"{len(record)} values, but the header names {len(names)} columns"))
         else:
             row = {name: value.strip() for name, value in zip(names, record, strict=True)}
             named = {"tag": row.pop(tag) if tag else UNTAGGED, "prompt": row.pop(prompt)}
-            found.take(str(line), named | {name: value for name, value in row.items() if value and name not in named})
-    return found.parsed(path)
+            collector.take(
+                str(line), named | {name: value for name, value in row.items() if value and name not in named}
+            )
+    return collector.parsed(path)
 
 
 def _delimiter(path: Path, text: str, column: str) -> str:
-    """Return what divides values: in a .csv file the first of DELIMITERS that makes its header name a column of
-    prompts.
-    """
+    """Return the delimiter; of a .csv file, the first of DELIMITERS with which its header names a prompt column."""
     if path.suffix.lower() == ".tsv":
         return "\t"
     for delimiter in DELIMITERS:
@@ -318,7 +317,7 @@ def _delimiter(path: Path, text: str, column: str) -> str:
 
 
 def _csv_records(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
-    """Yield (line a record starts on, its values, or what is wrong with it)."""
+    """Yield (line on which a record starts, its values or what is wrong with it)."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1
@@ -339,5 +338,5 @@ def _column(path: Path, names: Sequence[str], asked: str, usual: Sequence[str], 
     if len(fitting) == 1:
         return fitting[0]
     advice = f"python -m scripts.prepare_prompts prompts --{option} NAME"
-    wanted = f"a column {asked!r}" if asked else f"one column named {', '.join(usual)}"
-    raise PromptsError(f"{path}: wanted {wanted}; found {', '.join(names) or 'none'}; name one: {advice}")
+    expected = f"a column {asked!r}" if asked else f"one column named {', '.join(usual)}"
+    raise PromptsError(f"{path}: expected {expected}; found {', '.join(names) or 'none'}; name one: {advice}")

@@ -1,4 +1,4 @@
-"""One prompt's JSON object -> a row {"tag", "prompt", and whatever else a scorer needs}, or what is wrong with it."""
+"""Convert a prompt's JSON object to a row {"tag", "prompt", and whatever else a scorer needs}, or say what is wrong."""
 
 import json
 import math
@@ -11,20 +11,20 @@ from udm_grpo.data.prompt_text import PromptsError, control_character, is_blank,
 Row = dict[str, Any]
 
 UNTAGGED = "untagged"
-"""The tag of a prompt whose file gives it none."""
+"""Tag of a prompt that has none in its file."""
 
 PROMPT = "prompt"
-"""Key of an object that holds the prompt unless another is named."""
+"""Default key of the prompt in an object."""
 
 GENEVAL = ("tag", "include", "exclude")
-"""Keys of GenEval's metadata; null is the same as none."""
+"""Keys of GenEval's metadata; a null value counts as missing."""
 
 ORIGINAL = "original_prompt"
-"""Key that keeps the text under "prompt" where another key's text takes its place."""
+"""Key of the original "prompt" where another key's text has replaced it."""
 
 
 def with_key(row: Row, key: str) -> Row:
-    """Return the row with the text under `key` as its prompt; ValueError if that is no text."""
+    """Return the row with the text under `key` as its prompt; raise PromptsError if that is not a text."""
     if key == PROMPT:
         return row
     if wrong := wrong_text(key, row.get(key)):
@@ -33,13 +33,13 @@ def with_key(row: Row, key: str) -> Row:
 
 
 def wrong_text(name: str, text: Any) -> list[str]:
-    """Return what is wrong with a text that must not be empty, as a list of none or one."""
+    """Return what is wrong with a text that must not be empty, as a list of at most one message."""
     if not isinstance(text, str) or is_blank(text):
         return [f'"{name}" must be a text that is not empty']
     try:
         text.encode()
     except UnicodeEncodeError:
-        return [f'"{name}" holds half of a surrogate pair at character {_surrogate(text)}, which is no text']
+        return [f'"{name}" holds half of a surrogate pair at character {_surrogate(text)}, which is not valid text']
     control = control_character(text)
     return [f'"{name}" holds {control}; remove it'] if control else []
 
@@ -49,15 +49,15 @@ def _surrogate(text: str) -> int:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         twice = next(key for i, (key, _) in enumerate(pairs) if any(key == other for other, _ in pairs[:i]))
-        raise PromptsError(f"the key {twice!r} is there twice in one object; keep one of them")
-    return made
+        raise PromptsError(f"the key {twice!r} occurs twice in one object; keep one of them")
+    return fields
 
 
 def _no_number(text: str) -> Any:
-    raise PromptsError(f"{text} is not a number of JSON; write a number, or null for none")
+    raise PromptsError(f"{text} is not a JSON number; write a number, or null if there is none")
 
 
 def _float(text: str) -> float:
@@ -69,7 +69,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number
 
 
 def json_of(text: str) -> Any:
-    """Return what a line holds, or raise PromptsError; also for NaN, infinite numbers and a key twice in an object."""
+    """Return the JSON value of a line; raise PromptsError also for NaN, infinite numbers and repeated keys."""
     if wrong := undecodable(text):
         raise PromptsError(wrong)
     try:
@@ -77,36 +77,36 @@ def json_of(text: str) -> Any:
     except json.JSONDecodeError as error:
         raise PromptsError(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
-        raise PromptsError("not JSON that can be read: nested too deeply") from None
+        raise PromptsError("not readable JSON: nested too deeply") from None
 
 
 def json_sequence(text: str) -> list[tuple[int, Any]] | None:
-    """Return the values of a text that holds several, each over any number of lines, with the lines they begin on.
+    """Return the JSON values of a text, each over any number of lines, with the lines on which they begin.
 
-    None if it holds anything else.
+    Return None if the text holds anything else.
     """
-    found: list[tuple[int, Any]] = []
+    values: list[tuple[int, Any]] = []
     start = end = line = 0
     try:
         while start < len(text):
             if text[start].isspace():
                 start += 1
                 continue
-            line += text.count("\n", end if found else 0, start)
+            line += text.count("\n", end if values else 0, start)
             value, stop = _DECODER.raw_decode(text, start)
-            found.append((line + 1, value))
+            values.append((line + 1, value))
             end, start = start, stop
     except (ValueError, RecursionError):
         return None
-    return found
+    return values
 
 
 def object_row(line: Any, key: str) -> Row:
-    """Return an object as a row, or raise PromptsError with everything that is wrong with it.
+    """Return an object as a row; raise PromptsError that lists everything that is wrong with it.
 
-    With "include" it is GenEval's and is read as every scorer reads it (rewards_bridge.scorers.geneval_metadata);
-    without, a prompt and perhaps a tag will do, and a text alone is a prompt. A tag, "include" or "exclude" of null is
-    the same as none.
+    An object with "include" is in GenEval's format and is read as every scorer reads it
+    (rewards_bridge.scorers.geneval_metadata). Any other needs a prompt and may have a tag; a plain text is a prompt. A
+    "tag", "include" or "exclude" of null counts as missing.
     """
     if isinstance(line, str) and key == PROMPT:
         line = {PROMPT: line}
@@ -122,7 +122,7 @@ def object_row(line: Any, key: str) -> Row:
 
 
 def json_array(path: Path, text: str) -> list[Any] | None:
-    """Return the array that the text of a file holds, or None if it does not begin as one."""
+    """Return the JSON array in the text of a file, or None if the text does not begin like one."""
     content = text.strip()
     is_json = path.suffix.lower() == ".json"
     if not is_json and not content.startswith("["):
@@ -133,12 +133,12 @@ def json_array(path: Path, text: str) -> list[Any] | None:
         array = _DECODER.decode(content)
     except json.JSONDecodeError as error:
         if not is_json or error.msg == "Extra data":
-            return None  # objects, one a line
+            return None  # objects, one per line
         raise PromptsError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except ValueError as error:
         raise PromptsError(f"{path}: {error}") from None
     except RecursionError:
-        raise PromptsError(f"{path}: not JSON that can be read: nested too deeply") from None
+        raise PromptsError(f"{path}: not readable JSON: nested too deeply") from None
     if isinstance(array, dict) and is_json and "\n" not in content:
         return None  # a single line
     if not isinstance(array, list):

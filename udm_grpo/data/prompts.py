@@ -3,13 +3,12 @@
 A set is read once, from a raw file (prompt_files.py) or a prepared folder (prompt_dataset.py). No position in the set
 is ever stored: `PromptSet.batch(step, P, seed)` gives the same prompts on any number of hosts and after any resume.
 
-The order, exactly. All batches of a run form one endless row of slots; slot s = step * P + j. Every slot belongs
-to a pool of prompts: without weights there is one pool with everything, with weights there is one pool per tag.
-Slots come in cycles of W = sum of the weights; in each cycle every tag gets exactly `weight` slots, in an order
-shuffled anew for each cycle. So the number of slots a tag had before slot s is known in closed form, and with it
-the place in the tag's own endless row of shuffled epochs: no prompt of a pool comes a second time before all
-others of that pool came once. (A batch that reaches over the end of an epoch may hold a prompt twice: once from
-the old epoch, once from the new.)
+The exact order: all batches of a run form one endless sequence of slots; slot s = step * P + j. Every slot belongs to
+a pool of prompts: without weights there is one pool with all prompts, with weights one pool per tag. Slots come in
+cycles of W = sum of the weights; in each cycle every tag gets exactly `weight` slots, in an order that is shuffled for
+each cycle. The number of slots that a tag had before slot s is therefore known in closed form, and with it the position
+in the tag's own endless sequence of shuffled epochs: no prompt of a pool is repeated before all others of that pool
+have been used. (A batch that spans the end of an epoch may hold a prompt twice, once from each epoch.)
 """
 
 import math
@@ -31,19 +30,19 @@ from udm_grpo.data.shuffle import FIXED, POOL, SCHEDULE, shuffle
 __all__ = ["UNTAGGED", "Batch", "PromptSet", "read_prompts"]
 
 MAX_CYCLE = 100_000
-"""Largest allowed sum of the tag weights, once they are brought to whole numbers."""
+"""Largest allowed sum of the tag weights, once they are converted to whole numbers."""
 
 Batch = tuple[list[str], list[dict[str, Any]], Int32[np.ndarray, " P"]]
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts, their metadata (what a scorer needs) and their tags (what results are reported by), equally many.
+    """Prompts with their metadata (what a scorer needs) and their tags (by which results are reported).
 
     `weights` (tag -> share of the training prompts, whole or decimal numbers; 0 leaves a tag out) must name every tag
-    in the set. None means no weighting: every prompt comes equally often.
+    in the set. None means no weighting: every prompt is drawn equally often.
 
-    Raises PromptsError for an empty set, rows of unequal length, or weights that do not fit the tags.
+    Raises PromptsError for an empty set, fields of unequal length, or weights that do not fit the tags.
     """
 
     prompts: tuple[str, ...]
@@ -51,18 +50,18 @@ class PromptSet:
     tags: tuple[str, ...]
     weights: Mapping[str, float] | None = None
     places: tuple[str, ...] = field(default=(), compare=False)
-    """Where each prompt is in its file; without, their numbers from 1."""
+    """Place of each prompt in its file; if empty, prompts are numbered from 1."""
     unit: str = field(default="prompt", compare=False)
-    """What a place is: line, item, file or prompt."""
+    """Kind of place: line, item, file or prompt."""
     remarks: tuple[str, ...] = field(default=(), compare=False)
-    """What was passed over or changed in reading the file."""
+    """What was skipped or changed when the file was read."""
 
     def __post_init__(self) -> None:
         if not self.prompts:
             raise PromptsError("a prompt set needs at least one prompt")
         if not len(self.prompts) == len(self.metadata) == len(self.tags):
             sizes = f"{len(self.prompts)} prompts, {len(self.metadata)} metadata, {len(self.tags)} tags"
-            raise PromptsError(f"prompts, metadata and tags must be equally many, found {sizes}")
+            raise PromptsError(f"prompts, metadata and tags must have the same length; found {sizes}")
         if self.weights is not None:
             _whole_weights(self.weights, Counter(self.tags))
 
@@ -72,18 +71,18 @@ class PromptSet:
     def batch(self, step: int, P: int, seed: int) -> Batch:
         """Return the texts, metadata and indices i32[P] of the P prompts of iteration `step` (0, 1, ...)."""
         if step < 0 or P < 1:
-            raise ValueError(f"step must be at least 0 and P at least 1, found step {step} and P {P}")
+            raise ValueError(f"step must be at least 0 and P at least 1; found step {step} and P {P}")
         slots = range(step * P, (step + 1) * P)
         return self._take([self._slot(slot, seed) for slot in slots])
 
     def fixed(self, count: int, seed: int) -> Batch:
-        """Return `count` prompts for evaluation, the tags in turn, none twice unless count exceeds the set.
+        """Return `count` prompts for evaluation, the tags in turn, without repeats unless count exceeds the set.
 
-        A tag that runs out of prompts is passed over until all have run out. Weights play no part. The same count and
+        A tag that runs out of prompts is skipped until all have run out. Weights are ignored. The same count and
         seed always give the same list, and a smaller count gives its beginning.
         """
         if count < 1:
-            raise ValueError(f"count must be at least 1, found {count}")
+            raise ValueError(f"count must be at least 1; found {count}")
         pools = [self._where(tag) for tag in sorted(set(self.tags))]
         chosen: list[int] = []
         epoch = 0
@@ -103,7 +102,7 @@ class PromptSet:
         return tuple((self._where(tag), share) for tag, share in whole.items())
 
     def _slot(self, slot: int, seed: int) -> int:
-        """Return the index of the prompt in this slot of the endless row."""
+        """Return the index of the prompt in this slot of the endless sequence."""
         shares = tuple(share for _, share in self._pools)
         cycle, place = divmod(slot, sum(shares))
         which, earlier = _schedule(seed, cycle, shares) if len(shares) > 1 else (_ZERO, _ZERO)
@@ -121,17 +120,17 @@ class PromptSet:
 
 
 def read_prompts(path: str | Path, weights: Mapping[str, float] | None = None, key: str = PROMPT) -> PromptSet:
-    """Read a prompt set: a raw file or folder (prompt_files.KINDS), or a folder that scripts/prepare_prompts.py made.
+    """Read a prompt set: a raw file or folder (prompt_files.KINDS), or a folder that scripts/prepare_prompts.py wrote.
 
-    Of a prepared folder with several splits, the path names one: FOLDER:train. A prompt without a tag gets UNTAGGED.
-    key: which text of each prompt's object is drawn, as parse_file takes it.
+    For a prepared folder with several splits, the path names one: FOLDER:train. A prompt without a tag gets UNTAGGED.
+    key: the key of the text that is drawn, as for parse_file.
 
     Raises FileNotFoundError, and ValueError for another kind of file, an empty or damaged one, an unknown split or key,
     or bad lines (all in one error).
     """
     folder, split = _prepared(str(path))
     if folder is not None:
-        # TensorFlow Datasets takes half a second to import, so only what needs it does.
+        # TensorFlow Datasets takes half a second to import, so it is imported only where it is needed.
         from udm_grpo.data.prompt_dataset import read_dataset
 
         rows = read_dataset(folder, split)
@@ -162,14 +161,14 @@ def _prepared(path: str) -> tuple[Path | None, str]:
         raise PromptsError(f"{path}: {whole} was not made by scripts.prepare_prompts; only such folders have splits")
     if whole and split.isidentifier() and not Path(path).exists():
         raise FileNotFoundError(
-            f"{path}: there is no folder {whole}, so no split {split} of it; python -m scripts.prepare_prompts makes "
-            "such folders (--help has the command of each prompt set)"
+            f"{path}: there is no folder {whole} with a split {split}; python -m scripts.prepare_prompts creates "
+            "such folders (--help has the command for each prompt set)"
         )
     return None, ""
 
 
 def _whole_weights(weights: Mapping[str, float], present: Mapping[str, int]) -> dict[str, int]:
-    """Return the weights above 0 as the smallest whole numbers of the same ratio, by tag name."""
+    """Return the weights above 0 as the smallest whole numbers in the same ratio, by tag name."""
     wrong = [f"{tag!r} is {w!r}, not a number of at least 0" for tag, w in weights.items() if not _is_weight(w)]
     if wrong:
         raise PromptsError(f"tag weights: {'; '.join(wrong)}")
@@ -206,7 +205,7 @@ _ZERO = np.zeros(1, dtype=np.int32)
 def _schedule(
     seed: int, cycle: int, shares: tuple[int, ...]
 ) -> tuple[Int32[np.ndarray, " W"], Int32[np.ndarray, " W"]]:
-    """Return for each place of a cycle: which pool it belongs to, and how many earlier places of the cycle do."""
+    """Return for each slot of a cycle its pool, and how many earlier slots of the cycle belong to that pool."""
     which = np.repeat(np.arange(len(shares), dtype=np.int32), shares)[shuffle(seed, SCHEDULE, 0, cycle, sum(shares))]
     earlier = np.empty_like(which)
     for pool, share in enumerate(shares):

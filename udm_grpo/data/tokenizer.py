@@ -1,6 +1,6 @@
-"""Prompts as token ids, the way the released models were trained: left-padded to L, cut after L, nothing added.
+"""Tokenize prompts as the released models were trained: padded to L on the left, truncated to L, no tokens added.
 
-Tokenizer folders of Hugging Face are read with their tokenizers library alone: transformers would import torch.
+Hugging Face tokenizer folders are read with the tokenizers library alone, because transformers would import torch.
 """
 
 import warnings
@@ -16,24 +16,24 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from udm_grpo.tensor_files.torch_files import WeightsError, read_json
 
 MAX_LENGTH = 320
-"""L of the released models, whatever longer length their tokenizers allow."""
+"""L of the released models, even where their tokenizers allow more."""
 MAX_CHARACTERS = 2**16
-"""Of a prompt, what is given to the tokenizer: 200 a token at least, so that a text of any length ends quickly."""
+"""Characters of a prompt that are tokenized, at least 200 per token, so that a text of any length takes little time."""
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 QWEN = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 QWEN_END = "<|endoftext|>"
-"""What pads and ends texts where the configuration of such a tokenizer does not say."""
+"""Default token that pads and ends texts, for configurations of such tokenizers that name none."""
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How such a tokenizer splits texts, where only its vocabulary is there and no tokenizer.json."""
+"""How such a tokenizer splits texts, for folders with a vocabulary but no tokenizer.json."""
 
 
 @dataclass(frozen=True)
 class PromptTokenizer:
-    """A Hugging Face tokenizer at a fixed length.
+    """A Hugging Face tokenizer with a fixed length.
 
-    length: L; pad_id: the id on the left of shorter prompts; vocabulary: ids in all, added tokens included.
+    length: L; pad_id: the id that pads shorter prompts on the left; vocabulary: number of ids, with added tokens.
     """
 
     backend: Tokenizer
@@ -41,21 +41,21 @@ class PromptTokenizer:
     pad_id: int
     vocabulary: int
     special: frozenset[int] = frozenset()
-    """Ids that mark something else than text."""
+    """Ids of tokens that are not text, such as padding."""
 
     def __call__(self, prompts: Sequence[str], warn: bool = True) -> Int32[np.ndarray, "b l"]:
-        """Return the ids of prompts; those longer than L keep their first L, with one warning that counts them.
+        """Return the ids of prompts; those longer than L keep their first L, and one warning counts them.
 
-        warn: False where `cut` has told it of all prompts already.
+        warn: False if `cut` and `marked` have already reported the prompts.
         """
         if isinstance(prompts, str):
             raise TypeError("prompts is one text; give a list of texts")
-        made = np.full((len(prompts), self.length), self.pad_id, np.int32)
+        padded = np.full((len(prompts), self.length), self.pad_id, np.int32)
         if not len(prompts):
-            return made
+            return padded
         rows = self._ids(prompts)
         cut = len(self._longer(prompts, rows))
-        for row, ids in zip(made, rows, strict=True):
+        for row, ids in zip(padded, rows, strict=True):
             kept = ids[: self.length]
             row[self.length - len(kept) :] = kept
         marked = sum(not self.special.isdisjoint(ids) for ids in rows)
@@ -66,18 +66,18 @@ class PromptTokenizer:
                 stacklevel=2,
             )
         if cut and warn:
-            advice = "the rest of them has no effect; shorten them"
+            advice = "the rest has no effect; shorten them"
             warnings.warn(
                 f"{cut} of {len(prompts)} prompts have more than {self.length} tokens: {advice}", stacklevel=2
             )
-        return made
+        return padded
 
     def cut(self, prompts: Sequence[str]) -> list[int]:
-        """Return which prompts are longer than L, by index."""
+        """Return the indices of prompts that are longer than L."""
         return self._longer(prompts, self._ids(prompts))
 
     def marked(self, prompts: Sequence[str]) -> list[int]:
-        """Return which prompts have the text of a special token, such as "[PAD]", by index."""
+        """Return the indices of prompts with the text of a special token, such as "[PAD]"."""
         return [index for index, ids in enumerate(self._ids(prompts)) if not self.special.isdisjoint(ids)]
 
     def _ids(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -104,7 +104,7 @@ class PromptTokenizer:
 def load_tokenizer(folder: Path, length: int | None = None) -> PromptTokenizer:
     """Read a tokenizer folder; `length` is L, by default the tokenizer's model_max_length, at most 320.
 
-    The ids are those of transformers' AutoTokenizer. Never touches the network and never runs code of the folder.
+    The ids are those of transformers' AutoTokenizer. Never accesses the network and never runs code from the folder.
     Raises WeightsError if it cannot be read.
     """
     if not folder.is_dir():
@@ -136,13 +136,13 @@ def load_tokenizer(folder: Path, length: int | None = None) -> PromptTokenizer:
     if length < 1:
         raise WeightsError(f"{folder}: prompts cannot be {length} tokens long; give a length of at least 1.")
     tokens = backend.get_added_tokens_decoder().items()
-    unknown = special.get("unk_token")  # also what words outside of the vocabulary become
+    unknown = special.get("unk_token")  # words outside of the vocabulary become this one
     special_ids = frozenset(number for number, token in tokens if token.special and token.content != unknown)
     return PromptTokenizer(backend, length, pad_id, backend.get_vocab_size(with_added_tokens=True), special_ids)
 
 
 def tokenizer_class(folder: Path) -> str:
-    """Return the class that transformers 4 reads a tokenizer folder with; that of transformers 5 is not known there."""
+    """Return the class with which transformers 4 reads a tokenizer folder; it does not know that of transformers 5."""
     name = _optional(folder / "tokenizer_config.json").get("tokenizer_class")
     return name if name and name != "TokenizersBackend" else "PreTrainedTokenizerFast"
 
@@ -153,18 +153,18 @@ def _backend(folder: Path, qwen: bool) -> Tokenizer:
     files = [folder / "vocab.json", folder / "merges.txt"]
     if not qwen or not all(file.is_file() for file in files):
         raise WeightsError(
-            f"{folder}: no tokenizer.json. Download the folder with all its files; a tokenizer that never had one can "
-            "be converted: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers writes it."
+            f"{folder}: no tokenizer.json. Download the folder with all its files; if it never had one, "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers writes it."
         )
-    made = Tokenizer(models.BPE.from_file(str(files[0]), str(files[1])))
-    made.normalizer = normalizers.NFC()
-    made.pre_tokenizer = pre_tokenizers.Sequence(
+    backend = Tokenizer(models.BPE.from_file(str(files[0]), str(files[1])))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    return made
+    return backend
 
 
 def _added(folder: Path, config: Mapping[str, Any], special: Sequence[str]) -> Iterator[AddedToken]:
@@ -185,7 +185,7 @@ def _added(folder: Path, config: Mapping[str, Any], special: Sequence[str]) -> I
 
 
 def _content(token: Any) -> str:
-    """Return the text of a token, which files give as such or with its flags."""
+    """Return the text of a token, which files store as a text or as an object with flags."""
     return str(token["content"] if isinstance(token, dict) else token)
 
 

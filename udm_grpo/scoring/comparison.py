@@ -1,4 +1,4 @@
-"""Two scored folders of pictures, prompt by prompt: what changed, by how much, and how the most changed ones look."""
+"""Compare two scored folders of pictures prompt by prompt: what changed, by how much, and the largest changes."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,23 +15,23 @@ from udm_grpo.scoring.sample_folder import load_picture
 from udm_grpo.scoring.score_summary import CONFIDENCE, columns, groups, interval, spread
 
 MAX_CELL = 256
-"""Pixels of a side; larger pictures are drawn smaller on comparison.png."""
+"""Maximum pixels of a side on comparison.png; larger pictures are scaled down."""
 DRAWING = ("dtype", "steps", "guidance_scale", "guidance_trunc", "height", "width", "text_length", "seed")
-"""Settings of `udm_grpo.sample` that change pictures whatever the weights are."""
+"""Settings of `udm_grpo.sample` that change pictures independently of the weights."""
 
 
 def compare(before: Scored, after: Scored, most: int, resamples: int, seed: int) -> dict[str, Any]:
-    """comparison.json: of the prompts and scorers in both, the values before and after, and the most changed prompts.
+    """Return comparison.json: for prompts and scorers in both, values before and after, and the most changed prompts.
 
-    Prompts are the same if their metadata are. Raises ScoringError if no prompt or scorer is in both, or if scorers of
-    one name are not the same.
+    Prompts are the same if their metadata is. Raises ScoringError if the folders have no prompt or no scorer in common,
+    or if scorers of the same name differ.
     """
     pairs, warnings = _common_prompts(before, after)
     warnings += _other_settings(before.samples, after.samples)
     names = common_scorers(before, after.scorers)
     alone = [name for name in {**before.scorers, **after.scorers} if name not in names]
     if alone:
-        warnings.append(f"{len(alone)} scorers are only in one of both and are not compared: {', '.join(alone)}.")
+        warnings.append(f"{len(alone)} scorers are in one of the folders only and not compared: {', '.join(alone)}.")
     return {
         "before": str(before.samples),
         "after": str(after.samples),
@@ -45,32 +45,32 @@ def compare(before: Scored, after: Scored, most: int, resamples: int, seed: int)
 
 
 def _other_settings(before: Path, after: Path) -> list[str]:
-    """Return a warning of the settings with which `udm_grpo.sample` drew the two folders differently, if it did."""
+    """Return a warning about settings of `udm_grpo.sample` that differ between the folders, if any do."""
     old, new = _drawn_with(before), _drawn_with(after)
     differing = [name for name in DRAWING if name in old and name in new and old[name] != new[name]]
     if not differing:
         return []
     listed = ", ".join(f"{name} {old[name]} before and {new[name]} after" for name in differing)
-    return [f"the pictures were drawn with other settings, so the difference is not of the weights alone: {listed}."]
+    return [f"the pictures were drawn with different settings, so not only the weights differ: {listed}."]
 
 
 def _drawn_with(samples: Path) -> dict[str, Any]:
-    """Return settings.json of a folder of pictures; empty for one of other origin."""
+    """Return settings.json of a folder of pictures; empty if `udm_grpo.sample` did not draw it."""
     try:
-        found = json.loads((samples / "settings.json").read_text(encoding="utf-8"))
+        settings = json.loads((samples / "settings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _common_prompts(before: Scored, after: Scored) -> tuple[list[tuple[int, int]], list[str]]:
-    """Return the numbers, before and after, of the prompts that have pictures in both; warnings of the others."""
+    """Return (number before, number after) of the prompts with pictures in both, and warnings about the others."""
     first, second = _by_metadata(before), _by_metadata(after)
     pairs = [(number, second[key]) for key, number in first.items() if key in second]
     if not pairs:
-        raise ScoringError(f"{before.samples} and {after.samples} have no prompt in common; compare others.")
+        raise ScoringError(f"{before.samples} and {after.samples} have no prompt in common; compare other folders.")
     warnings = [
-        f"{len(mine) - len(pairs)} of {len(mine)} prompts of {folder.samples} are not in the other and are left out."
+        f"{len(mine) - len(pairs)} of {len(mine)} prompts of {folder.samples} are not in the other folder and left out."
         for folder, mine in ((before, first), (after, second))
         if len(mine) > len(pairs)
     ]
@@ -78,26 +78,26 @@ def _common_prompts(before: Scored, after: Scored) -> tuple[list[tuple[int, int]
 
 
 def _by_metadata(scored: Scored) -> dict[tuple[str, int], int]:
-    """Return the number of every prompt that has pictures; the key is its metadata and which of the same ones it is."""
-    found: dict[tuple[str, int], int] = {}
+    """Return the number of every prompt with pictures, by (metadata, count of equal metadata so far)."""
+    numbers: dict[tuple[str, int], int] = {}
     times: dict[str, int] = {}
     for number in sorted({mark.prompt for mark in scored.marks}):
         key = json.dumps(scored.prompts[number], sort_keys=True)
         times[key] = times.get(key, 0) + 1
-        found[key, times[key]] = number
-    return found
+        numbers[key, times[key]] = number
+    return numbers
 
 
 def common_scorers(before: Scored, scorers: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the names of the scorers, {name: {"scorer", "options"}}, that have made `before` too.
+    """Return the names of the scorers, {name: {"scorer", "options"}}, that also scored `before`.
 
-    Raises ScoringError if there is none, or if one of the same name was another or had other options.
+    Raises ScoringError if there are none, or if one of the same name was another scorer or had other options.
     """
     names = [name for name in scorers if name in before.scorers]
     if not names:
         raise ScoringError(
-            f"no scorer is in both: {', '.join(before.scorers)} scored {before.samples} before, and now it is "
-            f"{', '.join(scorers)}; score one of both by the other's too."
+            f"no scorer in common: {', '.join(before.scorers)} scored {before.samples} before, now the scorers are "
+            f"{', '.join(scorers)}; score one folder with the scorers of the other too."
         )
     lines = [
         f"{name}: before {before.scorers[name]}, now {scorers[name]}"
@@ -105,7 +105,7 @@ def common_scorers(before: Scored, scorers: Mapping[str, Mapping[str, Any]]) -> 
         if before.scorers[name] != scorers[name]
     ]
     if lines:
-        heading = "scores of other settings cannot be compared; score one of both again:"
+        heading = "scores with different settings cannot be compared; score one of the folders again:"
         raise ScoringError("\n  ".join([heading, *lines]))
     return names
 
@@ -113,10 +113,13 @@ def common_scorers(before: Scored, scorers: Mapping[str, Mapping[str, Any]]) -> 
 def _compare_scorer(
     before: Scored, after: Scored, pairs: Sequence[tuple[int, int]], name: str, most: int, resamples: int, seed: int
 ) -> dict[str, Any]:
-    """{"values": {value: {mean, overall, tag:NAME: before, after, difference}}, "prompts": counts, "changed": rows}."""
+    """Return {"values": {value: {key: {before, after, difference}}}, "prompts": counts, "changed": rows}.
+
+    The keys are "mean", "overall" and "tag:NAME".
+    """
     first = columns(before, name, [pair[0] for pair in pairs])
     second = columns(after, name, [pair[1] for pair in pairs])
-    # The same seed and tags draw the same prompts for both.
+    # The same seed and tags resample the same prompts for both.
     left, right = spread(first, resamples, seed), spread(second, resamples, seed)
     tags = groups(first.tags)
     prompts = {"mean": len(pairs), "overall": max(len(rows) for rows in tags.values())}
@@ -169,17 +172,18 @@ def _changed(
 
 
 def draw_changed(comparison: Mapping[str, Any], output: Path) -> dict[str, str]:
-    """Draw every scorer's most changed prompts; returns the file by the scorer's name, for those with any change.
+    """Draw the most changed prompts of every scorer; return {scorer: file} for scorers with any change.
 
-    The first scorer's is comparison.png, another's comparison_NAME.png. Raises ScoringError if pictures are gone.
+    The file of the first scorer is comparison.png, of others comparison_NAME.png. Raises ScoringError if pictures are
+    missing.
     """
     drawn = {}
-    for index, (name, made) in enumerate(comparison["scorers"].items()):
+    for index, (name, scorer) in enumerate(comparison["scorers"].items()):
         file = f"comparison_{name}.png" if index else "comparison.png"
         (output / file).unlink(missing_ok=True)
-        if made["changed"]:
-            old, new = _cells([row["pictures"] for row in made["changed"]])
-            captions = [f"{row['before']:.2f} -> {row['after']:.2f}: {row['prompt']}" for row in made["changed"]]
+        if scorer["changed"]:
+            old, new = _cells([row["pictures"] for row in scorer["changed"]])
+            captions = [f"{row['before']:.2f} -> {row['after']:.2f}: {row['prompt']}" for row in scorer["changed"]]
             before_after(old, new, captions, output / file)
             drawn[name] = file
     return drawn
@@ -191,7 +195,7 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> tuple[UInt8[np.ndarray, "B H W 
     try:
         pictures = [Image.fromarray(load_picture(file)) for file in files]
     except OSError as error:
-        raise ScoringError(f"a picture that is to be shown cannot be read any more: {error}") from error
+        raise ScoringError(f"a picture to be shown can no longer be read: {error}") from error
     frame = (max(picture.width for picture in pictures), max(picture.height for picture in pictures))
     scale = min(1.0, MAX_CELL / max(frame))
     frame = (max(1, round(frame[0] * scale)), max(1, round(frame[1] * scale)))

@@ -1,7 +1,7 @@
-"""The finished part of an evaluation, kept when the run is stopped inside of it, so that it continues there.
+"""The finished part of an evaluation, saved if the run is stopped during it, so that the evaluation can be resumed.
 
-One .npz file an evaluation: the scores of its first images in their order, the best and the worst of those, and what
-makes the part one of this evaluation (the run's fingerprint, the iteration, the number of steps and of images).
+One .npz file per evaluation: the scores of its first images in order, the best and the worst of those, and what
+identifies the evaluation (the run's fingerprint, the iteration, the number of steps and of images).
 """
 
 import io
@@ -24,7 +24,7 @@ FOLDER = "evaluation_parts"
 
 @dataclass(frozen=True)
 class Part:
-    """What is known of the first images of an evaluation."""
+    """Results of the first images of an evaluation."""
 
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     """f32[done] of the score and of each raw value, by name; empty if nothing is done."""
@@ -33,12 +33,12 @@ class Part:
 
     @property
     def done(self) -> int:
-        """Images that are scored."""
+        """Number of scored images."""
         return len(next(iter(self.columns.values()), ()))
 
 
 def write_part(file: Path, identity: Mapping[str, Any], part: Part) -> None:
-    """Write a part, all of it or nothing."""
+    """Write a part atomically."""
     arrays: dict[str, Any] = {f"column/{name}": values for name, values in part.columns.items()}
     head: dict[str, Any] = {"identity": _plain(identity)}
     for kind, judged in (("best", part.best), ("worst", part.worst)):
@@ -50,7 +50,7 @@ def write_part(file: Path, identity: Mapping[str, Any], part: Part) -> None:
 
 
 def read_part(file: Path, identity: Mapping[str, Any]) -> Part:
-    """Return what is known; nothing if the file is missing, damaged or of another evaluation."""
+    """Return the saved part; an empty one if the file is missing, damaged or of another evaluation."""
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             head = json.loads(arrays["head"].tobytes())
@@ -67,12 +67,12 @@ def read_part(file: Path, identity: Mapping[str, Any]) -> Part:
 
 
 def remove_parts(output: Path) -> None:
-    """Remove all parts of a run: it has ended, or begins anew."""
+    """Remove all parts of a run that has ended or starts over."""
     shutil.rmtree(output / FOLDER, ignore_errors=True)
 
 
 def part_file(output: Path, step: int, steps: int) -> Path:
-    """Return the file of the evaluation after `step` iterations in `steps` denoising steps."""
+    """Return the file of the evaluation after `step` iterations with `steps` denoising steps."""
     return output / FOLDER / f"{step:06d}-{steps}.npz"
 
 

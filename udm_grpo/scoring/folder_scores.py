@@ -1,12 +1,12 @@
-"""Scores of a folder of pictures, written down as they come, so that scoring continues where it stopped.
+"""Score a folder of pictures; scores are written as they arrive, so that scoring continues where it stopped.
 
-In the folder of scores: settings.json (what decides them), prompts.jsonl (each prompt's metadata by its number) and
-scores.jsonl, a line a picture and scorer:
+The folder of scores has settings.json (what determines them), prompts.jsonl (each prompt's metadata by its number) and
+scores.jsonl, a line per picture and scorer:
 
     {"image", "prompt", "picture", "scorer", "score", "raw", "reasons", "details"}
 
 image: path in the folder of pictures. prompt: number. picture: its digest (sample_folder.Picture). details: what the
-scorer saw, JSON as a text, "" if it does not say.
+scorer saw, as a JSON text, or "" if it does not report that.
 """
 
 import collections
@@ -35,16 +35,16 @@ from udm_grpo.scoring.sample_folder import MAX_SHOWN, Picture, SampleFolder, loa
 from udm_grpo.scoring.scorer_notes import notes_of_prompts
 
 MAX_BATCH = 2**28
-"""Bytes of pixels that are sent together at most."""
+"""Maximum bytes of pixels that are sent together."""
 
 
 class ScoringError(UserError, ValueError):
-    """Pictures that cannot be scored as asked; the message says what to change."""
+    """Pictures that cannot be scored as requested; the message says what to change."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What one scorer says of one picture: a line of scores.jsonl."""
+    """The result of one scorer for one picture: a line of scores.jsonl."""
 
     image: str
     prompt: int
@@ -58,7 +58,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Scored:
-    """All marks of a folder of pictures; scorers: {name: {"scorer", "options"}}, what they were made by."""
+    """All marks of a folder of pictures; scorers: {name: {"scorer", "options"}}, which gave them."""
 
     samples: Path
     scorers: dict[str, dict[str, Any]]
@@ -73,12 +73,12 @@ def score_folder(
     batch: int,
     warn: Callable[[Sequence[str]], None],
 ) -> tuple[Scored, list[str]]:
-    """Score every picture by every scorer, at most `batch` at a time; returns all marks in order, and warnings.
+    """Score every picture with every scorer, at most `batch` at a time; return all marks in order, and warnings.
 
-    warn: is called with the same warnings before anything is scored.
+    warn: called with the same warnings before anything is scored.
 
-    Raises ScoringError for an output of something else or of other settings, for pictures that have changed since
-    they were scored, and for prompts that a scorer cannot judge (all of them); BridgeError as the scorers fail.
+    Raises ScoringError for an output folder with other contents or settings, for pictures that have changed since they
+    were scored, and for prompts that a scorer cannot judge (naming all); BridgeError if a scorer fails.
     """
     settings = made_by(scorers)
     marks, warnings = _open_output(output, settings, folder)
@@ -89,7 +89,7 @@ def score_folder(
     with contextlib.ExitStack() as stack:
         clients: dict[str, Composition] = {}
         if todo:
-            needed = {name: given for name, given in scorers.items() if any(name in names for names, _ in todo)}
+            needed = {name: config for name, config in scorers.items() if any(name in names for names, _ in todo)}
             clients = _open_scorers(needed, output / "kept_images", stack)
             _check_prompts(clients, folder.prompts)
             _try_out(clients, folder)
@@ -99,46 +99,46 @@ def score_folder(
             file = stack.enter_context((output / "scores.jsonl").open("a", encoding="utf-8"))
             total = len(folder.pictures) * len(scorers)
             bar = stack.enter_context(progress_bar(total, "scoring", "score", len(marks)))
-            places = (max(given.replicas, len(given.addresses), len(given.devices)) for given in scorers.values())
+            places = (max(config.replicas, len(config.addresses), len(config.devices)) for config in scorers.values())
             waiting = 2 * max(places) + 1
-            for made in _score_parts(folder, clients, todo, waiting):
-                _write(file, made)
-                marks.update({(mark.image, mark.scorer): mark for mark in made})
-                bar.update(len(made))
+            for new_marks in _score_parts(folder, clients, todo, waiting):
+                _write(file, new_marks)
+                marks.update({(mark.image, mark.scorer): mark for mark in new_marks})
+                bar.update(len(new_marks))
     ordered = [marks[picture.path, name] for name in scorers for picture in folder.pictures]
     return Scored(folder.root, settings, folder.prompts, ordered), warnings
 
 
 def made_by(scorers: Mapping[str, ScorerConfig]) -> dict[str, dict[str, Any]]:
-    """{name: {"scorer", "options"}}: of a configuration, what decides its scores, without secrets."""
+    """Return {name: {"scorer", "options"}}, which determines the scores of a configuration, without secrets."""
     return {
-        name: {"scorer": given.scorer or name, "options": redacted_values(given.options)}
-        for name, given in scorers.items()
+        name: {"scorer": config.scorer or name, "options": redacted_values(config.options)}
+        for name, config in scorers.items()
     }
 
 
 def load_scored(output: Path) -> Scored:
     """Return the scores that an earlier call has completed in a folder.
 
-    Raises ScoringError if there are none, or damaged.
+    Raises ScoringError if they are incomplete or damaged.
     """
     for name in ("settings.json", "prompts.jsonl", "scores.jsonl", "summary.json"):
         if not (output / name).is_file():
-            raise ScoringError(f"{output} has no {name}, so nothing was scored there to the end; score it first.")
+            raise ScoringError(f"{output} has no {name}, so its scores are incomplete; finish scoring it first.")
     settings = _read_settings(output)
     try:
         lines = [json.loads(line) for line in (output / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
         prompts = {int(line["prompt"]): dict(line["metadata"]) for line in lines}
     except (ValueError, KeyError, TypeError) as error:
-        raise ScoringError(f"{output / 'prompts.jsonl'} is damaged ({error!r}); run its scoring again.") from error
+        raise ScoringError(f"{output / 'prompts.jsonl'} is damaged ({error!r}); score it again.") from error
     marks, damaged = _read_marks(output / "scores.jsonl")
     if damaged:
-        raise ScoringError(f"{output / 'scores.jsonl'} has {damaged} damaged lines; run its scoring again.")
+        raise ScoringError(f"{output / 'scores.jsonl'} has {damaged} damaged lines; score it again.")
     return Scored(Path(settings["samples"]), settings["scorers"], prompts, list(marks.values()))
 
 
 def is_scored(folder: Path) -> bool:
-    """Whether a folder is one of scores (rather than of pictures)."""
+    """Return whether a folder has scores (rather than pictures)."""
     return (folder / "scores.jsonl").is_file()
 
 
@@ -149,14 +149,14 @@ def _read_settings(output: Path) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise ScoringError(f"{file} is damaged ({error}); give another folder.") from error
     if not isinstance(settings.get("scorers"), dict) or not isinstance(settings.get("samples"), str):
-        raise ScoringError(f"{file} is not of scores; give an empty or new folder for the scores.")
+        raise ScoringError(f"{file} does not belong to scores; give an empty or new folder for the scores.")
     return settings
 
 
 def _open_output(
     output: Path, scorers: dict[str, dict[str, Any]], folder: SampleFolder
 ) -> tuple[dict[tuple[str, str], Mark], list[str]]:
-    """Make the folder, or check that it is one to continue with: what is scored there, and warnings."""
+    """Create the folder, or check that scoring can continue in it; return the marks in it, and warnings."""
     marks: dict[tuple[str, str], Mark] = {}
     warnings = []
     if (output / "settings.json").exists():
@@ -168,13 +168,13 @@ def _open_output(
                 warnings.append(f"{damaged} lines of {file} were damaged; their pictures are scored again.")
             _compare_pictures(output, marks, folder)
             replace_file(file, partial(_write_all, marks=list(marks.values())))
-    # What starts with a dot is what a kill leaves of a file that was being written.
+    # Names that start with a dot are leftovers of files that were being written when a process was killed.
     elif output.exists() and any(not entry.name.startswith(".") for entry in output.iterdir()):
-        raise ScoringError(f"{output} holds something, but no settings.json; give an empty or new folder as --output.")
+        raise ScoringError(f"{output} is not empty and has no settings.json; give an empty or new folder as --output.")
     else:
         write_json(output / "settings.json", {"samples": str(folder.root), "scorers": scorers})
     remove_unfinished(output)
-    (output / "summary.json").unlink(missing_ok=True)  # it stands for scores that are complete
+    (output / "summary.json").unlink(missing_ok=True)  # it marks complete scores
     return marks, warnings
 
 
@@ -187,8 +187,8 @@ def _compare_settings(output: Path, there: dict[str, Any], now: dict[str, Any]) 
             if name in there and (before := _shown(there[name].get(key))) != value:
                 lines.append(f"{key} of {name}: there {before!r}, now {value!r}")
     if lines:
-        lines.append("Set these back to continue there, or give another folder as --output.")
-        raise ScoringError("\n  ".join([f"{output} holds scores of other settings:", *lines]))
+        lines.append("Restore these to continue there, or give another folder as --output.")
+        raise ScoringError("\n  ".join([f"{output} has scores with different settings:", *lines]))
 
 
 def _shown(value: Any) -> Any:
@@ -203,8 +203,8 @@ def _compare_pictures(output: Path, marks: Mapping[tuple[str, str], Mark], folde
         raise ScoringError(
             "\n  ".join(
                 [
-                    f"{output} holds scores of {len(changed)} pictures that are gone, or are others, or have another "
-                    f"prompt in {folder.root} now; give another folder as --output:",
+                    f"{output} has scores of {len(changed)} pictures that were removed or changed in {folder.root}, or "
+                    "have another prompt now; give another folder as --output:",
                     *shown,
                 ]
             )
@@ -212,9 +212,9 @@ def _compare_pictures(output: Path, marks: Mapping[tuple[str, str], Mark], folde
 
 
 def _read_marks(file: Path) -> tuple[dict[tuple[str, str], Mark], int]:
-    """Return the marks of scores.jsonl by picture and scorer, and how many lines are damaged.
+    """Return the marks of scores.jsonl by picture and scorer, and the number of damaged lines.
 
-    A torn last line is none.
+    An incomplete last line does not count.
     """
     marks, damaged = {}, 0
     for line in file.read_bytes().split(b"\n")[:-1]:
@@ -243,7 +243,7 @@ def _write(file: TextIO, marks: Sequence[Mark]) -> None:
 def _parts(
     folder: SampleFolder, scorers: Mapping[str, ScorerConfig], marks: Mapping[tuple[str, str], Mark], batch: int
 ) -> list[tuple[tuple[str, ...], list[Picture]]]:
-    """Which scorers are to score which pictures together; those are of one size."""
+    """Return which scorers have to score which pictures together; the pictures of a part have the same size."""
     alike: dict[tuple[tuple[str, ...], tuple[int, int]], list[Picture]] = {}
     for picture in folder.pictures:
         lacking = tuple(name for name in scorers if (picture.path, name) not in marks)
@@ -259,11 +259,11 @@ def _parts(
 def _open_scorers(
     scorers: Mapping[str, ScorerConfig], kept_images: Path, stack: contextlib.ExitStack
 ) -> dict[str, Composition]:
-    """Every scorer, loaded; all at once, since loading takes long."""
+    """Load every scorer, all at the same time because loading is slow."""
     with ThreadPoolExecutor(len(scorers)) as pool:
         opening = {
-            name: pool.submit(connect, RewardsConfig({name: replace(given, weight=1.0)}), kept_images)
-            for name, given in scorers.items()
+            name: pool.submit(connect, RewardsConfig({name: replace(config, weight=1.0)}), kept_images)
+            for name, config in scorers.items()
         }
     failed = [error for future in opening.values() if (error := future.exception()) is not None]
     clients = {
@@ -276,7 +276,7 @@ def _open_scorers(
 
 
 def _check_prompts(clients: Mapping[str, Composition], prompts: Mapping[int, Mapping[str, Any]]) -> None:
-    """Raise ScoringError naming every prompt that a scorer cannot judge."""
+    """Raise ScoringError that names every prompt that a scorer cannot judge."""
     numbers, metadata = list(prompts), [dict(entry) for entry in prompts.values()]
     texts = [entry["prompt"] for entry in metadata]
     problems = [
@@ -290,7 +290,7 @@ def _check_prompts(clients: Mapping[str, Composition], prompts: Mapping[int, Map
 
 
 def _try_out(clients: Mapping[str, Composition], folder: SampleFolder) -> None:
-    """Have scorers of the user's own judge test images of the first picture's size and prompt."""
+    """Let custom scorers judge test images with the size and prompt of the first picture."""
     width, height = folder.pictures[0].size
     metadata = dict(folder.prompts[folder.pictures[0].prompt])
     for client in clients.values():
@@ -303,9 +303,9 @@ def _score_parts(
     parts: Sequence[tuple[tuple[str, ...], list[Picture]]],
     waiting: int,
 ) -> Iterator[list[Mark]]:
-    """Yield the marks of every part and scorer; at most `waiting` parts are at the scorers at a time.
+    """Yield the marks of every part and scorer; at most `waiting` parts are being scored at a time.
 
-    If a scorer fails, what the others had already scored is given before its error is raised.
+    If a scorer fails, what the others have already scored is yielded before its error is raised.
     """
     queue: collections.deque[tuple[str, list[Picture], Future[Scores]]] = collections.deque()
     most = waiting * len(clients)
@@ -321,7 +321,7 @@ def _score_parts(
 
 
 def _take(queue: "collections.deque[tuple[str, list[Picture], Future[Scores]]]") -> Iterator[list[Mark]]:
-    """Yield the marks that have waited longest; if they failed, all that are there, and then the error."""
+    """Yield the oldest marks; if they failed, yield all finished marks and raise the error."""
     name, pictures, ticket = queue.popleft()
     error = ticket.exception()
     if error is None:

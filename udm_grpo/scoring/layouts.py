@@ -1,10 +1,10 @@
-"""Where the pictures of prompts are in a folder: GenEval's folders, numbered files, or DPG-Bench's grids.
+"""Where the pictures of prompts are in a folder: GenEval's folders, numbered files or DPG-Bench's grids.
 
-    geneval    00000/samples/0000.png    a folder a prompt, a file a picture
-    flat       00000_0.png               a file a picture
-    dpgbench   ID.png                    a file a prompt: its four pictures in a 2 x 2 grid, row by row
+    geneval    00000/samples/0000.png    a folder per prompt, a file per picture
+    flat       00000_0.png               a file per picture
+    dpgbench   ID.png                    a file per prompt: its four pictures in a 2 x 2 grid, row by row
 
-Source of the last: DPG-Bench's evaluation, which cuts each file in four (TencentQQGYLab/ELLA).
+Source of the last: DPG-Bench's evaluation, which cuts each file into four (TencentQQGYLab/ELLA).
 """
 
 import itertools
@@ -21,18 +21,18 @@ from udm_grpo.data.prompt_text import PromptsError
 LAYOUTS = ("geneval", "flat", "dpgbench")
 GRID = "dpgbench"
 QUARTERS = 4
-"""Pictures in a grid; the place of one in it is 0 to 3."""
+"""Pictures in a grid, numbered 0 to 3."""
 MAX_NAME = 200
-"""Characters of a file name without its suffix."""
+"""Maximum characters of a file name without its suffix."""
 MAX_SHOWN = 20
-"""Ids that an error names."""
+"""Maximum number of ids that an error names."""
 
 Place = tuple[Path, int | None]
 """A picture's file, and where in it the picture is: a quarter of a grid, or None for all of it."""
 
 
 def place_of(layout: str, output: Path, names: Sequence[str], prompt: int, image: int) -> Place:
-    """Return where picture `image` of a prompt is; names: those of the prompts' files, for grids alone."""
+    """Return where picture `image` of a prompt is; names: file names of the prompts, used for grids only."""
     if layout == GRID:
         return output / f"{names[prompt]}.png", image
     if layout == "geneval":
@@ -51,14 +51,14 @@ def picture_files(
 
 
 def file_names(layout: str, metadata: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Return the names of the prompts' files where a layout has such; raises as grid_names does."""
+    """Return the file names of the prompts if the layout uses them; raises what `grid_names` raises."""
     return grid_names(metadata) if layout == GRID else ()
 
 
 def grid_names(metadata: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """Return the name of each prompt's grid: its "id", or its number if no prompt has one.
 
-    Raises ValueError for ids that are missing, repeated or no file names, naming them.
+    Raises PromptsError that names the ids that are missing, repeated or not file names.
     """
     if not any("id" in row for row in metadata):
         return tuple(f"{number:05d}" for number in range(len(metadata)))
@@ -70,11 +70,11 @@ def grid_names(metadata: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         if not _is_file_name(names[-1]):
             wrong.append(f"prompt {number} has the id {name!r}")
     repeated = [name for name, count in Counter(name.lower() for name in names if name).items() if count > 1]
-    wrong += [f"the id {name!r} comes more than once" for name in repeated]
+    wrong += [f"the id {name!r} occurs more than once" for name in repeated]
     if wrong:
         shown = "; ".join(wrong[:MAX_SHOWN]) + (f"; and {len(wrong) - MAX_SHOWN} more" if wrong[MAX_SHOWN:] else "")
         raise PromptsError(
-            f"DPG-Bench's files are named by the ids of the prompts, so each needs one that is a file name: {shown}"
+            f"DPG-Bench's files are named by the ids of the prompts, which all have to be file names: {shown}"
         )
     return tuple(names)
 
@@ -91,7 +91,7 @@ def join_grid(pictures: Sequence[UInt8[np.ndarray, "hh ww 3"]]) -> UInt8[np.ndar
 
 
 def cut_grid(grid: UInt8[np.ndarray, "2*hh 2*ww 3"], quarter: int) -> UInt8[np.ndarray, "hh ww 3"]:
-    """Return one of the four pictures of a grid; ValueError for a grid with an odd side."""
+    """Return one of the four pictures of a grid; raises ValueError for a grid with an odd side."""
     if grid.shape[0] % 2 or grid.shape[1] % 2:
         height, width = grid.shape[:2]
         raise ValueError(f"is {width} x {height} pixels; a grid of 2 x 2 pictures has even sides")

@@ -1,4 +1,4 @@
-"""The files of a folder of pictures: which of them hold pictures under other names, and what is in one."""
+"""Files of a folder of pictures: reading one, and finding pictures with other names than expected."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from rewards_bridge.picture_files import DecodedPicture, decode_picture, read_co
 from udm_grpo.scoring.layouts import cut_grid
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
-"""What files are called that hold pictures, in lower case."""
+"""Suffixes of picture files, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Picture:
     """One picture that can be read."""
 
     path: str
-    """In its folder, with forward slashes; of a grid with the quarter, as in ID.png#0."""
+    """Path in its folder, with forward slashes; in a grid with the quarter, as in ID.png#0."""
     prompt: int
     """The number of its prompt."""
     image: int
-    """Which of its prompt's pictures."""
+    """The number of the picture among those of its prompt."""
     size: tuple[int, int]
     """Width and height, pixels."""
     digest: str
@@ -37,7 +37,7 @@ class Picture:
 def load_picture(path: Path) -> UInt8[np.ndarray, "H W 3"]:
     """Return a picture as it is scored (picture_files.decode_picture); raises PictureError.
 
-    Of a grid, FILE.png#0 to FILE.png#3 is one of its four pictures.
+    FILE.png#0 to FILE.png#3 are the four pictures of a grid.
     """
     file, quarter = _file_of(str(path))
     return _part(_decoded(read_content(file), quarter), quarter)
@@ -50,7 +50,7 @@ def examine(root: Path, path: str, prompt: int, image: int, metadata: Mapping[st
         content = read_content(root / file)
         decoded = _decoded(content, quarter)
         height, width = _part(decoded, quarter).shape[:2]
-    except ValueError as error:  # PictureError; cut_grid of a grid with odd sides
+    except ValueError as error:  # PictureError, or cut_grid for a grid with odd sides
         return f"{root / path}: {error}"
     suffix = b"" if quarter is None else bytes([quarter])
     digest = hashlib.sha256(content + suffix + json.dumps(metadata, sort_keys=True).encode()).hexdigest()
@@ -58,18 +58,18 @@ def examine(root: Path, path: str, prompt: int, image: int, metadata: Mapping[st
 
 
 def pictures_by_suffix(entries: Iterable[Path]) -> list[str]:
-    """Return the files among these that are called like pictures, whatever their numbers."""
+    """Return the files among `entries` with the suffix of a picture, whatever their names."""
     named = (entry for entry in entries if entry.suffix.lower() in SUFFIXES and not entry.name.startswith("."))
     return sorted(str(entry) for entry in named if entry.is_file())
 
 
 def pictures_beside(folder: Path) -> list[str]:
-    """Return the files called like pictures in the folder of a prompt and in its folders, all but its samples/."""
-    found = pictures_by_suffix(folder.iterdir())
+    """Return the files with the suffix of a picture in a prompt's folder and its subfolders, except samples/."""
+    paths = pictures_by_suffix(folder.iterdir())
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and entry.name != "samples":
-            found += pictures_by_suffix(entry.iterdir())
-    return found
+            paths += pictures_by_suffix(entry.iterdir())
+    return paths
 
 
 def _file_of(path: str) -> tuple[str, int | None]:

@@ -1,4 +1,4 @@
-"""What decides the pictures of a samples folder, and whether one continues with the same."""
+"""Settings that determine the pictures of a folder, and the check that drawing continues with the same ones."""
 
 import hashlib
 import json
@@ -17,17 +17,17 @@ from udm_grpo.released.weights import ReleasedModel
 from udm_grpo.reporting.metrics import write_json
 
 NEW_SETTINGS = {"negative_prompt": ""}
-"""What settings.json of an earlier version does not say, and drew with."""
+"""Settings that settings.json of an earlier version lacks, with the values that it used."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides the pictures of a folder; settings.json holds it, and a folder continues only with the same.
+    """Everything that determines the pictures of a folder, as in settings.json; drawing continues only with the same.
 
-    weights: SHA-256 of the checkpoint. prompts: SHA-256 of the prompts and their metadata. steps: T. guidance_scale: g,
-    1 is CFG-free. guidance_trunc: guidance acts while t_k is below it. height, width: pixels. text_length: L, tokens.
-    dtype: of the transformer; pictures are decoded in float32, as in training. negative_prompt: what guidance contrasts
-    with; "" is the empty prompt.
+    weights: SHA-256 of the model. prompts: SHA-256 of the prompts and their metadata. steps: T. guidance_scale: g,
+    1 is CFG-free. guidance_trunc: guidance applies while t_k is below it. height, width: pixels. text_length: L in
+    tokens. dtype: of the transformer; pictures are decoded in float32, as in training. negative_prompt: what guidance
+    contrasts with; "" is the empty prompt.
     """
 
     weights: str
@@ -45,19 +45,19 @@ class Settings:
     negative_prompt: str = ""
 
 
-def digest_of(checkpoint: ReleasedModel) -> str:
-    """SHA-256 of all that a checkpoint draws with: the same for a run's checkpoint and its export."""
-    digest = hashlib.sha256(repr(sorted(checkpoint.files.items())).encode())
-    for leaf in jax.tree.leaves([checkpoint.transformer, checkpoint.vq, checkpoint.path_codebook]):
+def digest_of(released: ReleasedModel) -> str:
+    """Return the SHA-256 of all that a model draws with: the same for a run's checkpoint and its export."""
+    digest = hashlib.sha256(repr(sorted(released.files.items())).encode())
+    for leaf in jax.tree.leaves([released.transformer, released.vq, released.path_codebook]):
         digest.update(f"{leaf.dtype}{leaf.shape}".encode())
         digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
 def open_output(settings: Settings, source: dict[str, Any], prompts: PromptSet, output: Path) -> None:
-    """Make the folder, or check that it is one to continue with, and write all in it but pictures.
+    """Create the folder, or check that drawing can continue in it, and write everything in it but the pictures.
 
-    Raises SamplingError for a folder of other settings (naming each) and for one that something else has filled.
+    Raises SamplingError for a folder with different settings (naming each) or with other contents.
     """
     file = output / "settings.json"
     if file.exists():
@@ -69,11 +69,11 @@ def open_output(settings: Settings, source: dict[str, Any], prompts: PromptSet, 
             if there.get(name, NEW_SETTINGS.get(name)) != now[name]
         ]
         if lines:
-            lines.append("Set these back to continue there, or give another folder as --output.")
-            raise SamplingError("\n  ".join([f"{output} holds pictures of other settings:", *lines]))
-    # What starts with a dot is what a kill leaves of a file that was being written.
+            lines.append("Restore these to continue there, or give another folder as --output.")
+            raise SamplingError("\n  ".join([f"{output} has pictures with different settings:", *lines]))
+    # Names that start with a dot are leftovers of files that were being written when a process was killed.
     elif output.exists() and any(not entry.name.startswith(".") for entry in output.iterdir()):
-        raise SamplingError(f"{output} holds something, but no settings.json; give an empty or new folder as --output.")
+        raise SamplingError(f"{output} is not empty and has no settings.json; give an empty or new folder as --output.")
     else:
         write_json(file, {**asdict(settings), "source": source})
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in prompts.metadata]

@@ -1,7 +1,7 @@
-"""What scores of a folder add up to: means with bootstrap intervals, GenEval's table, and its own results file.
+"""Summary of the scores of a folder: means with bootstrap intervals, GenEval's table, and its results file.
 
-Every mean is over pictures, as GenEval's is. An interval is the middle 95 % of that mean over resamples of the prompts,
-each with all its pictures: pictures of one prompt are alike, so resampling them would promise too much.
+Every mean is over pictures, as in GenEval. An interval is the middle 95 % of that mean over resamples of the prompts,
+each with all its pictures: pictures of one prompt are alike, so intervals from resampled pictures would be too narrow.
 
 Source: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapters 8 and 13 (percentile intervals); Ghosh et
 al. 2023, "GenEval" (overall = mean of the tasks' accuracies).
@@ -22,37 +22,37 @@ from udm_grpo.files.atomic import replace_file
 from udm_grpo.scoring.folder_scores import Scored
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-"""GenEval's, in its order."""
+"""GenEval's tasks, in its order."""
 RULE = ("official", "strict", "soft")
 """Raw values of a scorer that judges by GenEval's rule."""
 CONFIDENCE = 0.95
-_CHUNK = 2**22  # resampled prompts at a time
+_CHUNK = 2**22  # prompts that are resampled at a time
 
 
 @dataclass(frozen=True)
 class Columns:
-    """One scorer's marks as a table of prompts by values; marks of a prompt are summed, and counted."""
+    """One scorer's marks as a table of prompts by values; the marks of a prompt are summed and counted."""
 
     names: tuple[str, ...]
-    """Of the values: "score", then the raw ones."""
+    """Names of the values: "score", then the raw ones."""
     prompts: tuple[int, ...]
     tags: tuple[str, ...]
     sums: np.ndarray
     """f64[P, M]."""
     counts: np.ndarray
-    """f64[P], pictures."""
+    """f64[P], numbers of pictures."""
 
 
-def columns(scored: Scored, scorer: str, wanted: Sequence[int] | None = None) -> Columns:
-    """Return the marks of one scorer by prompt, of the wanted prompts in that order (None: all).
+def columns(scored: Scored, scorer: str, numbers: Sequence[int] | None = None) -> Columns:
+    """Return the marks of one scorer by prompt; numbers: the prompts, in the order to return them (None: all).
 
-    Raw values that some pictures lack are left out, and one named "score" is "raw/score".
+    Raw values that some pictures lack are left out, and one named "score" becomes "raw/score".
     """
-    among = set(scored.prompts if wanted is None else wanted)
+    among = set(scored.prompts if numbers is None else numbers)
     marks = [mark for mark in scored.marks if mark.scorer == scorer and mark.prompt in among]
     raw = [apart(mark.raw, ("score",)) for mark in marks]
     names = ("score", *(name for name in raw[0] if all(name in values for values in raw)))
-    prompts = tuple(dict.fromkeys(mark.prompt for mark in marks)) if wanted is None else tuple(wanted)
+    prompts = tuple(dict.fromkeys(mark.prompt for mark in marks)) if numbers is None else tuple(numbers)
     row = {prompt: index for index, prompt in enumerate(prompts)}
     sums, counts = np.zeros((len(prompts), len(names))), np.zeros(len(prompts))
     for mark, values in zip(marks, raw, strict=True):
@@ -64,13 +64,13 @@ def columns(scored: Scored, scorer: str, wanted: Sequence[int] | None = None) ->
 def bootstrap(
     sums: Float[np.ndarray, "P M"], counts: Float[np.ndarray, " P"], resamples: int, seed: Sequence[int]
 ) -> Float[np.ndarray, "R M"]:
-    """Return the means over pictures in R resamples of the P prompts; the same seed and P, the same prompts."""
+    """Return the means over pictures in R resamples of the P prompts, which the seed and P determine."""
     rng = np.random.default_rng(seed)
     size = len(counts)
     means = []
     for start in range(0, resamples, step := max(1, _CHUNK // size)):
         draws = rng.integers(size, size=(min(step, resamples - start), size))
-        drawn = np.stack([np.bincount(row, minlength=size) for row in draws]).astype(float)  # times each is drawn
+        drawn = np.stack([np.bincount(row, minlength=size) for row in draws]).astype(float)  # how often each is drawn
         means.append((drawn @ sums) / (drawn @ counts)[:, None])
     return np.concatenate(means)
 
@@ -82,20 +82,20 @@ def groups(tags: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def spread(table: Columns, resamples: int, seed: int) -> dict[str, np.ndarray]:
-    """Row 0 the means f64[M], then those of R resamples, of "mean", "overall" and "tag:NAME": f64[1 + R, M].
+    """Return f64[1 + R, M] for "mean", "overall" and "tag:NAME": the means in row 0, then those of R resamples.
 
-    "overall" is the mean of the tags' means, each tag resampled by itself; only "mean" is there for a single tag.
+    "overall" is the mean of the tags' means, each tag resampled by itself; with a single tag there is only "mean".
     """
-    found = {"mean": _spread(table.sums, table.counts, resamples, (seed, 0))}
+    means = {"mean": _spread(table.sums, table.counts, resamples, (seed, 0))}
     rows = groups(table.tags)
     if len(rows) > 1:
         parts = {
             tag: _spread(table.sums[at], table.counts[at], resamples, (seed, 1 + number))
             for number, (tag, at) in enumerate(rows.items())
         }
-        found["overall"] = np.mean(list(parts.values()), axis=0)
-        found.update({f"tag:{tag}": values for tag, values in parts.items()})
-    return found
+        means["overall"] = np.mean(list(parts.values()), axis=0)
+        means.update({f"tag:{tag}": values for tag, values in parts.items()})
+    return means
 
 
 def _spread(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: Sequence[int]) -> np.ndarray:
@@ -104,21 +104,21 @@ def _spread(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: Sequence
 
 
 def interval(values: Float[np.ndarray, " n"], prompts: int) -> dict[str, Any]:
-    """{"value", "low", "high"} of a value and its resamples; one prompt says nothing of how prompts differ: null."""
+    """Return {"value", "low", "high"} of a value and its resamples; low and high are None for a single prompt."""
     if prompts < 2:
         return {"value": float(values[0]), "low": None, "high": None}
     low, high = np.quantile(values[1:], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return {"value": float(values[0]), "low": float(low), "high": float(high)}
 
 
-def by_value(table: Columns, found: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """{value: {"mean", "overall"?, "tags"?: {tag: ...}}}, each an interval with its "prompts" and "images".
+def by_value(table: Columns, means: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Return {value: {"mean", "overall"?, "tags"?: {tag: ...}}}, each an interval with its "prompts" and "images".
 
     A tag of a single prompt adds nothing to the interval of "overall".
     """
     size = {"mean": slice(None), "overall": slice(None)} | {f"tag:{tag}": at for tag, at in groups(table.tags).items()}
     result: dict[str, dict[str, Any]] = {name: {} for name in table.names}
-    for key, values in found.items():
+    for key, values in means.items():
         counts = table.counts[size[key]]
         for column, name in enumerate(table.names):
             most = len(counts) if key != "overall" else max(len(at) for at in groups(table.tags).values())
@@ -129,13 +129,13 @@ def by_value(table: Columns, found: Mapping[str, np.ndarray]) -> dict[str, dict[
 
 
 def summarize(scored: Scored, warnings: Sequence[str], resamples: int, seed: int) -> dict[str, Any]:
-    """summary.json: every scorer's values with intervals, how many pictures of how many prompts, and the warnings."""
+    """Return summary.json: every scorer's values with intervals, the numbers of pictures and prompts, and warnings."""
     pictures = {mark.image: mark.prompt for mark in scored.marks}
     of_prompt = Counter(pictures.values())
     scorers, warned = {}, list(warnings)
-    for name, made in scored.scorers.items():
+    for name, scorer in scored.scorers.items():
         table = columns(scored, name)
-        scorers[name] = {**made, "values": by_value(table, spread(table, resamples, seed))}
+        scorers[name] = {**scorer, "values": by_value(table, spread(table, resamples, seed))}
         warned += _left_out(scored, name)
         if "official" in table.names:
             scorers[name]["correct_prompts"] = _correct_prompts(scored, name)
@@ -159,7 +159,7 @@ def _left_out(scored: Scored, scorer: str) -> list[str]:
     times = Counter(name for mark in marks for name in mark.raw)
     return [
         f"{scorer}: {len(marks) - count} of {len(marks)} pictures have no raw value {name!r}, which is left out here; "
-        "scores.jsonl has the others'."
+        "scores.jsonl has those of the others."
         for name, count in times.items()
         if count < len(marks)
     ]
@@ -168,7 +168,7 @@ def _left_out(scored: Scored, scorer: str) -> list[str]:
 def _correct_prompts(scored: Scored, scorer: str) -> float:
     """Return the share of prompts with at least one picture that is right by the official rule.
 
-    The same metadata are one.
+    Prompts with the same metadata count as one.
     """
     right: dict[str, bool] = {}
     for mark in scored.marks:
@@ -183,13 +183,13 @@ def _lacking_tasks(scorer: str, tags: Sequence[str]) -> list[str]:
     if set(tags) == set(TASKS):
         return []
     lacking = ", ".join(task for task in TASKS if task not in tags) or "none"
-    return [f"{scorer}: overall is the mean over {', '.join(groups(tags))}; of GenEval's tasks there lack: {lacking}."]
+    return [f"{scorer}: overall is the mean over {', '.join(groups(tags))}; missing tasks of GenEval: {lacking}."]
 
 
 def official_lines(scored: Scored, scorer: str) -> list[dict[str, Any]]:
-    """Return the pictures as GenEval's evaluate_images.py writes them, a line each, for its summary_scores.py.
+    """Return one line per picture as GenEval's evaluate_images.py writes it, for its summary_scores.py.
 
-    A scorer without details of its own has its reasons there, and no boxes.
+    For a scorer without details, the lines have its reasons and no boxes.
     """
     lines = []
     for mark in scored.marks:
@@ -211,7 +211,7 @@ def official_lines(scored: Scored, scorer: str) -> list[dict[str, Any]]:
 
 
 def _seen(details: str) -> dict[str, Any]:
-    """Return what rubric.details says; nothing if a scorer of a user's own says something else there."""
+    """Return the details of rubric.details; empty if a custom scorer has something else there."""
     try:
         seen = json.loads(details or "{}")
     except ValueError:
@@ -220,7 +220,7 @@ def _seen(details: str) -> dict[str, Any]:
 
 
 def write_official(scored: Scored, output: Path) -> list[Path]:
-    """Write results.jsonl for the scorer that judges by GenEval's rule; results_NAME.jsonl each for several of them."""
+    """Write results.jsonl for the scorer that judges by GenEval's rule; for several, one results_NAME.jsonl each."""
     judges = [name for name in scored.scorers if "official" in columns(scored, name).names]
     written = []
     for name in judges:
@@ -231,6 +231,6 @@ def write_official(scored: Scored, output: Path) -> list[Path]:
 
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write a file of JSON lines, all of it or nothing."""
+    """Write a file of JSON lines atomically."""
     text = "".join(json.dumps(line) + "\n" for line in lines)
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

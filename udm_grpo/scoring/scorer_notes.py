@@ -1,4 +1,4 @@
-"""What the scorers say at a start of prompts that they score otherwise than one may think: cut and ambiguous ones.
+"""Notes of the scorers on prompts that they may not score as expected: truncated and ambiguous ones.
 
 lines = note_warnings("prompts.train", 8000, client.notes(texts, metadata), lambda indices: places(train, indices))
 """
@@ -14,19 +14,19 @@ from udm_grpo.data.prompt_warnings import listed
 from udm_grpo.reporting.metrics import write_json
 
 FILE = "prompt_notes.json"
-"""In a folder of scores: {scorer: [warning, ...]}."""
+"""File in a folder of scores: {scorer: [warning, ...]}."""
 MAX_LINES = 50
-"""Different notes of a scorer about a set of prompts that are spelled out; of any further ones the places are named."""
+"""Number of different notes of a scorer on a prompt set that are shown; of further ones only the places are."""
 
 
 def note_warnings(
     name: str, count: int, notes: Mapping[str, Mapping[int, str]], where: Callable[[Sequence[int]], str]
 ) -> list[str]:
-    """Return a line for each different note: how many prompts of `count` it is about, and which.
+    """Return a line for each different note: how many of `count` prompts it concerns, and which.
 
     notes: {scorer: {index: note}}, as `Composition.notes` returns it; where: indices -> "lines 3, 7".
     """
-    found = []
+    lines = []
     for scorer, texts in notes.items():
         alike: dict[str, list[int]] = {}
         for index, text in texts.items():
@@ -35,20 +35,20 @@ def note_warnings(
         if further:
             others = sorted(index for indices in further for index in indices)
             spelled.append((f"{len(further)} more notes of this kind", others))
-        found += [
+        lines += [
             f"{name}, scorer {scorer}: {len(indices)} of {count} prompts ({where(indices)}): {text}"
             for text, indices in spelled
         ]
-    return found
+    return lines
 
 
 def notes_of_prompts(
     clients: Mapping[str, Composition], prompts: Mapping[int, Mapping[str, Any]], output: Path
 ) -> list[str]:
-    """Return what the scorers say of prompts by number, and what is kept in a folder of scores of those not asked.
+    """Return the scorers' notes on prompts by number, with the saved notes of scorers that are not asked again.
 
-    clients: the scorers that still have something to score. Raises ValueError if what is kept is damaged, BridgeError
-    as the scorers fail.
+    clients: the scorers that still have something to score. Raises UserError if the saved notes are damaged,
+    BridgeError if a scorer fails.
     """
     numbers, metadata = [*map(str, prompts)], [dict(entry) for entry in prompts.values()]
     texts = [entry["prompt"] for entry in metadata]
@@ -66,7 +66,7 @@ def notes_of_prompts(
 
 
 def _kept(folder: Path, said: Mapping[str, Sequence[str]]) -> list[str]:
-    """Add what scorers said to what is kept in a folder of scores; all lines of all its scorers."""
+    """Add notes to those saved in a folder of scores; return all lines of all its scorers."""
     file = folder / FILE
     kept: dict[str, Sequence[str]] = {}
     if file.is_file():
