@@ -1,4 +1,4 @@
-"""Runs whose numbers go wrong: they end before anything bad is saved, or say that they learn nothing."""
+"""Runs whose numbers become invalid: they end before anything bad is saved, or report that they learn nothing."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ QUICK = (
 
 
 def leaves_of(checkpoint: Path) -> dict[str, np.ndarray]:
-    """The arrays of a checkpoint by name."""
+    """Return the arrays of a checkpoint by name."""
     infos = ocp.metadata(checkpoint).metadata
     return restore(checkpoint, {name: np.empty(info.shape, info.dtype) for name, info in infos.items()})[0]
 
@@ -38,7 +38,7 @@ def test_a_run_that_diverges_ends_with_an_error_and_keeps_its_last_finite_checkp
 
 
 def test_a_run_whose_groups_are_all_dead_moves_nothing_and_says_so(tmp_path: Path) -> None:
-    """And what its scorer calls its raw values neither ends the run nor replaces a column, though batches differ."""
+    """The names of its scorer's raw values neither end the run nor replace a column, although batches differ."""
     output = tmp_path / "run"
     judge = ("rewards.scorers={}", "rewards.scorers.equal.scorer=bridge_scorers:Equal")
     done = train(output, *QUICK, *judge, "optimizer.ema_decay=0.5", "optimizer.weight_decay=1.0", "iterations=3")

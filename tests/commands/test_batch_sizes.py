@@ -24,7 +24,7 @@ from udm_grpo.config import RunConfig
         (128, 32, 6, 36, 144),
         (128, 32, 28, 28, 140),
         (384, 32, 28, 28, 392),
-        # More devices than rows, more asked for than there are, and a size that does not divide.
+        # More devices than rows, more rows requested than there are, and a size that does not divide.
         (4, 4, 8, 8, 8),
         (16, 64, 4, 16, 16),
         (128, 35, 1, 32, 128),
@@ -44,7 +44,7 @@ def test_every_micro_batch_is_spread_evenly_and_none_is_padding_only():
                 assert size % shards == 0
                 assert size < asked + shards
                 assert padded(total, size) - total < size
-                assert micro_batch(total, size, shards) == size  # what a search names can be configured
+                assert micro_batch(total, size, shards) == size  # a size that a search reports can be configured
                 if total % asked == 0 and asked % shards == 0:
                     assert size == asked
 

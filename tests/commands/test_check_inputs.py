@@ -1,3 +1,5 @@
+"""The check that a machine can read the inputs of a run."""
+
 from pathlib import Path
 
 import pytest

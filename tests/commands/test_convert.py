@@ -1,4 +1,4 @@
-"""Conversion between checkpoints: nothing is lost on the way, and what differs is found."""
+"""Conversion between checkpoint formats: nothing is lost, and differences are found."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def golden(tmp_path: Path) -> Path:
 
 
 def as_training(folder: Path, output: Path) -> Path:
-    """A checkpoint of training with the transformer of a released folder."""
+    """Save a training checkpoint with the transformer of a released folder."""
     params = jax.tree.map(np.asarray, load_folder(folder).transformer)
     Checkpoints(output, keep=1).save(0, {"state": {"params": params}}, {})
     return output
@@ -57,7 +57,7 @@ def change_weight(folder: Path, by: float) -> None:
 
 
 def say(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """The one line on stderr of a command that fails."""
+    """Run a command that fails, and return its one line on stderr."""
     try:
         status = call(*words)
     except SystemExit as left:

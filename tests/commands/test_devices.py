@@ -1,4 +1,4 @@
-"""Terminals that are not UTF-8, JAX's variables, and devices that fail: it works, or one line says what to change."""
+"""Terminals without UTF-8, JAX's variables, failing devices: commands work, or one line says what to change."""
 
 import contextlib
 import io
@@ -137,14 +137,14 @@ def test_a_variable_that_jax_cannot_read_is_one_line(name):
 
 
 def test_the_scorers_gpus_are_reserved_before_jax_looks_for_devices():
-    """The order in `train`: afterwards it would be too late to hide them."""
+    """`train` reserves them first: once JAX has looked, it is too late to hide them."""
     names = train.train.__code__.co_names
     assert names.index("reserved") < names.index("check_devices")
     assert "default_backend" not in train.main.__code__.co_names
 
 
 def test_a_run_says_so_and_not_more(tmp_path):
-    """A real process with a platform that is not installed."""
+    """A real process reports a platform that is not installed in one line."""
     words = [sys.executable, "-m", "udm_grpo.train", "--config=configs/shapes.py:smoke"]
     environment = os.environ | {"JAX_PLATFORMS": "nonsense", "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Scores of folders of pictures by the command line: numbers with a known truth, continuing, comparing, wrong input."""
+"""The command that scores folders of pictures: known scores, continuing, comparing, wrong input."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def run(samples: Path, output: Path, *words: str) -> int:
     return evaluate.main([f"--samples={samples}", f"--output={output}", "--resamples=500", *words])
 
 
-# ---------------------------------------------------------------- numbers with a known truth
+# ---------------------------------------------------------------- known scores
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def judged(right: tuple[np.ndarray, np.ndarray], tmp_path_factory: pytest.TempPa
     assert [prompts[row]["prompt"] for row in (0, 2, 4)] == [
         f"a photo of {what}" for what in ("a circle", "a circle and a square", "two circles")
     ]
-    for image, row in enumerate((2, 4)):  # what the first prompt asks for, and something else
+    for image, row in enumerate((2, 4)):  # what the first prompt asks for, plus something else
         pictures[0][image] = render(scene_for(prompts[row], np.random.default_rng(0)))
     write_geneval(root / "after", prompts, pictures, name="05d")
     command = [f"--compare={root / 'before'}", "--scorer=shapes", "--scorer=jpeg", "--changed=3", "--batch=5"]
@@ -72,7 +72,7 @@ def test_the_means_are_those_of_the_truth(judged: Path, right: tuple[np.ndarray,
     assert (summary["images"], summary["prompts"], summary["images_per_prompt"]) == (48, 12, {"4": 12})
     values = summary["scorers"]["shapes"]["values"]
     truth = right[1].astype(float)
-    truth[0, :2] = [1, 0]  # an object that nobody asked for is nothing to strict; two circles of one are
+    truth[0, :2] = [1, 0]  # strict ignores an object that is not asked for, but not a second circle
     tags = [prompt["tag"] for prompt in two_of_each_tag()]
     by_tag = {tag: truth[[row for row, other in enumerate(tags) if other == tag]] for tag in TAGS}
     assert list(values["strict"]["tags"]) == list(TAGS)
@@ -80,7 +80,9 @@ def test_the_means_are_those_of_the_truth(judged: Path, right: tuple[np.ndarray,
         entry = values["strict"]["tags"][tag]
         assert entry["value"] == pytest.approx(expected.mean())
         assert (entry["prompts"], entry["images"]) == (2, 8)
-        assert entry["low"] == pytest.approx(expected.mean(1).min())  # of two prompts, a quarter is twice the same one
+        assert entry["low"] == pytest.approx(
+            expected.mean(1).min()
+        )  # a quarter of the resamples draw the worse of two prompts twice
     assert values["strict"]["mean"]["value"] == pytest.approx(truth.mean())
     assert values["strict"]["overall"]["value"] == pytest.approx(np.mean([part.mean() for part in by_tag.values()]))
     assert (
@@ -93,7 +95,7 @@ def test_the_means_are_those_of_the_truth(judged: Path, right: tuple[np.ndarray,
 
 
 def test_the_results_file_is_what_the_benchmark_summarises(judged: Path) -> None:
-    """The few lines are what GenEval's summary_scores.py prints, from its own description."""
+    """The expected values are computed as GenEval's summary_scores.py describes."""
     results = official(judged)
     assert [list(line) for line in results] == 48 * [
         ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
@@ -162,7 +164,7 @@ def test_the_comparison(judged: Path, right: tuple[np.ndarray, np.ndarray]) -> N
 
 
 def test_scores_are_compared_without_scoring_again(judged: Path, tmp_path: Path, capsys) -> None:
-    """The folder of before's scores is compared with the other one's: the same numbers, turned around."""
+    """A comparison in the other direction has the same numbers, with before and after swapped."""
     shutil.copytree(judged / "scores" / "compared", tmp_path / "scores")
     words = ("--scorer=shapes", "--scorer=jpeg", f"--compare={judged / 'scores'}", "--changed=3")
     assert run(judged / "before", tmp_path / "scores", *words) == 0
@@ -226,7 +228,7 @@ def test_a_killed_command_goes_on(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def echoed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small folder of pictures of two sizes, one prompt with fewer of them; scored."""
+    """A small scored folder of pictures of two sizes, in which one prompt has fewer pictures."""
     root = tmp_path_factory.mktemp("echoed")
     prompts, pictures = numbered(4, 2)
     pictures[2] = [np.pad(picture, ((0, 4), (0, 0), (0, 0))) for picture in pictures[2]]
@@ -246,7 +248,7 @@ def test_mixed_sizes_and_counts_are_scored_and_counted(echoed: Path) -> None:
     assert "8x12: 2 pictures, such as 00002_0.png" in sizes
     assert "2 pictures: 3 prompts, such as prompt 0\n    1 pictures: 1 prompts, such as prompt 3" in counts
     assert sizes.splitlines()[0] in (echoed / "scores" / "summary.md").read_text()
-    assert not (echoed / "scores" / "results.jsonl").exists()  # nobody judged by GenEval's rule
+    assert not (echoed / "scores" / "results.jsonl").exists()  # no scorer judged by GenEval's rule
     assert "overall" not in summary["scorers"]["echo"]["values"]["score"]
 
 
@@ -340,7 +342,7 @@ def test_what_a_scorer_says_of_prompts_is_told_at_the_start_and_kept(tmp_path: P
     write_flat(tmp_path / "pictures", prompts[::2], pictures[::2])
     words = ("--scorer=even=bridge_scorers:Picky", f"--environment=even.PYTHONPATH={TESTS}")
     note = "prompts, scorer even: 3 of 5 prompts (prompts 0, 2, 4): divisible by four"
-    for _ in range(2):  # the second time nothing is left to be asked
+    for _ in range(2):  # the second time, no scorer is asked
         assert run(tmp_path / "pictures", tmp_path / "scores", *words) == 0
         assert capsys.readouterr().err.count(f"warning: {note}\n") == 1
         assert note in json.loads((tmp_path / "scores" / "summary.json").read_text())["warnings"]
@@ -392,7 +394,7 @@ def test_the_scorers_of_a_config_and_flags_together() -> None:
 
 
 def test_the_commands_of_the_docstring_are_understood() -> None:
-    """Their scorers need weights that are not here; the README's command is run as it stands."""
+    """They are only parsed, as their scorers need weights; the README's command is run as it is."""
     text = evaluate.__doc__.replace("\\\n", " ")
     commands = [line.split()[3:] for line in text.splitlines() if line.startswith("    python -m udm_grpo.evaluate ")]
     parsed = [evaluate.read_scorers(evaluate._parser().parse_args(words), []) for words in commands]

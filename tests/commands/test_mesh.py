@@ -1,4 +1,4 @@
-"""Where parameters lie on meshes that divide them and on meshes that do not, and what is said about those that stay."""
+"""How parameters are sharded on meshes that divide them and on others, and the notes about those that stay whole."""
 
 import math
 
@@ -19,7 +19,7 @@ BLOCKS = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/dow
 
 
 def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh of one device many times over: enough to ask where a leaf would lie."""
+    """Return a mesh that repeats one device, which suffices to find out how a leaf would be sharded."""
     grid = np.asarray(jax.devices()[:1] * (data * fsdp * tensor), dtype=object).reshape(data, fsdp, tensor)
     return Mesh(grid, meshes.AXES)
 
@@ -50,7 +50,7 @@ def test_where_the_sizes_divide_the_rules_hold_as_they_stand(published, shape):
 
 
 def test_seven_devices_split_the_layers(published):
-    """7 divides neither width nor codes, but the 28 layers: no block is whole on a device."""
+    """7 divides neither width nor codes, but the 28 layers, so no block is whole on a device."""
     mesh = mesh_of(1, 7, 1)
     layout = specs(published, mesh)
     assert all(layout[f"layers/{name}/kernel"][0] == "fsdp" for name in BLOCKS)
@@ -80,7 +80,7 @@ def test_another_dimension_of_the_matrix_comes_before_the_layers(published):
 
 
 def test_a_dimension_can_be_split_over_two_axes(published):
-    """Rows of the embedding are odd in number: its width is split over both axes."""
+    """The embedding has an odd number of rows, so its width is split over both axes."""
     layout = specs(published, mesh_of(1, 4, 2))
     assert layout["embed/embedding"] == (None, ("fsdp", "tensor"))
 

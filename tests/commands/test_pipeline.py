@@ -1,4 +1,4 @@
-"""The public face of a checkpoint: against the release's numbers, and what it says to wrong input."""
+"""The pipeline of a released model: compared with the release's numbers, and errors for wrong input."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""Pictures by the command line: where they lie, what decides them, and what it says to wrong input."""
+"""The command that draws pictures: where it writes them, what determines them, and errors for wrong input."""
 
 import functools
 import json
@@ -37,7 +37,7 @@ LINES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory: pytest.TempPathFactory):
-    """The command compiles anew each time; the tests' calls share what was compiled."""
+    """The command compiles anew each time; the calls of these tests share the compiled programs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiled, "tokenizer_codec", functools.cache(compiled.tokenizer_codec))
         original, programs = compiled.free_rollout, {}
@@ -59,14 +59,14 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def draw(output: Path, *words: str) -> dict[str, np.ndarray]:
-    """Run the command with the shipped model; returns its pictures."""
+    """Run the command with the shipped model and return its pictures."""
     model = () if any(word.startswith("--run") for word in words) else ("--checkpoint", SHAPES)
     assert sample.main([*model, *FEW, f"--output={output}", *words]) == 0
     return pictures(output)
 
 
 def pictures(output: Path) -> dict[str, np.ndarray]:
-    """Every picture in a folder by its relative path, without the contact sheet."""
+    """Return every picture in a folder by its relative path, without the contact sheet."""
     files = [file for file in output.rglob("*.png") if file.name != "contact_sheet.png"]
     return {file.relative_to(output).as_posix(): np.asarray(Image.open(file)) for file in sorted(files)}
 
@@ -79,7 +79,7 @@ def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
 
 @pytest.fixture(scope="module")
 def whole(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three prompts, four pictures each, in one go."""
+    """Three prompts with four pictures each, drawn by one command."""
     output = tmp_path_factory.mktemp("whole") / "pictures"
     draw(output, f"--prompts={prompts}", "--batch=8")
     return output
@@ -112,7 +112,7 @@ def test_the_flat_layout_and_plain_prompts(whole: Path, tmp_path: Path) -> None:
     assert list(drawn) == ["00000_0.png", "00000_1.png", "00001_0.png", "00001_1.png"]
     lines = [json.loads(line) for line in (tmp_path / "words" / "prompts.jsonl").read_text().splitlines()]
     assert lines == [{"tag": "untagged", "prompt": text} for text in texts]
-    # Fewer pictures of a prompt, and fewer prompts after it, change none.
+    # Drawing fewer pictures of a prompt, or fewer prompts, changes none of the others.
     for name, picture in drawn.items():
         prompt, image = name.removesuffix(".png").split("_")
         np.testing.assert_array_equal(picture, pictures(whole)[f"{prompt}/samples/{int(image):04d}.png"])
@@ -140,7 +140,7 @@ def test_the_layout_of_dpg_bench(whole: Path, tmp_path: Path) -> None:
     assert len(read.pictures) == 12
     assert read.warnings == []
     (tmp_path / "dpg" / "x y.png").unlink()
-    assert_same(draw(tmp_path / "dpg", *words), drawn)  # of several grids, the one that is missing
+    assert_same(draw(tmp_path / "dpg", *words), drawn)  # only the missing grid is drawn
 
 
 def test_a_negative_prompt_takes_the_place_of_the_empty_one(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_negative_prompt_takes_the_place_of_the_empty_one(tmp_path: Path) -> N
     assert json.loads(settings.read_text())["negative_prompt"] == star
     drawn = load_pipeline(SHAPES).generate([star] * 8, 3, 3.0, negative_prompt=star, height=32, width=32)
     np.testing.assert_array_equal(other["00000_0.png"], drawn[0])
-    # A folder of an earlier version, which does not say it, continues with the empty one alone.
+    # A folder of an earlier version lacks the setting, and continues only with the empty prompt.
     old = json.loads(settings.read_text())
     del old["negative_prompt"]
     settings.write_text(json.dumps(old))
@@ -261,7 +261,7 @@ def test_a_run_and_its_export_draw_the_same(run: Path, prompts: Path, tmp_path: 
     assert settings[0].pop("source") == {"run": str(run), "step": 1, "best": False, "weights": "ema"}
     assert settings[1].pop("source") == {"checkpoint": str(run / "export")}
     assert settings[0] == settings[1]
-    # The weights that were trained are others than their average.
+    # The trained weights differ from their average.
     assert sample.main([f"--run={run}", "--step=1", "--weights=params", f"--output={tmp_path / 'run'}", *words]) == 2
     assert f"weights: there '{settings[0]['weights']}', now '" in capsys.readouterr().err
 

@@ -1,3 +1,5 @@
+"""The training command: outputs, resuming, devices and processes, options, and errors for bad input."""
+
 import json
 import signal
 import time
@@ -25,15 +27,15 @@ SHORT = (
     *("evaluation.final_prompts=4", "evaluation.images_per_prompt=2", "evaluation.picture_prompts=8"),
 )
 GRADIENT_TOLERANCE = 1e-4
-"""Of each tensor's largest gradient: sums over the batch are added in another order on other meshes."""
+"""Relative to each tensor's largest gradient: other meshes sum over the batch in another order."""
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 AVERAGED = ("optimizer.ema_decay=0.9", "optimizer.ema_every=3")
-"""Due between the checkpoint after iteration 2 and that after 4."""
+"""The average is updated between the checkpoints after iterations 2 and 4."""
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One whole smoke run."""
+    """One complete smoke run."""
     output = tmp_path_factory.mktemp("train") / "whole"
     done = train(output, *AVERAGED)
     assert done.returncode == 0, done.stderr
@@ -76,7 +78,7 @@ def test_a_run_leaves_everything(finished: Path) -> None:
 
 
 def assert_one_id(output: Path) -> None:
-    """Every file that a run writes bears its id, and no other one."""
+    """Check that every file that a run writes has its id, and no other."""
     files = {path.relative_to(output).as_posix(): path for path in output.rglob("*") if path.is_file()}
     files = {name: path for name, path in files.items() if not name.startswith(("export", "checkpoints", "older"))}
     assert len(files) > 8
@@ -93,7 +95,7 @@ def assert_one_id(output: Path) -> None:
 
 
 def without_id(path: Path) -> object:
-    """What a file holds, but for the run's id."""
+    """Return the contents of a file without the run's id."""
     if path.suffix == ".jsonl":
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         return [{name: value for name, value in line.items() if name != "run"} for line in lines]
@@ -138,7 +140,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(finished: Path) -> No
 
 
 def first_step(output: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(gradients, weights) of iteration 1 by name: Adam's first moment is then 0.1 of the clipped gradient."""
+    """Return (gradients, weights) of iteration 1 by name: Adam's first moment is then 0.1 of the clipped gradient."""
     path = output / "checkpoints" / "00000001"
     tree: dict = {}
     for name, leaf in ocp.metadata(path).metadata.items():
@@ -157,7 +159,7 @@ def first_step(output: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarra
 
 @pytest.fixture(scope="module")
 def alone(finished: Path) -> Path:
-    """Two iterations on one device, in a folder that an older run has left something in."""
+    """Two iterations on one device, in a folder with the files of an older run."""
     output = write_run(finished.parent / "alone")
     assert train(output, *SHORT).returncode == 0
     return output
@@ -173,7 +175,7 @@ def test_a_fresh_start_sets_everything_of_an_older_run_aside(alone: Path) -> Non
 
 
 def test_seven_devices_end_with_the_scores_of_one(finished: Path) -> None:
-    """No batch divides by 7, so all are padded; and this one program over several devices is optimized."""
+    """7 divides no batch, so all are padded; and only this program over several devices is compiled with optimizations."""
     output = finished.parent / "seven"
     done = train(output, *AVERAGED, devices=7, quickly=False)
     assert done.returncode == 0, done.stderr
@@ -191,7 +193,7 @@ def test_seven_devices_end_with_the_scores_of_one(finished: Path) -> None:
         for name in names[0]:
             one, seven = (np.asarray(Image.open(folder / name), np.int16) for folder in (finished, output))
             apart = np.abs(one - seven)
-            # The same tokens, decoded in batches of another size: a value may round to the level beside it.
+            # The same tokens, decoded in batches of another size: a value may round to the adjacent level.
             assert apart.max() <= 1, name
             assert np.mean(apart > 0) < 1e-3, name
 
@@ -207,7 +209,7 @@ def test_eight_devices_equal_one(alone: Path, mesh: str) -> None:
 
 
 def assert_same_steps(alone: Path, output: Path) -> None:
-    """The same tokens, so the same rewards; the same loss, gradients and weights to float tolerance.
+    """Check for the same tokens, so the same rewards, and the same loss, gradients and weights to float tolerance.
 
     Adam's first step is the sign of the gradient. Where that is nearly 0, rounding decides the sign, so weights may
     differ there, and the second iteration's KL, itself small, by some hundredths.
@@ -229,7 +231,7 @@ def assert_same_steps(alone: Path, output: Path) -> None:
 
 
 def test_two_processes_equal_one_stop_when_asked_and_go_on_as_one(alone: Path) -> None:
-    """Mesh (2, 2, 2) over two processes; SIGTERM to the second of them alone; resumed by one process on one device."""
+    """Mesh (2, 2, 2) over two processes; only the second gets SIGTERM; resumed by one process on one device."""
     output = alone.parent / "together"
     shape = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "checkpoint.keep=9", *SHORT[1:])
     processes = train_together(output, 2, 4, *shape, "iterations=50")
@@ -263,7 +265,7 @@ def full(self, step, *rest):
 JsonLines.append = full
 sys.exit(train.main(sys.argv[1:]))
 """
-"""The trainer on a disk that is full when the second line of metrics is written, which process 0 alone does."""
+"""The trainer on a disk that is full when the second line of metrics is written, which only process 0 does."""
 
 
 def test_of_two_processes_all_save_when_one_cannot_write(alone: Path) -> None:
@@ -273,7 +275,7 @@ def test_of_two_processes_all_save_when_one_cannot_write(alone: Path) -> None:
     assert words[1:3] == ["-m", "udm_grpo.train"]
     processes = together([words[0], "-c", FULL, *words[3:]], output, 2, 4)
     first, second = (process.wait(300) for process in processes)
-    assert (first, second in (1, 2)) == (2, True), logs(output)  # the second may hear of it by the line between them
+    assert (first, second in (1, 2)) == (2, True), logs(output)  # the second may learn of it from their connection
     for log in logs(output):
         assert "No space left on device" in log
         assert "process 0" in log
@@ -282,7 +284,7 @@ def test_of_two_processes_all_save_when_one_cannot_write(alone: Path) -> None:
 
 
 def test_four_processes_equal_one(alone: Path) -> None:
-    """Mesh (2, 2, 1), a device each: every process holds half of the weights."""
+    """Mesh (2, 2, 1), one device per process: every process holds half of the weights."""
     output = alone.parent / "four"
     processes = train_together(output, 4, 1, "mesh.data=2", "mesh.fsdp=2", *SHORT)
     assert [process.wait(300) for process in processes] == [0] * 4, logs(output, 4)
@@ -374,7 +376,7 @@ def test_prompts_that_the_scorer_cannot_judge_are_all_named_before_the_first_rol
 
 
 def test_several_scorers_and_replicas_train_together(tmp_path: Path) -> None:
-    """The weighted sum is what is optimised; everything raw is logged by the scorer's name."""
+    """The weighted sum is optimised; all raw values are logged by the scorer's name."""
     done = train(
         tmp_path / "run",
         "iterations=1",

@@ -1,4 +1,4 @@
-"""Torch is for reward models only: a training and what follows it, where importing torch fails."""
+"""Only reward models need torch: training and the commands after it run where importing torch fails."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ assert not loaded & {"torch", "transformers"}, loaded & {"torch", "transformers"
 
 
 def test_a_run_and_its_results_need_no_torch(tmp_path: Path):
-    """A package named torch that fails stands before the real one, and leaves a mark for whoever imports it.
+    """A failing package named torch hides the real one, and leaves a mark if anything imports it.
 
     The run starts from trained weights in the form of the public release's checkpoints, a .bin.
     """

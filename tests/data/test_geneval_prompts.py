@@ -1,4 +1,4 @@
-"""GenEval's grammar against what is known of the benchmark, and the training sets that are drawn from it."""
+"""GenEval's grammar compared with the benchmark, and the training sets that are drawn from it."""
 
 from collections import Counter
 
@@ -8,7 +8,7 @@ from rewards_bridge.scorers import clip_colors, geneval, mask2former
 from udm_grpo.data import geneval_prompts
 from udm_grpo.data.geneval_prompts import RATIO, TAGS, combination, generate, plural, spaces, unknown_words
 
-# Lines of the form that the benchmark's evaluation file has.
+# Lines in the format of the benchmark's evaluation file.
 CLOCKS = {
     "tag": "counting",
     "include": [{"class": "clock", "count": 2}],
@@ -167,7 +167,7 @@ def test_the_seed_decides_everything():
     drawn = generate(300, 0, RATIO, EVALUATION)
     assert generate(300, 0, RATIO, EVALUATION) == drawn
     assert generate(300, 1, RATIO, EVALUATION).rows != drawn.rows
-    # If these change, a set can no longer be made again as it was: find out why before editing them.
+    # If these change, earlier sets can no longer be reproduced: find out why before editing them.
     assert [row["prompt"] for row in drawn.rows[:3]] == [
         "a photo of a blue fork and a red pizza",
         "a photo of a white car and a blue tv remote",

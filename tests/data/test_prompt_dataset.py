@@ -1,4 +1,4 @@
-"""Prepared folders: what goes in comes out, what is damaged says so, and nothing needs TensorFlow or a network."""
+"""Prepared folders: rows survive a round trip, damage is reported, and nothing needs TensorFlow or a network."""
 
 import shutil
 import subprocess

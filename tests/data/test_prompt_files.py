@@ -1,4 +1,4 @@
-"""Raw prompt files of every kind, made here in the form of the public ones; what is wrong in them, by line."""
+"""Raw prompt files of every kind, written here in the format of the public ones, and their errors by line."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Prompt files as other programs write them: encodings, line ends, invisible characters, tables, comments."""
+"""Prompt files as other programs write them: encodings, line endings, invisible characters, tables, comments."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a run says of its prompts at the start: few, equal, contradictory, leaked and cut ones, with their places."""
+"""Warnings about prompts at the start of a run: few, repeated, contradictory, leaked and truncated ones, by place."""
 
 import json
 from types import SimpleNamespace

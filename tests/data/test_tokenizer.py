@@ -1,4 +1,4 @@
-"""Prompts as ids: the same as transformers' AutoTokenizer has, for every form in which tokenizer folders come."""
+"""Token ids are those of transformers' AutoTokenizer, for every form of tokenizer folder."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ TEXTS = [
 
 
 def qwen(folder: Path) -> None:
-    """A small tokenizer of the family of the released ones, as transformers saves it."""
+    """Save a small tokenizer of the family of the released ones with transformers."""
     trainer = trainers.BpeTrainer(
         vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
@@ -48,7 +48,7 @@ def edit(folder: Path, **values: Any) -> None:
 
 
 def without_tokenizer_json(folder: Path) -> None:
-    """Only vocabulary, merges and configuration, as folders of older transformers are."""
+    """Save only vocabulary, merges and configuration, as older versions of transformers do."""
     qwen(folder)
     whole = json.loads((folder / "tokenizer.json").read_text())
     (folder / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]))
@@ -65,7 +65,7 @@ def with_a_new_special_token(folder: Path) -> None:
 
 
 def with_flags(folder: Path) -> None:
-    """Tokens of which the configuration says how they stand in a text, as transformers 4 writes it."""
+    """Save flags of added tokens in the configuration, as transformers 4 does."""
     qwen(folder)
     whole = json.loads((folder / "tokenizer.json").read_text())
     added = {str(token.pop("id")): token for token in whole["added_tokens"]}
@@ -73,7 +73,7 @@ def with_flags(folder: Path) -> None:
 
 
 def cut_and_padded(folder: Path) -> None:
-    """A tokenizer.json that was saved while it cut and padded."""
+    """Save a tokenizer.json in which truncation and padding are enabled."""
     qwen(folder)
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.enable_truncation(3)

@@ -82,7 +82,7 @@ def test_the_prompts_that_a_page_prepares_lie_where_the_recipe_reads(name, tmp_p
         (tmp_path / file).write_text(text)
     monkeypatch.chdir(tmp_path)
     config = RECIPES[name].get_config()
-    with pytest.raises(FileNotFoundError, match=rf"no folder data/{name}, .*prepare_prompts makes such"):
+    with pytest.raises(FileNotFoundError, match=rf"no folder data/{name} .*scripts\.prepare_prompts"):
         read_prompts(config.prompts.train)
     preparing = re.findall(r"python -m scripts\.prepare_prompts (.*)", page(name))
     assert preparing

@@ -1,4 +1,4 @@
-"""What a folder of pictures may look like, and that everything wrong with one is named."""
+"""Layouts of a folder of pictures, and errors that name everything that is wrong with one."""
 
 import json
 from pathlib import Path
@@ -83,7 +83,7 @@ def test_missing_pictures_are_listed_and_counted(geneval: Path) -> None:
         (geneval / name).unlink()
     (geneval / "00002").rename(geneval / "00003")
     said = refused(geneval)
-    assert "3 pictures are missing" in said  # nothing promises more than one of a prompt here
+    assert "3 pictures are missing" in said  # no settings.json promises more than one per prompt
     for name in ("00000/samples/0000.png", "00001/samples/0000.png", "00002 (a prompt with all its pictures)"):
         assert f"\n    {geneval / name}" in said
     assert said.endswith("--allow-missing scores what is there and counts the rest.")
@@ -188,7 +188,7 @@ def test_the_same_number_twice_is_refused(geneval: Path) -> None:
 
 def test_what_is_no_picture_by_its_name_is_counted(geneval: Path) -> None:
     (geneval / "00000" / "samples" / "grid.png").write_bytes(b"x")
-    (geneval / "00000" / "samples" / ".0000-123.png").write_bytes(b"half")  # what a kill leaves
+    (geneval / "00000" / "samples" / ".0000-123.png").write_bytes(b"half")  # a leftover of a killed process
     samples = read_samples(geneval)
     assert samples.warnings == [
         f"1 files are not named like pictures and are left out:\n    {geneval / '00000' / 'samples' / 'grid.png'}"
@@ -224,7 +224,7 @@ def test_folders_of_neither_layout_are_refused(geneval: Path, tmp_path: Path) ->
     assert "has both of numbered folders" in refused(geneval)
     (tmp_path / "empty" / "prompts.jsonl").touch()
     assert "holds no picture that can be read" in refused(tmp_path / "empty")
-    assert MAX_BATCH >= 3 * 8192**2  # the largest picture that the bridge takes
+    assert MAX_BATCH >= 3 * 8192**2  # the largest picture that the bridge accepts
 
 
 # ---------------------------------------------------------------- DPG-Bench's grids

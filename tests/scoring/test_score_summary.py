@@ -13,7 +13,7 @@ from udm_grpo.scoring.score_tables import bounds, number, table
 
 
 def scored(rows: list[tuple[int, str, float]], official: bool = True, details: str = "") -> Scored:
-    """Marks of (prompt, tag, score) by a scorer "judge", with the score as "official" too."""
+    """Return marks of (prompt, tag, score) by a scorer "judge", with the score as "official" too."""
     marks = [
         Mark(f"{number}.png", prompt, "", "judge", score, {"official": score} if official else {}, "why", details)
         for number, (prompt, _, score) in enumerate(rows)
@@ -45,7 +45,7 @@ def test_intervals_are_those_of_scipy() -> None:
 
 
 def test_pictures_of_a_prompt_are_not_taken_for_independent() -> None:
-    """A hundred alike pictures of each of ten prompts: the interval is that of ten values, not of a thousand."""
+    """A hundred equal pictures of each of ten prompts: the interval is that of ten values, not of a thousand."""
     rows = [(prompt, "untagged", float(prompt % 2)) for prompt in range(10) for _ in range(100)]
     table = columns(scored(rows), "judge")
     means = spread(table, 2000, 0)["mean"][1:, 0]

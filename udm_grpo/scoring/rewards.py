@@ -88,7 +88,7 @@ def _folder_of(kept_images: Path | None, index: int, count: int) -> str | None:
 def _on_device(config: ScorerConfig, device: str) -> dict[str, Any]:
     """Return where a process runs: it sees one GPU, as its first, or none."""
     if device in (AUTO, SHARED):
-        raise ValueError(f"devices={device} is not resolved yet; connect inside gpu_split.reserved")
+        raise ValueError(f"devices={device} is not decided yet; connect inside gpu_split.reserved")
     visible, own = ("", CPU) if device == CPU else (device, "cuda:0")
     return {"environment": {**config.environment, VISIBLE: visible}, "device": own}
 
