@@ -175,7 +175,7 @@ def test_a_fresh_start_sets_everything_of_an_older_run_aside(alone: Path) -> Non
 
 
 def test_seven_devices_end_with_the_scores_of_one(finished: Path) -> None:
-    """7 divides no batch, so all are padded; and only this program over several devices is compiled with optimizations."""
+    """7 divides no batch, so all are padded; of the programs over several devices, only this one is optimized."""
     output = finished.parent / "seven"
     done = train(output, *AVERAGED, devices=7, quickly=False)
     assert done.returncode == 0, done.stderr

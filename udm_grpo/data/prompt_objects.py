@@ -77,7 +77,7 @@ def json_of(text: str) -> Any:
     except json.JSONDecodeError as error:
         raise PromptsError(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
-        raise PromptsError("not readable JSON: nested too deeply") from None
+        raise PromptsError("not JSON that can be read: nested too deeply") from None
 
 
 def json_sequence(text: str) -> list[tuple[int, Any]] | None:
@@ -138,7 +138,7 @@ def json_array(path: Path, text: str) -> list[Any] | None:
     except ValueError as error:
         raise PromptsError(f"{path}: {error}") from None
     except RecursionError:
-        raise PromptsError(f"{path}: not readable JSON: nested too deeply") from None
+        raise PromptsError(f"{path}: not JSON that can be read: nested too deeply") from None
     if isinstance(array, dict) and is_json and "\n" not in content:
         return None  # a single line
     if not isinstance(array, list):
