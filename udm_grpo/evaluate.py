@@ -173,9 +173,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="[NAME=]SCORER",
         action="append",
         default=[],
-        help="a scorer of rewards_bridge, or module:Class; may be repeated; NAME: its name in the results",
+        help="a scorer of rewards_bridge, or module:Class; may be repeated; NAME: its name here (default: its own)",
     )
-    what.add_argument("--config", metavar="FILE", help="config whose scorers to use; --config.field=value overrides")
+    what.add_argument("--config", metavar="FILE", help="config of a run, for its scorers; --config.field=value too")
     for name, metavar in (("option", "NAME.KEY=VALUE"), ("environment", "NAME.VARIABLE=VALUE")):
         what.add_argument(flag(name), metavar=metavar, action="append", default=[], help="may be repeated")
     for name, (_, meaning) in _SCORER_FLAGS.items():
@@ -192,7 +192,7 @@ def read_scorers(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str
     if args.config:
         scorers.update(parse([f"--config={args.config}", *overrides]).rewards.scorers)
     elif overrides:
-        raise ScoringError(f"{' '.join(overrides)} needs --config FILE; without one, use --option and others.")
+        raise ScoringError(f"{' '.join(overrides)} needs --config FILE; without it, use --option and the like.")
     for text in args.scorer:
         name, equals, scorer = text.partition("=")
         name = name if equals else text.rpartition(":")[2]

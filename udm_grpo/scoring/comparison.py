@@ -31,7 +31,8 @@ def compare(before: Scored, after: Scored, most: int, resamples: int, seed: int)
     names = common_scorers(before, after.scorers)
     alone = [name for name in {**before.scorers, **after.scorers} if name not in names]
     if alone:
-        warnings.append(f"{len(alone)} scorers are in one of the folders only and not compared: {', '.join(alone)}.")
+        listed = ", ".join(alone)
+        warnings.append(f"{len(alone)} scorers are in only one of the folders and are not compared: {listed}.")
     return {
         "before": str(before.samples),
         "after": str(after.samples),
@@ -51,7 +52,8 @@ def _other_settings(before: Path, after: Path) -> list[str]:
     if not differing:
         return []
     listed = ", ".join(f"{name} {old[name]} before and {new[name]} after" for name in differing)
-    return [f"the pictures were drawn with different settings, so not only the weights differ: {listed}."]
+    note = "the pictures were drawn with different settings, so the difference is not due to the weights alone"
+    return [f"{note}: {listed}."]
 
 
 def _drawn_with(samples: Path) -> dict[str, Any]:
@@ -70,7 +72,8 @@ def _common_prompts(before: Scored, after: Scored) -> tuple[list[tuple[int, int]
     if not pairs:
         raise ScoringError(f"{before.samples} and {after.samples} have no prompt in common; compare other folders.")
     warnings = [
-        f"{len(mine) - len(pairs)} of {len(mine)} prompts of {folder.samples} are not in the other folder and left out."
+        f"{len(mine) - len(pairs)} of {len(mine)} prompts of {folder.samples} are not in the other folder and "
+        "are left out."
         for folder, mine in ((before, first), (after, second))
         if len(mine) > len(pairs)
     ]

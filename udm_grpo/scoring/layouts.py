@@ -74,7 +74,8 @@ def grid_names(metadata: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     if wrong:
         shown = "; ".join(wrong[:MAX_SHOWN]) + (f"; and {len(wrong) - MAX_SHOWN} more" if wrong[MAX_SHOWN:] else "")
         raise PromptsError(
-            f"DPG-Bench's files are named by the ids of the prompts, which all have to be file names: {shown}"
+            "DPG-Bench's files are named by the ids of the prompts, so each prompt needs an id that is a file name: "
+            f"{shown}"
         )
     return tuple(names)
 
