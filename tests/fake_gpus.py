@@ -1,11 +1,11 @@
-"""A machine with GPUs, as nvidia-smi would list them."""
+"""A simulated machine with GPUs, as nvidia-smi would list them."""
 
 import os
 from pathlib import Path
 
 
 def machine(folder: Path, count: int, **variables: str) -> dict[str, str]:
-    """The environment of a machine with so many GPUs, whose trainer uses them."""
+    """Return the environment of a machine with `count` GPUs, which the trainer uses."""
     program = folder / "nvidia-smi"
     lines = "".join(
         f"echo '{index}, GPU-{index}{index}aa-bb, 81559, NVIDIA H100 80GB HBM3'\n" for index in range(count)

@@ -1,4 +1,4 @@
-"""Small run folders of the real form, written by what writes them in a run."""
+"""Small run folders, written by the code that writes them in a real run."""
 
 import math
 from concurrent.futures import Future
@@ -30,7 +30,7 @@ def write_run(
     side: int = 32,
     run: str = "",
 ) -> Path:
-    """A run of `planned` iterations, of which `iterations` were done; `side`: pixels of its pictures; `run`: its id."""
+    """Write a run of `planned` iterations, `iterations` of them done; `side`: pixels of its pictures; `run`: its id."""
     config = RunConfig(output_dir=str(output), iterations=planned, seed=seed)
     config.rewards.scorers["shapes"].options = {"api_key": "sesame"}
     output.mkdir(parents=True)
@@ -60,7 +60,7 @@ def write_run(
 
 
 def evaluation(step: int, planned: int, prompts: int) -> dict[str, Any]:
-    """Scores that rise from 0.5 towards 1, by another amount for each tag."""
+    """Return scores that rise from 0.5 towards 1, at another rate for each tag."""
     tags = {}
     for place, tag in enumerate(TAGS):
         value = 1 - 0.5 * math.exp(-(place + 1) * step / planned)
@@ -87,7 +87,7 @@ def _line(done: float, rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _images(step: int, side: int, seed: int) -> np.ndarray:
-    """One picture a prompt, the same at every step but for its brightness, 40 + 10 for each step (at most 240)."""
+    """Return one picture per prompt, the same at every step except for brightness, 40 + 10 per step (at most 240)."""
     rows, columns = np.mgrid[:side, :side] / side
     images = np.zeros((len(PROMPTS), side, side, 3), np.uint8)
     for i in range(len(PROMPTS)):

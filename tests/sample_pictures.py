@@ -1,4 +1,4 @@
-"""Folders of pictures for the tests that score them: shapes, of which it is known whether they are right."""
+"""Folders of pictures for the tests that score them: shapes that are known to be right or wrong."""
 
 import json
 from pathlib import Path
@@ -13,13 +13,13 @@ BLANK = render(Scene(ground=230.0, shapes=()))
 
 
 def two_of_each_tag() -> list[dict]:
-    """Twelve prompts of the shapes world, as GenEval's metadata."""
+    """Return twelve prompts of the shapes world, as GenEval's metadata."""
     by_tag = [[prompt for prompt in all_prompts() if prompt["tag"] == tag] for tag in TAGS]
     return [prompt for prompts in by_tag for prompt in (prompts[0], prompts[-1])]
 
 
 def write_geneval(root: Path, prompts: list[dict], pictures: list[list[np.ndarray]], name: str = "04d") -> None:
-    """GenEval's layout."""
+    """Write pictures in GenEval's layout."""
     for number, (prompt, images) in enumerate(zip(prompts, pictures, strict=True)):
         samples = root / f"{number:05d}" / "samples"
         samples.mkdir(parents=True)
@@ -29,7 +29,7 @@ def write_geneval(root: Path, prompts: list[dict], pictures: list[list[np.ndarra
 
 
 def write_flat(root: Path, prompts: list[dict], pictures: list[list[np.ndarray]]) -> None:
-    """The flat layout."""
+    """Write pictures in the flat layout."""
     root.mkdir(parents=True)
     (root / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     for number, images in enumerate(pictures):
@@ -38,7 +38,7 @@ def write_flat(root: Path, prompts: list[dict], pictures: list[list[np.ndarray]]
 
 
 def right_or_blank(prompts: list[dict], right: np.ndarray, seed: int = 0) -> list[list[np.ndarray]]:
-    """Pictures that truly show their prompts where `right` bool[P, G] says so, and nothing at all elsewhere."""
+    """Return pictures that show their prompts where `right` bool[P, G] is True, and blank ones elsewhere."""
     rng = np.random.default_rng(seed)
     return [
         [render(scene_for(prompt, rng)) if good else BLANK for good in row]
@@ -47,7 +47,7 @@ def right_or_blank(prompts: list[dict], right: np.ndarray, seed: int = 0) -> lis
 
 
 def numbered(prompts: int, images: int, size: int = 8) -> tuple[list[dict], list[list[np.ndarray]]]:
-    """Prompts with a number in their metadata, and pictures that carry prompt and image in their first two bytes."""
+    """Return prompts numbered in their metadata, and pictures whose first two bytes are prompt and image numbers."""
     pixels = np.random.default_rng(0).integers(0, 256, (prompts, images, size, size, 3), np.uint8)
     pixels[:, :, 0, 0, 0] = np.arange(prompts)[:, None]
     pixels[:, :, 0, 0, 1] = np.arange(images)

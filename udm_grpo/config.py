@@ -1,4 +1,4 @@
-"""Every knob of a run, as plain dataclasses; config_checks.py validates them once, at the start."""
+"""All settings of a run, as plain dataclasses; config_checks.py validates them once, at the start."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from rewards_bridge.errors import UserError
 
 @dataclass
 class ModelConfig:
-    """Which checkpoint, and how it is computed."""
+    """The model to train, and how it is computed."""
 
     path: str = ""
     """Folder in the released URSA format; the start model and the frozen reference."""
@@ -25,12 +25,12 @@ class ModelConfig:
     width: int = 32
     """Pixels."""
     attention: str = "auto"
-    """Attention kernel: xla (anywhere), cudnn (NVIDIA GPUs, bfloat16), splash (TPUs), or auto: the one of these that is
-    made for the devices, xla where none is."""
+    """Attention kernel: xla (anywhere), cudnn (NVIDIA GPUs, bfloat16), splash (TPUs), or auto: the one of these that
+    was written for the devices, else xla."""
     remat: str = "none"
     """What the backward pass recomputes: none, dots (all but matrix products) or full."""
     logit_rows: int = 4
-    """Images whose logits (N x V each) exist at a time, on each device that the batch is spread over."""
+    """Images whose logits (N x V each) are in memory at a time, on each device that shares the batch."""
 
 
 @dataclass
@@ -40,50 +40,50 @@ class LoraConfig:
     rank: int = 0
     """r; 0: off."""
     alpha: float = 32.0
-    """alpha; the adapter's part is multiplied by alpha / r."""
+    """alpha; the adapter's output is multiplied by alpha / r."""
     targets: tuple[str, ...] = ("*_proj",)
-    """Which linear maps of every layer: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj or patterns."""
+    """Adapted linear maps of each layer: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj or patterns."""
 
 
 @dataclass
 class PromptsConfig:
-    """What is drawn, and what it is judged on."""
+    """Training and evaluation prompts."""
 
     train: str = ""
     """Training prompts: a folder of scripts.prepare_prompts with its split, as in data/geneval:train; or a raw file:
-    .jsonl (GenEval's format, or objects with a prompt), .json (an array of such), .txt (one prompt a line) or .csv."""
+    .jsonl (GenEval's format, or objects with a prompt), .json (an array of these), .txt (a prompt per line) or .csv."""
     heldout: str = ""
-    """Evaluation prompts, of the same kinds."""
+    """Evaluation prompts, in the same formats."""
     prompt_key: str = "prompt"
-    """Key of the text that is drawn in both files' objects, such as dense_prompt."""
+    """Key of the text to generate images from, in the objects of both files; for example dense_prompt."""
     tag_weights: dict[str, float] = field(default_factory=dict)
-    """How often each GenEval tag is drawn; empty: every prompt equally often."""
+    """Relative sampling frequency of each GenEval tag; empty: every prompt equally often."""
 
 
 @dataclass
 class RolloutConfig:
-    """How images are drawn for training."""
+    """How images are generated for training."""
 
     prompts: int = 16
-    """P, prompts of an iteration."""
+    """P, prompts per iteration."""
     group_size: int = 8
-    """G, images of a prompt."""
+    """G, images per prompt."""
     steps: int = 10
-    """T."""
+    """T, rollout steps."""
     guidance_scale: float = 1.0
-    """g; 1 is CFG-free, the method."""
+    """g, the scale of classifier-free guidance (CFG); 1: CFG-free, as in the method."""
     guidance_trunc: float = 0.9
-    """Guidance acts while t_k is below this."""
+    """Guidance is applied while t_k is below this."""
     shift: float = 0.0
-    """s of the schedule; 0: the checkpoint's."""
+    """s of the schedule; 0: the released model's."""
     micro_batch: int = 32
-    """Images that are rolled out, decoded and sent to the scorer together, over all devices; batch_sizes.py fits it to
-    their number."""
+    """Images that are rolled out, decoded and sent to the scorer together, over all devices; batch_sizes.py adjusts it
+    to the number of devices."""
 
 
 @dataclass
 class GRPOConfig:
-    """The method."""
+    """The UDM-GRPO method and its ablations."""
 
     objective: str = "udm_grpo"
     """udm_grpo, or module:Class for one of your own; udm_grpo/grpo/README.md shows how."""
@@ -92,7 +92,7 @@ class GRPOConfig:
     window_starts: int = 3
     """The window's first step is drawn uniformly from [0, window_starts)."""
     trajectory: str = "forward"
-    """forward (the method): the final image noised to t_k; rollout (ablation): x_k as the rollout met it."""
+    """forward (the method): the final image noised to t_k; rollout (ablation): x_k as it was in the rollout."""
     action: str = "clean"
     """clean (the method): the final tokens; intermediate (ablation): the x_1 drawn at step k."""
     clip_range: float = 1e-4
@@ -100,19 +100,20 @@ class GRPOConfig:
     advantage_clip: float = 5.0
     """Advantages are clipped to +- this."""
     global_std: bool = False
-    """Divide by the std of all scores of an iteration instead of the group's."""
+    """Divide advantages by the standard deviation of all scores of an iteration instead of the group's."""
     kl_weight: float = 0.05
     """beta, the weight of the k3 KL to the start model."""
     minibatches: int = 1
-    """Disjoint parts of a rollout's images, each for one optimizer step; together they are one pass over the rollout.
-    A divisor of prompts x group_size. The split is random and differs from pass to pass."""
+    """Disjoint parts of a rollout's images, one optimizer step each; together they are one pass over the rollout. Must
+    divide prompts x group_size. The split is random and differs from pass to pass."""
     updates_per_rollout: int = 1
-    """Passes over the same rollout, of `minibatches` optimizer steps each. With more than one step in all, the
-    log-probabilities of the policy that drew the images are stored first, and the ratio and its clip act."""
+    """Passes over the same rollout, of `minibatches` optimizer steps each. With more than one step in
+    total, the log-probabilities of the policy that generated the images are stored first, and the ratio and its clip
+    take effect."""
 
     @property
     def optimizer_steps(self) -> int:
-        """Optimizer steps of an iteration."""
+        """Return the number of optimizer steps per iteration."""
         return self.minibatches * self.updates_per_rollout
 
 
@@ -125,8 +126,8 @@ class OptimizerConfig:
     schedule: str = "constant"
     """constant, cosine (to final_fraction at the last update) or multistep."""
     warmup_updates: int = 0
-    """Updates over which the rate rises linearly from 0. Warm-up, schedule and average count the updates that were
-    made: one without any advantage (all groups dead) is skipped and does not count."""
+    """Updates over which the rate rises linearly from 0. Warm-up, schedule and average count only
+    updates that were applied: one without any advantage (all groups dead) is skipped and does not count."""
     final_fraction: float = 0.0
     """cosine: the last rate as a fraction of eta."""
     milestones: tuple[int, ...] = ()
@@ -142,7 +143,7 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     micro_batch: int = 32
-    """Training states (of the K*B) whose gradients are taken together, over all devices; the rest is accumulated."""
+    """Training states (of the K*B) in one gradient computation, over all devices; the gradients are accumulated."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights; 0: none is kept."""
     ema_every: int = 1
@@ -151,105 +152,106 @@ class OptimizerConfig:
 
 @dataclass
 class ScorerConfig:
-    """One scorer, what it counts, and the processes that hold it."""
+    """One scorer, its weight, and the processes that run it."""
 
     scorer: str = ""
-    """A known scorer, or module:Class; empty: the scorer that the part is named after."""
+    """A built-in scorer or module:Class; empty: the built-in scorer with the name of this entry."""
     weight: float = 1.0
     """Weight of this score in the total reward."""
     options: dict[str, str] = field(default_factory=dict)
-    """Handed to the scorer."""
+    """Passed to the scorer."""
     replicas: int = 1
-    """Processes that are started and share the images."""
+    """Processes to start; they share the images."""
     addresses: tuple[str, ...] = ()
-    """Of running servers that share the images (unix:/path or host:port); empty: the trainer starts its own. With them
-    replicas, devices, interpreter and environment are not used; options that differ from a server's are a warning."""
+    """Addresses of running servers that share the images (unix:/path or host:port); empty: the trainer starts its own.
+    With addresses, replicas, devices, interpreter and environment are not used; options that differ from a server's
+    cause a warning."""
     interpreter: str = ""
-    """Python that runs the scorer; empty: this one."""
+    """Python interpreter that runs the scorer; empty: the trainer's."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of the scorer's processes."""
     devices: tuple[str, ...] = ()
-    """GPUs of the scorer, as CUDA_VISIBLE_DEVICES names them (6,7): one process on each, which sees no other, and the
-    trainer sees none of them. auto: the last GPU, if the trainer keeps another, else the CPU. cpu: the CPU. shared (the
-    last GPU) or shared,6,7: GPUs that the trainer uses too. Empty: what the options and the environment say."""
+    """GPUs of the scorer, as CUDA_VISIBLE_DEVICES names them (6,7): one process per GPU, which sees no other GPU, and
+    the trainer sees none of them. auto: the last GPU if the trainer keeps another, else the CPU. cpu: the CPU. shared
+    (the last GPU) or shared,6,7: GPUs that the trainer also uses. Empty: as the options and the environment say."""
     memory_fraction: float = 0.0
-    """Part of a GPU's memory that one process of the scorer may take (in PyTorch); 0: with devices=shared an equal part
-    of what rewards.trainer_memory_fraction leaves, else all."""
+    """Fraction of a GPU's memory that one process of the scorer may use (in PyTorch); 0: with devices=shared an equal
+    share of what rewards.trainer_memory_fraction leaves, else all."""
     deadline_s: float = 300.0
     """Seconds a batch may take to score."""
     start_timeout_s: float = 300.0
     """Seconds the scorer may take to load."""
     max_restarts: int = 3
-    """Times that a dead or hanging process is started again, or a lost server is called again."""
+    """Maximum restarts of a dead or hanging process, or reconnections to a lost server."""
     tls_ca: str = ""
-    """Certificate (PEM) that servers on other machines are checked against."""
+    """Certificate (PEM) against which servers on other machines are verified."""
     token_file: str = ""
-    """File with the token that such servers want."""
+    """File with the token that such servers require."""
     check_example: bool = True
-    """A scorer that gets its built-in test images wrong stops the run; False: it is a warning."""
+    """Stop the run if the scorer gets its built-in test images wrong; False: only warn."""
 
 
 @dataclass
 class RewardsConfig:
-    """What is optimised: the weighted sum of scorers, each in processes of its own."""
+    """The reward: a weighted sum of scorers, each in its own processes."""
 
     scorers: dict[str, ScorerConfig] = field(default_factory=lambda: {"shapes": ScorerConfig()})
-    """The parts by name; all of them score every image, at the same time."""
+    """Scorers by name; every image is scored by all of them, concurrently."""
     trainer_memory_fraction: float = 0.0
-    """Part of each of its GPUs' memory that the trainer takes (XLA_PYTHON_CLIENT_MEM_FRACTION); 0: 0.85 if scorers have
-    devices=shared, else JAX's own."""
+    """Fraction of each of its GPUs' memory that the trainer reserves (XLA_PYTHON_CLIENT_MEM_FRACTION); 0: 0.85 if
+    scorers have devices=shared, else JAX's default."""
 
 
 @dataclass
 class MeshConfig:
-    """Sizes of the device mesh; -1: the rest of the devices."""
+    """Sizes of the device mesh; -1: all remaining devices."""
 
     data: int = -1
-    """Devices that share the batch and hold the same weights."""
+    """Devices that split the batch and replicate the weights."""
     fsdp: int = 1
-    """Devices that share the batch and the weights."""
+    """Devices that split the batch and the weights."""
     tensor: int = 1
-    """Devices that share a layer."""
+    """Devices that split each layer."""
 
 
 @dataclass
 class DistributedConfig:
-    """The processes of a run, one a host; distributed.py says where what is not given here comes from."""
+    """The processes of a run, one per host; process_place.py says where unset fields are read from."""
 
     coordinator: str = ""
     """host:port of process 0; empty: from the environment."""
     processes: int = 0
-    """Their number; 0: from the environment."""
+    """Number of processes; 0: from the environment."""
     process_id: int = -1
-    """Which one this is, from 0; -1: from the environment."""
+    """Id of this process, from 0; -1: from the environment."""
     initialization_timeout_s: float = 300.0
-    """Seconds that the processes may take to find each other."""
+    """Seconds that the processes may take to connect."""
     silence_s: float = 60.0
-    """Seconds without a sign of life after which a process counts as lost and the others end."""
+    """Seconds without a heartbeat after which a process is considered lost and the others end."""
 
 
 @dataclass
 class EvaluationConfig:
-    """Held-out evaluation; its images are drawn from the same noise each time."""
+    """Held-out evaluation; its images are generated from the same noise each time."""
 
     every: int = 100
     """Iterations between evaluations; 0: only at the start and the end."""
     prompts: int = 64
-    """Held-out prompts of an evaluation on the way, balanced over tags."""
+    """Held-out prompts of an evaluation during training, balanced over tags."""
     final_prompts: int = 553
     """Held-out prompts of the first and the last evaluation."""
     images_per_prompt: int = 4
-    """Images of a prompt."""
+    """Images per prompt."""
     steps: tuple[int, ...] = (25,)
-    """T of an evaluation; the first is the one that summary.json calls base and final."""
+    """T of an evaluation; base and final in summary.json are those of the first."""
     batch: int = 32
-    """Images that are rolled out together, over all devices; rounded down to a multiple of their number."""
+    """Images that are rolled out together, over all devices; rounded down to a multiple of the number of devices."""
     picture_every: int = 100
-    """Iterations between sample pictures (the same prompts and noise each time); 0: none on the way."""
+    """Iterations between sample pictures (the same prompts and noise each time); 0: none during training."""
     picture_prompts: int = 16
     """Prompts of a sample picture."""
     extremes: int = 6
-    """Best and worst images that an evaluation keeps of each, for the report; 0: none."""
+    """How many of the best and of the worst images an evaluation keeps for the report; 0: none."""
 
 
 @dataclass
@@ -259,13 +261,13 @@ class CheckpointConfig:
     every: int = 100
     """Iterations between checkpoints; 0: only at the end."""
     keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     resume: str = "none"
-    """latest (of output_dir; starts afresh when there is none), none, or the path of a checkpoint."""
+    """latest (of output_dir; starts from scratch if there is none), none, or the path of a checkpoint."""
     stopped_status: int = 0
-    """Exit status of a run that SIGTERM has stopped; not 0 where a scheduler starts again only what has failed."""
+    """Exit status of a run that SIGTERM has stopped; set it above 0 if the scheduler restarts only failed jobs."""
     keep_best: bool = False
-    """Also keep the weights with the best held-out score on the way, and export those."""
+    """Also keep the weights with the best held-out score during training, and export those."""
 
 
 @dataclass
@@ -277,23 +279,23 @@ class LoggingConfig:
     wandb: bool = False
     """Write to Weights & Biases (pip install wandb; the API key comes from WANDB_API_KEY or `wandb login`)."""
     wandb_project: str = "udm-grpo"
-    """Project there."""
+    """Project in Weights & Biases."""
     wandb_name: str = ""
-    """Name of the run there; empty: the last part of output_dir."""
+    """Name of the run in Weights & Biases; empty: the last part of output_dir."""
     wandb_id: str = ""
-    """Identity of the run there; empty: a new one, which output_dir remembers, so that a resumed run continues it."""
+    """Id of the run in Weights & Biases; empty: a new one, stored in output_dir, so that a resumed run continues it."""
 
 
 @dataclass
 class RunConfig:
-    """One run."""
+    """The configuration of a run."""
 
     output_dir: str = "outputs/run"
-    """Where everything goes; made if missing."""
+    """Folder of all outputs; created if missing."""
     seed: int = 0
-    """Decides every random draw of the run."""
+    """Seed of every random draw of the run."""
     iterations: int = 1000
-    """Rollouts, each with its update(s)."""
+    """Number of iterations, each a rollout with its update(s)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
@@ -309,7 +311,7 @@ class RunConfig:
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration that cannot run; the message says what to change, one line a problem."""
+    """A configuration that cannot run; the message says what to change, one line per problem."""
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:

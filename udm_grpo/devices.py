@@ -1,7 +1,7 @@
-"""What a command does about its surroundings before and while it computes: terminal, JAX's variables, devices.
+"""Prepare a command's environment (terminal, JAX settings, devices), and report device errors.
 
-prepare()                     first of all: a terminal that is not UTF-8, variables that would change results
-with device_errors(): ...     around all that computes: an error of a device is one line
+prepare()                     call first: handles terminals that are not UTF-8 and variables that would change results
+with device_errors(): ...     wrap all computation: a device error becomes one line
 """
 
 import contextlib
@@ -28,17 +28,17 @@ SETTINGS: dict[str, Any] = {
     "jax_transfer_guard_device_to_host": None,
     "jax_transfer_guard_host_to_device": None,
 }
-"""Settings of JAX that a run's numbers or its working depend on -> the value with which a command computes."""
+"""JAX settings that affect a run's results or whether it works -> the value that a command uses."""
 MAX_REASON = 300
-"""Characters of an error of JAX that are shown."""
+"""Characters of a JAX error that are shown."""
 
 
 class DeviceError(UserError, OSError):
-    """A device that cannot be used or gave up; the message is one line that says what to change."""
+    """A device that cannot be used or that failed; the message is one line that says what to change."""
 
 
 def prepare() -> None:
-    """Let the terminal show any text, and put back settings of JAX that would change results, with a line on each."""
+    """Let the terminal show any text, and reset JAX settings that would change results, with a warning for each."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
@@ -57,7 +57,7 @@ def prepare() -> None:
 
 
 def _check_cache() -> None:
-    """Warn once of a folder for compiled programs that cannot be written; JAX would do so for each program."""
+    """Warn once if the folder of compiled programs is not writable; JAX would warn for each program."""
     place = getattr(jax.config, "jax_compilation_cache_dir", None)
     if not place or is_bucket(place):
         return
@@ -70,15 +70,15 @@ def _check_cache() -> None:
     if not usable:
         warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
         print(
-            f"warning: JAX_COMPILATION_CACHE_DIR={place} keeps no compiled programs ({reason}); set it to a folder "
-            "that can be written, or unset it.",
+            f"warning: JAX_COMPILATION_CACHE_DIR={place} cannot store compiled programs ({reason}); set it to a "
+            "writable folder, or unset it.",
             file=sys.stderr,
         )
 
 
 @contextlib.contextmanager
 def device_errors() -> Iterator[None]:
-    """Turn an error of a device, or of finding one, into a DeviceError."""
+    """Turn a device error, or a failure to find a device, into a DeviceError."""
     try:
         yield
     except JaxRuntimeError as error:
@@ -90,7 +90,7 @@ def device_errors() -> Iterator[None]:
 
 
 def check_devices() -> None:
-    """Make JAX look for its devices, and warn of GPUs that it does not use; raises DeviceError if there are none.
+    """Make JAX look for its devices, and warn of GPUs that it does not use; raise DeviceError if there are none.
 
     Must come after the GPUs of scorers have been hidden from JAX and processes have joined.
     """
@@ -104,24 +104,24 @@ def check_devices() -> None:
 
 @contextlib.contextmanager
 def on_devices() -> Iterator[None]:
-    """Look for devices as `check_devices` does, and turn their errors into a DeviceError inside the block."""
+    """Look for devices as `check_devices` does, and turn device errors inside the block into a DeviceError."""
     with device_errors():
         check_devices()
         yield
 
 
 def explain(error: Exception) -> str:
-    """Return one line on an error of a device: what happened, and what to change."""
+    """Return one line about a device error: what happened, and what to change."""
     reason = _first_line(error)
     if "RESOURCE_EXHAUSTED" in str(error):
         return (
             f"the device has too little memory ({reason}). Lower rollout.micro_batch, optimizer.micro_batch and "
-            "evaluation.batch (or --batch), or use more devices (mesh.fsdp=-1, mesh.data=1); --compile-only says what "
-            "is needed."
+            "evaluation.batch (or --batch), or use more devices (mesh.fsdp=-1, mesh.data=1); --compile-only reports "
+            "what is needed."
         )
     return (
-        f"a device failed ({reason}). If it happens again, look at the machine's own log (nvidia-smi, dmesg) and try "
-        "another device; a training resumes from its last checkpoint with --config.checkpoint.resume=latest."
+        f"a device failed ({reason}). If it happens again, check the machine's logs (nvidia-smi, dmesg) and try "
+        "another device; training resumes from its last checkpoint with --config.checkpoint.resume=latest."
     )
 
 

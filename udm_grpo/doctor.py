@@ -1,11 +1,11 @@
-"""Check that a run has all it needs, before it is started: packages, files, GPUs, scorers.
+"""Check that a run has everything it needs before it starts: packages, files, GPUs, scorers.
 
     python -m udm_grpo.doctor --config configs/geneval.py [--config.field=value ...]
 
-The words are those of udm_grpo.train. Packages are looked for where each part runs (a scorer under its own
-interpreter), files where the configuration reads them; scorers at an address are called. Every command that it prints
-leaves its file where this configuration expects it. Exit status: 0 all is ready, 1 something is missing, 2 the command
-line cannot be.
+The arguments are those of udm_grpo.train. Packages are checked where each part runs (a scorer in its own interpreter),
+files where the configuration reads them; scorers at an address are contacted. Every command that it prints puts its
+file where this configuration expects it. Exit status: 0 everything is ready, 1 something is missing, 2 the command line
+is invalid.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ TRAINER = (
 
 
 def missing_modules(names: Sequence[str]) -> list[str]:
-    """Return those of the modules that this interpreter does not have."""
+    """Return the modules that this interpreter does not have."""
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: files are read without taking a device
     try:
         from udm_grpo import devices
-        from udm_grpo.lifecycle import run_needs  # they need the packages that were looked for above
+        from udm_grpo.lifecycle import run_needs  # they need the packages that were checked above
 
         devices.prepare()
         return run_needs.report(words, environment)

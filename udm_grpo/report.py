@@ -1,10 +1,10 @@
-"""Make the report of a training run, or of several to compare: one HTML file that needs no server and no network.
+"""Write the report of a training run, or compare several: one HTML file that needs no server and no network.
 
     python -m udm_grpo.report outputs/shapes
     python -m udm_grpo.report outputs/shapes outputs/other --output comparison.html
 
-A run makes its own at its end, as report.html in its output_dir; this command makes one at any time, also of a run that
-continues or was killed.
+A run writes its own report at its end, as report.html in its output_dir; this command writes one at any time, also of a
+run that is still training or was killed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ NAME = "report.html"
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path) -> None:
-    """Write the report of these runs, all of it or nothing; raises RunFolderError naming all that is wrong."""
+    """Write the report of these runs atomically; raise RunFolderError naming everything that is wrong."""
     runs: list[RunFolder] = []
     problems: list[str] = []
     for folder in folders:
@@ -51,16 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", metavar="OUTPUT_DIR", help="output_dir of a training run")
     parser.add_argument(
-        "--output", metavar="FILE", help=f"the file to write; default: {NAME} in the run's folder, of several: here"
+        "--output",
+        metavar="FILE",
+        help=f"the file to write; default: {NAME} in the run's folder, or here for several runs",
     )
-    given = parser.parse_args(argv)
-    beside = len(given.runs) == 1 and not is_bucket(given.runs[0])
-    output = Path(given.output or (Path(given.runs[0]) / NAME if beside else NAME))
+    args = parser.parse_args(argv)
+    beside = len(args.runs) == 1 and not is_bucket(args.runs[0])
+    output = Path(args.output or (Path(args.runs[0]) / NAME if beside else NAME))
     try:
-        check_flags(given, ("runs",))
+        check_flags(args, ("runs",))
         if output.suffix.lower() not in (".html", ".htm"):
             raise RunFolderError(f"--output is {output}; give a file whose name ends in .html.")
-        write_report([local(run, NOT_BROUGHT_BACK) for run in given.runs], output)
+        write_report([local(run, NOT_BROUGHT_BACK) for run in args.runs], output)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR_STATUS

@@ -87,7 +87,7 @@ def test_a_folder_for_compiled_programs_that_cannot_be_written_is_one_line(tmp_p
             warnings.warn("Error writing persistent compilation cache entry for 'x': no", stacklevel=1)
         assert jax.config.jax_compilation_cache_dir == (place if exists else None)
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"warning: JAX_COMPILATION_CACHE_DIR={place} keeps no compiled programs (")
+        assert line.startswith(f"warning: JAX_COMPILATION_CACHE_DIR={place} cannot store compiled programs (")
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "new"))
         monkeypatch.undo()
         prepare()

@@ -1,4 +1,4 @@
-"""--config configs/x.py[:variant] --config.field=value, and what a user is told about a line that cannot be read."""
+"""--config configs/x.py[:variant] --config.field=value, and the errors about a line that cannot be read."""
 
 import sys
 from dataclasses import fields
@@ -52,7 +52,7 @@ def test_a_variant_is_handed_to_get_config(file):
 
 
 @pytest.mark.parametrize(
-    ("argument", "section", "field", "wanted"),
+    ("argument", "section", "field", "expected"),
     [
         ("--config.iterations=5", None, "iterations", 5),
         ("--config.output_dir=outputs/a b", None, "output_dir", "outputs/a b"),
@@ -85,17 +85,17 @@ def test_a_variant_is_handed_to_get_config(file):
         ("--config.prompts.tag_weights=", "prompts", "tag_weights", {}),
     ],
 )
-def test_a_field_is_overridden(file, argument, section, field, wanted):
+def test_a_field_is_overridden(file, argument, section, field, expected):
     config = parse([f"--config={file}", argument])
-    found = getattr(config if section is None else getattr(config, section), field)
-    assert found == wanted
-    assert type(found) is type(wanted)
-    if isinstance(wanted, dict):
-        assert [type(value) for value in found.values()] == [type(value) for value in wanted.values()]
+    value = getattr(config if section is None else getattr(config, section), field)
+    assert value == expected
+    assert type(value) is type(expected)
+    if isinstance(expected, dict):
+        assert [type(entry) for entry in value.values()] == [type(entry) for entry in expected.values()]
 
 
 @pytest.mark.parametrize(
-    ("argument", "part", "field", "wanted"),
+    ("argument", "part", "field", "expected"),
     [
         ("shapes.options.threshold=0.5", "shapes", "options", {"threshold": "0.5"}),
         ("shapes.options.device=cpu", "shapes", "options", {"threshold": "0.3", "device": "cpu"}),
@@ -105,15 +105,15 @@ def test_a_field_is_overridden(file, argument, section, field, wanted):
         ("mine={'options': {'a.b': 'c'}}", "mine", "options", {"a.b": "c"}),
     ],
 )
-def test_a_scorer_is_changed_or_added_by_its_name(file, argument, part, field, wanted):
+def test_a_scorer_is_changed_or_added_by_its_name(file, argument, part, field, expected):
     config = parse([f"--config={file}", f"--config.rewards.scorers.{argument}"])
-    assert getattr(config.rewards.scorers[part], field) == wanted
+    assert getattr(config.rewards.scorers[part], field) == expected
     assert set(config.rewards.scorers) == {"shapes", part}
     validate(config)
 
 
 def test_a_setting_of_a_scorer_that_the_config_lacks_does_not_add_it(file):
-    """Only its weight or its scorer does, before or after."""
+    """Only its weight or its scorer adds it, before or after."""
     with pytest.raises(ConfigError, match=r"scorers\.ocr\.devices: .* no rewards\.scorers\.ocr; it has shapes\."):
         parse([f"--config={file}", "--config.rewards.scorers.ocr.devices=7", "--config.seed=1"])
     with pytest.raises(ConfigError, match=r"no rewards\.scorers\.shape; it has shapes"):
@@ -295,7 +295,7 @@ def test_an_unknown_variant_passes_on_the_file_s_own_words(file):
 def test_a_file_that_makes_something_else_is_refused(tmp_path):
     path = tmp_path / "other.py"
     path.write_text("def get_config():\n    return {'iterations': 3}\n")
-    with pytest.raises(ConfigError, match=r"returns a RunConfig or an ml_collections ConfigDict; found .*dict"):
+    with pytest.raises(ConfigError, match=r"must return a RunConfig or an ml_collections ConfigDict; found .*dict"):
         parse([f"--config={path}"])
 
 
@@ -380,7 +380,7 @@ def test_a_config_dict_with_a_wrong_field_is_refused(tmp_path, line, message):
         ("config.rewards.scorers = ['shapes']", r"rewards\.scorers is \['shapes'\]; set it to a dict of ScorerConfig"),
         ("config.optimizer = None", r"optimizer is None; set it to an instance of OptimizerConfig"),
         ("config.prompts.tag_weights = {'counting': 'often'}", r"tag_weights\.counting is 'often', .* float"),
-        ("return", r"returns a RunConfig or an ml_collections ConfigDict; found .*NoneType"),
+        ("return", r"must return a RunConfig or an ml_collections ConfigDict; found .*NoneType"),
         ("config.modle.path = 'x'", r"get_config failed: .*modle"),
         ("config.seed = sed", r"get_config failed: .*sed"),
         ("import nowhere", r"nowhere"),
@@ -419,7 +419,7 @@ def test_help_shows_every_field_with_its_type_and_documentation(capsys, file):
         assert f"--config.{name}=" in shown
     assert f"--config.optimizer.beta2=0.95 float. {documentation(OptimizerConfig)['beta2']}" in shown
     assert "--config.evaluation.steps=(25,) tuple of int. T of an evaluation;" in shown
-    assert "--config.rewards.scorers.shapes.options={} dict of str. Handed to the scorer." in shown
+    assert "--config.rewards.scorers.shapes.options={} dict of str. Passed to the scorer." in shown
     assert set(documentation(OptimizerConfig)) == {field.name for field in fields(OptimizerConfig)}
     assert train.main([f"--config={file}:smoke", "-h"]) == 0
     assert "--config.iterations=2" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What `validate` accepts, and what it says of every field and combination that cannot run."""
+"""What `validate` accepts, and its errors for every field and combination that cannot run."""
 
 import dataclasses
 from functools import reduce
@@ -11,7 +11,7 @@ from udm_grpo.configuration.config_fields import field_values, member, settle
 
 
 def runnable() -> RunConfig:
-    """The defaults, with the three fields that have none."""
+    """Return the defaults, with the three fields that have none."""
     config = RunConfig()
     config.model.path = "folder"
     config.prompts.train = "train.jsonl"
@@ -29,7 +29,7 @@ def change(config: RunConfig, name: str, value: object) -> None:
 
 
 def problems(**changes: object) -> list[str]:
-    """The lines of the error about runnable() with these changes (a__b stands for a.b); none if there is no error."""
+    """Return the lines of the error about runnable() with these changes (a__b stands for a.b); [] without an error."""
     config = runnable()
     for name, value in changes.items():
         change(config, name.replace("__", "."), value)
@@ -116,7 +116,7 @@ def test_a_number_that_is_too_small_is_named_with_the_least(name, least):
     assert f"{name} is {least - 1}; set it to at least {least}." in lines
 
 
-# The remaining ranges of config.py. A field whose bad value only fails later, in the middle of a run, belongs here.
+# The remaining ranges of config.py. A field whose bad value would fail only in the middle of a run belongs here.
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -178,7 +178,7 @@ def test_milestones_and_multistep_go_together():
     (line,) = problems(optimizer__schedule="multistep")
     assert line.startswith("optimizer.schedule is multistep without optimizer.milestones")
     (line,) = problems(optimizer__milestones=(3,))
-    assert line.startswith("optimizer.milestones acts only with optimizer.schedule=multistep")
+    assert line.startswith("optimizer.milestones takes effect only with optimizer.schedule=multistep")
 
 
 def test_minibatches_have_to_divide_the_images():
@@ -190,7 +190,7 @@ def test_minibatches_have_to_divide_the_images():
 def test_an_average_that_would_never_move_is_refused():
     assert problems(optimizer__ema_decay=0.99, optimizer__ema_every=100, iterations=100) == []
     (line,) = problems(optimizer__ema_every=100)
-    assert line.startswith("optimizer.ema_every acts only with optimizer.ema_decay above 0")
+    assert line.startswith("optimizer.ema_every takes effect only with optimizer.ema_decay above 0")
     (line,) = problems(optimizer__ema_decay=0.99, optimizer__ema_every=100, iterations=99)
     assert line.startswith("optimizer.ema_every is 100, but the run has 99 optimizer steps")
     assert problems(optimizer__ema_decay=0.99, optimizer__ema_every=100, iterations=25, grpo__minibatches=4) == []
@@ -208,15 +208,15 @@ def test_an_average_that_would_never_move_is_refused():
     ],
 )
 def test_at_most_one_mesh_size_takes_the_rest(sizes, fine):
-    found = problems(mesh__data=sizes[0], mesh__fsdp=sizes[1], mesh__tensor=sizes[2])
-    assert len(found) == (0 if fine else 1)
-    assert fine or found[0].startswith("mesh is {'data': ")
+    lines = problems(mesh__data=sizes[0], mesh__fsdp=sizes[1], mesh__tensor=sizes[2])
+    assert len(lines) == (0 if fine else 1)
+    assert fine or lines[0].startswith("mesh is {'data': ")
 
 
 def test_keeping_the_best_needs_evaluations_on_the_way():
     assert problems(checkpoint__keep_best=True) == []
     (line,) = problems(checkpoint__keep_best=True, evaluation__every=0)
-    assert line.startswith("checkpoint.keep_best needs evaluations on the way")
+    assert line.startswith("checkpoint.keep_best needs evaluations during training")
 
 
 def test_all_problems_are_listed_at_once():
@@ -247,7 +247,7 @@ def test_the_dict_of_a_config_makes_the_same_config_again():
         name: sections[name](**value) if name in nested and isinstance(value, dict) else value
         for name, value in nested.items()
     }
-    scorers = {part: ScorerConfig(**given) for part, given in nested["rewards"]["scorers"].items()}
+    scorers = {part: ScorerConfig(**values) for part, values in nested["rewards"]["scorers"].items()}
     again["rewards"] = RewardsConfig(scorers)
     assert RunConfig(**again) == config
 

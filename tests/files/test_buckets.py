@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # of the emulator and of Goo
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory):
-    """The environment of a process that uses the emulator, in this one too; the bucket's name is bkt."""
+    """Yield the environment of a process that uses the emulator, set in this one too; the bucket is named bkt."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
@@ -219,13 +219,13 @@ OVERRIDES = (
 
 
 def lines(address):
-    found = listing(address)
-    text = buckets.storage().cat_file(address.removeprefix("gs://")).decode() if found else ""
+    objects = listing(address)
+    text = buckets.storage().cat_file(address.removeprefix("gs://")).decode() if objects else ""
     return [json.loads(line) for line in text.splitlines()]
 
 
 def test_a_run_in_a_bucket_is_killed_and_goes_on_elsewhere(bucket, tmp_path, capsys, monkeypatch):
-    """From a model and prompts in the bucket, by a process of its own; then a report and a picture are made of it."""
+    """Its model and prompts are in the bucket, and it has its own process; then it gets a report and a picture."""
     put_folder(ASSETS / "ursa-shapes", "gs://bkt/models/ursa-shapes")
     put_folder(ASSETS / "shapes-prompts", "gs://bkt/prompts")
     environment = running.environment() | bucket

@@ -1,4 +1,4 @@
-"""Weights that are not finite: found by name, never saved, exported or started from."""
+"""Weights that are not finite are reported by name, and never saved, exported or started from."""
 
 import argparse
 import dataclasses
@@ -68,7 +68,7 @@ def test_a_checkpoint_with_a_bad_number_is_neither_saved_nor_read(
 
 
 def broken_base(folder: Path, file: str, name: str, bad: float) -> Path:
-    """A copy of the shipped base with one bad number in a tensor."""
+    """Copy the shipped base with one bad number in a tensor."""
     shutil.copytree(BASE, folder)
     tensors = load_file(folder / file)
     tensors[name] = tensors[name].copy()
@@ -101,11 +101,11 @@ def test_weights_too_large_for_their_dtype_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_codebook_with_a_bad_number_is_refused(tmp_path: Path) -> None:
-    made = load_folder(BASE)
-    broken = dataclasses.replace(made, path_codebook=made.path_codebook.at[3, 0].set(jnp.nan))
+    model = load_folder(BASE)
+    broken = dataclasses.replace(model, path_codebook=model.path_codebook.at[3, 0].set(jnp.nan))
     with pytest.raises(WeightsError, match=r"scheduler: path.emb has NaN or infinite numbers"):
         save_folder(broken, tmp_path / "a")
-    save_folder(made, tmp_path / "a")
+    save_folder(model, tmp_path / "a")
     codebook = torch.from_numpy(np.array(broken.path_codebook))
     torch.save({"path.emb": codebook}, tmp_path / "a" / "scheduler" / "scheduler_model.pth")
     with pytest.raises(WeightsError, match=r"scheduler_model.pth: NaN or infinite numbers in path.emb"):
@@ -114,11 +114,11 @@ def test_a_codebook_with_a_bad_number_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", BAD)
 def test_bad_weights_are_not_exported_and_every_process_says_so(tmp_path: Path, bad: float) -> None:
-    made = load_folder(BASE)
-    save_folder(made, tmp_path / "export")
+    model = load_folder(BASE)
+    save_folder(model, tmp_path / "export")
     before = (tmp_path / "export" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
-    kernel = made.transformer["lm_head"]["kernel"].at[-1, -1].set(bad)
-    broken = dataclasses.replace(made, transformer=made.transformer | {"lm_head": {"kernel": kernel}})
+    kernel = model.transformer["lm_head"]["kernel"].at[-1, -1].set(bad)
+    broken = dataclasses.replace(model, transformer=model.transformer | {"lm_head": {"kernel": kernel}})
     for write in (True, False):
         with pytest.raises(WeightsError, match=f"transformer: {HEAD} has NaN or infinite numbers"):
             save_folder(broken, tmp_path / "export", fetch=hosts.block, write=write)

@@ -34,7 +34,7 @@ with folder_lock.lock_inside(Path(sys.argv[1])):
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
-    """Waits as they are between processes that answer within a tenth of a second."""
+    """Shorten all waits, for processes that answer within a tenth of a second."""
     for name, seconds in (("POLL_S", 0.02), ("BUSY_S", 0.1), ("SILENT_S", 0.4), ("SETTLE_S", 0.05)):
         monkeypatch.setattr(folder_lock, name, seconds)
     monkeypatch.setattr(LockFile, "beat_s", 0.05)
@@ -42,7 +42,7 @@ def quickly(monkeypatch):
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process that holds the lock of tmp_path/run."""
+    """Start a process that holds the lock of tmp_path/run."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, tmp_path / "run"],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -105,7 +105,7 @@ def test_a_process_that_ends_meanwhile_is_waited_for(tmp_path, holder, monkeypat
 
 
 def test_a_run_that_waits_for_a_folder_hears_that_it_is_to_stop(tmp_path, holder, monkeypatch, capsys):
-    """A training, in-process: it notes its signals itself, so the wait has to look at them."""
+    """Training, here in this process, records its signals itself, so the wait has to check them."""
     monkeypatch.setenv(folder_lock.WAIT_VARIABLE, "60")
     monkeypatch.setattr(folder_lock, "POLL_S", 30)
     before = sorted(tmp_path.rglob("*"))
@@ -168,7 +168,7 @@ def test_a_pid_that_is_used_again_is_another_process():
 
 
 def test_of_many_that_take_over_at_once_one_gets_it(tmp_path):
-    """As all requeued jobs of a machine that went down."""
+    """For example, all requeued jobs of a machine that went down."""
     with lock_inside(tmp_path):
         content = (tmp_path / ".lock").read_bytes()
     (tmp_path / ".lock").write_bytes(content)

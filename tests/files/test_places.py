@@ -1,4 +1,4 @@
-"""Addresses instead of local paths: every field and flag supports them or refuses them, and no folder is ever made."""
+"""Addresses instead of local paths: every field and flag supports or refuses them, and no folder is ever created."""
 
 import argparse
 import dataclasses
@@ -33,13 +33,13 @@ ADDRESSES = (
 
 @pytest.fixture
 def gcsfs(monkeypatch):
-    """As if gcsfs was installed."""
+    """Pretend that gcsfs is installed."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: find("os" if name == "gcsfs" else name))
 
 
 def text_fields(section, prefix=""):
-    """(dotted name, the object that has the field, its name) of every field that holds a text."""
+    """Yield (dotted name, the object that has the field, its name) of every field that holds a text."""
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         name = f"{prefix}{field.name}"
@@ -64,7 +64,7 @@ def test_the_fields_of_a_config_are_found():
 @pytest.mark.parametrize("field", [name for name in FIELDS if name != "distributed.coordinator"])
 def test_every_field_of_a_config_takes_an_address_or_refuses_it(field, address):
     config = shapes.get_config("smoke")
-    section, name = next(found[1:] for found in text_fields(config) if found[0] == field)
+    section, name = next(entry[1:] for entry in text_fields(config) if entry[0] == field)
     setattr(section, name, address)
     if field in SUPPORTED_FIELDS and address.startswith("gs://"):
         validate(config)
@@ -105,12 +105,12 @@ def test_a_tilde_is_the_home_folder_in_every_field(monkeypatch):
     assert config.rewards.scorers["shapes"].options["detector"] == "/home/me/d.pth"
     for field in PATHS:
         config = shapes.get_config("smoke")
-        section, name = next(found[1:] for found in text_fields(config) if found[0] == field)
+        section, name = next(entry[1:] for entry in text_fields(config) if entry[0] == field)
         setattr(section, name, "~/x")
         with pytest.raises(ConfigError, match="give the path in full"):
             validate(config)
         expand_config(config)
-        section, name = next(found[1:] for found in text_fields(config) if found[0] == field)
+        section, name = next(entry[1:] for entry in text_fields(config) if entry[0] == field)
         assert getattr(section, name) == "/home/me/x", field
 
 
@@ -121,10 +121,10 @@ def test_a_tilde_is_the_home_folder_for_every_reader(monkeypatch, tmp_path):
     assert local_prompts("~/x:train") == f"{tmp_path}/x:train"
     assert str(Checkpoints("~/run", keep=1).folder) == f"{tmp_path}/run"
     load_pipeline("~/base")
-    given = argparse.Namespace(output=Path("~/o"), runs=["~/a", "b"], prompt=["~"], option=["s.model=~/m", "k=v~"])
-    check_flags(given)
-    assert (given.output, given.runs) == (tmp_path / "o", [f"{tmp_path}/a", "b"])
-    assert (given.prompt, given.option) == (["~"], [f"s.model={tmp_path}/m", "k=v~"])
+    args = argparse.Namespace(output=Path("~/o"), runs=["~/a", "b"], prompt=["~"], option=["s.model=~/m", "k=v~"])
+    check_flags(args)
+    assert (args.output, args.runs) == (tmp_path / "o", [f"{tmp_path}/a", "b"])
+    assert (args.prompt, args.option) == (["~"], [f"s.model={tmp_path}/m", "k=v~"])
 
 
 def test_a_tilde_without_a_home_folder_is_refused():
@@ -159,7 +159,7 @@ def test_an_address_in_a_bucket_has_no_letters_of_patterns(letter):
     address = f"gs://bucket/runs/lr={letter}1e-4/a"
     for field in SUPPORTED_FIELDS:
         config = shapes.get_config("smoke")
-        section, name = next(found[1:] for found in text_fields(config) if found[0] == field)
+        section, name = next(entry[1:] for entry in text_fields(config) if entry[0] == field)
         setattr(section, name, address)
         with pytest.raises(ConfigError) as caught:
             validate(config)
@@ -208,7 +208,7 @@ NEEDED = {
     "prepare_prompts generate-geneval": ["--leave-out", "--output"],
 }
 INSTEAD = {"--run": "--checkpoint", "--transformer-only": "--output", "--adapter": "--output", "--prompts": "--prompt"}
-"""Flags that exclude another one."""
+"""Flag -> the flag that it excludes."""
 
 
 @pytest.mark.parametrize("address", ["gs://bucket/some/where", "s3://bucket/some/where"])
@@ -216,7 +216,7 @@ INSTEAD = {"--run": "--checkpoint", "--transformer-only": "--output", "--adapter
     ("command", "flag"), [(name, flag) for name, (_, _, flags) in COMMANDS.items() for flag in flags]
 )
 def test_every_flag_takes_an_address_or_refuses_it(command, flag, address, tmp_path, monkeypatch, capsys):
-    """Without gcsfs, so that where a bucket is supported the missing package is named."""
+    """gcsfs is hidden, so that the missing package is named where a bucket is supported."""
     main, words, _ = COMMANDS[command]
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gcsfs" else find(name))

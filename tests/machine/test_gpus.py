@@ -28,17 +28,17 @@ from udm_grpo.scoring.rewards import bridge_configs
 def placed(
     environment: dict[str, str], trainer: bool = True, fraction: float = 0.0, **devices: Any
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, str], tuple[str, ...]]:
-    """(the scorers' devices, what is changed in the environment meanwhile, what is said)."""
+    """Return (the scorers' devices, the changes of the environment meanwhile, the description)."""
     scorers = {
-        name: given if isinstance(given, ScorerConfig) else ScorerConfig(devices=given)
-        for name, given in devices.items()
+        name: value if isinstance(value, ScorerConfig) else ScorerConfig(devices=value)
+        for name, value in devices.items()
     }
     before = dict(environment)
     with reserved(RewardsConfig(scorers, fraction), environment, trainer) as (rewards, lines):
         changed = {name: value for name, value in environment.items() if before.get(name) != value}
-        found = {name: given.devices for name, given in rewards.scorers.items()}
+        assigned = {name: scorer.devices for name, scorer in rewards.scorers.items()}
     assert environment == before, "everything is put back"
-    return found, changed, lines
+    return assigned, changed, lines
 
 
 @pytest.fixture(autouse=True)
@@ -70,16 +70,16 @@ def test_a_machine_without_a_driver_or_nvidia_smi_has_no_gpus(tmp_path):
 
 
 def test_one_process_a_gpu_and_the_trainer_has_the_rest(tmp_path):
-    found, changed, lines = placed(machine(tmp_path, 8), geneval=("6", "7"))
-    assert found == {"geneval": ("6", "7")}
+    assigned, changed, lines = placed(machine(tmp_path, 8), geneval=("6", "7"))
+    assert assigned == {"geneval": ("6", "7")}
     assert changed == {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     assert lines == ("scorer geneval: GPU 6,7", "trainer: GPU 0,1,2,3,4,5")
 
 
 def test_gpus_are_called_as_the_environment_calls_them(tmp_path):
     environment = machine(tmp_path, 8, CUDA_VISIBLE_DEVICES="GPU-33aa,GPU-44aa-bb,5")
-    found, changed, _ = placed(environment, a=("4",), b=("GPU-55",))
-    assert found == {"a": ("GPU-44aa-bb",), "b": ("5",)}
+    assigned, changed, _ = placed(environment, a=("4",), b=("GPU-55",))
+    assert assigned == {"a": ("GPU-44aa-bb",), "b": ("5",)}
     assert changed == {"CUDA_VISIBLE_DEVICES": "GPU-33aa"}
 
 
@@ -97,8 +97,8 @@ def test_gpus_are_called_as_the_environment_calls_them(tmp_path):
 )
 def test_auto_is_the_last_gpu_if_the_trainer_keeps_another(tmp_path, count, trainer, platforms, expected, left):
     environment = machine(tmp_path, count) | {"JAX_PLATFORMS": platforms}
-    found, changed, lines = placed(environment, trainer, geneval=("auto",), pickscore=("auto",))
-    assert found == {"geneval": expected, "pickscore": expected}
+    assigned, changed, lines = placed(environment, trainer, geneval=("auto",), pickscore=("auto",))
+    assert assigned == {"geneval": expected, "pickscore": expected}
     assert changed.get("CUDA_VISIBLE_DEVICES") == left
     assert lines[0].startswith(
         f"scorer geneval: {'CPU' if expected == ('cpu',) else 'GPU ' + expected[0]} (devices is auto"
@@ -106,8 +106,8 @@ def test_auto_is_the_last_gpu_if_the_trainer_keeps_another(tmp_path, count, trai
 
 
 def test_auto_leaves_what_others_name(tmp_path):
-    found, changed, _ = placed(machine(tmp_path, 4), a=("3",), b=("auto",), c=("cpu",), d=("shared", "0"))
-    assert found == {"a": ("3",), "b": ("2",), "c": ("cpu",), "d": ("0",)}
+    assigned, changed, _ = placed(machine(tmp_path, 4), a=("3",), b=("auto",), c=("cpu",), d=("shared", "0"))
+    assert assigned == {"a": ("3",), "b": ("2",), "c": ("cpu",), "d": ("0",)}
     assert changed["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
@@ -117,7 +117,7 @@ def test_a_shared_gpu_is_parted_by_memory(tmp_path):
     with reserved(RewardsConfig(scorers), environment) as (rewards, lines):
         assert environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.85"
         assert "CUDA_VISIBLE_DEVICES" not in environment
-        parts = {name: given.memory_fraction for name, given in rewards.scorers.items()}
+        parts = {name: scorer.memory_fraction for name, scorer in rewards.scorers.items()}
     assert parts == {"a": 0.06, "b": 0.06}, "two processes on GPU 1 have what is left of 0.97"
     assert lines[0] == "scorer a: GPU 1 with the trainer, 0.06 of its memory"
     assert lines[2] == "trainer: GPU 0,1, 0.85 of their memory"
@@ -174,7 +174,7 @@ def test_gpus_of_a_machine_that_has_none_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("fields", "message"),
     [
         ({"devices": ("auto", "6")}, "devices is 'auto,6'; give GPUs as in 6,7, or auto, cpu or shared alone"),
         ({"devices": ("6", "shared")}, "devices is '6,shared'"),
@@ -183,10 +183,10 @@ def test_gpus_of_a_machine_that_has_none_are_refused(tmp_path):
         ({"devices": ("6",), "environment": {"CUDA_VISIBLE_DEVICES": "1"}}, "both say what the scorer sees"),
     ],
 )
-def test_devices_that_mean_nothing_are_refused_on_any_machine(given, message):
-    (problem,) = device_problems({"a": ScorerConfig(**given)})
+def test_devices_that_mean_nothing_are_refused_on_any_machine(fields, message):
+    (problem,) = device_problems({"a": ScorerConfig(**fields)})
     assert message in problem
-    assert device_problems({"a": ScorerConfig(**given, addresses=("unix:/a",))}) == [], "nothing is started"
+    assert device_problems({"a": ScorerConfig(**fields, addresses=("unix:/a",))}) == [], "nothing is started"
 
 
 def test_two_scorers_may_share_a_gpu_that_the_trainer_uses_too():
@@ -207,10 +207,10 @@ def test_nothing_is_touched_without_devices(tmp_path, monkeypatch):
 
 
 def test_every_process_of_a_scorer_sees_its_own_gpu():
-    given = ScorerConfig(
+    scorer = ScorerConfig(
         devices=("6", "GPU-77"), options={"dtype": "bfloat16"}, environment={"A": "b"}, memory_fraction=0.1
     )
-    first, second = bridge_configs("pickscore", given, Path("kept"))
+    first, second = bridge_configs("pickscore", scorer, Path("kept"))
     assert first.environment == {"A": "b", "CUDA_VISIBLE_DEVICES": "6"}
     assert second.environment["CUDA_VISIBLE_DEVICES"] == "GPU-77"
     assert (first.device, first.memory_fraction, first.kept_images) == ("cuda:0", 0.1, "kept/0")
@@ -234,7 +234,7 @@ def test_a_device_is_for_scorers_that_take_one_and_name_none():
 def test_memory_is_limited_on_every_gpu_that_the_scorer_sees(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: asked.append(given))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *args: asked.append(args))
     _limit_memory(0.1)
     assert asked == [(0.1, 0), (0.1, 1)]
     with pytest.raises(UsageError, match=r"--memory-fraction is 1\.5"):
@@ -253,8 +253,8 @@ def test_the_demo_takes_one_gpu_for_its_scorer(tmp_path):
 
 def test_evaluate_takes_devices_for_its_scorers(tmp_path, monkeypatch, capsys):
     words = ("--samples=x", f"--output={tmp_path}", "--scorer=a=jpeg", "--scorer=b=jpeg", "--devices=a=6,7")
-    given = evaluate._parser().parse_args([*words, "--check-example=a=false", "--memory-fraction=b=0.1"])
-    scorers = evaluate.read_scorers(given, [])
+    args = evaluate._parser().parse_args([*words, "--check-example=a=false", "--memory-fraction=b=0.1"])
+    scorers = evaluate.read_scorers(args, [])
     assert scorers["a"].devices == ("6", "7")
     assert (scorers["a"].check_example, scorers["b"].memory_fraction) == (False, 0.1)
     monkeypatch.setattr(gpu_split, "visible_gpus", lambda _: visible_gpus(machine(tmp_path, 8)))

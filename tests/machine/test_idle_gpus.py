@@ -1,4 +1,4 @@
-"""What is said on a machine with NVIDIA GPUs where JAX only knows the CPU."""
+"""The warning on a machine with NVIDIA GPUs where JAX knows only the CPU."""
 
 from importlib.metadata import version
 
@@ -16,7 +16,7 @@ LISTED = """\
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine without GPUs, whatever this one has."""
+    """Simulate a machine without GPUs."""
     for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "bin").mkdir()
@@ -45,7 +45,7 @@ def test_gpus_that_nvidia_smi_lists_are_named_with_what_to_install(machine):
 def test_a_plugin_that_does_not_work_is_another_matter(machine, monkeypatch):
     nvidia_smi(machine)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name == "jax_cuda13_plugin" or None)
-    assert "driver of 580" in idle_gpus("cpu")
+    assert "driver 580" in idle_gpus("cpu")
     assert "pip install" not in idle_gpus("cpu")
 
 

@@ -1,4 +1,4 @@
-"""Standard streams that go away while a program runs."""
+"""Standard streams that break while a program runs."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ with lasting_streams():
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr", "both"])
 def test_a_program_whose_reader_has_gone_ends_well(tmp_path, closed):
-    """As `| head -1` and `2>&1 | head -1` leave it."""
+    """For example, with `| head -1` and `2>&1 | head -1`."""
     nowhere, pipe = subprocess.DEVNULL, subprocess.PIPE
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "file")],
@@ -38,7 +38,7 @@ def test_a_program_whose_reader_has_gone_ends_well(tmp_path, closed):
 
 
 def test_descriptors_that_are_closed_from_the_start_go_to_no_file(tmp_path):
-    """What a library prints to descriptor 2 must not end up in a file that was opened."""
+    """Text that a library prints to descriptor 2 must not end up in a file that was opened."""
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "file")]
     done = subprocess.run(["bash", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "bash", *command], cwd=ROOT, timeout=30)
     assert done.returncode == 0

@@ -1,4 +1,4 @@
-"""How processes find each other, and how the end of one ends the others, with an error that names it.
+"""How processes connect, and how the end of one ends the others, with an error that names it.
 
 Run as a program (`python test_distributed.py WHAT port process count`) this file is one process of its own tests.
 """
@@ -46,7 +46,7 @@ EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "node-0:8476", "JAX_NUM_PROCESSES": "2", 
 
 
 @pytest.mark.parametrize(
-    ("given", "environment", "place"),
+    ("config", "environment", "place"),
     [
         (DistributedConfig(), {}, None),
         (DistributedConfig(processes=1), {}, None),
@@ -68,16 +68,16 @@ EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "node-0:8476", "JAX_NUM_PROCESSES": "2", 
         (DistributedConfig("c:9"), {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, Place("c:9", 2, 1)),
     ],
 )
-def test_the_place_of_a_process_comes_from_the_config_or_the_scheduler(monkeypatch, given, environment, place):
+def test_the_place_of_a_process_comes_from_the_config_or_the_scheduler(monkeypatch, config, environment, place):
     for name in {*SLURM, *OPEN_MPI_4, *EXPLICIT, "JAX_COORDINATOR_PORT", "SLURM_STEP_NUM_TASKS"}:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert find_place(given, os.environ) == place
+    assert find_place(config, os.environ) == place
 
 
 @pytest.mark.parametrize(
-    ("given", "environment", "message"),
+    ("config", "environment", "message"),
     [
         (
             DistributedConfig(processes=4),
@@ -107,9 +107,9 @@ def test_the_place_of_a_process_comes_from_the_config_or_the_scheduler(monkeypat
         (DistributedConfig("a:1"), {"OMPI_COMM_WORLD_SIZE": "two"}, "OMPI_COMM_WORLD_SIZE is 'two'; expected"),
     ],
 )
-def test_half_a_place_is_refused(given, environment, message):
+def test_half_a_place_is_refused(config, environment, message):
     with pytest.raises(ConfigError, match=message):
-        find_place(given, environment)
+        find_place(config, environment)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_half_a_place_is_refused(given, environment, message):
     ],
 )
 def test_a_process_says_at_once_for_whom_it_waits_and_the_way_out(monkeypatch, capsys, process_id, said):
-    """As in an interactive shell whose SLURM_NTASKS is that of the job; the error says the same again."""
+    """For example, in an interactive shell whose SLURM_NTASKS is that of the job; the error repeats the text."""
     for name in (*EXPLICIT, "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     changes = {"SLURM_NTASKS": "3", "SLURM_PROCID": process_id, "SLURM_STEP_NODELIST": "localhost"}
@@ -147,7 +147,7 @@ def member(process: int) -> Member:
 
 
 class Meeting:
-    """Processes, here threads, that try to meet; secrets: of those that do not have the first's, by their place."""
+    """Processes, here threads, that try to connect; secrets: those that are not the first's, by position."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class Meeting:
     ):
         self.address, self.ended = ("127.0.0.1", free_port()), list[tuple[int, str]]()
         self.secrets = secrets or {}
-        self.found: list[Peers | PeersError] = [PeersError("not yet")] * len(calls)
+        self.results: list[Peers | PeersError] = [PeersError("not yet")] * len(calls)
         threads = [
             threading.Thread(target=self._meet, args=(at, *call, timeout_s, silence_s)) for at, call in enumerate(calls)
         ]
@@ -173,19 +173,19 @@ class Meeting:
 
         try:
             secret = self.secrets.get(at, "of this run")
-            self.found[at] = meet(me, count, self.address, timeout_s, silence_s, ended, secret)
+            self.results[at] = meet(me, count, self.address, timeout_s, silence_s, ended, secret)
         except PeersError as error:
-            self.found[at] = error
+            self.results[at] = error
 
     def close(self) -> None:
-        closing = [threading.Thread(target=peers.close) for peers in self.found if isinstance(peers, Peers)]
+        closing = [threading.Thread(target=peers.close) for peers in self.results if isinstance(peers, Peers)]
         for thread in closing:
             thread.start()
         for thread in closing:
             thread.join()
 
     def wait(self, ends: int) -> dict[int, str]:
-        """What each process was told at its end."""
+        """Return the reason that each process got at its end."""
         deadline = time.monotonic() + 10
         while len(self.ended) < ends and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -196,8 +196,8 @@ class Meeting:
 
 def test_all_processes_meet_and_leave_in_peace():
     meeting = Meeting([(member(i), 4) for i in (2, 0, 3, 1)], silence_s=2.0)
-    time.sleep(2.5)  # longer than the silence that counts as death
-    assert all(isinstance(peers, Peers) for peers in meeting.found)
+    time.sleep(2.5)  # longer than the heartbeat timeout
+    assert all(isinstance(peers, Peers) for peers in meeting.results)
     meeting.close()
     assert meeting.wait(0) == {}
 
@@ -207,13 +207,13 @@ def test_no_process_goes_before_all_have_finished():
     gone: list[int] = []
 
     def finish(process: int) -> None:
-        meeting.found[process].wait_for_all()
+        meeting.results[process].wait_for_all()
         gone.append(process)
 
     threads = [threading.Thread(target=finish, args=(process,)) for process in (1, 2, 0)]
     for thread in threads[:2]:
         thread.start()
-    time.sleep(0.6)  # longer than the silence that counts as death
+    time.sleep(0.6)  # longer than the heartbeat timeout
     assert gone == []
     threads[2].start()
     for thread in threads:
@@ -225,7 +225,7 @@ def test_no_process_goes_before_all_have_finished():
 
 def test_a_failure_reaches_every_process_with_its_reason():
     meeting = Meeting([(member(i), 3) for i in range(3)])
-    meeting.found[2].fail("ValueError: no such prompt")
+    meeting.results[2].fail("ValueError: no such prompt")
     expected = "process 2 (host host-2, pid 102) failed: ValueError: no such prompt"
     assert meeting.wait(2) == {0: expected, 1: expected}
     meeting.close()
@@ -233,19 +233,19 @@ def test_a_failure_reaches_every_process_with_its_reason():
 
 def test_a_process_that_stands_still_is_named_to_the_others():
     meeting = Meeting([(member(i), 3) for i in range(3)])
-    meeting.found[1]._closed.set()  # its beat stops, its connection stays
-    told = meeting.wait(2)
+    meeting.results[1]._closed.set()  # its beat stops, its connection stays
+    reasons = meeting.wait(2)
     meeting.close()
     for process in (0, 2):
         assert (
-            told[process] == "process 1 (host host-1, pid 101) gave no sign of life for 0.4 s (distributed.silence_s)"
+            reasons[process] == "process 1 (host host-1, pid 101) sent no heartbeat for 0.4 s (distributed.silence_s)"
         )
 
 
 @pytest.mark.parametrize("garbage", [b"3\n[]\nnull\n", b"\xff\xfe{\n", b"[" * 60_000 + b"\n"])
 def test_a_line_that_says_nothing_is_survived_and_the_end_after_it_is_noticed(garbage):
     meeting = Meeting([(member(i), 3) for i in range(3)], silence_s=2.0)
-    (to_process_0,) = meeting.found[1]._connections
+    (to_process_0,) = meeting.results[1]._connections
     to_process_0.line._socket.sendall(garbage)
     time.sleep(0.2)
     assert meeting.ended == []
@@ -257,16 +257,16 @@ def test_a_line_that_says_nothing_is_survived_and_the_end_after_it_is_noticed(ga
 
 def test_a_line_without_an_end_is_an_end():
     meeting = Meeting([(member(i), 2) for i in range(2)], silence_s=2.0)
-    meeting.found[1]._connections[0].line._socket.sendall(b"x" * 70_000)
-    told = meeting.wait(2)
-    assert "process 1 (host host-1, pid 101) is lost: sent a line of more than 65536 bytes" in told[0]
+    meeting.results[1]._connections[0].line._socket.sendall(b"x" * 70_000)
+    reasons = meeting.wait(2)
+    assert "process 1 (host host-1, pid 101) is lost: sent a line of more than 65536 bytes" in reasons[0]
     meeting.close()
 
 
 def refusals(calls: list[tuple[Member, int]], timeout_s: float = 5.0, **more: dict[int, str]) -> list[str]:
-    found = Meeting(calls, timeout_s, **more).found
-    assert all(isinstance(error, PeersError) for error in found), found
-    return [str(error) for error in found]
+    results = Meeting(calls, timeout_s, **more).results
+    assert all(isinstance(error, PeersError) for error in results), results
+    return [str(error) for error in results]
 
 
 def test_two_processes_with_the_same_id_are_refused_and_both_named():
@@ -290,7 +290,8 @@ def test_processes_that_disagree_on_their_number_are_refused():
 def test_a_process_that_does_not_come_is_named_after_the_timeout():
     for text in refusals([(member(0), 4), (member(2), 4)], timeout_s=0.5):
         assert (
-            "after 0.5 s process(es) 1, 3 of 4 have not come (here: process 0 (host host-0, pid 100); process 2" in text
+            "after 0.5 s process(es) 1, 3 of 4 have not connected (here: process 0 (host host-0, pid 100); process 2"
+            in text
         )
 
 
@@ -304,13 +305,13 @@ def test_a_missing_coordinator_is_an_error_with_the_address_that_was_tried():
 
 def test_a_process_with_another_secret_is_turned_away_by_both_sides():
     first, second = refusals([(member(0), 2), (member(1), 2)], timeout_s=0.5, secrets={1: "of another run"})
-    assert "process(es) 1 of 2 have not come" in first
+    assert "process(es) 1 of 2 have not connected" in first
     assert "127.0.0.1 (it does not know this run's secret (UDM_GRPO_SECRET))" in first
     assert "called by process 1 (host host-1, pid 101), does not have the same secret; export the same" in second
 
 
 def claim(**changes: object) -> bytes:
-    """What a stranger says who has read this code but does not know the secret."""
+    """Return the message of a stranger that knows this code but not the secret."""
     return json.dumps({**hello(member(1), 2, "challenge", "nonce", "guessed"), **changes}).encode() + b"\n"
 
 
@@ -332,7 +333,7 @@ STRANGERS = [
 
 @pytest.fixture
 def waiting_process_0():
-    """Process 0 of two, as a thread that waits for the other: its address and what it met."""
+    """Start process 0 of two as a thread that waits for the other; yield its address and its peers."""
     address, met = ("127.0.0.1", free_port()), list[Peers]()
     server = threading.Thread(target=lambda: met.append(meet(member(0), 2, address, 20.0, 5.0, print, "of this run")))
     server.start()
@@ -353,7 +354,7 @@ def call(address: tuple[str, int]) -> socket.socket:
 
 
 def test_strangers_are_not_believed_and_hold_nobody_up(waiting_process_0):
-    """Garbage, guesses and silence; each of them stays connected."""
+    """They send garbage, guesses or nothing, and each of them stays connected."""
     address, met = waiting_process_0
     strangers = [call(address) for _ in [*STRANGERS, *[b""] * 30]]
     for stranger, said in zip(strangers, STRANGERS, strict=False):
@@ -368,7 +369,7 @@ def test_strangers_are_not_believed_and_hold_nobody_up(waiting_process_0):
 
 
 def test_an_id_outside_of_the_run_does_not_complete_the_meeting(waiting_process_0):
-    """Even if it knows the secret."""
+    """This holds even if the process knows the secret."""
     address, met = waiting_process_0
     with pytest.raises(
         PeersError, match=r"process 99 \(host host-99, pid 199\) cannot be one of 2; their ids go from 0"
@@ -379,7 +380,7 @@ def test_an_id_outside_of_the_run_does_not_complete_the_meeting(waiting_process_
 
 
 def test_a_process_that_is_started_again_takes_its_place():
-    """Process 1 of 3 comes, dies while process 2 is still missing, and comes again."""
+    """Process 1 of 3 connects, dies while process 2 is still missing, and connects again."""
 
     class Dies(Meeting):
         def _meet(self, at: int, me: Member, *rest: Any) -> None:
@@ -392,13 +393,13 @@ def test_a_process_that_is_started_again_takes_its_place():
             super()._meet(at, me, *rest)
 
     meeting = Dies([(member(i), 3) for i in range(3)])
-    assert all(isinstance(peers, Peers) for peers in meeting.found), meeting.found
+    assert all(isinstance(peers, Peers) for peers in meeting.results), meeting.results
     meeting.close()
     assert meeting.wait(0) == {}
 
 
 def test_a_caller_does_not_believe_another_program(monkeypatch):
-    """One that answers, but with what no process 0 says."""
+    """The other program answers, but not as process 0 does."""
     monkeypatch.setattr(peers_module, "HELLO_TIMEOUT_S", 0.5)
     for said in [b"220 mail.example ESMTP\r\n", b"5\n", b'{"challenge": 3}\n', b""]:
         with socket.create_server(("127.0.0.1", 0)) as other:
@@ -453,7 +454,7 @@ def start(what: str, count: int, tmp: Path) -> list[subprocess.Popen]:
     ],
 )
 def test_the_end_of_a_process_ends_the_others_with_an_error_that_names_it(tmp_path, what, message):
-    """Within 10 s, though the silence that counts as death is 60 s; real processes, in a collective when it happens."""
+    """They end within 10 s, although the heartbeat timeout is 60 s; these are real processes, inside a collective."""
     processes = start(what, 2, tmp_path)
     lost = int(what[0])
     processes[lost].wait(120)
@@ -468,14 +469,14 @@ def test_the_end_of_a_process_ends_the_others_with_an_error_that_names_it(tmp_pa
 
 
 def test_a_long_end_of_process_0_is_no_abort_of_the_others(tmp_path):
-    """It writes an export for longer than jax's barrier waits, which is 1 s here."""
+    """Process 0 writes an export for longer than jax's barrier waits, which is 1 s here."""
     processes = start("0 exports", 2, tmp_path)
     logs = [tmp_path / f"{process}.log" for process in range(2)]
     assert [process.wait(120) for process in processes] == [0, 0], [log.read_text() for log in logs]
 
 
 def work(what: str, port: str, process: str, count: str) -> None:
-    """Gather numbers with the others until it is time."""
+    """Gather numbers with the others, and act as WHAT says in the third turn."""
     config = DistributedConfig(f"127.0.0.1:{port}", int(count), int(process), 60.0, 60.0)
     act: dict[str, Callable[[], None]] = {
         f"{process} dies": lambda: os.kill(os.getpid(), signal.SIGKILL),

@@ -1,4 +1,4 @@
-"""What processes hold and tell each other, checkpoints that move between them, and weights that stream to their shards.
+"""Arrays and values that processes share, checkpoints that move between them, and weights that stream to shards.
 
 Run as a program (`python test_hosts.py WHAT folder ...`) this file is one process of its own tests.
 """
@@ -33,7 +33,7 @@ ROWS = 8
 
 
 def params_of(step: int) -> dict[str, Any]:
-    """Parameters whose every number says where it is, under names that the mesh's rules know."""
+    """Return parameters whose numbers show their positions, under names that the mesh's rules know."""
     shapes = {"embed": {"embedding": (8, 16)}, "layers": {"mlp": {"up": {"kernel": (2, 8, 256)}}}, "norm": (6,)}
     leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda node: isinstance(node, tuple))
     numbers = [np.arange(np.prod(shape), dtype=np.float32).reshape(shape) + 1000 * step for shape in leaves]
@@ -41,7 +41,7 @@ def params_of(step: int) -> dict[str, Any]:
 
 
 def on(mesh: Any, params: Any) -> Any:
-    """Their shapes with shardings."""
+    """Return their shapes with shardings."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         params,
@@ -50,26 +50,26 @@ def on(mesh: Any, params: Any) -> Any:
 
 
 def exchange(mesh: Any) -> None:
-    """Every function of udm_grpo/multihost/hosts.py, on rows that are spread over the processes."""
+    """Test every function of udm_grpo/multihost/hosts.py, on rows that are spread over the processes."""
     me, spread = jax.process_index(), meshes.over_batch(mesh)
     rows = hosts.owned_rows(spread, ROWS)
     assert rows.tolist() == [4 * me, 4 * me + 1, 4 * me + 2, 4 * me + 3]
-    made = hosts.put_rows(lambda mine: np.asarray(mine)[:, None] * np.ones(3), ROWS, spread)
-    np.testing.assert_array_equal(hosts.whole(made), np.arange(ROWS)[:, None] * np.ones(3))
-    np.testing.assert_array_equal(hosts.take(made, rows), rows[:, None] * np.ones(3))
+    array = hosts.put_rows(lambda mine: np.asarray(mine)[:, None] * np.ones(3), ROWS, spread)
+    np.testing.assert_array_equal(hosts.whole(array), np.arange(ROWS)[:, None] * np.ones(3))
+    np.testing.assert_array_equal(hosts.take(array, rows), rows[:, None] * np.ones(3))
     np.testing.assert_array_equal(hosts.whole(hosts.put(np.arange(ROWS), spread)), np.arange(ROWS))
     assert hosts.gather({"process": me, "text": "ü" * me}) == [{"process": 0, "text": ""}, {"process": 1, "text": "ü"}]
     assert hosts.from_primary(lambda: f"of {me}") == "of 0"
     assert [hosts.any_process(me == 1), hosts.any_process(False)] == [True, False]
     third = np.float32(1) / 3
-    found = hosts.gather_rows({"score": rows.astype(np.float32) * third}, rows, ROWS)
-    np.testing.assert_array_equal(found["score"], np.arange(ROWS, dtype=np.float32) * third)
+    columns = hosts.gather_rows({"score": rows.astype(np.float32) * third}, rows, ROWS)
+    np.testing.assert_array_equal(columns["score"], np.arange(ROWS, dtype=np.float32) * third)
     only = hosts.gather_rows({"score": np.ones(ROWS, np.float32)} if me else {}, np.arange(ROWS if me else 0), ROWS)
     np.testing.assert_array_equal(only["score"], 1)
 
 
 def move(mesh: Any, folder: Path) -> None:
-    """Go on from what one process saved, and save asynchronously while the arrays are used up."""
+    """Continue from what one process saved, and save asynchronously while the arrays are donated."""
     state, meta = restore(folder / "checkpoints" / "00000001", on(mesh, params_of(1)))
     assert meta == {"by": "one"}
     shards = state["layers"]["mlp"]["up"]["kernel"].addressable_shards
@@ -84,7 +84,7 @@ def move(mesh: Any, folder: Path) -> None:
 
 
 def go_back(mesh: Any, folder: Path) -> None:
-    """From a copy of the newest checkpoint in which one byte of the arrays is another, to the one before it."""
+    """Fall back from a copy of the newest checkpoint with one changed byte to the checkpoint before it."""
     copies = folder / "copies"
     if hosts.is_primary():
         for step in (3, 4):
@@ -107,7 +107,7 @@ def stream(mesh: Any, folder: Path) -> None:
 
 
 def open_folder_of_its_own(folder: Path) -> None:
-    """A run's folder that each process has for itself is refused by all of them."""
+    """Test that all processes refuse a run's folder that each has for itself."""
     output_folder.SEEN_WITHIN_S = 0.5
     own = RunConfig(output_dir=str(folder / f"own-{jax.process_index()}"))
     with pytest.raises(ConfigError, match=r"own-\d is not the same folder for all: process\(es\) 1 do not see there"):

@@ -1,4 +1,4 @@
-"""environment.json: what a start notes, what it hides, and what it does with what an older run left."""
+"""environment.json: what a start records, what it redacts, and what it does with an older file."""
 
 import json
 import platform

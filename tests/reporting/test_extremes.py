@@ -23,7 +23,7 @@ def ticket(score: np.ndarray, first: int) -> Future[Scores]:
 
 
 def watched(score: np.ndarray, batch: int, most: int) -> Extremes:
-    """Image i is all of the value i and of prompt i // COPIES; the last batch is padded with a perfect score."""
+    """Process images: image i is filled with i, its prompt is i // COPIES; the last is padded with a perfect score."""
     kept = Extremes(most, len(score))
     for at in range(0, len(score), batch):
         index = np.arange(at, at + batch)
@@ -39,15 +39,15 @@ def test_the_best_and_worst_of_every_prompt_whatever_the_batches(batch, seed):
     score = np.random.default_rng(seed).integers(0, 6, 24) / 8  # many are equal
     kept = watched(score, batch, 3)
     by_prompt = score.reshape(-1, COPIES)
-    for sign, found in ((-1, kept.best()), (1, kept.worst())):
+    for sign, images in ((-1, kept.best()), (1, kept.worst())):
         first = (sign * by_prompt).argmin(1) + COPIES * np.arange(len(by_prompt))
-        wanted = sorted(first, key=lambda i: (sign * score[i], i))[:3]
-        assert [judged.index for judged in found] == wanted
-        assert [judged.score for judged in found] == list(score[wanted])
-        assert [judged.reason for judged in found] == [f"reason {i}" for i in wanted]
-        assert [judged.prompt for judged in found] == [f"prompt {i // COPIES}" for i in wanted]
-        assert all((judged.image == judged.index).all() for judged in found)
-        assert [judged.raw for judged in found] == [{"twice": 2 * score[i]} for i in wanted]
+        expected = sorted(first, key=lambda i: (sign * score[i], i))[:3]
+        assert [judged.index for judged in images] == expected
+        assert [judged.score for judged in images] == list(score[expected])
+        assert [judged.reason for judged in images] == [f"reason {i}" for i in expected]
+        assert [judged.prompt for judged in images] == [f"prompt {i // COPIES}" for i in expected]
+        assert all((judged.image == judged.index).all() for judged in images)
+        assert [judged.raw for judged in images] == [{"twice": 2 * score[i]} for i in expected]
 
 
 def test_they_are_written_with_all_that_was_said(tmp_path):

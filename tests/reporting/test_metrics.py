@@ -197,7 +197,7 @@ class FakeRun:
 
 
 class FakeWandb(types.ModuleType):
-    """Stands in for the wandb package: remembers the runs, and gives each that names no id one of its own."""
+    """A stand-in for the wandb package: records the runs, and gives an id to each run that names none."""
 
     def __init__(self, failure: Exception | None = None):
         super().__init__("wandb")
@@ -289,7 +289,7 @@ def test_a_run_without_a_key_is_kept_offline(tmp_path, wandb, monkeypatch, capsy
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_run_that_weights_and_biases_refuses_goes_on(tmp_path, wandb, capsys, broken):
-    """Offline where that is possible."""
+    """The run is kept offline if that is possible."""
     wandb.failure, wandb.broken = ArithmeticError("no connection"), broken
     with MetricsWriter(tmp_path, LoggingConfig(wandb=True)) as writer:
         writer.write(1, {"reward": 0.5})

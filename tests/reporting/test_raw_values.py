@@ -1,4 +1,4 @@
-"""Raw values whose names differ between batches, or are those of columns that a run has of its own."""
+"""Raw values whose names differ between batches, or equal those of a run's own columns."""
 
 import json
 from concurrent.futures import Future
@@ -26,11 +26,11 @@ def ticket(score: list[float], **raw: list[float]) -> "Future[Scores]":
 
 
 def test_batches_with_other_names_lose_nothing() -> None:
-    """A judge of colours says nothing of colours where no prompt names one."""
-    found = rewards.collect([ticket([1, 2], a=[1, 2]), ticket([3], b=[3]), ticket([4, 0], a=[4, 0], b=[5, 0])], 4)
-    np.testing.assert_array_equal(found.score, [1, 2, 3, 4])
-    np.testing.assert_array_equal(found.raw["a"], [1, 2, np.nan, 4])
-    np.testing.assert_array_equal(found.raw["b"], [np.nan, np.nan, 3, 5])
+    """For example, a judge of colours gives no value for colours where no prompt names one."""
+    collected = rewards.collect([ticket([1, 2], a=[1, 2]), ticket([3], b=[3]), ticket([4, 0], a=[4, 0], b=[5, 0])], 4)
+    np.testing.assert_array_equal(collected.score, [1, 2, 3, 4])
+    np.testing.assert_array_equal(collected.raw["a"], [1, 2, np.nan, 4])
+    np.testing.assert_array_equal(collected.raw["b"], [np.nan, np.nan, 3, 5])
 
 
 @pytest.fixture
@@ -41,16 +41,16 @@ def some() -> Rewards:
 
 
 def test_an_evaluation_keeps_its_own_columns(some: Rewards, tmp_path: Path) -> None:
-    """A scorer's raw values named like them stay too, under another name."""
-    found = summarize(joined(Part(), some), ["one", "two"], 2)
-    assert (found["score"], found["prompts"], found["images"]) == (0.5, 2, 4)
-    assert {found[f"raw/{name}"] for name in COLUMNS} == {1.5}
-    assert found["few"] == 4
-    assert found["missing"] == {"few": 2, "no": 4}
-    assert found["tags"]["one"] == {"score": 0.75, **{f"raw/{name}": 0.5 for name in COLUMNS}}
-    assert found["tags"]["two"] == {"score": 0.25, **{f"raw/{name}": 2.5 for name in COLUMNS}, "few": 4}
+    """A scorer's raw values with the same names are kept, too, under other names."""
+    summary = summarize(joined(Part(), some), ["one", "two"], 2)
+    assert (summary["score"], summary["prompts"], summary["images"]) == (0.5, 2, 4)
+    assert {summary[f"raw/{name}"] for name in COLUMNS} == {1.5}
+    assert summary["few"] == 4
+    assert summary["missing"] == {"few": 2, "no": 4}
+    assert summary["tags"]["one"] == {"score": 0.75, **{f"raw/{name}": 0.5 for name in COLUMNS}}
+    assert summary["tags"]["two"] == {"score": 0.25, **{f"raw/{name}": 2.5 for name in COLUMNS}, "few": 4}
     lines = JsonLines(tmp_path / "evaluations.jsonl")
-    lines.append(7, found)
+    lines.append(7, summary)
     lines.close()
     (line,) = [json.loads(text) for text in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert (line["step"], line["raw/step"], line.get("nonfinite")) == (7, 1.5, None)

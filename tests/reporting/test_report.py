@@ -20,27 +20,27 @@ POINTS = "return (document.querySelector(arguments[0]).getAttribute('d').match(/
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with open_browser() as found:
-        yield found
+    with open_browser() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A whole run and one that was killed at iteration 9."""
+    """Return a whole run and one that was killed at iteration 9."""
     folder = tmp_path_factory.mktemp("runs")
     return [write_run(folder / "whole"), write_run(folder / "killed", iterations=9, seed=1, side=120)]
 
 
 @pytest.fixture(scope="module")
 def alone(runs: list[Path]) -> str:
-    """Address of the report of the whole run, where it lies by default."""
+    """Return the address of the report of the whole run, at its default path."""
     assert main([str(runs[0])]) == 0
     return (runs[0] / "report.html").as_uri()
 
 
 @pytest.fixture(scope="module")
 def both(runs: list[Path]) -> str:
-    """Address of the report of both."""
+    """Return the address of the report of both runs."""
     output = runs[0].parent / "both.html"
     assert main([*map(str, runs), "--output", str(output)]) == 0
     return output.as_uri()
@@ -122,13 +122,13 @@ def test_the_point_under_the_mouse_or_finger_is_told(browser, runs, both, size):
     for step in (1, 7, 12):
         act(f"{REWARD} circle.mark:nth-of-type({step})")
         lines = browser.run("return document.querySelector(arguments[0]).innerText", f"{REWARD} .tip").splitlines()
-        wanted = [f"iteration {step}", f"whole {four_digits(rows(runs[0])[step - 1]['reward'])}"]
+        expected = [f"iteration {step}", f"whole {four_digits(rows(runs[0])[step - 1]['reward'])}"]
         if step < 12:
-            wanted.append(f"killed {four_digits(rows(runs[1])[step - 1]['reward'])}")
-        assert lines == wanted
+            expected.append(f"killed {four_digits(rows(runs[1])[step - 1]['reward'])}")
+        assert lines == expected
     act('[data-chart="counting"] circle.mark:nth-of-type(2)')
-    told = browser.run("return document.querySelector('[data-chart=counting] .tip').innerText")
-    assert f"whole {four_digits(evaluation(4, 12, 6)['tags']['counting']['strict'])} \N{MIDDLE DOT} 6 prompts" in told
+    tip = browser.run("return document.querySelector('[data-chart=counting] .tip').innerText")
+    assert f"whole {four_digits(evaluation(4, 12, 6)['tags']['counting']['strict'])} \N{MIDDLE DOT} 6 prompts" in tip
 
 
 def test_arrow_keys_move_along_a_curve(browser, runs, alone):
@@ -136,8 +136,8 @@ def test_arrow_keys_move_along_a_curve(browser, runs, alone):
     browser.run("document.querySelector(arguments[0]).focus()", f"{REWARD} svg")
     for _ in range(3):
         browser.driver.switch_to.active_element.send_keys("\ue014")
-    told = browser.run("return document.querySelector(arguments[0]).innerText", f"{REWARD} .tip")
-    assert told.splitlines() == ["iteration 3", four_digits(rows(runs[0])[2]["reward"])]
+    tip = browser.run("return document.querySelector(arguments[0]).innerText", f"{REWARD} .tip")
+    assert tip.splitlines() == ["iteration 3", four_digits(rows(runs[0])[2]["reward"])]
 
 
 def test_smoothing_draws_a_calmer_curve_over_the_true_one(browser, alone):
@@ -154,7 +154,7 @@ def test_smoothing_draws_a_calmer_curve_over_the_true_one(browser, alone):
 
 
 def shown(browser: Browser, selector: str) -> np.ndarray:
-    """The pixels of a picture that the page shows."""
+    """Return the pixels of a picture that the page shows."""
     source = browser.run("return document.querySelector(arguments[0]).src", selector)
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGB"))
 

@@ -1,4 +1,4 @@
-"""What a run left and how it becomes a report's data: whole, unfinished, of an older version, damaged."""
+"""How a run's folder becomes a report's data: whole, unfinished, of an older version, damaged."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(whole: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """Return a copy that a test may damage."""
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
@@ -39,63 +39,63 @@ def append(path: Path, text: str) -> None:
 
 
 def test_a_whole_run(whole):
-    found = shown(whole)
-    assert (found["done"], found["iterations"], found["finished"], found["seconds"]) == (12, 12, True, 754.2)
-    assert found["curves"]["steps"] == list(range(1, 13))
+    data = shown(whole)
+    assert (data["done"], data["iterations"], data["finished"], data["seconds"]) == (12, 12, True, 754.2)
+    assert data["curves"]["steps"] == list(range(1, 13))
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    np.testing.assert_allclose(found["curves"]["values"]["kl"], [line["kl"] for line in lines], rtol=1e-5)
-    assert found["curves"]["values"]["seconds/update"][0] == 14
-    assert [(one["step"], one["label"], one["prompts"]) for one in found["evaluations"]] == [
+    np.testing.assert_allclose(data["curves"]["values"]["kl"], [line["kl"] for line in lines], rtol=1e-5)
+    assert data["curves"]["values"]["seconds/update"][0] == 14
+    assert [(one["step"], one["label"], one["prompts"]) for one in data["evaluations"]] == [
         (0, "base", 12),
         (4, "", 6),
         (8, "", 6),
         (12, "final", 12),
     ]
-    assert found["evaluations"][3]["tags"]["colors"]["strict"] == pytest.approx(
+    assert data["evaluations"][3]["tags"]["colors"]["strict"] == pytest.approx(
         evaluation(12, 12, 12)["tags"]["colors"]["strict"], rel=1e-5
     )
-    assert [(one["step"], one["label"]) for one in found["moments"]] == [(0, "base"), (4, ""), (8, ""), (12, "final")]
-    assert [cell["caption"] for cell in found["moments"][2]["cells"]] == list(PROMPTS)
-    assert [one["step"] for one in found["extremes"]] == [0, 4, 8, 12]
-    assert found["notes"] == []
+    assert [(one["step"], one["label"]) for one in data["moments"]] == [(0, "base"), (4, ""), (8, ""), (12, "final")]
+    assert [cell["caption"] for cell in data["moments"][2]["cells"]] == list(PROMPTS)
+    assert [one["step"] for one in data["extremes"]] == [0, 4, 8, 12]
+    assert data["notes"] == []
 
 
 def test_the_base_of_a_run_that_noted_none_on_its_way_is_that_of_the_summary(run):
     kept = (run / "evaluations.jsonl").read_text().splitlines(keepends=True)[1:]
     (run / "evaluations.jsonl").write_text("".join(kept))
     (run / "pictures" / "000000.png").unlink()
-    found = shown(run)
-    assert [(one["step"], one["label"]) for one in found["evaluations"]][:2] == [(0, "base"), (4, "")]
-    assert [(one["step"], one["label"]) for one in found["moments"]][:2] == [(0, "base"), (4, "")]
+    data = shown(run)
+    assert [(one["step"], one["label"]) for one in data["evaluations"]][:2] == [(0, "base"), (4, "")]
+    assert [(one["step"], one["label"]) for one in data["moments"]][:2] == [(0, "base"), (4, "")]
 
 
 def test_a_run_that_has_only_begun(tmp_path):
     with MetricsWriter(tmp_path / "run"):
         pass
-    found = shown(tmp_path / "run")
-    assert (found["done"], found["finished"]) == (0, False)
-    assert found["curves"] == {"per": 1, "steps": [], "values": {}}
-    assert found["evaluations"] == found["moments"] == found["extremes"] == []
+    data = shown(tmp_path / "run")
+    assert (data["done"], data["finished"]) == (0, False)
+    assert data["curves"] == {"per": 1, "steps": [], "values": {}}
+    assert data["evaluations"] == data["moments"] == data["extremes"] == []
 
 
 def test_a_torn_last_line_is_noted(run):
     append(run / "metrics.jsonl", '{"step": 13, "rew')
     append(run / "evaluations.jsonl", '{"step": ')
-    found = shown(run)
-    assert found["done"] == 12
-    assert [note.split(":")[0] for note in found["notes"]] == ["metrics.jsonl", "evaluations.jsonl"]
+    data = shown(run)
+    assert data["done"] == 12
+    assert [note.split(":")[0] for note in data["notes"]] == ["metrics.jsonl", "evaluations.jsonl"]
 
 
 def test_what_an_older_run_left_in_the_folder_is_passed_over(run):
-    """A fresh run into the same folder that was killed after 5 iterations."""
+    """A new run in the same folder was killed after 5 iterations."""
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[:5]
     (run / "metrics.jsonl").write_text("".join(lines))
-    found = shown(run)
-    assert not found["finished"]
-    assert [one["step"] for one in found["evaluations"]] == [0, 4]
-    assert [one["step"] for one in found["moments"]] == [0, 4]
-    assert [one["step"] for one in found["extremes"]] == [0, 4]
-    assert "summary.json is of 12 iterations, but 5 are done" in found["notes"][0]
+    data = shown(run)
+    assert not data["finished"]
+    assert [one["step"] for one in data["evaluations"]] == [0, 4]
+    assert [one["step"] for one in data["moments"]] == [0, 4]
+    assert [one["step"] for one in data["extremes"]] == [0, 4]
+    assert "summary.json is of 12 iterations, but 5 are done" in data["notes"][0]
 
 
 def test_numbers_that_are_not_finite_leave_gaps_and_are_noted(tmp_path):
@@ -104,18 +104,18 @@ def test_numbers_that_are_not_finite_leave_gaps_and_are_noted(tmp_path):
         with pytest.warns(RuntimeWarning, match="kl is nan"):
             metrics.write(2, {"kl": float("nan")})
         metrics.write(3, {"kl": 0.3})
-    found = shown(tmp_path)
-    assert found["curves"]["values"] == {"kl": [0.1, None, 0.3]}
-    assert found["notes"] == ["kl was not finite, first at iteration 2."]
+    data = shown(tmp_path)
+    assert data["curves"]["values"] == {"kl": [0.1, None, 0.3]}
+    assert data["notes"] == ["kl was not finite, first at iteration 2."]
 
 
 def test_iterations_without_an_update_are_noted(tmp_path):
     with MetricsWriter(tmp_path) as metrics:
         for step, skipped in enumerate((0.0, 1.0, 0.5, 1.0), start=1):
             metrics.write(step, {"dead_groups": skipped, "skipped": skipped})
-    found = shown(tmp_path)
-    assert found["curves"]["values"]["dead_groups"] == [0, 1, 0.5, 1]
-    assert found["notes"] == [
+    data = shown(tmp_path)
+    assert data["curves"]["values"]["dead_groups"] == [0, 1, 0.5, 1]
+    assert data["notes"] == [
         "2 of 4 iterations made no update, first iteration 2: in every group all images got the same score "
         "(dead groups)."
     ]
@@ -126,13 +126,13 @@ def test_long_curves_and_many_pictures_are_thinned_and_that_is_said(whole, monke
     monkeypatch.setattr(data_module, "MAX_MOMENTS", 3)
     monkeypatch.setattr(data_module, "MAX_PROMPTS", 3)
     monkeypatch.setattr(data_module, "MAX_EXTREMES", 2)
-    found = report_data([replace(read_run(whole), before_after=None)] * 2)["runs"][0]
+    data = report_data([replace(read_run(whole), before_after=None)] * 2)["runs"][0]
     lines = [json.loads(line)["reward"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert found["curves"]["steps"] == [3, 6, 9, 12]
-    np.testing.assert_allclose(found["curves"]["values"]["reward"], np.reshape(lines, (4, 3)).mean(1), rtol=1e-5)
-    assert [len(one["cells"]) for one in found["moments"]] == [3, 3, 3, 3]
-    assert [one["step"] for one in found["extremes"]] == [0, 12]
-    assert found["notes"] == [
+    assert data["curves"]["steps"] == [3, 6, 9, 12]
+    np.testing.assert_allclose(data["curves"]["values"]["reward"], np.reshape(lines, (4, 3)).mean(1), rtol=1e-5)
+    assert [len(one["cells"]) for one in data["moments"]] == [3, 3, 3, 3]
+    assert [one["step"] for one in data["extremes"]] == [0, 12]
+    assert data["notes"] == [
         "Each point of a curve is the mean of 3 iterations.",
         "Pictures of 3 of 4 prompts are shown.",
         "Best and worst images of 2 of 4 evaluations are shown.",
@@ -140,7 +140,7 @@ def test_long_curves_and_many_pictures_are_thinned_and_that_is_said(whole, monke
 
 
 def test_a_grid_that_does_not_say_where_its_pictures_are_is_shown_whole(run):
-    """As runs of before wrote them."""
+    """Runs of earlier versions wrote such grids."""
     sheet = Image.open(run / "pictures" / "000004.png").convert("RGB")
     sheet.save(run / "pictures" / "000004.png")
     moment = shown(run)["moments"][1]
@@ -177,13 +177,13 @@ def test_texts_of_a_run_cannot_leave_the_data(whole):
 @pytest.mark.parametrize(
     ("file", "line", "says"),
     [
-        ("metrics.jsonl", "{broken", "line 13 is no JSON"),
+        ("metrics.jsonl", "{broken", "line 13 is not JSON"),
         ("metrics.jsonl", "[13]", "line 13 is a list, not an object"),
         ("metrics.jsonl", '{"step": "13"}', "line 13 has the step '13', not a whole number"),
         ("metrics.jsonl", '{"reward": 1}', "line 13 has the step None"),
         ("metrics.jsonl", '{"step": 12}', "line 13 has step 12 after step 12"),
-        ("metrics.jsonl", "\x00\x00", "line 13 is no JSON"),
-        ("evaluations.jsonl", '{"step": 9, "tags": {"colors": 1}}', "line 4 has tags that are no objects of scores"),
+        ("metrics.jsonl", "\x00\x00", "line 13 is not JSON"),
+        ("evaluations.jsonl", '{"step": 9, "tags": {"colors": 1}}', "line 4 has tags that are not objects of scores"),
     ],
 )
 def test_a_damaged_line_is_named(run, capsys, file, line, says):
@@ -198,7 +198,7 @@ def test_a_damaged_line_is_named(run, capsys, file, line, says):
 @pytest.mark.parametrize(
     ("file", "text", "says"),
     [
-        ("config.json", "{", "config.json is no JSON"),
+        ("config.json", "{", "config.json is not JSON"),
         ("config.json", "3", "config.json holds a number, not an object"),
         ("environment.json", '{"starts": 3}', "environment.json: starts is a number, not a list"),
         ("summary.json", "{}", "summary.json has no by_steps"),

@@ -25,7 +25,7 @@ INSTALLED = Path(__file__).resolve().parents[2]
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
-    """Read the command line (without the program's name); the last value of a field counts.
+    """Read the command line (without the program's name); the last value of a field wins.
 
     Raises ConfigError for an unknown flag or field, a value of the wrong type, or a config file that gives no
     configuration.
@@ -37,7 +37,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     overrides = Overrides(config)
     unexpected = _read(rest, overrides)
     if unexpected:
-        raise ConfigError(f"unexpected {' '.join(unexpected)}; every setting is --config.field=value.")
+        raise ConfigError(f"unexpected {' '.join(unexpected)}; write every setting as --config.field=value.")
     overrides.check_entries()
     return _parsed(config, overrides)
 
@@ -49,7 +49,7 @@ def usage(argv: Sequence[str]) -> str:
 
 
 def _config_file(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the value of --config and the other words; absl reads --flagfile on the way."""
+    """Return the value of --config and the other arguments, with --flagfile expanded by absl."""
     known = flags.FlagValues()
     flags.DEFINE_string("config", None, "The config file.", flag_values=known)
     known.set_gnu_getopt(True)
@@ -63,7 +63,7 @@ def _config_file(argv: Sequence[str]) -> tuple[str, list[str]]:
 def load(file: str) -> RunConfig:
     """Return the configuration of FILE.py or FILE.py:variant; raises ConfigError if there is none.
 
-    configs/NAME.py is the installed one where the working folder has none.
+    configs/NAME.py is the installed file if the working folder has none.
     """
     if problem := places.problem("--config", file):
         raise ConfigError(problem)
@@ -89,7 +89,7 @@ def load(file: str) -> RunConfig:
 def _module(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location("config_file", path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"the config file cannot be read: {path} is no Python file; its name has to end in .py.")
+        raise ConfigError(f"the config file cannot be read: {path} is not a Python file; its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -99,7 +99,7 @@ def _module(path: Path) -> Any:
 
 
 def _run_config(config: Any) -> RunConfig:
-    """Return the configuration itself, or defaults with what a ConfigDict sets; checked."""
+    """Return a RunConfig itself, or the defaults with the values of a ConfigDict; checked."""
     if isinstance(config, config_dict.ConfigDict):
         try:
             values = config.to_dict()
@@ -107,15 +107,17 @@ def _run_config(config: Any) -> RunConfig:
             raise ConfigError(f"a placeholder of the ConfigDict has no value: {error}") from None
         config = fill(RunConfig(), values)
     if not isinstance(config, RunConfig):
-        raise ConfigError(f"get_config() returns a RunConfig or an ml_collections ConfigDict; found {type(config)}.")
+        raise ConfigError(
+            f"get_config() must return a RunConfig or an ml_collections ConfigDict; found {type(config)}."
+        )
     settle(config)
     return config
 
 
 def _read(words: Sequence[str], overrides: Overrides) -> list[str]:
-    """Hand every setting to `overrides`; returns the words that are none.
+    """Pass every setting to `overrides`; return the arguments that are not settings.
 
-    A flag without a value is true, or takes the following word, as absl has it.
+    A flag without a value is true, or takes the next argument, as in absl.
     """
     unexpected, pending = [], list(words)
     while pending:
@@ -127,7 +129,7 @@ def _read(words: Sequence[str], overrides: Overrides) -> list[str]:
         name, text = match["name"], match["text"]
         if match["no"] or (text is None and overrides.is_bool(name)):
             if text is not None or not overrides.is_bool(name):
-                raise ConfigError(f"{word}: only a bool can be set so, without a value; write --config.{name}=value.")
+                raise ConfigError(f"{word}: only a bool can be set without a value; write --config.{name}=value.")
             text = "false" if match["no"] else "true"
         elif text is None and pending and not pending[0].startswith("-"):
             text = pending.pop(0)

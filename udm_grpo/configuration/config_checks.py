@@ -1,4 +1,4 @@
-"""Which configurations can run: every field and combination that cannot is named at once, with what to change."""
+"""Validate a configuration: report all invalid fields and combinations at once, with what to change."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from udm_grpo.machine.gpu_split import device_problems
 from udm_grpo.model import lora
 
 MAX_NUMBER = 3.4028234663852886e38
-"""The largest of float32, in which a run computes."""
+"""The largest number of float32, in which a run computes."""
 
 
 def _choice(problems: list[str], name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -39,7 +39,7 @@ def _fraction(problems: list[str], name: str, value: float) -> None:
 
 
 def _not_finite(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Yield (field, problem) for a number, or one in a tuple or dict, that is not finite or not one of float32."""
+    """Yield (field, problem) for each number, also in a tuple or dict, that is not finite or exceeds float32."""
     if isinstance(value, dict):
         for key, part in value.items():
             yield from _not_finite(f"{name}.{key}", part)
@@ -47,7 +47,7 @@ def _not_finite(name: str, value: Any) -> Iterator[tuple[str, str]]:
         for index, part in enumerate(value):
             yield from _not_finite(f"{name}[{index}]", part)
     elif isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:  # NaN too
-        shown = "above 10^39" if isinstance(value, int) else str(value)  # Python does not write long integers
+        shown = "above 10^39" if isinstance(value, int) else str(value)  # Python refuses to print long integers
         yield name, f"{name} is {shown}; set it to a finite number that float32 can hold."
 
 
@@ -108,14 +108,14 @@ def _scorers(config: RunConfig, problems: list[str]) -> None:
         problems.append("rewards.scorers is empty; name at least one.")
     _fraction(problems, "rewards.trainer_memory_fraction", config.rewards.trainer_memory_fraction)
     problems += device_problems(config.rewards.scorers)
-    for name, given in config.rewards.scorers.items():
+    for name, scorer in config.rewards.scorers.items():
         at = f"rewards__scorers__{name}__"
-        _above_zero(problems, **{f"{at}deadline_s": given.deadline_s, f"{at}start_timeout_s": given.start_timeout_s})
-        _at_least(problems, 0, **{f"{at}max_restarts": given.max_restarts})
-        _at_least(problems, 1, **{f"{at}replicas": given.replicas})
-        _fraction(problems, f"rewards.scorers.{name}.memory_fraction", given.memory_fraction)
-        if not math.isfinite(given.weight):
-            problems.append(f"rewards.scorers.{name}.weight is {given.weight}; set it to a finite number.")
+        _above_zero(problems, **{f"{at}deadline_s": scorer.deadline_s, f"{at}start_timeout_s": scorer.start_timeout_s})
+        _at_least(problems, 0, **{f"{at}max_restarts": scorer.max_restarts})
+        _at_least(problems, 1, **{f"{at}replicas": scorer.replicas})
+        _fraction(problems, f"rewards.scorers.{name}.memory_fraction", scorer.memory_fraction)
+        if not math.isfinite(scorer.weight):
+            problems.append(f"rewards.scorers.{name}.weight is {scorer.weight}; set it to a finite number.")
 
 
 def _combinations(config: RunConfig, problems: list[str]) -> None:
@@ -141,7 +141,9 @@ def _combinations(config: RunConfig, problems: list[str]) -> None:
         problems.append("optimizer.schedule is multistep without optimizer.milestones; name at least one.")
     _average(config, problems)
     if config.optimizer.milestones and config.optimizer.schedule != "multistep":
-        problems.append("optimizer.milestones acts only with optimizer.schedule=multistep; set that or drop them.")
+        problems.append(
+            "optimizer.milestones takes effect only with optimizer.schedule=multistep; set that or remove it."
+        )
     sizes = dataclasses.asdict(config.mesh)
     if sum(size == -1 for size in sizes.values()) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         problems.append(f"mesh is {sizes}; every size is at least 1, and at most one is -1 (the rest of the devices).")
@@ -151,29 +153,31 @@ def _combinations(config: RunConfig, problems: list[str]) -> None:
     if not config.prompts.heldout:
         problems.append("prompts.heldout is empty; name a file or prepared folder of evaluation prompts.")
     if config.checkpoint.keep_best and not config.evaluation.every:
-        problems.append("checkpoint.keep_best needs evaluations on the way; set evaluation.every above 0.")
+        problems.append("checkpoint.keep_best needs evaluations during training; set evaluation.every above 0.")
 
 
 def _average(config: RunConfig, problems: list[str]) -> None:
     every, updates = config.optimizer.ema_every, config.iterations * config.grpo.optimizer_steps
     if every > 1 and not config.optimizer.ema_decay:
-        problems.append("optimizer.ema_every acts only with optimizer.ema_decay above 0; set that or drop it.")
+        problems.append(
+            "optimizer.ema_every takes effect only with optimizer.ema_decay above 0; set that or remove it."
+        )
     elif every > 1 and every > updates >= 1:
         problems.append(
-            f"optimizer.ema_every is {every}, but the run has {updates} optimizer steps, so the average would stay "
+            f"optimizer.ema_every is {every}, but the run has {updates} optimizer steps, so the average would remain "
             f"the start model; lower it to at most {updates}."
         )
 
 
 def _lora(config: RunConfig, problems: list[str]) -> None:
-    given = config.lora
-    _at_least(problems, 0, lora__rank=given.rank)
-    if not 0 < given.alpha < math.inf:
-        problems.append(f"lora.alpha is {given.alpha}; set it to a finite number above 0.")
+    adapter = config.lora
+    _at_least(problems, 0, lora__rank=adapter.rank)
+    if not 0 < adapter.alpha < math.inf:
+        problems.append(f"lora.alpha is {adapter.alpha}; set it to a finite number above 0.")
     try:
-        lora.targets(given.targets)
+        lora.targets(adapter.targets)
     except ValueError as error:
-        problems.append(f"lora.targets is {given.targets}: {error}.")
+        problems.append(f"lora.targets is {adapter.targets}: {error}.")
 
 
 def validate(config: RunConfig) -> None:
@@ -185,7 +189,7 @@ def validate(config: RunConfig) -> None:
     _lora(config, problems)
     _combinations(config, problems)
     problems += places.config_problems(config)
-    for name, problem in (found for field in field_values(config) for found in _not_finite(*field)):
+    for name, problem in (pair for field in field_values(config) for pair in _not_finite(*field)):
         if not any(line.startswith(f"{name} is ") for line in problems):
             problems.append(problem)
     if problems:

@@ -17,7 +17,7 @@ from udm_grpo.config import ConfigError, RunConfig
 
 
 def field_names(config: Any, prefix: str = "") -> list[str]:
-    """Every field of a configuration, dotted; those of a dict of configurations under the names in it."""
+    """Return the dotted names of all fields; those in a dict of configurations include the key of their entry."""
     names = []
     for field in fields(config):
         value = getattr(config, field.name)
@@ -37,7 +37,7 @@ def member(section: Any, name: str) -> Any:
 
 
 def field_values(config: Any) -> list[tuple[str, Any]]:
-    """Every field of a configuration, dotted, with its value."""
+    """Return every field of a configuration as (dotted name, value)."""
     return [(name, reduce(member, name.split("."), config)) for name in field_names(config)]
 
 
@@ -47,7 +47,7 @@ def field_type(section: Any, name: str) -> Any:
 
 
 def part_type(section: Any, name: str) -> Any:
-    """Return the dataclass that a dict field holds under names of the user's choice; None for every other field."""
+    """Return the dataclass that a dict field holds under user-chosen names; None for every other field."""
     annotation = field_type(section, name)
     held = get_args(annotation)[1] if get_origin(annotation) is dict else None
     return held if is_dataclass(held) else None
@@ -67,7 +67,7 @@ def type_name(annotation: Any) -> str:
 
 
 def typed(name: str, value: Any, annotation: Any) -> Any:
-    """Return a value as its field's type wants it: paths become text, lists tuples, numbers in a dict of text text.
+    """Return a value converted to its field's type: paths to text, lists to tuples, numbers in a dict of text to text.
 
     Raises ConfigError for a value of another type.
     """
@@ -123,7 +123,7 @@ def _settle_part(value: Any, expected: Any, dotted: str) -> None:
 
 
 def fill(section: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """Set fields of a configuration from a nested dict, which leaves out what stays as it is; returns the section.
+    """Set the fields of a configuration that a nested dict contains; return the configuration.
 
     A dict of configurations is replaced, each entry starting from defaults. Raises ConfigError for unknown names.
     """
@@ -166,15 +166,17 @@ def _help_lines(section: Any, prefix: str) -> list[str]:
     lines, later = [], []
     for field in fields(section):
         value, dotted = getattr(section, field.name), f"{prefix}{field.name}"
-        about = documentation(type(section)).get(field.name, "")
+        description = documentation(type(section)).get(field.name, "")
         if is_dataclass(value):
             later += ["", f"{dotted}: {inspect.getdoc(value)}", *_help_lines(value, f"{dotted}.")]
         elif part_type(type(section), field.name):
-            later += ["", f"{dotted}.NAME: {about}"]
+            later += ["", f"{dotted}.NAME: {description}"]
             for key, part in value.items():
                 later += [f"{dotted}.{key}: {inspect.getdoc(part)}", *_help_lines(part, f"{dotted}.{key}.")]
         else:
             lines.append(f"  --config.{dotted}={value if value != '' else repr('')}")
             kind = type_name(field_type(type(section), field.name))
-            lines.append(textwrap.fill(f"{kind}. {about}", 110, initial_indent=" " * 6, subsequent_indent=" " * 6))
+            lines.append(
+                textwrap.fill(f"{kind}. {description}", 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            )
     return lines + later

@@ -1,7 +1,8 @@
-"""Settings of the command line in the form that ml_collections' config_flags can parse.
+"""Convert the settings of a command line to a form that ml_collections' config_flags can parse.
 
-The library sets what is there, by its type. Here an unknown name gets suggestions, and dict fields, which it does not
-know, are set, extended and cleared: what a setting adds is put in place with an empty value, for the library to fill.
+The library sets existing fields, by their types. This module adds suggestions for unknown names, and lets dict fields,
+which the library does not know, be set, extended and cleared: an entry that a setting adds is created with an empty
+value, for the library to fill.
 """
 
 import ast
@@ -13,7 +14,7 @@ from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.configuration.config_fields import field_names, field_type, part_type, type_name, unknown_field
 
 ADDING = ("weight", "scorer")
-"""Fields of an entry of a dict of configurations whose setting adds it; others only change one that is there."""
+"""Fields whose setting adds an entry to a dict of configurations; the others only change an existing entry."""
 _TRUTH = {"yes": "true", "no": "false"}
 
 
@@ -34,9 +35,9 @@ class Overrides:
     def __init__(self, config: RunConfig):
         self.config = config
         self._settings: dict[str, _Setting] = {}
-        """By the library's path of the field, as in prompts.tag_weights['counting']."""
+        """By the library's path of the field, such as prompts.tag_weights['counting']."""
         self._absent: dict[str, tuple[str, list[str]]] = {}
-        """Path of an entry that the configuration lacks -> (the first setting of a field of it, the entries it has)."""
+        """Path of a missing entry -> (the first setting of one of its fields, the entries that exist)."""
 
     def is_bool(self, name: str) -> bool:
         """Return whether this is the dotted name of a bool."""
@@ -44,19 +45,19 @@ class Overrides:
 
     def words(self) -> list[str]:
         """Return the command line for the library."""
-        given = self._settings.items()
-        return [f"--config.{path}={_library_text(setting.text, setting.annotation)}" for path, setting in given]
+        settings = self._settings.items()
+        return [f"--config.{path}={_library_text(setting.text, setting.annotation)}" for path, setting in settings]
 
     def explained(self, error: Exception) -> ConfigError:
-        """Return the library's error as one about the setting that the user wrote."""
+        """Return the library's error as an error about the setting that the user wrote."""
         for path, setting in self._settings.items():
             if re.search(rf"config\.{re.escape(path)}(?![\w.\[])", str(error)):
                 kind, shown = type_name(setting.annotation), f"--config.{setting.name}={setting.text}"
-                return ConfigError(f"{shown}: {setting.text!r} cannot be read as {kind}; --help has the types.")
+                return ConfigError(f"{shown}: {setting.text!r} cannot be read as {kind}; --help lists the types.")
         return ConfigError(f"the command line cannot be read: {error}")
 
     def add(self, name: str, text: str | None) -> None:
-        """Take --config.NAME=TEXT; raises ConfigError for an unknown name, no text, and a dict that cannot be read."""
+        """Add --config.NAME=TEXT; raise ConfigError for an unknown name, a missing value, or an unreadable dict."""
         parts = name.split(".")
         if _annotation(RunConfig, parts) is None:
             raise unknown_field(name, field_names(self.config))
@@ -90,15 +91,15 @@ class Overrides:
             entry = ".".join(name.split(".")[:3])
             raise ConfigError(
                 f"--config.{name}: this configuration has no {entry}; it has {', '.join(known) or 'none'}. Correct the "
-                f"name, or add the entry knowingly, by --config.{entry}.{ADDING[0]}=... or {ADDING[1]}=..."
+                f"name, or add the entry with --config.{entry}.{ADDING[0]}=... or {ADDING[1]}=..."
             )
 
     def _set(self, path: str, setting: _Setting) -> None:
-        self._settings.pop(path, None)  # the order is that of the last settings
+        self._settings.pop(path, None)  # so that the order is that of the last settings
         self._settings[path] = setting
 
     def _forget(self, path: str) -> None:
-        """Drop earlier settings of what is below a path, which is set anew."""
+        """Drop earlier settings below a path that is set again."""
         for other in [other for other in self._absent if other.startswith(path)]:
             del self._absent[other]
         for other in [other for other in self._settings if other.startswith((f"{path}.", f"{path}["))]:
@@ -132,7 +133,7 @@ class Overrides:
 
 
 def _annotation(section: Any, parts: list[str]) -> Any:
-    """Return the type of what can be set by this dotted name; None if there is nothing."""
+    """Return the type of the value that this dotted name sets; None if there is no such value."""
     annotation, held, rest = field_type(section, parts[0]), part_type(section, parts[0]), parts[1:]
     if is_dataclass(annotation):
         return _annotation(annotation, rest) if rest else None
@@ -144,9 +145,7 @@ def _annotation(section: Any, parts: list[str]) -> Any:
 
 
 def _entry(path: str, key: str) -> str:
-    """Return the library's path of a dict's entry: a Python subscript, without the characters that would end a flag's
-    name.
-    """
+    """Return the library's path of a dict entry: a Python subscript without characters that end a flag's name."""
     return f"{path}[{key!r}]".replace(" ", "\\x20").replace("=", "\\x3d")
 
 
@@ -168,7 +167,7 @@ def _as_text(value: Any) -> str:
 
 
 def _library_text(text: str, annotation: Any) -> str:
-    """Return the text as the library's parsers of bools and tuples want it."""
+    """Return the text in the form that the library's parsers of bools and tuples expect."""
     if annotation is bool:
         return _TRUTH.get(text.lower(), text)
     if get_origin(annotation) is not tuple:
@@ -179,7 +178,7 @@ def _library_text(text: str, annotation: Any) -> str:
 
 
 def _texts(text: str) -> tuple[str, ...]:
-    """Return a tuple of texts, quoted as in Python or not at all: ('a', 'b') or a,b."""
+    """Return a tuple of texts, quoted as in Python or unquoted: ('a', 'b') or a,b."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

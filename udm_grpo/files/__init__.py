@@ -1,1 +1,1 @@
-"""Files and folders: written whole, locked, digested, on disks and in buckets."""
+"""Files and folders: atomic writes, locks, digests, disks and buckets."""

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Write files and folders atomically: they are complete or absent."""
 
 import contextlib
 import ctypes
@@ -16,13 +16,13 @@ from udm_grpo.files.folder_lock import lock_beside, short_name, unique_name
 from udm_grpo.files.places import PlaceError, problem
 
 UNFINISHED = ".unfinished"
-"""How the names of files end that are being written, so that a kill leaves nothing that looks like a picture."""
+"""Suffix of files that are being written, so that a kill leaves nothing that looks like a picture."""
 _EXCHANGE, _AT_FDCWD = 2, -100
 """RENAME_EXCHANGE and "relative to the working directory" of Linux."""
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a temporary file and put it at `path` once complete: no half-written file is ever there."""
+    """Let `write` create a temporary file and move it to `path`, which never holds a half-written file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{short_name(path)}.{unique_name()}{UNFINISHED}")
     try:
@@ -35,26 +35,26 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what kills left of files that were being written, in `folder` and below; no process may write there."""
+    """Remove unfinished files that kills left in `folder` and below; no process may be writing there."""
     for left in folder.rglob(f".*{UNFINISHED}"):
         left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def replacing_folder(target: Path, marker: str) -> Iterator[Path]:
-    """Give an empty folder beside `target` to fill; afterwards it takes the target's place.
+    """Yield an empty folder beside `target` to fill; afterwards it replaces `target`.
 
     Where the file system can exchange two folders (Linux: ext4, XFS, Btrfs, tmpfs, overlayfs, not NFS), `target` is at
-    every moment the old folder or the new one. Elsewhere there is none for a moment between two renames; what a loss of
-    power leaves of that moment, the next call puts right.
+    every moment the old folder or the new one. Elsewhere it is absent for a moment between two renames; after a power
+    loss in that moment, the next call restores it.
 
-    If filling it fails (a full disk, a kill), what was at `target` before is untouched; a failure also removes the
-    half-filled folder, and a later call what a kill left. Raises FileExistsError if `target` is something else than an
-    empty folder or one that holds a file named `marker`, FolderLockedError while another process writes it, and OSError
-    if nothing can be written there.
+    If filling the folder fails (a full disk, a kill), the old `target` is untouched; a failure also removes the
+    half-filled folder, and a later call removes what a kill left. Raises FileExistsError if `target` is neither an
+    empty folder nor one that holds a file named `marker`, FolderLockedError while another process writes it, and
+    OSError if nothing can be written there.
     """
-    if found := problem("the folder to write", target):
-        raise PlaceError(found)
+    if reason := problem("the folder to write", target):
+        raise PlaceError(reason)
     target = Path(os.path.realpath(target))
     if target.exists() and not _replaceable(target, marker):
         raise FileExistsError(_not_ours(target, marker))
@@ -78,7 +78,7 @@ def replacing_folder(target: Path, marker: str) -> Iterator[Path]:
 
 
 def _put(fresh: Path, target: Path, old: Path) -> Path:
-    """Rename a folder to the target's name; return where that leaves what was there before, for example `old`."""
+    """Rename a folder to the target's name; return the path of the previous folder: `fresh` or `old`."""
     left = old
     if target.exists() and exchange(fresh, target):
         left = fresh
@@ -86,7 +86,7 @@ def _put(fresh: Path, target: Path, old: Path) -> Path:
         if target.exists():
             target.rename(old)
         fresh.rename(target)
-    sync_path(target.parent)  # before the old one goes
+    sync_path(target.parent)  # before the old folder is removed
     return left
 
 
@@ -105,7 +105,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 @functools.cache
 def _renameat2() -> Any:
-    """Return the C library's renameat2, None where there is none."""
+    """Return the C library's renameat2, or None if it has none."""
     try:
         function = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -120,7 +120,7 @@ def _beside(target: Path, ending: str) -> Path:
 
 
 def _clear_leftovers(target: Path) -> None:
-    """Put back what was at the target if a kill came between two renames, and remove what kills left beside it."""
+    """Restore the target if a kill came between two renames, and remove what kills left beside it."""
     ours = re.compile(re.escape(f".{short_name(target)}.") + r"([A-Za-z0-9-]*-\d+-[0-9a-f]{12}\.)?(new|old)")
     beside = list(target.parent.iterdir()) if target.parent.is_dir() else []
     left = [path for path in beside if ours.fullmatch(path.name)]
@@ -136,4 +136,4 @@ def _replaceable(target: Path, marker: str) -> bool:
 
 
 def _not_ours(target: Path, marker: str) -> str:
-    return f"{target} already exists, and it holds no {marker}, so it is not overwritten; choose another folder"
+    return f"{target} already exists and holds no {marker}, so it is not overwritten; choose another folder"

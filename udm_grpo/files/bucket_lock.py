@@ -1,4 +1,4 @@
-"""The lock of a run in a bucket: an object that its holder changes; see folder_lock.py."""
+"""The lock of a run in a bucket: an object that its holder keeps changing; see folder_lock.py."""
 
 import contextlib
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from udm_grpo.files.places import PlaceError, is_bucket
 
 
 class LockObject:
-    """A lock in an object of a bucket. The storage makes it only if there is none, which is what `create` rests on."""
+    """A lock in an object of a bucket; `create` relies on the storage creating it only if it does not exist."""
 
     beat_s = 15.0  # Google Cloud Storage takes about one change of an object a second
 
@@ -19,7 +19,7 @@ class LockObject:
         self._path = address.removeprefix("gs://")
 
     def create(self, content: bytes) -> bool:
-        """Make the object on the condition that there is none."""
+        """Create the object; return False if it exists."""
         if self.read() is not None:
             return False
         with buckets.talking(self.name):
@@ -42,12 +42,12 @@ class LockObject:
                 return None
 
     def replace(self, content: bytes) -> None:
-        """Upload the object, whoever made it."""
+        """Upload the object, whoever holds the lock."""
         with buckets.talking(self.name):
             buckets.storage().pipe_file(self._path, content)
 
     def refresh(self, token: bytes, content: bytes) -> bool:
-        """Upload it if it is still ours; make it again if someone removed it."""
+        """Upload the object if it is still ours; create it again if someone removed it."""
         there = self.read()
         if there is None:
             return self.create(content)
@@ -58,7 +58,7 @@ class LockObject:
 
     def remove(self, token: bytes) -> None:
         """Delete the object if it is ours."""
-        with contextlib.suppress(PlaceError):  # it will be taken over
+        with contextlib.suppress(PlaceError):  # another process will take it over
             if token in (self.read() or b""):
                 with buckets.talking(self.name):
                     buckets.storage().rm_file(self._path)

@@ -1,13 +1,13 @@
 """Files in Google Cloud Storage buckets (gs://...): read through a local cache, written from a local folder.
 
-    folder = local("gs://bucket/models/URSA-1.7B-IBQ512")   # downloaded once; a local path comes back as it is
-    mirror = Mirror("gs://bucket/runs/first")               # mirror.folder is local; push() uploads what has changed
+    folder = local("gs://bucket/models/URSA-1.7B-IBQ512")   # downloaded once; a local path is returned as is
+    mirror = Mirror("gs://bucket/runs/first")               # mirror.folder is local; push() uploads changed files
 
-A bucket has no folders, no appending and no renaming. So a file is uploaded whole, as one object that readers see at
-once or not at all. Checkpoints do not come through here: Orbax writes them to the bucket itself.
+A bucket has no folders, appends or renames, so a file is uploaded as one object, which readers see whole or not at all.
+Checkpoints do not pass through here: Orbax writes them to the bucket itself.
 
-Credentials are Google's application default ones (`gcloud auth application-default login`; on a VM, its service
-account). An emulator is found by STORAGE_EMULATOR_HOST (for Orbax also TENSORSTORE_GCS_HTTP_URL).
+Credentials are Google's application default credentials (`gcloud auth application-default login`; on a VM, its service
+account). STORAGE_EMULATOR_HOST is the address of an emulator (for Orbax also TENSORSTORE_GCS_HTTP_URL).
 """
 
 import contextlib
@@ -29,36 +29,36 @@ from udm_grpo.files.places import PlaceError, is_bucket, with_home
 from udm_grpo.machine.progress import progress_bar
 
 PUSH_EVERY_S = 60.0
-"""Seconds between two uploads of what has changed while a run trains."""
+"""Seconds between two uploads of changed files during training."""
 NOT_MIRRORED = ("wandb",)
-"""Folders of a run that stay where they are: Weights & Biases uploads its own."""
+"""Folders of a run that are not uploaded: Weights & Biases uploads its own."""
 CHECKPOINTS, EXPORTS, OLDER = "checkpoints", "export", "older"
-"""What of a run in a bucket is not brought back: checkpoints, folders whose names begin like the second, older runs."""
+"""Parts of a run in a bucket that are not downloaded: checkpoints, folders with names like export*, older runs."""
 NOT_BROUGHT_BACK = (f"{CHECKPOINTS}/", EXPORTS, f"{OLDER}/", LOCK)
 
 COMMIT_FILE = "commit_success.txt"
-"""What Orbax writes into a checkpoint last."""
+"""The file that Orbax writes last into a checkpoint."""
 
 
 def cache_folder() -> Path:
-    """Return the local folder for copies of what lies in buckets: UDM_GRPO_CACHE, or ~/.cache/udm_grpo."""
+    """Return the local folder for copies of files in buckets: UDM_GRPO_CACHE, or ~/.cache/udm_grpo."""
     variable = "UDM_GRPO_CACHE"
     return Path(with_home(variable, os.environ.get(variable) or "~/.cache/udm_grpo"))
 
 
 @functools.cache
 def storage() -> Any:
-    """Return the client of Google Cloud Storage, one a process."""
+    """Return the client of Google Cloud Storage, one per process."""
     import fsspec
 
-    # Other processes write to the bucket too, so listings are asked for anew each time.
+    # Other processes write to the bucket too, so listings must not be cached.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return fsspec.filesystem("gcs")
 
 
 @contextlib.contextmanager
 def talking(address: str) -> Iterator[None]:
-    """Turn what the client library raises into a PlaceError with the address and what to check."""
+    """Turn errors of the client library into a PlaceError with the address and what to check."""
     try:
         yield
     except PlaceError:
@@ -77,10 +77,10 @@ def listing(address: str) -> dict[str, dict[str, Any]]:
     with talking(address):
         root = address.removeprefix("gs://").rstrip("/")
         try:
-            found = storage().find(root, detail=True)
+            objects = storage().find(root, detail=True)
         except FileNotFoundError:
-            found = {}
-    return {name.removeprefix(root).lstrip("/"): info for name, info in found.items() if not name.endswith("/")}
+            objects = {}
+    return {name.removeprefix(root).lstrip("/"): info for name, info in objects.items() if not name.endswith("/")}
 
 
 def exists(address: str) -> bool:
@@ -89,10 +89,10 @@ def exists(address: str) -> bool:
 
 
 def local(address: str | Path, skip: tuple[str, ...] = ()) -> Path:
-    """Return a local path with what is at an address: of a bucket a copy in the cache, anything else as it is.
+    """Return a local path for an address: of a bucket a copy in the cache, any other path as it is.
 
-    A file is downloaded again when the bucket holds another version of it. skip: top-level folders that are left out,
-    by the beginnings of their names. Raises PlaceError, also if nothing is there or the disk is too small.
+    A file is downloaded again if the bucket holds another version of it. skip: top-level folders to leave out, by the
+    beginnings of their names. Raises PlaceError, also if nothing is there or the disk is too small.
     """
     return _cached(str(address), skip) if is_bucket(address) else Path(with_home("the path", str(address)))
 
@@ -122,7 +122,7 @@ def _place(kind: str, address: str) -> Path:
 
 
 def download(address: str, target: Path, skip: tuple[str, ...] = ()) -> dict[str, Path]:
-    """Make `target` hold what is at an address, and nothing else; returns its files by relative path."""
+    """Make `target` an exact copy of what is at an address; return its files by relative path."""
     objects = {name: info for name, info in listing(address).items() if not name or not name.startswith(skip or ("/",))}
     if not objects:
         raise PlaceError(f"{address}: there is nothing at this address; check its spelling with gcloud storage ls.")
@@ -152,14 +152,14 @@ def _version(info: dict[str, Any]) -> str:
 
 
 def _same(path: Path, mark: Path, info: dict[str, Any]) -> bool:
-    """Return whether a file is the version of an object that was downloaded before."""
+    """Return whether a file was downloaded from this version of an object."""
     if not path.is_file() or path.stat().st_size != info["size"] or not mark.is_file():
         return False
     return mark.read_text(encoding="utf-8") == _version(info)
 
 
 def _clear(target: Path, keep: set[Path]) -> None:
-    """Delete the files of a copy that are not to be in it."""
+    """Delete the files of a copy that are not in `keep`."""
     if target.is_file() and target not in keep:
         target.unlink()
     for path in target.rglob("*") if target.is_dir() else []:
@@ -168,10 +168,10 @@ def _clear(target: Path, keep: set[Path]) -> None:
 
 
 class Mirror:
-    """A local folder whose files are kept the same in a bucket; it starts as what the bucket holds of them.
+    """A local folder that is mirrored to a bucket; it starts as a copy of the bucket's files.
 
-    Checkpoints, exports and older runs are not brought back. Files that disappear here disappear there.
-    Raises PlaceError where the bucket cannot be used.
+    Checkpoints, exports and older runs are not downloaded. Files that are deleted here are deleted there.
+    Raises PlaceError if the bucket cannot be used.
     """
 
     def __init__(self, address: str):
@@ -200,20 +200,20 @@ class Mirror:
         self._last = time.monotonic()
 
     def push_when_due(self) -> None:
-        """`push` if the last time is PUSH_EVERY_S ago; what fails is a warning, and tried again later."""
+        """Call `push` if the last one was PUSH_EVERY_S ago; a failure is a warning, and is retried later."""
         if time.monotonic() - self._last < PUSH_EVERY_S:
             return
         try:
             self.push()
         except PlaceError as error:
             self._last = time.monotonic()
-            print(f"warning: {error} It will be tried again.", file=sys.stderr)
+            print(f"warning: {error} It will be retried.", file=sys.stderr)
 
     def __enter__(self) -> "Mirror":
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        """Push what there is; while an error ends the run, a failure to do so is only a warning."""
+        """Push the files; if an error is ending the run, a failure to push is only a warning."""
         try:
             self.push()
         except PlaceError as error:
@@ -228,7 +228,7 @@ class Mirror:
                 storage().pipe_file(self._remote(name), path.read_bytes())
             else:
                 storage().put_file(str(path), self._remote(name))
-        except FileNotFoundError:  # it was replaced meanwhile; the next push has it
+        except FileNotFoundError:  # it was replaced meanwhile; the next push uploads it
             if path.exists():
                 raise
 
@@ -236,13 +236,13 @@ class Mirror:
         return f"{self.address.removeprefix('gs://')}/{name}"
 
     def _here(self) -> dict[str, tuple[int, int]]:
-        found = {}
+        files = {}
         for path in self.folder.rglob("*"):
             name = path.relative_to(self.folder)
             if path.is_file() and name.parts[0] not in NOT_MIRRORED and not path.name.endswith(UNFINISHED):
                 stat = path.stat()
-                found[name.as_posix()] = (stat.st_size, stat.st_mtime_ns)
-        return found
+                files[name.as_posix()] = (stat.st_size, stat.st_mtime_ns)
+        return files
 
 
 def staging(address: str, process: int) -> Path:
@@ -251,15 +251,15 @@ def staging(address: str, process: int) -> Path:
 
 
 def copy_object(source: str, target: str) -> None:
-    """Copy an object within the cloud."""
+    """Copy an object within the storage service."""
     with talking(source):
         storage().cp_file(source.removeprefix("gs://"), target.removeprefix("gs://"))
 
 
 def move_objects(source: str, target: str) -> None:
-    """Move everything at an address to another one: all is copied before any is deleted.
+    """Move everything at an address to another one: everything is copied before anything is deleted.
 
-    What commits a checkpoint is copied last and deleted first, so that none counts while it is not whole.
+    The file that commits a checkpoint is copied last and deleted first, so that an incomplete checkpoint never counts.
     """
     names = sorted(listing(source), key=lambda name: name.endswith(COMMIT_FILE))
     for name in names:

@@ -1,9 +1,9 @@
-"""SHA-256 of what files hold, wherever they are: the same for a copy, another for other content.
+"""SHA-256 digests of files by their content, wherever they are.
 
 Of files above 64 MiB, which are weights, only a sample is read, so that a start does not wait for gigabytes: the size,
 the first and the last MiB (the directory of a .bin is at its end, with a CRC-32 of every tensor), 256 blocks spread
 evenly, and of safetensors the header and the beginning, the middle and the end of every tensor. Another model or
-another training changes all of that. What it cannot see is a change of a few numbers of a large file by hand.
+another training run changes all of these. A change of a few numbers of a large file by hand is not detected.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ WHOLE_BYTES = 64 << 20
 """Files up to this size are read whole."""
 EDGE_BYTES, BLOCK_BYTES, BLOCKS = 1 << 20, 1 << 12, 256
 MAX_FILES = 10_000
-"""Files of a folder that are looked at; of any more, only names and sizes count."""
+"""A folder with more files than this is digested by names and sizes only."""
 
 
 def digest_folder(folder: Path) -> str:
@@ -28,9 +28,9 @@ def digest_folder(folder: Path) -> str:
 
 
 def digest_path(path: Path) -> str:
-    """Return the digest of a file, or of a folder with the names in it; hidden files and documentation do not count.
+    """Return the digest of a file, or of a folder with its file names; hidden files and documentation do not count.
 
-    Large files are sampled, see the top.
+    Large files are sampled, see the module docstring.
     """
     if path.is_file():
         return digest_file(path)
@@ -57,7 +57,7 @@ def digest_array(array: np.ndarray) -> str:
 
 
 def digest_file(path: Path) -> str:
-    """Return the SHA-256 of a file, of a large one that of its size and a sample."""
+    """Return the SHA-256 of a file, or of the size and a sample of a large file."""
     size = path.stat().st_size
     if size <= WHOLE_BYTES:
         return _whole(path)
@@ -82,7 +82,7 @@ def _joined(lines: Iterable[str]) -> str:
 
 
 def _files(folder: Path, hidden: bool) -> list[Path]:
-    """Return the files below a folder in order; without hidden ones also without documentation."""
+    """Return the files below a folder in order; without `hidden`, hidden files and documentation are left out."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     if hidden:
         return files
@@ -94,7 +94,7 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _sample(file: BinaryIO, path: Path, size: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, bytes) of what is read of a large file."""
+    """Yield (start, length) of every part of a large file that is read."""
     yield 0, EDGE_BYTES
     yield size - EDGE_BYTES, EDGE_BYTES
     yield from ((size * at // BLOCKS, BLOCK_BYTES) for at in range(BLOCKS))
@@ -102,7 +102,7 @@ def _sample(file: BinaryIO, path: Path, size: int) -> Iterator[tuple[int, int]]:
         return
     (length,) = struct.unpack("<Q", file.read(8))
     if length > size:
-        return  # damaged, which whoever reads it says
+        return  # damaged, which loading the file will report
     yield 0, 8 + length
     try:
         header = json.loads(file.read(length))

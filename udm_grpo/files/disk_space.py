@@ -1,4 +1,4 @@
-"""Whether checkpoints fit on the disk: asked once at the start of a run, and again before every save.
+"""Check that checkpoints fit on the disk: once at the start of a run, and before every save.
 
 A checkpoint is written whole before an older one is deleted, so a run that keeps two needs room for three.
 """
@@ -32,7 +32,7 @@ def files_bytes(folder: Path) -> int:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Return the free bytes of the file system that `folder` is on, or will be; None where that cannot be known."""
+    """Return the free bytes of the file system that `folder` is on, or will be; None if that is unknown."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
@@ -45,8 +45,8 @@ def free_bytes(folder: Path) -> int | None:
 def start_problem(folder: Path, size: int, further: int) -> tuple[str, str]:
     """Return (error, warning), each "" if there is none, for a run that is about to start.
 
-    folder: of the checkpoints. size: bytes of one checkpoint, without which the run cannot begin. further: bytes of
-    all else that the run will write while it keeps what it has.
+    folder: that of the checkpoints. size: bytes of one checkpoint; without room for it the run cannot start. further:
+    bytes of everything else that the run will write while it keeps existing files.
     """
     free = free_bytes(folder.absolute())
     if free is None or free >= size + further:
@@ -82,7 +82,7 @@ def _too_little(what: str, folder: Path, size: int, free: int) -> str:
 
 
 def _entries(folder: Path) -> Iterable[Path]:
-    """Yield what takes space in a run's folder: each checkpoint, and the folders beside `checkpoints`."""
+    """Return what takes space in a run's folder: each checkpoint, and the folders beside `checkpoints`."""
     checkpoints = sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
     beside = [] if folder.name != "checkpoints" or not folder.parent.is_dir() else folder.parent.iterdir()
     return [*checkpoints, *sorted(entry for entry in beside if entry.is_dir() and entry != folder)]
@@ -91,7 +91,7 @@ def _entries(folder: Path) -> Iterable[Path]:
 def _note(entry: Path, folder: Path) -> str:
     newest = max((other.name for other in _entries(folder) if re.fullmatch(r"\d{8}", other.name)), default="")
     if ".aside-" in entry.name:
-        return " (set aside by a run that began anew; not needed to continue)"
+        return " (set aside by a run that started over; not needed to continue)"
     return " (the newest checkpoint: needed to continue)" if entry.name == newest else ""
 
 

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: found in arrays by the names of the tensors that hold them, and refused in flags."""
+"""Detect numbers that are not finite: in arrays, by the names of the tensors, and in command-line flags."""
 
 import argparse
 import math
@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 MAX_NAMED = 5
-"""Tensors that an error names; further ones are counted."""
+"""Tensors that an error names; the others are counted."""
 
 
 def nonfinite(leaves: Mapping[str, Any]) -> list[str]:
     """Return the names of the arrays, JAX's or NumPy's, that hold NaN or an infinity.
 
-    Nothing of the size of an array is made: NaN passes through a maximum and a minimum, and infinities are one of them.
-    With several processes all of them call this alike.
+    No copy of an array is made: NaN passes through a maximum and a minimum, and an infinity is one of the two.
+    With several processes, all must call this alike.
     """
     return [name for name, leaf in leaves.items() if not all(map(math.isfinite, _extremes(leaf)))]
 
@@ -33,18 +33,18 @@ def _extremes(leaf: Any) -> tuple[float, float]:
 
 
 def _on_this_host(leaf: jax.Array) -> bool:
-    """Return whether NumPy can look at an array without a copy from a device; then nothing is compiled."""
+    """Return whether NumPy can read an array without a copy from a device, so that nothing has to be compiled."""
     return leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices())
 
 
 def named(names: Sequence[str]) -> str:
-    """Return the first names in words."""
+    """Return the first names, and how many more there are, as text."""
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return ", ".join(names[:MAX_NAMED]) + more
 
 
 def finite_number(text: str) -> float:
-    """Return the number of a command-line flag, as argparse's `type`; refuses NaN and infinities."""
+    """Return the number of a command-line flag, as argparse's `type`; refuse NaN and infinities."""
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not a finite number")

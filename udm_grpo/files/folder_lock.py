@@ -1,12 +1,12 @@
-"""One writer at a time for an output folder, also where several machines share the disk.
+"""Allow one writer at a time in an output folder, also when several machines share the disk.
 
-    with locked(LockFile(output / NAME), str(output)):        # everything that is written there
+    with locked(LockFile(output / NAME), str(output)):        # write to the folder here
 
-The lock is a small file that says who holds it (host, process id, command) and changes every few seconds. What an
-interrupted process leaves does not block for long: on the same machine its process id shows at once that it has ended,
+The lock is a small file that says who holds it (host, process id, command) and changes every few seconds. The lock of
+an interrupted process does not block for long: on the same machine its process id shows at once that it has ended, and
 from another machine the lock is taken over after SILENT_S without a change. Clocks are not compared: a waiting process
-counts how often it read the file unchanged, so that neither a wrong clock nor a disk that hangs takes a lock away. A
-holder that was taken for dead all the same (it was suspended) notices and ends without writing anything more.
+counts how often it read the file unchanged, so that neither a wrong clock nor a hanging disk takes a lock away. A
+holder that was wrongly considered dead (it was suspended) notices this and ends without writing anything more.
 """
 
 import contextlib
@@ -30,18 +30,18 @@ from udm_grpo.multihost.process_identity import process_identity, runs_here
 NAME = ".lock"
 """Name of the lock file in a folder."""
 POLL_S = 1.0
-"""Seconds between two looks at a lock that is held."""
+"""Seconds between two reads of a lock that is held."""
 LISTEN_S = 0.1
-"""Seconds between two looks at whether this process was asked to stop, while it waits."""
+"""Seconds between two checks of a waiting process whether it was asked to stop."""
 BUSY_S = 30.0
-"""How long a process that is known to run may take to end."""
+"""Seconds to wait for a process that is known to run."""
 SILENT_S = 60.0
-"""How long a lock has to stay unchanged before it is taken over from another machine; see `LockPlace.beat_s`."""
+"""Seconds without a change after which another machine takes a lock over; see `LockPlace.beat_s`."""
 SETTLE_S = 1.0
-"""After taking over: the time in which another process may have done the same, of which the last one wins."""
+"""Seconds to wait after taking over: another process may have done the same, and the last one wins."""
 WAIT_VARIABLE = "UDM_GRPO_LOCK_WAIT_S"
 _BYTES = 1024
-"""Of a lock file, always: it is rewritten in place."""
+"""Size of every lock file: it is rewritten in place."""
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL)
 _threads: dict[str, int] = {}
 """Lock -> the thread of this process that holds it."""
@@ -56,14 +56,14 @@ class WaitStoppedError(Exception):
 
 
 class LockPlace(Protocol):
-    """Where a lock is kept: in a file or, of a run in a bucket, in an object."""
+    """Where a lock is kept: in a file or, for a run in a bucket, in an object."""
 
     name: str
     beat_s: float
     """Seconds between two changes by its holder."""
 
     def create(self, content: bytes) -> bool:
-        """Make it; return False if it exists."""
+        """Create it; return False if it exists."""
 
     def read(self) -> bytes | None:
         """Return its content; None if it does not exist."""
@@ -75,7 +75,7 @@ class LockPlace(Protocol):
         """Replace the content if it holds `token`; return False if it holds another one."""
 
     def remove(self, token: bytes) -> None:
-        """Remove it if it holds `token`, with the folders that were made for it and hold nothing else."""
+        """Remove it if it holds `token`, with the folders that were created for it and are empty otherwise."""
 
 
 class LockFile:
@@ -85,22 +85,22 @@ class LockFile:
 
     def __init__(self, path: Path):
         self.path, self.name = path, str(path)
-        self._made: list[Path] = []
+        self._created: list[Path] = []
 
     def create(self, content: bytes) -> bool:
-        """Make the file and the folder that it is in; a link is atomic also on NFS."""
+        """Create the file and its folder; a link is atomic also on NFS."""
         missing = [folder for folder in self.path.parents if not folder.exists()]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise NotADirectoryError(f"{self.path.parent}: Not a directory; give a folder for the results") from None
-        self._made = self._made or missing
+        self._created = self._created or missing
         draft = self._draft(content)
         try:
             os.link(draft, self.path)
             return True
         except FileExistsError:
-            return draft.stat().st_nlink == 2  # NFS: done, but the answer was lost and the call repeated
+            return draft.stat().st_nlink == 2  # NFS: it was created, but the answer was lost and the call repeated
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
@@ -114,7 +114,7 @@ class LockFile:
         return True
 
     def read(self) -> bytes | None:
-        """Read it anew: opening a file is what makes NFS look at the server."""
+        """Read the file again: opening it makes NFS ask the server."""
         try:
             return self.path.read_bytes()
         except FileNotFoundError:
@@ -129,7 +129,7 @@ class LockFile:
             draft.unlink(missing_ok=True)
 
     def refresh(self, token: bytes, content: bytes) -> bool:
-        """Write into the very file that was found to be ours; make it again if someone removed it."""
+        """Write into the same file that was verified to be ours; create it again if someone removed it."""
         try:
             opened = os.open(self.path, os.O_RDWR)
         except FileNotFoundError:
@@ -139,15 +139,15 @@ class LockFile:
                 return False
             os.pwrite(opened, content, 0)
         finally:
-            os.close(opened)  # which hands it to the server
+            os.close(opened)  # which sends it to the server
         return True
 
     def remove(self, token: bytes) -> None:
-        """Remove it, and the folders that were made for it if nothing else came into them."""
+        """Remove it, and the folders that were created for it if they are empty."""
         if token in (self.read() or b""):
             self.path.unlink(missing_ok=True)
-        for folder in self._made:
-            with contextlib.suppress(OSError):  # it holds something
+        for folder in self._created:
+            with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
 
     def _draft(self, content: bytes) -> Path:
@@ -157,7 +157,7 @@ class LockFile:
 
 
 def unique_name() -> str:
-    """Return a name that no other process on any host makes: host, process id and a random number."""
+    """Return a name that no other process on any host generates: host, process id and a random number."""
     host = "".join(letter for letter in socket.gethostname()[:24] if letter.isalnum() or letter == "-")
     return f"{host}-{os.getpid()}-{secrets.token_hex(6)}"
 
@@ -185,10 +185,10 @@ class Lock:
             raise FolderLockedError(self.lost_text())
 
     def lost_text(self) -> str:
-        """Return what has happened, for a lock that was taken away."""
+        """Return the message about a lock that was taken away."""
         return (
-            f"{self.folder} was taken over by {self.taken_by}, since this process had given no sign of life (it was "
-            "suspended, or the disk did not answer). It ends without writing anything more."
+            f"{self.folder} was taken over by {self.taken_by}, because this process had stopped updating its lock (it "
+            "was suspended, or the disk did not answer). It ends without writing anything more."
         )
 
 
@@ -196,13 +196,14 @@ class Lock:
 def locked(
     place: LockPlace, folder: str, end: bool = True, stopped: Callable[[], bool] = lambda: False
 ) -> Iterator[Lock]:
-    """Hold the lock of a folder for the length of the block; a thread that holds it already just continues.
+    """Hold the lock of a folder inside the block; a thread that already holds it just continues.
 
-    folder: what messages call it. end: whether this process ends, with status 1, should the lock be taken away from it;
-    if not, `Lock.check` says so. stopped: whether this process was asked to stop, for one that only notes its signals.
+    folder: its name in messages. end: whether this process exits, with status 1, if the lock is taken away from it; if
+    not, `Lock.check` raises. stopped: whether this process was asked to stop, for one that only records its signals.
 
-    Waits BUSY_S (UDM_GRPO_LOCK_WAIT_S) for a process that runs. Raises FolderLockedError if it is still there then,
-    WaitStoppedError once `stopped` says so during the wait, and OSError where nothing can be written.
+    Waits up to BUSY_S (UDM_GRPO_LOCK_WAIT_S) for a process that runs. Raises FolderLockedError if that still holds the
+    lock then, WaitStoppedError as soon as `stopped` returns True during the wait, and OSError if nothing can be
+    written.
     """
     token = secrets.token_hex(16).encode()
     lock = Lock(place, folder, token)
@@ -221,7 +222,7 @@ def locked(
         released.set()
         beating.join()
         _threads.pop(place.name, None)
-        with contextlib.suppress(OSError):  # it will be taken over
+        with contextlib.suppress(OSError):  # another process will take it over
             place.remove(token)
 
 
@@ -255,7 +256,7 @@ def _acquire(lock: Lock, content: bytes, stopped: Callable[[], bool]) -> None:
 
 
 def _pause(seconds: float, stopped: Callable[[], bool]) -> None:
-    """Sleep, and look every LISTEN_S whether this process was asked to stop; raises WaitStoppedError then."""
+    """Sleep, and check every LISTEN_S whether this process was asked to stop; raise WaitStoppedError if so."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         if stopped():
@@ -278,7 +279,7 @@ def _take_over(lock: Lock, content: bytes, seen: bytes, why: str) -> bool:
 
 
 def _beat(lock: Lock, identity: dict[str, Any], released: threading.Event, end: bool) -> None:
-    """Change the lock again and again, and notice when it is another's."""
+    """Change the lock regularly, and notice when another process has taken it."""
     count = 0
     while not released.wait(lock.place.beat_s):
         count += 1
@@ -292,7 +293,7 @@ def _beat(lock: Lock, identity: dict[str, Any], released: threading.Event, end: 
         lock.taken_by = taken_by
         if end:
             print(f"error: {lock.lost_text()}", file=sys.stderr, flush=True)
-            os._exit(1)  # whatever else runs here would write
+            os._exit(1)  # other threads may still write
         return
 
 
@@ -302,7 +303,7 @@ def _content(identity: dict[str, Any], token: bytes, count: int) -> bytes:
 
 
 def _holder(content: bytes) -> dict[str, Any]:
-    """Return what a lock says of its holder; nothing if it cannot be read."""
+    """Return what a lock says about its holder; {} if it cannot be read."""
     try:
         holder = json.loads(content)
     except ValueError:
@@ -319,9 +320,9 @@ def _name(holder: dict[str, Any]) -> str:
 
 def _busy_text(lock: Lock, holder: dict[str, Any]) -> str:
     return (
-        f"{lock.folder} is in use by {_name(holder)}. Two processes would destroy each other's files: wait for its "
-        f"end, end it (on {holder.get('host')}: kill {holder.get('pid')}), or choose another output folder. If you are "
-        f"sure that it does not run any more, remove {lock.place.name}."
+        f"{lock.folder} is in use by {_name(holder)}. Two processes would overwrite each other's files: wait "
+        f"until it ends, end it (on {holder.get('host')}: kill {holder.get('pid')}), or choose another output folder. "
+        f"If you are sure that it no longer runs, remove {lock.place.name}."
     )
 
 
@@ -337,7 +338,7 @@ def _busy_s() -> float:
 
 
 def lock_beside(target: Path, end: bool = True) -> contextlib.AbstractContextManager[Lock]:
-    """Hold the lock of a folder or file that is replaced as a whole; it lies beside the target, as .NAME.lock."""
+    """Hold the lock of a folder or file that is replaced as a whole; it is beside the target, as .NAME.lock."""
     target = Path(os.path.realpath(target))
     return locked(LockFile(target.with_name(f".{short_name(target)}{NAME}")), str(target), end)
 

@@ -1,9 +1,9 @@
-"""Addresses of files: which ones are local paths, and what to do about those that are not.
+"""Tell local paths from addresses, and say what to do with an address where only a path works.
 
 Some fields and flags take an address in a Google Cloud Storage bucket (gs://bucket/...; see buckets.py). Everything
-else is a local path, and an address given there is refused before anything is loaded: Python's own paths would make a
-local folder named "gs:" of it. A path that begins with ~ is below the home folder in every field and flag; a shell
-leaves the ~ of --config.output_dir=~/run to the program.
+else is a local path, and an address there is refused before anything is loaded: Python's own paths would create a
+local folder named "gs:". A path that begins with ~ is below the home folder in every field and flag; a shell does not
+expand the ~ of --config.output_dir=~/run.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _HOW = {
 SUPPORTED_FIELDS = ("output_dir", "model.path", "prompts.train", "prompts.heldout", "checkpoint.resume")
 """Fields of a config that take an address in a bucket."""
 _PATTERN_LETTERS = "*?[]\\"
-"""Characters that no address in a bucket may have; in local paths they work."""
+"""Characters that an address in a bucket must not contain; a local path may."""
 _HOME = re.compile(r"~[\w.-]*(/|$)")
 _NO_PATHS = ("environment", "addresses", "coordinator")
 """Fields that hold no paths, whatever they look like (unix:/path is an address)."""
@@ -49,8 +49,8 @@ class PlaceError(UserError, OSError):
 
 def scheme(text: str | Path) -> str:
     """Return the scheme of an address in lower case (gs, s3, https, ...), "" for a local path."""
-    found = _ADDRESS.match(str(text))
-    return found[1].lower() if found else ""
+    match = _ADDRESS.match(str(text))
+    return match[1].lower() if match else ""
 
 
 def is_bucket(text: str | Path) -> bool:
@@ -61,34 +61,34 @@ def is_bucket(text: str | Path) -> bool:
 def problem(name: str, text: str | Path, supported: bool = False) -> str:
     """Return why `text` cannot be used for the field or flag `name`, with what to do; "" if it can.
 
-    supported: whether an address in a bucket can be used there, for which the package gcsfs is needed.
+    supported: whether an address in a bucket can be used there; that needs the package gcsfs.
     """
-    found = _ADDRESS.match(str(text))
-    if not found:
+    match = _ADDRESS.match(str(text))
+    if not match:
         return ""
-    kind = found[1].lower()
-    bucket, _, rest = found[2].partition("/")
+    kind = match[1].lower()
+    bucket, _, rest = match[2].partition("/")
     if kind == BUCKET and supported:
         if not is_bucket(text) or not bucket or not rest.strip("/"):
             return f"{name} is {str(text)!r}; an address in a bucket is written gs://BUCKET/PATH."
-        if odd := sorted(set(_PATTERN_LETTERS) & set(found[2])):
+        if odd := sorted(set(_PATTERN_LETTERS) & set(match[2])):
             return (
-                f"{name} is {str(text)!r}, with {' '.join(odd)} in it, which the storage libraries take for a pattern: "
+                f"{name} is {str(text)!r}, with {' '.join(odd)} in it, which the storage libraries treat as a pattern: "
                 "files would not be found again. Choose an address without these characters (gcloud storage mv renames "
                 "what is there), or mount the bucket with gcsfuse and give the local path."
             )
         if importlib.util.find_spec("gcsfs") is None:
             return f'{name} is {str(text)!r}, which needs the package gcsfs: pip install "udm-grpo[gcs]" or gcsfs.'
         return ""
-    address = f"{kind}://{found[2]}"
+    address = f"{kind}://{match[2]}"
     how = _HOW.get(kind, "copy or mount it, and give the local path")
     advice = how.format(name=bucket or "BUCKET", rest=rest, address=address)
-    wanted = "a local path or an address in a bucket, gs://BUCKET/PATH" if supported else "a local path"
-    return f"{name} is {address!r}, but has to be {wanted}; {advice}."
+    expected = "a local path or an address in a bucket, gs://BUCKET/PATH" if supported else "a local path"
+    return f"{name} is {address!r}, but must be {expected}; {advice}."
 
 
 def with_home(name: str, text: str) -> str:
-    """Return a path with the home folder in place of its ~ or ~user.
+    """Return a path with its ~ or ~user replaced by the home folder.
 
     Raises PlaceError, naming the field or flag, where there is no such folder.
     """
@@ -104,7 +104,7 @@ def with_home(name: str, text: str) -> str:
 
 
 def expand_config(section: Any, prefix: str = "") -> None:
-    """Put the home folder into every path of a RunConfig, in place; raises PlaceError as `with_home`."""
+    """Expand ~ in every path of a RunConfig, in place; raise PlaceError as `with_home` does."""
 
     def expanded(name: str, value: Any) -> Any:
         if isinstance(value, str):
@@ -123,17 +123,17 @@ def expand_config(section: Any, prefix: str = "") -> None:
 
 
 def config_problems(config: Any) -> Iterator[str]:
-    """Yield what is wrong with the addresses in a RunConfig, in all of its fields."""
+    """Yield what is wrong with the addresses in all fields of a RunConfig."""
     for name, text in _texts("", dataclasses.asdict(config)):
         if any(part in _NO_PATHS for part in name.split(".")):
             continue
         if ".options." in name and scheme(text) in ("http", "https"):
             continue  # the endpoint of a vision-language judge
-        found = problem(name, text, name in SUPPORTED_FIELDS)
-        if not found and _HOME.match(text):
-            found = f"{name} is {text!r}; give the path in full (expand_config puts the home folder in)."
-        if found:
-            yield found
+        message = problem(name, text, name in SUPPORTED_FIELDS)
+        if not message and _HOME.match(text):
+            message = f"{name} is {text!r}; give the path in full (expand_config expands the ~)."
+        if message:
+            yield message
 
 
 def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -149,24 +149,24 @@ def _texts(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 def local_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the arguments of a command that takes local paths only; an address is a usage error."""
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     try:
-        check_flags(given)
+        check_flags(args)
     except PlaceError as error:
         parser.error(str(error))
-    return given
+    return args
 
 
-def check_flags(given: argparse.Namespace, supported: Collection[str] = ()) -> None:
-    """Put the home folder into every path; raise PlaceError for every flag that is an address instead of a local path.
+def check_flags(args: argparse.Namespace, supported: Collection[str] = ()) -> None:
+    """Expand ~ in every path; raise PlaceError for every flag that is an address instead of a local path.
 
-    supported: names of flags that take an address in a bucket, too.
+    supported: names of flags that also take an address in a bucket.
     """
-    for name, value in vars(given).items():
+    for name, value in vars(args).items():
         if name not in _TEXT_FLAGS:
-            setattr(given, name, _flag_with_home(_flag(name), value))
+            setattr(args, name, _flag_with_home(_flag(name), value))
     problems = []
-    for name, text in _texts("", vars(given)):
+    for name, text in _texts("", vars(args)):
         shown = _flag(name)
         if name in _TEXT_FLAGS:
             continue

@@ -1,4 +1,4 @@
-"""What a report and a run's notes leave out: values of fields that hold secrets, logins in addresses."""
+"""Remove secrets from reports and run files: values of fields that hold secrets, logins in addresses."""
 
 import re
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ _QUOTED_KEY = re.compile(r"""['"]([^'"]*)['"]\s*:""")
 
 
 def without_secrets(words: Sequence[str]) -> list[str]:
-    """Return a command line with *** for the value of --name=value where the name ends in key, token, secret, password,
-    ...
+    """Return a command line with *** in place of secrets.
 
-    So for --name value, and for a dict with such a name in it. Logins in addresses (https://name:password@host) go too.
+    Secrets are the values of --name=value and --name value if the name ends in key, token, secret, password, ..., dicts
+    that contain such a name, and logins in addresses (https://name:password@host).
     """
     shown: list[str] = []
     secret_next = False

@@ -1,7 +1,7 @@
-"""Moves what an older run left in a folder out of the way of a new one: into older/1, older/2, ...
+"""Move the files of an older run in a folder out of the way of a new run: into older/1, older/2, ...
 
-Each of these is a run's folder again, for the report as for sampling. config.json goes last, so that a move that was
-interrupted is completed by the next one.
+Each of these is a run's folder again, for the report as for sampling. config.json is moved last, so that the next move
+completes one that was interrupted.
 """
 
 from collections.abc import Collection, Sequence
@@ -24,10 +24,10 @@ RUN_FILES = (
 
 
 def set_aside(folder: Path, address: str = "", names: Sequence[str] = RUN_FILES) -> str | None:
-    """Move these files and folders of a run to a new folder in its `older`; return that, or None if there are none.
+    """Move these files and folders of a run to a new folder in its `older`; return it, or None if there are none.
 
-    address: of the bucket that `folder` is mirrored to, which alone holds checkpoints and exports. What is not a run's
-    stays where it is. Raises OSError, PlaceError.
+    address: that of the bucket that `folder` is mirrored to, which alone holds checkpoints and exports. Files that are
+    not a run's stay in place. Raises OSError, PlaceError.
     """
     remote = _top_level(address)
     mine = [name for name in names if _exists(folder / name)]
@@ -53,7 +53,7 @@ def _top_level(address: str) -> set[str]:
 
 
 def _unfinished_or_next(folder: Path, address: str, names: Collection[str]) -> int:
-    """Return the number of a folder that an interrupted move began and these would complete, else the next one."""
+    """Return the number of a folder that an interrupted move began and these names complete, else the next number."""
     older = folder / OLDER
     there = {entry.name: {file.name for file in entry.iterdir()} for entry in older.iterdir()} if older.is_dir() else {}
     for name in listing(f"{address}/{OLDER}") if address else ():

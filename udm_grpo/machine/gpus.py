@@ -1,4 +1,4 @@
-"""The GPUs of this machine, listed before CUDA or JAX has looked at any."""
+"""List the GPUs of this machine before CUDA or JAX has initialized any."""
 
 import csv
 import shutil
@@ -18,12 +18,12 @@ class Gpus:
     source: str
     """Where the list comes from, for messages that continue with the list."""
     uuids: Mapping[str, str] = field(default_factory=dict)
-    """Index -> UUID of all GPUs of the machine; empty where nvidia-smi does not say."""
+    """Index -> UUID of all GPUs of the machine; empty if nvidia-smi does not list them."""
     memory: Mapping[str, int] = field(default_factory=dict)
     """Index -> bytes, likewise."""
 
     def index(self, name: str) -> str:
-        """Return the index of a GPU named by index or UUID (or its beginning), or the name where that is not known."""
+        """Return the index of a GPU named by index or UUID (or its beginning), or the name if it is unknown."""
         if name.isdecimal():
             return str(int(name))
         return next((index for index, uuid in self.uuids.items() if name and uuid.startswith(name)), name)
@@ -37,7 +37,7 @@ class Gpus:
 
 
 def listed(ids: Sequence[str]) -> str:
-    """Return ids for people."""
+    """Return ids as text for messages."""
     return ",".join(ids) or "no GPU"
 
 
@@ -48,7 +48,7 @@ class ListedGpu:
     index: str
     uuid: str
     mib: str
-    """Its memory in MiB, or what nvidia-smi says where it does not know."""
+    """Its memory in MiB, or what nvidia-smi prints if it is unknown."""
     name: str
 
 
@@ -58,7 +58,7 @@ def hides_all(visible: str | None) -> bool:
 
 
 def visible_gpus(environment: Mapping[str, str]) -> Gpus:
-    """List the GPUs that this process may use; none where there is no NVIDIA GPU, no driver, or none is visible."""
+    """List the GPUs that this process may use; none if there is no NVIDIA GPU, no driver, or none is visible."""
     table = query_gpus(environment) or []
     uuids = {gpu.index: gpu.uuid for gpu in table}
     memory = {gpu.index: int(gpu.mib) << 20 for gpu in table if gpu.mib.isdecimal()}
@@ -69,7 +69,7 @@ def visible_gpus(environment: Mapping[str, str]) -> Gpus:
     ids: list[str] = []
     known = Gpus((), f"by {VISIBLE} there is", uuids, memory)
     for name in (word.strip() for word in named.split(",")):
-        # CUDA itself shows those that stand before the first one that it does not know.
+        # CUDA itself shows only the GPUs before the first name that it does not know.
         if not _is_gpu(name):
             break
         if table and not name.startswith("MIG-") and known.index(name) not in uuids:
@@ -83,7 +83,7 @@ def _is_gpu(name: str) -> bool:
 
 
 def query_gpus(environment: Mapping[str, str]) -> list[ListedGpu] | None:
-    """Return all GPUs of the machine by nvidia-smi; none where it fails; None where it is not installed."""
+    """Return all GPUs that nvidia-smi lists: an empty list if it fails, None if it is not installed."""
     program = shutil.which("nvidia-smi", path=environment.get("PATH"))
     if program is None:
         return None

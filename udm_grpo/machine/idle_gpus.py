@@ -12,9 +12,9 @@ DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
 def idle_gpus(backend: str) -> str | None:
-    """Return what to install when there are NVIDIA GPUs but JAX's backend is the CPU; None if all is well.
+    """Return what to install if there are NVIDIA GPUs but JAX's backend is the CPU; None if nothing is wrong.
 
-    Nobody is told who chose the CPU himself, by JAX_PLATFORMS or by a CUDA_VISIBLE_DEVICES that hides all GPUs.
+    It is also None if the user chose the CPU, by JAX_PLATFORMS or by a CUDA_VISIBLE_DEVICES that hides all GPUs.
     """
     chosen = "cpu" in os.environ.get("JAX_PLATFORMS", "").lower()
     if backend != "cpu" or chosen or hides_all(os.environ.get(VISIBLE)):
@@ -24,12 +24,12 @@ def idle_gpus(backend: str) -> str | None:
         return None
     there = f"This machine has {len(gpus)} NVIDIA GPU(s) ({gpus[0]}), but JAX computes on the CPU"
     if importlib.util.find_spec("jax_cuda13_plugin") or importlib.util.find_spec("jax_cuda12_plugin"):
-        return f"{there} although its CUDA plugin is installed: check that nvidia-smi names a driver of 580 or newer."
+        return f"{there} although its CUDA plugin is installed: check that nvidia-smi shows driver 580 or newer."
     return f'{there}: its CUDA plugin is missing. Fix: pip install "jax[cuda13]=={version("jax")}"'
 
 
 def _gpus() -> list[str]:
-    """Return the names of the GPUs, by nvidia-smi or else by the driver's files."""
+    """Return the names of the GPUs, from nvidia-smi or else from the driver's files."""
     rows = query_gpus(os.environ)
     if rows is not None:
         return [row.name for row in rows]

@@ -1,4 +1,4 @@
-"""Progress bars of the commands: on a terminal only, and only for what takes long enough to be waited for."""
+"""Progress bars of the commands: only on a terminal, and only for work that takes longer than a second."""
 
 from typing import TextIO
 
@@ -8,7 +8,7 @@ SHOWN_AFTER_S = 1.0
 
 
 def progress_bar(total: int, what: str, unit: str, done: int = 0, stream: TextIO | None = None) -> tqdm:
-    """Return a bar for `total` units, `done` of them before; a context manager with `update(count)`.
+    """Return a bar for `total` units, `done` of them already finished; a context manager with `update(count)`.
 
     what: the work, as in "writing"; stream: default standard error.
     """

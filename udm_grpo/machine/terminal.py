@@ -1,6 +1,6 @@
-"""Standard streams that may go away while a program runs: `| head -1`, a dropped ssh connection, a full disk.
+"""Standard streams that may break while a program runs: `| head -1`, a dropped ssh connection, a full disk.
 
-What cannot be written there any more is dropped, and the program continues.
+Output that can no longer be written is dropped, and the program continues.
 """
 
 import contextlib
@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 STREAMS = ("stdin", "stdout", "stderr")
-"""By their file descriptors."""
+"""In the order of their file descriptors."""
 
 
 class LastingStream:
-    """A text stream whose failures to write are no errors: after the first, its descriptor leads to /dev/null."""
+    """A text stream that ignores write errors: after the first, its descriptor leads to /dev/null."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -23,7 +23,7 @@ class LastingStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write the text, or drop it where nobody reads any more."""
+        """Write the text, or drop it if the stream is broken."""
         try:
             return self._stream.write(text)
         except OSError:
@@ -31,7 +31,7 @@ class LastingStream:
             return len(text)
 
     def flush(self) -> None:
-        """Flush the stream, or drop what it held."""
+        """Flush the stream, or drop its buffer."""
         try:
             self._stream.flush()
         except OSError:
@@ -40,13 +40,13 @@ class LastingStream:
     def _give_up(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             _lead_nowhere(self._stream.fileno())
-            self._stream.flush()  # what it still holds would fail again when the program ends
+            self._stream.flush()  # text in its buffer would fail again when the program ends
 
 
 def prepare_streams() -> None:
-    """Open descriptors that the caller has closed; call it first.
+    """Open standard descriptors that the caller has closed; call this first.
 
-    A descriptor that is closed would go to the next file that is opened, which would then receive what libraries print.
+    The next file that is opened would get a closed descriptor, and would then receive what libraries print.
     """
     for descriptor, name in enumerate(STREAMS):
         try:
@@ -60,7 +60,7 @@ def prepare_streams() -> None:
 
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[None]:
-    """For the length of the block, let no failure to write to stdout or stderr be an error."""
+    """Ignore errors of writing to stdout or stderr inside the block."""
     before = sys.stdout, sys.stderr
     lasting: tuple[Any, Any] = (LastingStream(sys.stdout), LastingStream(sys.stderr))
     sys.stdout, sys.stderr = lasting

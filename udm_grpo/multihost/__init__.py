@@ -1,1 +1,1 @@
-"""Several processes as one run: how they find, recognise and lose each other, and what they share."""
+"""Several processes as one run: how they connect, authenticate and end, and the arrays that they share."""

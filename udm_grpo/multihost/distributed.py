@@ -1,13 +1,13 @@
-"""Several processes as one run: how they find each other, what they tell each other, and how they end.
+"""Run several processes as one: how they connect, what they exchange, and how they end.
 
-process_place.py says where a process learns its id, their number and the address of process 0. JAX_LOCAL_DEVICE_IDS
-limits the devices of a process (otherwise it has all that it sees: one process a host is the plain way).
-UDM_GRPO_SECRET, a text that is the same in all processes of a run, keeps strangers and other runs out of their meeting
-(handshake.py); scripts/launch_slurm.sbatch makes one for each job.
+process_place.py says where a process reads its id, the number of processes and the address of process 0.
+JAX_LOCAL_DEVICE_IDS limits the devices of a process (otherwise it uses all that it sees; the usual setup is one process
+per host). UDM_GRPO_SECRET, a text that is the same in all processes of a run, keeps strangers and other runs from
+connecting (handshake.py); scripts/launch_slurm.sbatch generates one for each job.
 
-Two ports of process 0 are used: the coordinator's for jax, and the next one (for 65535 the one before) for the line on
-which a process's end is noticed. All processes need the same output_dir, and each the start model's folder and
-the prompt files; each starts or reaches its own scorers.
+Two ports of process 0 are used: the coordinator's for jax, and the next one (for 65535 the one before) for the
+connections that detect the end of a process. All processes need the same output_dir, and each needs the start model's
+folder and the prompt files; each starts or contacts its own scorers.
 """
 
 import contextlib
@@ -27,22 +27,22 @@ from udm_grpo.multihost.peers import Peers, PeersError, meet
 from udm_grpo.multihost.process_place import Place, find_place
 
 BACKSTOP = 2
-"""jax's own watch, which ends processes without a clear message, waits this many times as long as ours."""
+"""jax's own heartbeat, which ends processes without a clear message, times out after this many times ours."""
 SHUTDOWN_S = 300
-"""How long the processes, which have all finished by then, may take to leave jax's coordinator; more is an abort."""
+"""Seconds that the processes, all finished by then, may take to leave jax's coordinator; then it aborts them."""
 GRACE_S = 3.0
-"""An error of one process often comes of another's death; so long the news of that may take."""
+"""Seconds to wait for news of another process's death, from which an error of this one often comes."""
 
 
 @contextlib.contextmanager
 def joined(config: DistributedConfig, expected: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Be one of the processes of a run for the length of the block; with one process, nothing happens.
+    """Join the processes of a run inside the block; with one process, do nothing.
 
     With several, an exception inside ends this process (an `expected` one with a line on stderr and the status of a
-    user's error, others with a traceback and status 1) and all other processes, with a line that names this one. A
-    process that dies does the same to the others, at once, or after distributed.silence_s if its machine is gone.
+    user's error, others with a traceback and status 1) and all other processes, with a line that names this one. The
+    death of a process also ends the others, at once, or after distributed.silence_s if its machine is gone.
 
-    Raises ConfigError and PeersError when the processes do not find each other. Must come before jax uses a device.
+    Raises ConfigError and PeersError if the processes cannot connect. Must be entered before jax uses a device.
     """
     place = find_place(config, os.environ)
     if place is None:
@@ -67,7 +67,7 @@ def joined(config: DistributedConfig, expected: tuple[type[Exception], ...] = ()
     try:
         _initialize(place, config)
         yield
-        peers.wait_for_all()  # process 0 may have files to write for longer than the barrier in `shutdown` waits
+        peers.wait_for_all()  # process 0 may write files for longer than the barrier in `shutdown` waits
         jax.distributed.shutdown()
         peers.close()
     except BaseException as error:
@@ -90,11 +90,11 @@ def _initialize(place: Place, config: DistributedConfig) -> None:
 
 def _end_with_the_others(reason: str) -> None:
     print(f"error: this run has ended, because {reason}", file=sys.stderr, flush=True)
-    os._exit(1)  # the main thread may wait for the lost process for ever
+    os._exit(1)  # the main thread may wait for the lost process forever
 
 
 def _end(me: Member, peers: Peers, error: BaseException, expected: tuple[type[Exception], ...]) -> None:
-    """Say what happened, here and to the others, and end; in this order, for the news may end this process first."""
+    """Report the error here, then to the others, and exit; in this order, since the second may end this process."""
     of_the_user = isinstance(error, expected)
     if not of_the_user:
         threading.Event().wait(GRACE_S)
@@ -104,4 +104,4 @@ def _end(me: Member, peers: Peers, error: BaseException, expected: tuple[type[Ex
     peers.fail(f"{type(error).__name__}: {str(error)[:2000]}")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(USER_ERROR_STATUS if of_the_user else 1)  # an orderly end would wait for the others
+    os._exit(USER_ERROR_STATUS if of_the_user else 1)  # a normal exit would wait for the others

@@ -1,6 +1,6 @@
 """Multi-process helpers: place, slice and gather sharded arrays, and exchange JSON values.
 
-With one process they are no more than NumPy and `jax.device_put`. All processes call them alike, in the same order.
+With one process they reduce to NumPy and `jax.device_put`. All processes must call them alike, in the same order.
 """
 
 import json
@@ -16,12 +16,12 @@ from jaxtyping import Array
 
 
 def is_primary() -> bool:
-    """Whether this process writes the files of a run."""
+    """Return whether this process writes the files of a run."""
     return jax.process_index() == 0
 
 
 def put(value: Any, sharding: Sharding) -> Array:
-    """Return an array that every process has whole, spread as `sharding` says; a process places its own part only."""
+    """Return a value that every process has whole as a sharded array; each process places only its own part."""
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
     array = np.asarray(value)
@@ -29,16 +29,16 @@ def put(value: Any, sharding: Sharding) -> Array:
 
 
 def put_rows(make: Callable[[Sequence[int]], np.ndarray], count: int, sharding: Sharding) -> Array:
-    """Return an array of `count` rows, each process making its own: make(row numbers) -> their rows, in order."""
+    """Return an array of `count` rows; each process creates its own: make(row numbers) -> their rows, in order."""
     indices = sharding.addressable_devices_indices_map((count,)).values()
-    made = make(sorted({int(row) for index in indices for row in _at(index, count)}))
+    rows = make(sorted({int(row) for index in indices for row in _at(index, count)}))
     if sharding.is_fully_addressable:
-        return jax.device_put(made, sharding)
-    return jax.make_array_from_process_local_data(sharding, made, (count, *made.shape[1:]))
+        return jax.device_put(rows, sharding)
+    return jax.make_array_from_process_local_data(sharding, rows, (count, *rows.shape[1:]))
 
 
 def owned_rows(sharding: Sharding, count: int) -> np.ndarray:
-    """Which of `count` rows this process answers for, ascending: of the processes that hold a row, the first does."""
+    """Return which of `count` rows this process owns, ascending: the first process that holds a row owns it."""
     owner = np.full(count, jax.process_count())
     devices: Mapping[Any, Any] = sharding.devices_indices_map((count,))
     for device, index in devices.items():
@@ -48,7 +48,7 @@ def owned_rows(sharding: Sharding, count: int) -> np.ndarray:
 
 
 def take(array: Array, rows: np.ndarray) -> np.ndarray:
-    """Rows of an array that this process holds, as NumPy."""
+    """Return rows of an array that this process holds, as NumPy."""
     if array.is_fully_addressable:
         return np.asarray(array) if len(rows) == len(array) else np.asarray(array)[rows]
     taken = np.empty((len(rows), *array.shape[1:]), array.dtype)
@@ -60,7 +60,7 @@ def take(array: Array, rows: np.ndarray) -> np.ndarray:
 
 
 def whole(array: Array) -> np.ndarray:
-    """All of an array, as NumPy, in every process."""
+    """Return all of an array, as NumPy, in every process."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
@@ -72,42 +72,42 @@ def gather(value: Any) -> list[Any]:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     lengths = np.asarray(multihost_utils.process_allgather(np.int32(len(text))))
-    size = 1 << int(lengths.max()).bit_length()  # few sizes, for each is compiled
+    size = 1 << int(lengths.max()).bit_length()  # few sizes, since each is compiled
     rows = np.asarray(multihost_utils.process_allgather(np.pad(text, (0, size - len(text)))))
     return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
 
 def gather_rows(columns: Mapping[str, np.ndarray], rows: np.ndarray, count: int) -> dict[str, np.ndarray]:
-    """float32 columns of `count` rows, of which every process gives those numbered `rows`; names come from any of them.
+    """Return float32 columns of `count` rows, of which every process passes those numbered `rows`.
 
-    A process without rows gives no columns.
+    The names are those of all processes; a process without rows passes no columns.
     """
     if jax.process_count() == 1:
         return {name: np.asarray(column) for name, column in columns.items()}
     mine = {"rows": rows.tolist(), "columns": {name: column.tolist() for name, column in columns.items()}}
-    found: dict[str, np.ndarray] = {}
-    for given in gather(mine):
-        for name, column in given["columns"].items():
-            found.setdefault(name, np.full(count, np.nan, np.float32))[given["rows"]] = column
-    return found
+    gathered: dict[str, np.ndarray] = {}
+    for part in gather(mine):
+        for name, column in part["columns"].items():
+            gathered.setdefault(name, np.full(count, np.nan, np.float32))[part["rows"]] = column
+    return gathered
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is up in any process: the same answer in all."""
+    """Return whether the flag is set in any process; all get the same answer."""
     if jax.process_count() == 1:
         return bool(flag)
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag, np.int32))))
 
 
 def from_primary(make: Callable[[], Any]) -> Any:
-    """Return what process 0 makes (a JSON value), in every process; the others wait for it."""
+    """Return the JSON value that process 0 makes, in every process; the others wait for it."""
     return gather(make() if is_primary() else None)[0]
 
 
 def block(array: Array, layer: int | None, start: int, stop: int, axis: int) -> np.ndarray:
-    """array[layer] (or all of it, if layer is None) from `start` to `stop` along `axis`, in every process.
+    """Return array[layer] (or all of it, if layer is None) from `start` to `stop` along `axis`, in every process.
 
-    No more than this much is copied to the host.
+    Only this part is copied to the host.
     """
     part = array if layer is None else jax.lax.dynamic_index_in_dim(array, jnp.int32(layer), 0, keepdims=False)
     if (start, stop) != (0, part.shape[axis]):

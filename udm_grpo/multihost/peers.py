@@ -1,16 +1,16 @@
-"""The line between the processes of a run: who is there, and who has gone.
+"""Connections between the processes of a run, which show which processes run and which have ended.
 
-Process 0 listens; every other process calls it, says who it is, and keeps the connection. A process that is killed or
-crashes closes its connection at once (the system does); one whose machine or network is gone, or that stands still,
-sends no sign of life. Either way process 0 tells the others which process it was.
+Process 0 listens; every other process calls it, identifies itself, and keeps the connection. If a process is killed or
+crashes, the system closes its connection at once; if its machine or network is gone, or it hangs, its heartbeats stop.
+Either way process 0 tells the others which process it was.
 
-Computing, collectives and shutting down are `jax.distributed`'s; this line is there for what that does not say. In jax
-0.10.2 a coordinator that is not there, a process that does not come and two with the same id all end in an abort of
-the process that cannot be caught (DEADLINE_EXCEEDED or ALREADY_EXISTS, without an address or an advice; a Python
-callback in its place ends in std::bad_cast), a death is noticed after the heartbeat's time-out, and the reason of a
-process that fails is not passed on. Process 0 listens until all have come. It greets every caller in a thread of its
-own, so that none holds up another, and believes only those that know the run's secret (`handshake`). jax's
-coordinator, whose port is the next one, asks for none: keep both ports inside the cluster.
+`jax.distributed` does the computation, the collectives and the shutdown; these connections report what it does not. In
+jax 0.10.2 a missing coordinator, a missing process and two processes with the same id all end in an abort of the
+process that cannot be caught (DEADLINE_EXCEEDED or ALREADY_EXISTS, without an address or advice; a Python callback in
+its place ends in std::bad_cast), a death is noticed only after the heartbeat's timeout, and the reason of a process
+that fails is not passed on. Process 0 listens until all have connected. It answers every caller in a thread of its own,
+so that none delays another, and accepts only those that know the run's secret (`handshake`). jax's coordinator, on the
+neighbouring port, is not authenticated: keep both ports inside the cluster.
 """
 
 import contextlib
@@ -27,17 +27,17 @@ from rewards_bridge.errors import UserError
 from udm_grpo.multihost.handshake import Line, Member, answer, hello, read_answer, read_hello
 
 HELLO_TIMEOUT_S = 10.0
-"""How long a caller may take to say who it is, and process 0 to answer it."""
+"""Seconds that a caller may take to identify itself, and process 0 to answer it."""
 RETRY_S = 0.2
 LAST_WORDS_S = 2.0
-"""How long a process that leaves waits until the others have read why."""
+"""Seconds that a process that leaves waits for the others to read why."""
 MAX_GREETED = 256
-"""Callers greeted at a time; more are turned away until one of these has answered or taken too long."""
+"""Callers handled at a time; more are turned away until one of these has answered or timed out."""
 MAX_STRANGERS_NAMED = 5
 
 
 class PeersError(UserError, RuntimeError):
-    """The processes of a run do not find each other; the message says what to change."""
+    """The processes of a run cannot connect; the message says what to change."""
 
 
 @dataclass
@@ -45,13 +45,13 @@ class _Connection:
     member: Member
     line: Line
     nonce: str = ""
-    """Of a caller: what its answer has to prove the secret with."""
+    """Of a caller: the nonce that the answer to it has to prove the secret with."""
     count: int = 0
-    """Of a caller: how many processes it says there are."""
+    """Of a caller: the number of processes that it expects."""
     left: bool = False
-    """It has said that it leaves."""
+    """It has announced that it leaves."""
     finished: threading.Event = field(default_factory=threading.Event)
-    """It has said that it (process 0: that everybody) has finished."""
+    """It has announced that it (process 0: that every process) has finished."""
 
 
 class Peers:
@@ -77,7 +77,7 @@ class Peers:
     def wait_for_all(self) -> None:
         """Return once all processes have called this, however long that takes: process 0 may export for an hour.
 
-        Meanwhile a process that fails, dies or falls silent ends the others as ever.
+        Meanwhile a process that fails, dies or falls silent still ends the others.
         """
         if self._me.process != 0:
             self._connections[0].line.send(finished=True)
@@ -88,12 +88,12 @@ class Peers:
                 connection.line.send(finished=True)
 
     def close(self) -> None:
-        """Leave in peace; the others are not told that anything is wrong."""
+        """Leave normally; the others are told that nothing is wrong."""
         self._closed.set()
         self._leave(leaves=True)
 
     def _leave(self, **message: Any) -> None:
-        """Send last words, and wait until they are read: a system that closes too early may drop them."""
+        """Send a last message, and wait until it is read: a system that closes too early may drop it."""
         for connection in self._connections:
             connection.line.send(**message)
             connection.line.end()
@@ -114,7 +114,7 @@ class Peers:
                 self._end(reason)
 
     def _read(self, connection: _Connection) -> str | None:
-        """Read until the connection ends, past lines that say nothing; return why this run has to end, or None."""
+        """Read until the connection ends, ignoring unknown messages; return why this run has to end, or None."""
         try:
             while True:
                 message = connection.line.read(self._silence_s)
@@ -126,7 +126,7 @@ class Peers:
         except EOFError:
             reason = "ended unexpectedly: it was killed or crashed; see its own log"
         except TimeoutError:
-            reason = f"gave no sign of life for {self._silence_s:g} s (distributed.silence_s)"
+            reason = f"sent no heartbeat for {self._silence_s:g} s (distributed.silence_s)"
         except (OSError, ValueError) as error:
             reason = f"is lost: {error}"
         return None if connection.left else f"{connection.member} {reason}"
@@ -150,8 +150,8 @@ def meet(
     """Wait until all `count` processes are connected through process 0 at `address` (host, port).
 
     ended: called once, from a thread, with a text that names the process that failed, died or fell silent (for
-    `silence_s` seconds). Raises PeersError in every process when they do not all come within `timeout_s`, when two have
-    the same id, or when they disagree on their number. secret: of `handshake`, the same in all processes.
+    `silence_s` seconds). secret: that of `handshake`, the same in all processes. Raises PeersError in every process if
+    they do not all connect within `timeout_s`, if two have the same id, or if they disagree on their number.
     """
     until = time.monotonic() + timeout_s
     if me.process == 0:
@@ -165,20 +165,20 @@ def meet(
 def _receive(
     me: Member, count: int, callers: "queue.SimpleQueue[_Connection | str]", until: float, timeout_s: float, secret: str
 ) -> list[_Connection]:
-    """Process 0: wait for all the others among those who call."""
-    found, strangers = dict[int, _Connection](), list[str]()
-    while len(found) < count - 1:
+    """Wait, as process 0, until all the others have called."""
+    joined, strangers = dict[int, _Connection](), list[str]()
+    while len(joined) < count - 1:
         try:
             caller = callers.get(timeout=max(until - time.monotonic(), 0.001))
         except queue.Empty:
-            raise _refuse(found.values(), _absent(me, count, found, strangers, timeout_s), secret) from None
+            raise _refuse(joined.values(), _absent(me, count, joined, strangers, timeout_s), secret) from None
         if isinstance(caller, str):
             strangers.append(caller)
             continue
         process = caller.member.process
-        if process in found and found[process].line.is_gone():
-            found.pop(process).line.close()  # it was started again
-        known = {0: me} | {number: there.member for number, there in found.items()}
+        if process in joined and joined[process].line.is_gone():
+            joined.pop(process).line.close()  # it was restarted
+        known = {0: me} | {number: there.member for number, there in joined.items()}
         if caller.count != count:
             problem = f"{caller.member} was started as one of {caller.count} processes, {me} as one of {count}"
         elif process in known:
@@ -188,20 +188,20 @@ def _receive(
             _refuse([caller], f"{caller.member} cannot be one of {count}; their ids go from 0 to {count - 1}", secret)
             continue
         else:
-            found[process] = caller
+            joined[process] = caller
             continue
         problem += "; give every process its own id, from 0, and all the same number of processes"
-        raise _refuse([*found.values(), caller], problem, secret)
-    for connection in found.values():
+        raise _refuse([*joined.values(), caller], problem, secret)
+    for connection in joined.values():
         connection.line.send(**answer("welcome", asdict(me), connection.nonce, secret))
-    return list(found.values())
+    return list(joined.values())
 
 
-def _absent(me: Member, count: int, found: dict[int, _Connection], strangers: list[str], timeout_s: float) -> str:
-    absent = ", ".join(str(i) for i in range(count) if i not in {0, *found})
-    here = "; ".join([str(me), *(str(connection.member) for connection in found.values())])
-    advice = f"start them with the same coordinator's address as this one, or correct their number, {count}"
-    text = f"after {timeout_s:g} s process(es) {absent} of {count} have not come (here: {here}); {advice}"
+def _absent(me: Member, count: int, joined: dict[int, _Connection], strangers: list[str], timeout_s: float) -> str:
+    absent = ", ".join(str(i) for i in range(count) if i not in {0, *joined})
+    here = "; ".join([str(me), *(str(connection.member) for connection in joined.values())])
+    advice = f"start them with the same coordinator address as this one, or correct their number, {count}"
+    text = f"after {timeout_s:g} s process(es) {absent} of {count} have not connected (here: {here}); {advice}"
     return f"{text}. Others called and were turned away: {_listed(strangers)}" if strangers else text
 
 
@@ -221,17 +221,17 @@ def _refuse(callers: Iterable[_Connection], problem: str, secret: str) -> PeersE
 def _listener(port: int) -> socket.socket:
     try:
         if socket.has_dualstack_ipv6():
-            with contextlib.suppress(OSError):  # IPv6 is compiled in but switched off
+            with contextlib.suppress(OSError):  # IPv6 is compiled in but disabled
                 return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
         return socket.create_server(("", port))
     except OSError as error:
-        advice = "another process of this host has the id 0 too, or another program the port; change one of them"
+        advice = "another process of this host also has id 0, or another program uses the port; change one of them"
         raise PeersError(f"process 0 cannot listen on port {port} ({error.strerror}): {advice}") from None
 
 
 @contextlib.contextmanager
 def _door(port: int, send_timeout_s: float, secret: str) -> "Iterator[queue.SimpleQueue[_Connection | str]]":
-    """Listen for the length of the block; gives a queue of callers: believed ones, and texts about the others."""
+    """Listen inside the block; yield a queue of callers: accepted ones, and texts about the others."""
     callers: queue.SimpleQueue[_Connection | str] = queue.SimpleQueue()
     greeted = threading.BoundedSemaphore(MAX_GREETED)
     closed = threading.Event()
@@ -242,7 +242,7 @@ def _door(port: int, send_timeout_s: float, secret: str) -> "Iterator[queue.Simp
             line.send(challenge=challenge)
             member, count, nonce = read_hello(line.read(HELLO_TIMEOUT_S), challenge, secret)
         except (OSError, EOFError, ValueError) as error:
-            callers.put(f"{where} ({error or 'it did not say who it is'})")
+            callers.put(f"{where} ({error or 'it did not identify itself'})")
             if isinstance(error, ValueError):
                 line.send(**answer("refused", str(error), "", secret))
             line.close()
@@ -259,7 +259,7 @@ def _door(port: int, send_timeout_s: float, secret: str) -> "Iterator[queue.Simp
                 connected, address = listener.accept()
             except TimeoutError:
                 continue
-            except OSError:  # no file descriptor is left, say
+            except OSError:  # for example, no file descriptor is left
                 closed.wait(RETRY_S)
                 continue
             if greeted.acquire(blocking=False):
@@ -280,7 +280,7 @@ def _door(port: int, send_timeout_s: float, secret: str) -> "Iterator[queue.Simp
 
 
 def _turn_away(callers: "queue.SimpleQueue[_Connection | str]") -> None:
-    """Close the connections of those who called too late."""
+    """Close the connections of those that called too late."""
     with contextlib.suppress(queue.Empty):
         while True:
             caller = callers.get_nowait()
@@ -297,21 +297,21 @@ def _call(
     send_timeout_s: float,
     secret: str,
 ) -> list[_Connection]:
-    """Another process: reach process 0 and wait until all are there."""
+    """Call process 0, as another process, and wait until all have connected."""
     line, challenge = _reach(me, address, until, timeout_s, send_timeout_s)
     nonce = secrets.token_hex(16)
     line.send(**hello(me, count, challenge, nonce, secret))
     where = f"process 0 at {address[0]}:{address[1]}"
     try:
-        # Process 0 knows best who is missing, so that it is waited for a little longer.
+        # Process 0 knows which processes are missing, so wait a little longer for its answer.
         left_s = max(until - time.monotonic(), 0) + HELLO_TIMEOUT_S
         kind, content = read_answer(line.read(left_s), nonce, secret)
         if kind == "welcome":
             return [_Connection(Member(**content), line)]
     except (OSError, EOFError):
         line.close()
-        advice = "see the log of process 0; if what answers there is another program, choose another port"
-        raise PeersError(f"{where} took {me}'s call and then did not answer; {advice}") from None
+        advice = "see the log of process 0; if another program answers there, choose another port"
+        raise PeersError(f"{where} accepted {me}'s call and then did not answer; {advice}") from None
     except ValueError as error:
         line.close()
         raise PeersError(f"{where}, called by {me}, {error}") from None
@@ -331,13 +331,13 @@ def _reach(
                 challenge = line.read(min(left_s, HELLO_TIMEOUT_S)).get("challenge")
                 if isinstance(challenge, str):
                     return line, challenge
-                raise ValueError("what answers there is another program")
+                raise ValueError("another program answers there")
             except BaseException:
                 line.close()
                 raise
         except (OSError, EOFError, ValueError) as error:
             if time.monotonic() + RETRY_S > until:
                 advice = "start process 0 on that host, open the port, or correct distributed.coordinator"
-                found = f"{address[0]}:{address[1]} for {timeout_s:g} s ({error or 'it closed the connection'})"
-                raise PeersError(f"{me} could not reach the coordinator, process 0, at {found}; {advice}") from None
+                attempt = f"{address[0]}:{address[1]} for {timeout_s:g} s ({error or 'it closed the connection'})"
+                raise PeersError(f"{me} could not reach the coordinator, process 0, at {attempt}; {advice}") from None
         time.sleep(RETRY_S)

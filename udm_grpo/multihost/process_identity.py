@@ -1,4 +1,4 @@
-"""Who a process is, so that another one, perhaps on another machine, can tell whether it still runs."""
+"""The identity of a process, by which others, also on other machines, can tell whether it still runs."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def process_identity() -> dict[str, Any]:
-    """Return what tells this process from any other: host, pid, when it and its machine started, its command."""
+    """Return what identifies this process: host, pid, when it and its machine started, its command."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -21,9 +21,9 @@ def process_identity() -> dict[str, Any]:
 
 
 def runs_here(identity: dict[str, Any]) -> bool | None:
-    """Return whether a process of this machine still runs; None if it is of another one, or that cannot be told.
+    """Return whether a process of this machine still runs; None if it is of another machine, or if that is unknown.
 
-    A pid alone says little: it is used again, and in containers it is 1 everywhere. So the machine is told by the start
+    A pid alone is not enough: it is reused, and in containers it is always 1. So the machine is identified by the start
     of its kernel and the namespace of process ids, and the process by its start time.
     """
     pid = identity.get("pid")
@@ -41,7 +41,7 @@ def runs_here(identity: dict[str, Any]) -> bool | None:
 
 
 def _machine() -> str:
-    """Return what only processes with the same kernel, since its start, and the same process ids have in common."""
+    """Return a text that only processes with the same start of the kernel and the same pid namespace share."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -50,7 +50,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """Return when a process started, in ticks since the kernel did; None if it has ended."""
+    """Return when a process started, in ticks since the start of the kernel; None if it has ended."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -60,7 +60,7 @@ def _started(pid: int) -> str | None:
 
 
 def _command() -> str:
-    """Return the program without its arguments, among which may be secrets."""
+    """Return the program without its arguments, which may contain secrets."""
     words = [word for word in sys.orig_argv if word]
     if "-m" in words[:-1]:
         return f"python -m {words[words.index('-m') + 1]}"

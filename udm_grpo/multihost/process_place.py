@@ -1,6 +1,6 @@
-"""Which process of a run this is: the number of processes, this one's id, and the address of process 0.
+"""Read which process of a run this is: the number of processes, this one's id, and the address of process 0.
 
-Where each of the three comes from, the first that has it:
+Each of the three comes from the first source that has it:
 
 | | fields of the config | environment | else |
 |---|---|---|---|
@@ -8,10 +8,11 @@ Where each of the three comes from, the first that has it:
 | number of processes | distributed.processes | JAX_NUM_PROCESSES | SLURM, OMPI_COMM_WORLD_SIZE, TPU pods |
 | this process's id, from 0 | distributed.process_id | JAX_PROCESS_ID | SLURM_PROCID, OMPI_COMM_WORLD_RANK, TPU pods |
 
-SLURM counts inside `srun`, where SLURM_JOB_ID, SLURM_STEP_NODELIST and SLURM_PROCID are set. The number of processes is
-that of the step (SLURM_STEP_NUM_TASKS), or SLURM_NTASKS where the step does not say: the shell that `salloc` opens is a
-step of one task with the SLURM_NTASKS of the whole job. Open MPI 4 is known by OMPI_MCA_orte_hnp_uri, TPU pods by their
-metadata. JAX_COORDINATOR_PORT changes the port that is derived from them. Nothing of all this: one process.
+SLURM's variables count only inside `srun`, where SLURM_JOB_ID, SLURM_STEP_NODELIST and SLURM_PROCID are set. The number
+of processes is that of the step (SLURM_STEP_NUM_TASKS), or SLURM_NTASKS where the step does not say: the shell that
+`salloc` opens is a step of one task with the SLURM_NTASKS of the whole job. Open MPI 4 is recognised by
+OMPI_MCA_orte_hnp_uri, TPU pods by their metadata. JAX_COORDINATOR_PORT changes the port that is derived from them.
+Without any of these there is one process.
 """
 
 import re
@@ -23,7 +24,7 @@ from jax._src import clusters  # jax has no public name for what jax.distributed
 from udm_grpo.config import ConfigError, DistributedConfig
 
 FIRST_PORT, PORTS = 61440, 4096
-"""Ports that a SLURM job's number decides among, as jax chooses them."""
+"""Ports among which a SLURM job's number selects, as in jax."""
 ALONE = "--config.distributed.processes=1"
 COORDINATOR, PROCESSES, PROCESS_ID = "coordinator", "processes", "process_id"
 VARIABLES = {
@@ -32,7 +33,7 @@ VARIABLES = {
     PROCESS_ID: "JAX_PROCESS_ID",
 }
 
-Found = dict[str, tuple[str | int, str]]
+Items = dict[str, tuple[str | int, str]]
 """Item -> (value, what it was read from)."""
 
 
@@ -48,12 +49,12 @@ class Place:
     """Item (coordinator, processes, process_id) -> the field or variable that it was read from."""
 
     def watch(self) -> tuple[str, int]:
-        """Return host and port of the line on which a process's end is noticed."""
+        """Return host and port of the connections that detect the end of a process."""
         host, _, port = self.coordinator.rpartition(":")
         return host.strip("[]"), int(port) + (1 if int(port) < 65535 else -1)
 
     def waiting(self, timeout_s: float) -> str:
-        """Return a sentence on whom this process waits for, how it was counted, and how to run it alone."""
+        """Return a text: which processes this one waits for, where the items were read from, how to run it alone."""
         host, port = self.watch()
         others = f"process 0 at {host}:{port}"
         if self.process_id == 0:
@@ -75,55 +76,55 @@ class Place:
 def find_place(config: DistributedConfig, environment: Mapping[str, str]) -> Place | None:
     """Return this process's place, or None if it is the only one.
 
-    Raises ConfigError if only some of the three items are known, or if they cannot be, naming the variable.
+    Raises ConfigError, naming the variable, if only some of the three items are known or one is invalid.
     """
     if config.processes == 1:
         return None
-    found = _configured(config, environment)
+    items = _configured(config, environment)
     for detect in (_slurm, _open_mpi, _tpu_pod):
-        if len(found) < len(VARIABLES):
-            found = detect(config, environment, found) | found
-    count = found.get(PROCESSES, (None, ""))[0]
-    own = found.get(PROCESS_ID, (0, ""))[0]
-    if not found or (count == 1 and own == 0):
+        if len(items) < len(VARIABLES):
+            items = detect(config, environment, items) | items
+    count = items.get(PROCESSES, (None, ""))[0]
+    own = items.get(PROCESS_ID, (0, ""))[0]
+    if not items or (count == 1 and own == 0):
         return None
-    _refuse_half(found)
-    coordinator, processes, process_id = (found[item][0] for item in VARIABLES)
+    _refuse_half(items)
+    coordinator, processes, process_id = (items[item][0] for item in VARIABLES)
     host, colon, port = str(coordinator).rpartition(":")
     if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(
-            f"{found[COORDINATOR][1]} is {coordinator!r}; give host:port of process 0, as in node-0:8476."
+            f"{items[COORDINATOR][1]} is {coordinator!r}; give host:port of process 0, as in node-0:8476."
         )
     if not 0 <= int(process_id) < int(processes):
         raise ConfigError(
-            f"{found[PROCESS_ID][1]} is {process_id} of {processes} processes ({found[PROCESSES][1]}); the ids go from "
+            f"{items[PROCESS_ID][1]} is {process_id} of {processes} processes ({items[PROCESSES][1]}); the ids go from "
             f"0 to {int(processes) - 1}. To run this process alone, give {ALONE}."
         )
     return Place(
-        str(coordinator), int(processes), int(process_id), {item: origin for item, (_, origin) in found.items()}
+        str(coordinator), int(processes), int(process_id), {item: origin for item, (_, origin) in items.items()}
     )
 
 
-def _configured(config: DistributedConfig, environment: Mapping[str, str]) -> Found:
-    """Return what the config or JAX's own variables say."""
-    found: Found = {}
+def _configured(config: DistributedConfig, environment: Mapping[str, str]) -> Items:
+    """Return the items that the config or JAX's own variables set."""
+    items: Items = {}
     if config.coordinator:
-        found[COORDINATOR] = config.coordinator, "distributed.coordinator"
+        items[COORDINATOR] = config.coordinator, "distributed.coordinator"
     elif environment.get(VARIABLES[COORDINATOR]):
-        found[COORDINATOR] = environment[VARIABLES[COORDINATOR]], VARIABLES[COORDINATOR]
+        items[COORDINATOR] = environment[VARIABLES[COORDINATOR]], VARIABLES[COORDINATOR]
     for item, value in ((PROCESSES, config.processes or None), (PROCESS_ID, config.process_id)):
         if value is not None and value >= 0:
-            found[item] = value, f"distributed.{item}"
+            items[item] = value, f"distributed.{item}"
         elif VARIABLES[item] in environment:
-            found[item] = _number(environment, VARIABLES[item]), VARIABLES[item]
-    return found
+            items[item] = _number(environment, VARIABLES[item]), VARIABLES[item]
+    return items
 
 
-def _refuse_half(found: Found) -> None:
-    missing = [item for item in VARIABLES if item not in found]
+def _refuse_half(items: Items) -> None:
+    missing = [item for item in VARIABLES if item not in items]
     if not missing:
         return
-    known = ", ".join(f"{item} {value} (from {origin})" for item, (value, origin) in found.items())
+    known = ", ".join(f"{item} {value} (from {origin})" for item, (value, origin) in items.items())
     names = " and ".join(f"distributed.{item}" for item in missing)
     variables = ", ".join(VARIABLES[item] for item in missing)
     raise ConfigError(
@@ -146,16 +147,16 @@ def _port(environment: Mapping[str, str]) -> str | None:
     return str(_number(environment, "JAX_COORDINATOR_PORT", 1)) if "JAX_COORDINATOR_PORT" in environment else None
 
 
-def _slurm(config: DistributedConfig, environment: Mapping[str, str], known: Found) -> Found:
+def _slurm(config: DistributedConfig, environment: Mapping[str, str], known: Items) -> Items:
     counts = [name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if name in environment]
     if not counts or not {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= set(environment):
         return {}
     processes = known[PROCESSES][0] if PROCESSES in known else _number(environment, counts[0], 1)
     if processes == 1 and PROCESSES not in known:
         return {PROCESSES: (1, counts[0]), PROCESS_ID: (0, counts[0])}
-    found: Found = {PROCESSES: (processes, counts[0])}
+    items: Items = {PROCESSES: (processes, counts[0])}
     if PROCESS_ID not in known:
-        found[PROCESS_ID] = _number(environment, "SLURM_PROCID"), "SLURM_PROCID"
+        items[PROCESS_ID] = _number(environment, "SLURM_PROCID"), "SLURM_PROCID"
     if COORDINATOR not in known:
         nodes = environment["SLURM_STEP_NODELIST"]
         first = re.match(r"([^\[\],]+)(?:\[(\w+))?", nodes)  # node[001-015,020],other
@@ -165,17 +166,17 @@ def _slurm(config: DistributedConfig, environment: Mapping[str, str], known: Fou
                 f"node[001-004]. Give distributed.coordinator=HOST:PORT, or {ALONE} to run this process alone."
             )
         port = _port(environment) or FIRST_PORT + _number(environment, "SLURM_JOB_ID") % PORTS
-        found[COORDINATOR] = f"{first[1]}{first[2] or ''}:{port}", "SLURM_STEP_NODELIST and SLURM_JOB_ID"
-    return found
+        items[COORDINATOR] = f"{first[1]}{first[2] or ''}:{port}", "SLURM_STEP_NODELIST and SLURM_JOB_ID"
+    return items
 
 
-def _open_mpi(config: DistributedConfig, environment: Mapping[str, str], known: Found) -> Found:
-    found: Found = {}
+def _open_mpi(config: DistributedConfig, environment: Mapping[str, str], known: Items) -> Items:
+    items: Items = {}
     for item, name in ((PROCESSES, "OMPI_COMM_WORLD_SIZE"), (PROCESS_ID, "OMPI_COMM_WORLD_RANK")):
         if item not in known and name in environment:
-            found[item] = _number(environment, name), name
-    uri = "OMPI_MCA_orte_hnp_uri"  # Open MPI 5 tells no address
-    if COORDINATOR not in known and uri in environment and found.get(PROCESSES, (0, ""))[0] != 1:
+            items[item] = _number(environment, name), name
+    uri = "OMPI_MCA_orte_hnp_uri"  # Open MPI 5 provides no address
+    if COORDINATOR not in known and uri in environment and items.get(PROCESSES, (0, ""))[0] != 1:
         try:
             address = clusters.OmpiCluster.get_coordinator_address(None, _port(environment))
         except (RuntimeError, ValueError):
@@ -183,25 +184,25 @@ def _open_mpi(config: DistributedConfig, environment: Mapping[str, str], known: 
                 f"the environment variable {uri} is {environment[uri]!r}, which names no address; give "
                 f"distributed.coordinator=HOST:PORT, or {ALONE} to run this process alone."
             ) from None
-        found[COORDINATOR] = address, uri
-    return found
+        items[COORDINATOR] = address, uri
+    return items
 
 
-def _tpu_pod(config: DistributedConfig, environment: Mapping[str, str], known: Found) -> Found:
+def _tpu_pod(config: DistributedConfig, environment: Mapping[str, str], known: Items) -> Items:
     for cluster in (clusters.GkeTpuCluster, clusters.GceTpuCluster):
         try:
             if not cluster.is_env_present():
                 continue
-            found: Found = {
+            items: Items = {
                 PROCESSES: (cluster.get_process_count(), "the TPU's metadata"),
                 PROCESS_ID: (cluster.get_process_id(), "the TPU's metadata"),
             }
-            processes = (found | known)[PROCESSES][0]
+            processes = (items | known)[PROCESSES][0]
             if COORDINATOR not in known and int(processes) > 1:
                 timeout = int(config.initialization_timeout_s)
                 address = cluster.get_coordinator_address(timeout, _port(environment))
-                found[COORDINATOR] = address, "the TPU's metadata"
-            return found
+                items[COORDINATOR] = address, "the TPU's metadata"
+            return items
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError, OSError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise ConfigError(

@@ -1,1 +1,1 @@
-"""What a run tells: metrics, pictures, its folder and its report."""
+"""Training logs: metrics, pictures, the run folder and the report."""

@@ -1,4 +1,4 @@
-"""environment.json: where, when, with which versions and by which command a run was started; secrets left out."""
+"""environment.json: where, when, with which versions and by which command a run was started; without secrets."""
 
 import importlib.metadata
 import json
@@ -25,7 +25,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 def begin(
     output: Path, resume_after: int | None, run: str = "", origin: Mapping[str, str | None] | None = None
 ) -> None:
-    """Note a start in OUTPUT/environment.json.
+    """Record a start in OUTPUT/environment.json.
 
     resume_after: None for a fresh run, else the step it resumes from. run: its id. origin: the run and the checkpoint
     of another folder that it resumes from.
@@ -57,12 +57,12 @@ def describe() -> dict[str, Any]:
 
 def _starts(path: Path) -> list[dict[str, Any]]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return [dict(start) for start in found["starts"]]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return [dict(start) for start in content["starts"]]
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError):
-        warnings.warn(f"{path} is damaged; it continues with this start only", stacklevel=3)
+        warnings.warn(f"{path} is damaged; it is rewritten with this start only", stacklevel=3)
         return []
 
 
@@ -87,7 +87,7 @@ def _commit() -> str | None:
 
 
 def _device_memory(device: jax.Device) -> int | None:
-    """Bytes of the first device, where the backend tells them."""
+    """Return the bytes of memory of a device; None if the backend does not report them."""
     stats: Mapping[str, int] = device.memory_stats() or {}
     return stats.get("bytes_limit")
 

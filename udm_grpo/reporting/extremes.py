@@ -16,10 +16,10 @@ COLUMNS = 4
 
 @dataclass(frozen=True)
 class Judged:
-    """An image with what was said of it."""
+    """An image with its scores."""
 
     index: int
-    """Which image of the evaluation it is."""
+    """Number of the image in the evaluation."""
     image: UInt8[np.ndarray, "H W 3"]
     prompt: str
     score: float
@@ -28,10 +28,10 @@ class Judged:
 
 
 class Extremes:
-    """Looks at images as they are scored and keeps `most` best and `most` worst, of a prompt only its best and worst.
+    """Keeps the `most` best and the `most` worst images as they are scored, and of each prompt only its best and worst.
 
-    images: how many the evaluation has; any further one is padding. What is kept does not depend on the batches: of
-    equal scores the earlier image counts. seen, best, worst: what an earlier start has looked at, and kept of it.
+    images: number of images of the evaluation; any further ones are padding. The result does not depend on the batches:
+    of equal scores the earlier image counts. seen, best, worst: how many an earlier start has seen, and what it kept.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class Extremes:
         self._worst = {judged.prompt: judged for judged in worst}
 
     def watch(self, images: UInt8[np.ndarray, "B H W 3"], prompts: Sequence[str], ticket: Future[Scores]) -> None:
-        """Look at a batch once it is scored; batches come in order, and one whose scorer failed is the last."""
+        """Process a batch once it is scored; batches come in order, and one whose scorer failed is the last."""
         if not self._most:
             return
         self._waiting.append((images, prompts, ticket))
-        # At once, so that no more images are held than wait for scores.
+        # Immediately, so that only images that wait for scores are held in memory.
         while self._waiting and self._waiting[0][2].done() and self._waiting[0][2].exception() is None:
             self._look(*self._waiting.pop(0))
 
@@ -58,17 +58,17 @@ class Extremes:
         return tuple(self._best.values()), tuple(self._worst.values())
 
     def best(self) -> list[Judged]:
-        """Return the best first; waits for the scores. Raises what the scorer raised."""
+        """Return the best images, best first; waits for the scores. Raises what the scorer raised."""
         self._finish()
         return list(self._best.values())
 
     def worst(self) -> list[Judged]:
-        """Return the worst first; waits for the scores. Raises what the scorer raised."""
+        """Return the worst images, worst first; waits for the scores. Raises what the scorer raised."""
         self._finish()
         return list(self._worst.values())
 
     def write(self, path: Path, run: str = "") -> None:
-        """Write what was kept as one labelled PNG; nothing if none was.
+        """Write the kept images, if any, as one labelled PNG.
 
         Its text chunk has the scores, the reasons and the id of the run.
         """
@@ -118,6 +118,6 @@ def _keep(kept: dict[str, Judged], judged: Judged, sign: int) -> None:
 
 
 def _first(kept: dict[str, Judged], most: int, sign: int) -> dict[str, Judged]:
-    """Only the `most` first; a prompt that falls out can come back only with an image that beats the one it lost."""
+    """Return the first `most`; a prompt that is dropped can return only with an image that beats the one it lost."""
     ordered = sorted(kept.items(), key=lambda item: _order(item[1], sign))
     return dict(ordered[:most])

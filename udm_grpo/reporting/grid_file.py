@@ -1,7 +1,7 @@
-"""Takes the PNGs of `pictures.py` apart again: a text chunk of each says where its pictures are and what they show.
+"""Read the pictures in the PNGs of `pictures.py`: a text chunk of each says where they are and what they show.
 
-So one file serves the eye and the report, and it is there whole or not at all, as a folder of files would not be: it
-is copied into buckets, sent to trackers and set aside by older runs as one thing.
+So one file serves both viewers and the report, and unlike a folder of files it is complete or absent: it is copied into
+buckets, sent to trackers and set aside with older runs as one unit.
 """
 
 import json
@@ -21,7 +21,7 @@ CHUNK = "udm_grpo"
 
 @dataclass(frozen=True)
 class Cell:
-    """A place of a grid: its caption, its pictures by mark ("" where the grid has no marks), its details."""
+    """A cell of a grid: its caption, its pictures by mark ("" if the grid has no marks), its details."""
 
     caption: str
     pictures: dict[str, UInt8[np.ndarray, "H W 3"]]
@@ -39,12 +39,14 @@ def record(
 ) -> PngInfo:
     """Return the text chunk of a grid.
 
-    shape: [B, H, W, 3] of the pictures. factor: how many pixels a pixel of theirs became. marks: pixels from a cell's
-    left edge. corners: (left, top) of every cell's first picture. details: none, or plain JSON for each cell. run: the
-    id of the run that drew them.
+    shape: [B, H, W, 3] of the pictures. factor: that of their enlargement. marks: their pixels from a cell's left edge.
+    corners: (left, top) of every cell's first picture. details: none, or plain JSON for each cell. run: the id of the
+    run that generated them.
     """
     if details and len(details) != len(captions):
-        raise ValueError(f"details are of each picture or of none, found {len(details)} for {len(captions)} pictures")
+        raise ValueError(
+            f"details must be for every picture or for none, found {len(details)} for {len(captions)} pictures"
+        )
     cells = [
         {"caption": caption, "corner": corner, "details": dict(more)}
         for caption, corner, more in zip(captions, corners, details or [{}] * len(captions), strict=True)
@@ -57,9 +59,9 @@ def record(
 
 
 def read_grid(path: str | Path) -> list[Cell] | None:
-    """Return the pictures of a PNG in their own size, None if it does not say where they are.
+    """Return the pictures of a PNG in their original size; None if it does not say where they are.
 
-    Raises ValueError for a file that is damaged, naming it.
+    Raises ValueError, naming the file, if it is damaged.
     """
     try:
         with Image.open(path) as file:
@@ -74,8 +76,8 @@ def run_of(path: str | Path) -> str | None:
     """Return the id of the run that wrote a PNG; None if it does not say, or cannot be read."""
     try:
         with Image.open(path) as file:
-            found = json.loads(file.info[CHUNK])["run"]
-        return str(found)
+            run = json.loads(file.info[CHUNK])["run"]
+        return str(run)
     except (OSError, SyntaxError, ValueError, KeyError, TypeError):
         return None
 
@@ -90,7 +92,7 @@ def _cells(sheet: UInt8[np.ndarray, "H W 3"], said: Mapping[str, Any]) -> list[C
             start = left + int(distance)
             part = sheet[top : top + height * factor : factor, start : start + width * factor : factor]
             if part.shape != (height, width, 3) or 0 in part.shape:
-                raise ValueError(f"a picture of {width} x {height} is said to be where there is none")
+                raise ValueError(f"a picture of {width} x {height} is listed where there is none")
             pictures[str(mark)] = part
         cells.append(Cell(str(cell["caption"]), pictures, dict(cell["details"])))
     return cells

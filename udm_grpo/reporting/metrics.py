@@ -1,7 +1,7 @@
-"""What a run reports while it runs: metrics.jsonl, TensorBoard, Weights & Biases, the progress bar, stage times.
+"""Logs of a running training: metrics.jsonl, TensorBoard, Weights & Biases, the progress bar, stage times.
 
-Numbers in files are always valid JSON. JSON knows no NaN and no infinity: such a number is written as null, the line
-gets "nonfinite": {"kl": "nan"} beside it, and the first one of each metric warns.
+Files are always valid JSON. JSON has no NaN and no infinity: such a number is written as null, the line also gets
+"nonfinite": {"kl": "nan"}, and the first one of each metric causes a warning.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ from udm_grpo.reporting.wandb_run import open_wandb, wandb_problem
 
 
 class JsonLines:
-    """A file of JSON lines with strictly rising "step", safe against kills: each line is handed to the system at once.
+    """A file of JSON lines with strictly rising "step"; each line is flushed at once, so that a kill loses none.
 
     resume_after: None for a new file (an older one is renamed to NAME.1, NAME.2, ...); the step of the checkpoint that
-    the run resumes from to keep the lines up to and including that step. A torn last line is dropped; so, with a
+    the run resumes from, to keep the lines up to and including that step. A torn last line is dropped; so, with a
     warning, is any other line that is not JSON with a step, or that another run wrote. run: the id in every line.
     """
 
@@ -83,11 +83,11 @@ class JsonLines:
 class MetricsWriter:
     """Writes the metrics of each step to OUTPUT_DIR/metrics.jsonl and, if asked, to TensorBoard and Weights & Biases.
 
-    output_dir: made if missing; the files of TensorBoard and Weights & Biases are in folders of their names in it.
+    output_dir: created if missing; TensorBoard and Weights & Biases have folders with their names in it.
     resume_after: see JsonLines. config: shown in Weights & Biases, without secrets.
     primary: False in all processes but one; then nothing is written. run: the id in every line, and in TensorBoard.
 
-    Raises ConfigError if TensorBoard was asked for and is not installed; what Weights & Biases lacks is a warning.
+    Raises ConfigError if TensorBoard is requested but not installed; a problem with Weights & Biases is a warning.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class MetricsWriter:
 
 
 def check_tools(logging: LoggingConfig) -> None:
-    """Raise ConfigError if TensorBoard was asked for and is not installed; warn of what W&B lacks."""
+    """Raise ConfigError if TensorBoard is requested but not installed; warn of problems with Weights & Biases."""
     if logging.tensorboard:
         _summary_writer()
     if logging.wandb and (problem := wandb_problem()):
@@ -241,7 +241,7 @@ class StageTimer:
 
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
-    """Write a dictionary as JSON, all of it or nothing; a number that is not finite becomes null (see the top).
+    """Write a dictionary as JSON atomically; a number that is not finite becomes null (see the module docstring).
 
     Secrets are replaced by ***.
     """

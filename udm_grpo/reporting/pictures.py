@@ -1,6 +1,6 @@
-"""Sample grids and before-and-after pictures as labelled PNGs, each written completely or not at all.
+"""Write sample grids and before-and-after pictures as labelled PNGs, each atomically.
 
-A PNG also says in a text chunk where its pictures are and what belongs to each: `grid_file.py` takes it apart again.
+A text chunk of each PNG says where its pictures are and what belongs to each; `grid_file.py` reads it.
 """
 
 import bisect
@@ -17,7 +17,7 @@ from udm_grpo.files.atomic import replace_file
 from udm_grpo.reporting.grid_file import record
 
 MIN_CELL = 96
-"""Pixels. Pictures narrower or lower than this are enlarged by a whole factor, each pixel to a square."""
+"""Pixels. Pictures narrower or lower than this are enlarged by an integer factor, each pixel to a square."""
 
 _GAP = 6  # pixels around a picture
 _LINE = 14  # pixels a line of text takes
@@ -25,7 +25,7 @@ _CAPTION_LINES = 3
 _FONT_SIZE = 11
 _NO_CHARACTER = "\uffff"
 REPLACEMENT = "?"
-"""Stands for a character that the font of captions lacks."""
+"""Replaces a character that the font of captions lacks."""
 MAX_CAPTION = 2000
 """Characters of a caption that are kept in the file; three lines of them are drawn."""
 
@@ -42,8 +42,8 @@ def image_grid(
 ) -> None:
     """Write the pictures row by row as one PNG, each above its caption (up to three lines of it).
 
-    details: what else the file says of each picture, as plain JSON; run: the id of the run that drew them; not drawn.
-    Raises ValueError for no pictures, another shape or dtype, or not one caption for each.
+    details: further data of each picture, as plain JSON; run: the id of the run that generated them. Both are stored in
+    the file but not drawn. Raises ValueError for no pictures, another shape or dtype, or a wrong number of captions.
     """
     _check(images, captions, columns)
     _write_grid(_enlarge(images), captions, columns, Path(path), {}, images.shape, details, run)
@@ -57,14 +57,14 @@ def before_after(
     columns: int = 4,
     run: str = "",
 ) -> None:
-    """Write one PNG with, for each prompt, the pictures before and after side by side, so marked, above the caption.
+    """Write one PNG with, for each prompt, the pictures before and after side by side, labelled, above the caption.
 
-    run: the id of the run that drew them. Raises ValueError as `image_grid` does, and when the two differ in shape.
+    run: the id of the run that generated them. Raises ValueError as `image_grid` does, and if the shapes differ.
     """
     _check(before, captions, columns)
     _check(after, captions, columns)
     if before.shape != after.shape:
-        raise ValueError(f"before has the shape {before.shape}, but after {after.shape}")
+        raise ValueError(f"before has the shape {before.shape}, but after has {after.shape}")
     left, right = _enlarge(before), _enlarge(after)
     gap = np.full_like(left[:, :, :2], 255)
     pairs = np.concatenate([left, gap, right], axis=2)
@@ -75,8 +75,8 @@ def _check(images: UInt8[np.ndarray, "B H W 3"], captions: Sequence[str], column
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.size == 0:
         raise ValueError(f"pictures must be uint8[B, H, W, 3] and not empty, found {images.dtype}{list(images.shape)}")
     if len(captions) != len(images) or columns < 1:
-        found = f"{len(images)} pictures, {len(captions)} captions, {columns} columns"
-        raise ValueError(f"a grid needs a caption for each picture and at least 1 column, found {found}")
+        counts = f"{len(images)} pictures, {len(captions)} captions, {columns} columns"
+        raise ValueError(f"a grid needs a caption for each picture and at least 1 column, found {counts}")
 
 
 def _enlarge(images: UInt8[np.ndarray, "B H W 3"]) -> UInt8[np.ndarray, "B H2 W2 3"]:
@@ -96,8 +96,8 @@ def _write_grid(
 ) -> None:
     """Write the grid.
 
-    marks: texts that every cell has above its picture, and their pixels from its left edge. shape: [B, H, W, 3] before
-    the pictures were enlarged.
+    marks: labels above the pictures of every cell -> their pixels from its left edge. shape: [B, H, W, 3] of the
+    pictures before they were enlarged.
     """
     count, height, width, _ = cells.shape
     columns = min(columns, count)

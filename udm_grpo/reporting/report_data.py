@@ -1,4 +1,4 @@
-"""From run folders to what the report's page shows: plain values, curves thinned, pictures made small."""
+"""Convert run folders to the data of the report page: plain values, thinned curves, small pictures."""
 
 import base64
 import io
@@ -16,21 +16,21 @@ from udm_grpo.reporting.grid_file import Cell, read_grid
 from udm_grpo.reporting.run_folder import RunFolder, RunFolderError
 
 MAX_POINTS = 1500
-"""Of a curve; further ones are means of neighbours."""
+"""Points of a curve; longer curves are averaged over neighbours."""
 MAX_PROMPTS = 16
-"""Whose pictures are shown."""
+"""Prompts whose pictures are shown."""
 MAX_MOMENTS, MAX_EXTREMES = 24, 6
 """Moments of the slider and of the best and worst, shared by all runs."""
 MAX_REPORT_SIDE = 256
-"""Pixels of a picture; larger ones are made smaller."""
+"""Pixels of a picture's longest side; larger pictures are scaled down."""
 LOSSLESS_SIDE = 96
-"""Pixels. Pictures up to this side stay exactly as they are."""
+"""Pixels. Pictures up to this side are stored exactly."""
 MAX_SHEET = 1400
-"""Pixels of a whole grid that does not say where its pictures are."""
+"""Pixels of the longest side of a whole grid that does not say where its pictures are."""
 
 
 def report_data(runs: Sequence[RunFolder]) -> dict[str, Any]:
-    """Everything the page shows, as JSON; raises RunFolderError for pictures that are damaged."""
+    """Return everything the page shows, as JSON; raise RunFolderError for damaged pictures."""
     problems: list[str] = []
     shown = []
     for run, name in zip(runs, names_of(runs), strict=True):
@@ -98,7 +98,7 @@ def _flat(values: Mapping[str, Any], joint: str = ".", prefix: str = "") -> dict
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]], notes: list[str]) -> dict[str, Any]:
-    """{"per": iterations a point, "steps": [...], "values": {name: [number or None, ...]}}, names as in kl, raw/x."""
+    """Return {"per": iterations per point, "steps": [...], "values": {"kl" or "raw/x": [number or None, ...]}}."""
     rows = [_flat({name: part for name, part in line.items() if name != "nonfinite"}, "/") for line in metrics]
     named = dict.fromkeys(name for row in rows for name in row if name != "step")
     every = {name: [_number(row.get(name)) for row in rows] for name in named}
@@ -107,7 +107,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]], notes: list[str]) -> dict[str,
     for name, step in sorted(broken.items()):
         notes.append(f"{name} was not finite, first at iteration {step}.")
     lacking = {name for line in metrics for name in line.get("raw_missing", {})}
-    notes += [f"raw/{name}: some images have no such value; means are over the others." for name in sorted(lacking)]
+    notes += [f"raw/{name}: some images have no such value; its mean is over the others." for name in sorted(lacking)]
     skipped = [line["step"] for line in metrics if line.get("skipped") == 1]
     if skipped:
         notes.append(
@@ -131,15 +131,15 @@ def _mean(numbers: Sequence[float | None]) -> float | None:
 
 
 def _evaluations(run: RunFolder) -> list[dict[str, Any]]:
-    """Return base, on the way, final: {"step", "label", "prompts", "images", "values": {...}, "tags": {tag: {...}}}."""
-    found = {line["step"]: _evaluation(line["step"], "", line) for line in run.evaluations}
+    """Return all evaluations: [{"step", "label", "prompts", "images", "values": {...}, "tags": {tag: {...}}}, ...]."""
+    evaluations = {line["step"]: _evaluation(line["step"], "", line) for line in run.evaluations}
     if run.summary:
         pair = next(iter(run.summary["by_steps"].values()))
-        found.setdefault(0, _evaluation(0, "", pair["base"]))
-        found[run.last] = _evaluation(run.last, "final", pair["final"])
-    if 0 in found:
-        found[0]["label"] = "base"
-    return [found[step] for step in sorted(found)]
+        evaluations.setdefault(0, _evaluation(0, "", pair["base"]))
+        evaluations[run.last] = _evaluation(run.last, "final", pair["final"])
+    if 0 in evaluations:
+        evaluations[0]["label"] = "base"
+    return [evaluations[step] for step in sorted(evaluations)]
 
 
 def _evaluation(step: int, label: str, said: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,31 +155,29 @@ def _evaluation(step: int, label: str, said: Mapping[str, Any]) -> dict[str, Any
 
 
 def _spread(steps: Sequence[int], most: int) -> list[int]:
-    """At most so many of the steps, evenly chosen, the first and the last among them."""
+    """Return at most `most` of the steps, evenly spaced, with the first and the last."""
     if len(steps) <= most:
         return list(steps)
     return [steps[round(at * (len(steps) - 1) / (most - 1))] for at in range(most)]
 
 
 def _moments(run: RunFolder, runs: int, notes: list[str]) -> list[dict[str, Any]]:
-    """Return the same prompts through training: {"step", "label", "cells": [{"caption", "src"}]} or, of a grid,
-    "sheet".
-    """
+    """Return the same prompts during training: {"step", "label", "cells": [{"caption", "src"}], perhaps "sheet"}."""
     steps = _spread(sorted(run.pictures), max(4, MAX_MOMENTS // runs))
     if len(steps) < len(run.pictures):
         notes.append(f"Pictures of {len(steps)} of {len(run.pictures)} moments are shown.")
-    found: dict[int, dict[str, Any]] = {}
+    moments: dict[int, dict[str, Any]] = {}
     for step in steps:
-        found[step] = _moment(step, read_grid(run.pictures[step]), "", run.pictures[step], notes)
+        moments[step] = _moment(step, read_grid(run.pictures[step]), "", run.pictures[step], notes)
     pairs = read_grid(run.before_after) if run.before_after else None
     if pairs:
-        found.setdefault(0, _moment(0, pairs, "before", None, notes))
-        found[run.last] = _moment(run.last, pairs, "after", None, notes) | {"label": "final"}
-    elif run.before_after and not found:
-        found[run.last] = _moment(run.last, None, "", run.before_after, notes) | {"label": "before and after"}
-    if 0 in found:
-        found[0]["label"] = "base"
-    return [found[step] for step in sorted(found)]
+        moments.setdefault(0, _moment(0, pairs, "before", None, notes))
+        moments[run.last] = _moment(run.last, pairs, "after", None, notes) | {"label": "final"}
+    elif run.before_after and not moments:
+        moments[run.last] = _moment(run.last, None, "", run.before_after, notes) | {"label": "before and after"}
+    if 0 in moments:
+        moments[0]["label"] = "base"
+    return [moments[step] for step in sorted(moments)]
 
 
 def _moment(step: int, cells: Sequence[Cell] | None, mark: str, path: Path | None, notes: list[str]) -> dict[str, Any]:
@@ -201,11 +199,11 @@ def _moment(step: int, cells: Sequence[Cell] | None, mark: str, path: Path | Non
 
 
 def _extremes(run: RunFolder, runs: int, notes: list[str]) -> list[dict[str, Any]]:
-    """Best and worst: {"step", "cells": [{"kind", "prompt", "score", "raw", "reason", "src"}]}."""
+    """Return the best and worst: {"step", "cells": [{"kind", "prompt", "score", "raw", "reason", "src"}]}."""
     steps = _spread(sorted(run.extremes), max(2, MAX_EXTREMES // runs))
     if len(steps) < len(run.extremes):
         notes.append(f"Best and worst images of {len(steps)} of {len(run.extremes)} evaluations are shown.")
-    found = []
+    extremes = []
     for step in steps:
         cells = [
             {**finite(cell.details), "src": encode(cell.pictures[""])}
@@ -213,14 +211,12 @@ def _extremes(run: RunFolder, runs: int, notes: list[str]) -> list[dict[str, Any
             if {"kind", "prompt", "score", "raw", "reason"} <= set(cell.details) and "" in cell.pictures
         ]
         if cells:
-            found.append({"step": step, "cells": cells})
-    return found
+            extremes.append({"step": step, "cells": cells})
+    return extremes
 
 
 def encode(image: UInt8[np.ndarray, "H W 3"], longest: int = MAX_REPORT_SIDE) -> str:
-    """Return a picture as a data URI: small ones exactly (PNG), larger ones at most `longest` pixels wide and high
-    (WebP).
-    """
+    """Return a picture as a data URI: a small one exactly (PNG), a larger one within `longest` pixels (WebP)."""
     picture = Image.fromarray(image)
     buffer = io.BytesIO()
     if max(picture.size) <= LOSSLESS_SIDE:
@@ -234,7 +230,7 @@ def encode(image: UInt8[np.ndarray, "H W 3"], longest: int = MAX_REPORT_SIDE) ->
 
 
 def _environment(starts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the first start in words; of the resumes, when they were and what they changed."""
+    """Return the first start as text; for each resume, when it was and what it changed."""
     if not starts:
         return {}
     shown = _start(starts[0])

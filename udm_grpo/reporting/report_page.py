@@ -1,7 +1,7 @@
-"""Puts the report's page together: markup, style, script and data in one HTML file that loads nothing.
+"""Assemble the report page: markup, style, script and data in one HTML file that loads nothing.
 
-The template has five places, each with an escaping of its own and two of them hashed for the page's policy, so that
-jinja2 would replace one line of this file. The charts are a small script, since a library of charts is a megabyte in
+The template has five placeholders, each with its own escaping and two of them hashed for the page's policy, so that
+jinja2 would replace one line of this file. The charts are a small script, since a chart library would add a megabyte to
 every report.
 """
 
@@ -19,11 +19,11 @@ TEMPLATE = Path(__file__).resolve().parent.parent / "assets" / "report"
 def page(data: dict[str, Any], title: str) -> str:
     """Return the HTML of a report. Texts of the data reach the page as text only: they are never markup or script.
 
-    A content security policy allows this very script and style, pictures out of the file itself, and nothing else.
+    A content security policy allows only this script and style, and pictures embedded in the file.
     """
     style = _read("page.css")
-    script = f"(() => {{\n{_read('charts.js')}\n\n{_read('page.js')}\n}})();"  # no names among those of the window
-    # In JSON the three can only be inside of texts, where an escape stands for the same character.
+    script = f"(() => {{\n{_read('charts.js')}\n\n{_read('page.js')}\n}})();"  # no global names
+    # In JSON these three occur only inside strings, where an escape stands for the same character.
     values = json.dumps(data, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         values = values.replace(character, f"\\u{ord(character):04x}")
@@ -34,7 +34,7 @@ def page(data: dict[str, Any], title: str) -> str:
         "data": values,
         "policy": f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'",
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found.group(1)], _read("page.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match.group(1)], _read("page.html"))
 
 
 def _read(name: str) -> str:

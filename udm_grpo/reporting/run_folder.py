@@ -1,7 +1,7 @@
-"""Reads what a run leaves in its output_dir, also while it continues or after it was killed.
+"""Read the files of a run's output_dir, also while it is training or after it was killed.
 
-A torn last line and a file that is not there yet are no errors, what is left of an older run in the same folder is
-passed over; either is noted. Anything else that is damaged is an error with the file and the line.
+A torn last line and a missing file are not errors, and files of an older run in the same folder are skipped; notes
+record what was skipped. Any other damage is an error with the file and the line.
 """
 
 import json
@@ -17,21 +17,21 @@ from udm_grpo.reporting.grid_file import run_of
 
 
 class RunFolderError(UserError, ValueError):
-    """A folder that is no run or holds a damaged file; the message says what to do, one line a problem."""
+    """A folder that is not a run or holds a damaged file; the message says what to do, one line per problem."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run has left so far."""
+    """The files of a run so far."""
 
     path: Path
     config: dict[str, Any]
     starts: list[dict[str, Any]]
-    """Of environment.json: the first start and every resume."""
+    """From environment.json: the first start and every resume."""
     metrics: list[dict[str, Any]]
-    """A line an iteration, steps rising."""
+    """One line per iteration, steps rising."""
     evaluations: list[dict[str, Any]]
-    """A line an evaluation on the way, steps rising."""
+    """One line per evaluation during training, steps rising."""
     summary: dict[str, Any] | None
     """None until the run has ended."""
     pictures: dict[int, Path]
@@ -45,12 +45,12 @@ class RunFolder:
 
     @property
     def last(self) -> int:
-        """Iterations done."""
+        """Return the number of iterations done."""
         return self.metrics[-1]["step"] if self.metrics else 0
 
 
 def read_run(folder: str | Path) -> RunFolder:
-    """Read a run's folder; raises RunFolderError naming every file that cannot be read."""
+    """Read a run's folder; raise RunFolderError naming every file that cannot be read."""
     path = Path(folder)
     if not path.is_dir():
         raise RunFolderError(f"{path}: there is no such folder; give the output_dir of a training run.")
@@ -84,7 +84,7 @@ def read_run(folder: str | Path) -> RunFolder:
 
 
 class _Reader:
-    """Reads the files of one folder and collects what is wrong (`problems`) and what was passed over (`notes`)."""
+    """Reads the files of one folder and collects what is wrong (`problems`) and what was skipped (`notes`)."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -94,27 +94,27 @@ class _Reader:
         self.notes: list[str] = []
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """Return the lines of a file of JSON lines with rising steps; none if there is no file."""
+        """Return the lines of a file of JSON lines with rising steps; an empty list if there is no file."""
         path = self._folder / name
         if not path.is_file():
             return []
         *whole, torn = path.read_bytes().split(b"\n")
         if torn.strip():
-            self.notes.append(f"{name}: the last line is not complete and was passed over.")
-        found: list[dict[str, Any]] = []
+            self.notes.append(f"{name}: the last line is incomplete and was skipped.")
+        rows: list[dict[str, Any]] = []
         for number, line in enumerate(whole, start=1):
             if not line.strip():
                 continue
-            trouble, values = _line(line, found[-1]["step"] if found else None)
+            trouble, values = _line(line, rows[-1]["step"] if rows else None)
             if not trouble and not _has_scores(values):
-                trouble = "has tags that are no objects of scores"
+                trouble = "has tags that are not objects of scores"
             if trouble:
                 self.problems.append(f"{path}: line {number} {trouble}; remove the line.")
             else:
-                found.append(values)
-        own = [values for values in found if values.get("run", self.run) == self.run or self.run is None]
-        if len(own) < len(found):
-            self.notes.append(f"{name}: {len(found) - len(own)} lines are of another run and left out.")
+                rows.append(values)
+        own = [values for values in rows if values.get("run", self.run) == self.run or self.run is None]
+        if len(own) < len(rows):
+            self.notes.append(f"{name}: {len(rows) - len(own)} lines are from another run and were skipped.")
         return own
 
     def object(self, name: str) -> dict[str, Any] | None:
@@ -123,29 +123,29 @@ class _Reader:
         if not path.is_file():
             return None
         try:
-            found = json.loads(path.read_bytes())
+            content = json.loads(path.read_bytes())
         except ValueError as error:
-            self.problems.append(f"{path} is no JSON ({error}); remove or repair it.")
+            self.problems.append(f"{path} is not JSON ({error}); remove or repair it.")
             return None
-        if not isinstance(found, dict):
-            self.problems.append(f"{path} holds {_kind(found)}, not an object; remove or repair it.")
+        if not isinstance(content, dict):
+            self.problems.append(f"{path} holds {_kind(content)}, not an object; remove or repair it.")
             return None
-        return found
+        return content
 
     def prompt_warnings(self) -> list[str]:
-        """Return what was doubtful about the prompts when the run was started."""
-        found = self.object("prompt_warnings.json") or {}
-        texts = found.get("warnings")
-        is_own = self.run is None or found.get("run") == self.run
+        """Return the warnings about the prompts from the start of the run."""
+        content = self.object("prompt_warnings.json") or {}
+        texts = content.get("warnings")
+        is_own = self.run is None or content.get("run") == self.run
         return [f"prompts: {text}" for text in texts] if is_own and isinstance(texts, list) else []
 
     def starts(self) -> list[dict[str, Any]]:
         """Return the starts that environment.json lists."""
-        found = self.object("environment.json") or {"starts": []}
-        if self.run is not None and found.get("run", self.run) != self.run:
-            self.notes.append("environment.json is of another run and left out.")
+        content = self.object("environment.json") or {"starts": []}
+        if self.run is not None and content.get("run", self.run) != self.run:
+            self.notes.append("environment.json is from another run and was skipped.")
             return []
-        starts = found.get("starts")
+        starts = content.get("starts")
         if isinstance(starts, list) and all(isinstance(start, dict) for start in starts):
             return starts
         path = self._folder / "environment.json"
@@ -153,51 +153,48 @@ class _Reader:
         return []
 
     def summary(self, last: int) -> dict[str, Any] | None:
-        """summary.json, unless it is that of an older run in the same folder."""
-        found = self.object("summary.json")
-        if found is None:
+        """Return summary.json, unless it is from an older run in the same folder."""
+        summary = self.object("summary.json")
+        if summary is None:
             return None
-        by_steps = found.get("by_steps")
+        by_steps = summary.get("by_steps")
         pairs = list(by_steps.values()) if isinstance(by_steps, dict) else []
         if not pairs or not all(_is_pair(pair) for pair in pairs):
             path = self._folder / "summary.json"
             self.problems.append(f"{path} has no by_steps with base and final scores; remove or repair it.")
             return None
-        if self.run is not None and found.get("run") != self.run:
-            self.notes.append("summary.json is of another run and left out.")
+        if self.run is not None and summary.get("run") != self.run:
+            self.notes.append("summary.json is from another run and was skipped.")
             return None
-        if found.get("iterations") != last:
+        if summary.get("iterations") != last:
             self.notes.append(
-                f"summary.json is of {found.get('iterations')} iterations, but {last} are done: it is of an older run "
-                "and left out."
+                f"summary.json is of {summary.get('iterations')} iterations, but {last} are done: it is from an older "
+                "run and was skipped."
             )
             return None
-        return found
+        return summary
 
     def until(self, last: int, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the lines up to the last iteration that is written."""
+        """Return the lines up to the last iteration that was written."""
         return [line for line in lines if line["step"] <= last]
 
     def by_step(self, name: str, last: int) -> dict[int, Path]:
-        """Return the PNGs of a folder by the step that they are named after.
-
-        Those past the last iteration are not its.
-        """
+        """Return the PNGs of a folder by the step that they are named after, up to the last iteration."""
         folder = self._folder / name
-        found = sorted((int(path.stem), path) for path in _pngs(folder)) if folder.is_dir() else []
-        found = [(step, path) for step, path in found if step <= last]
-        own = {step: path for step, path in found if self.run is None or run_of(path) in (None, self.run)}
-        if len(own) < len(found):
-            self.notes.append(f"{name}: {len(found) - len(own)} pictures are of another run and left out.")
+        pictures = sorted((int(path.stem), path) for path in _pngs(folder)) if folder.is_dir() else []
+        pictures = [(step, path) for step, path in pictures if step <= last]
+        own = {step: path for step, path in pictures if self.run is None or run_of(path) in (None, self.run)}
+        if len(own) < len(pictures):
+            self.notes.append(f"{name}: {len(pictures) - len(own)} pictures are from another run and were skipped.")
         return own
 
     def before_after(self) -> Path | None:
-        """Return the picture of before and after, unless it is that of another run."""
+        """Return the picture of before and after, unless it is from another run."""
         path = self._folder / "before_after.png"
         if not path.is_file():
             return None
         if self.run is not None and run_of(path) != self.run:
-            self.notes.append("before_after.png is of another run and left out.")
+            self.notes.append("before_after.png is from another run and was skipped.")
             return None
         return path
 
@@ -211,7 +208,7 @@ def _line(line: bytes, before: int | None) -> tuple[str, dict[str, Any]]:
     try:
         values = json.loads(line)
     except ValueError as error:
-        return f"is no JSON ({error})", {}
+        return f"is not JSON ({error})", {}
     if not isinstance(values, dict):
         return f"is {_kind(values)}, not an object", {}
     step = values.get("step")
@@ -227,7 +224,7 @@ def _is_pair(pair: Any) -> bool:
 
 
 def _has_scores(said: Any) -> bool:
-    """Whether it is an object whose tags, if it has any, are objects too."""
+    """Return whether it is an object whose tags, if it has any, are objects too."""
     tags = said.get("tags", {}) if isinstance(said, dict) else None
     return isinstance(tags, dict) and all(isinstance(tag, dict) for tag in tags.values())
 

@@ -1,4 +1,4 @@
-"""A run in Weights & Biases: opened once, continued when training resumes, and never the reason why a training ends.
+"""A run in Weights & Biases: opened once, continued when training resumes, and never a reason for training to fail.
 
 The API key is read by the wandb package itself (WANDB_API_KEY or `wandb login`); this program never sees or writes it.
 Without the package nothing is written there; without a key or a connection, the run is kept offline in OUTPUT_DIR/wandb
@@ -17,18 +17,18 @@ from udm_grpo.config import LoggingConfig
 from udm_grpo.files.atomic import replace_file
 
 FILE = "wandb_run_id.txt"
-"""In output_dir: the id of its run, by which a resumed training continues it."""
+"""File in output_dir with the id of the run, by which a resumed training continues it."""
 SYNC = "upload it later with `wandb sync`"
 
 
 class WandbRun:
-    """An open run; the first failure to write to it is a warning, and the last attempt."""
+    """An open run; the first failure to write is a warning, and nothing more is written."""
 
     def __init__(self, wandb: types.ModuleType, run: Any):
         self._wandb, self._run = wandb, run
 
     def log(self, values: Mapping[str, Any], picture: tuple[str, Path] | None = None) -> None:
-        """Write numbers, and perhaps a picture (its name and its PNG)."""
+        """Write numbers and, optionally, a picture (its name and its PNG)."""
         if self._run is None:
             return
         try:
@@ -36,7 +36,7 @@ class WandbRun:
             self._run.log({**values, **shown})
         except Exception as error:
             self._run = None
-            _warn(f"stopped taking this run's numbers ({_text(error)}); training continues without it")
+            _warn(f"stopped accepting this run's numbers ({_text(error)}); training continues without it")
 
     def finish(self) -> None:
         """Close the run."""
@@ -48,7 +48,7 @@ class WandbRun:
 
 
 def wandb_problem() -> str:
-    """Return why Weights & Biases will not show the run as it is made, and what to do; "" if nothing is known."""
+    """Return why Weights & Biases will not show the run live, and what to do; "" if no problem is known."""
     wandb = _import_wandb()
     if wandb is None:
         return "wandb is not installed, so nothing is written there: pip install wandb, or set logging.wandb=False"
