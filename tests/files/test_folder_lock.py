@@ -82,7 +82,7 @@ def test_a_process_that_runs_keeps_others_out_and_is_named(tmp_path, holder, cap
     assert f"kill {holder.pid}" in text
     assert f"remove {tmp_path / 'run' / '.lock'}" in text
     assert "waiting for up to" in capsys.readouterr().err
-    holder.send_signal(signal.SIGSTOP)  # it is alive all the same
+    holder.send_signal(signal.SIGSTOP)  # a suspended process is still alive
     with pytest.raises(FolderLockedError), lock_inside(tmp_path / "run"):
         pass
 

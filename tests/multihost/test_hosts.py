@@ -90,7 +90,7 @@ def go_back(mesh: Any, folder: Path) -> None:
         for step in (3, 4):
             shutil.copytree(folder / "checkpoints" / f"{step:08d}", copies / f"{step:08d}")
         change_a_number(copies / "00000004", params_of(4)["layers"]["mlp"]["up"]["kernel"][0, 0, :4])
-    hosts.any_process(False)  # nobody reads before it is done
+    hosts.any_process(False)  # a barrier: no process reads before the copies are complete
     state, _ = restore_or_older(copies / "00000004", on(mesh, params_of(1)), "latest", lambda meta: None)
     mine = state["norm"].addressable_shards[0].data
     np.testing.assert_array_equal(np.asarray(mine), params_of(3)["norm"])

@@ -42,7 +42,7 @@ class LockObject:
                 return None
 
     def replace(self, content: bytes) -> None:
-        """Upload the object, whoever holds the lock."""
+        """Upload the object, regardless of the lock's holder."""
         with buckets.talking(self.name):
             buckets.storage().pipe_file(self._path, content)
 

@@ -69,7 +69,7 @@ class LockPlace(Protocol):
         """Return its content; None if it does not exist."""
 
     def replace(self, content: bytes) -> None:
-        """Take it over from whoever holds it."""
+        """Take it over from its holder."""
 
     def refresh(self, token: bytes, content: bytes) -> bool:
         """Replace the content if it holds `token`; return False if it holds another one."""

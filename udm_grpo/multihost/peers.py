@@ -88,7 +88,7 @@ class Peers:
                 connection.line.send(finished=True)
 
     def close(self) -> None:
-        """Leave normally; the others are told that nothing is wrong."""
+        """Leave normally, without reporting an error to the others."""
         self._closed.set()
         self._leave(leaves=True)
 

@@ -65,8 +65,8 @@ def open_wandb(
 ) -> WandbRun | None:
     """Open a run, or continue the one that OUTPUT_DIR/wandb_run_id.txt names when `resume_after` is not None.
 
-    logging.wandb_id takes precedence over the file. Secrets of `config` are left out. Where wandb cannot open a run
-    online, it is opened offline; where it cannot at all, the return value is None. Both are warnings.
+    logging.wandb_id takes precedence over the file. Secrets of `config` are left out. If wandb cannot open a run
+    online, it is opened offline; if that fails, too, the return value is None. Both are warnings.
     """
     wandb = _import_wandb()
     if wandb is None:
