@@ -1,17 +1,17 @@
-"""Time the stages of an iteration on the devices at hand, on random weights of a model's sizes.
+"""Time the stages of an iteration on the available devices, with random weights of a given model size.
 
     python -m scripts.benchmark --size shapes
     python -m scripts.benchmark --size shapes --against torch
     python -m scripts.benchmark --size 1.7b --rollout-batch 16 --minutes 9 --output outputs/benchmark.json
 
-sampler    one step for 64 tokens               decode     codes to pictures
+sampler    one step for 64 tokens               decode     codes to images
 forward    one denoising step without the head  reference  training states and their log-probabilities
 rollout    a whole rollout                      update     one optimizer step
 scoring    a round trip to a scorer             iteration  all of these, queued as the training loop queues them
 
-Each is called until its share of the time is used up, at least three times after the first call, which compiles. A
-stage that finds no time left is named and left out. --against torch runs the same formulas in plain PyTorch on the CPU,
-turn by turn with ours in one process. Figures are medians with the middle half of the calls; FLOPs are those of the
+Each stage is called until its share of the time is used up, at least three times after the first call, which compiles.
+A stage for which no time is left is skipped and listed. --against torch runs the same formulas in plain PyTorch on the
+CPU, alternating with ours in one process. Figures are medians with the middle half of the calls; FLOPs are those of the
 matrix products, and the ceiling is a large matrix product in the run's own dtype, measured in the same run.
 """
 
@@ -37,10 +37,10 @@ from udm_grpo.files.atomic import replace_file
 from udm_grpo.files.places import local_args
 
 NAMES = ("sampler", "forward", "rollout", "decode", "scoring", "reference", "update", "iteration")
-LEAST, MOST = 3, 50
+MIN_CALLS, MAX_CALLS = 3, 50
 """Calls of a stage after the first."""
 CEILING_SIDE = {"cpu": 2048}
-"""Side of the matrices of the ceiling; 8192 on other platforms."""
+"""Platform -> side of the matrices that measure the ceiling; 8192 on other platforms."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,13 @@ class Timing:
     """Seconds of a stage's calls."""
 
     first: float
-    """Of the first, which compiles."""
+    """The first call, which compiles."""
     calls: list[float]
+    """All later calls."""
 
     @property
     def median(self) -> float:
-        """The middle one."""
+        """Return the median of the later calls."""
         return statistics.median(self.calls)
 
     @property
@@ -66,22 +67,22 @@ class Timing:
 
 
 def seconds_of(run: Callable[[], Any]) -> float:
-    """Return the time of one call to its end."""
+    """Return the seconds of one call, until its result is ready."""
     began = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - began
 
 
 def measure(runs: Sequence[Callable[[], Any]], budget_s: float) -> list[Timing]:
-    """Call these functions turn by turn until the time is used up; return the timing of each."""
+    """Call these functions in turn until the time is used up; return the timing of each."""
     firsts = [seconds_of(run) for run in runs]
     calls: list[list[float]] = [[] for _ in runs]
     end = time.perf_counter() + budget_s
-    for turn in range(MOST):
-        if turn >= LEAST and time.perf_counter() > end:
+    for turn in range(MAX_CALLS):
+        if turn >= MIN_CALLS and time.perf_counter() > end:
             break
-        for run, mine in zip(runs, calls, strict=True):
-            mine.append(seconds_of(run))
+        for run, seconds in zip(runs, calls, strict=True):
+            seconds.append(seconds_of(run))
     return [Timing(*pair) for pair in zip(firsts, calls, strict=True)]
 
 
@@ -96,9 +97,9 @@ def ceiling(setting: Setting) -> float:
 
 
 def figures(stage: Stage, timing: Timing, setting: Setting, peak: float) -> dict[str, Any]:
-    """Return what a report says of a stage."""
+    """Return the report's entry for a stage."""
     low, high = timing.spread
-    found: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "stage": stage.name,
         "seconds": timing.median,
         "quartiles": [low, high],
@@ -110,12 +111,12 @@ def figures(stage: Stage, timing: Timing, setting: Setting, peak: float) -> dict
     }
     if stage.flops:
         speed = stage.flops / timing.median / setting.mesh.devices.size / 1e12
-        found |= {"tflops_a_device": speed, "share_of_ceiling": speed / peak}
-    return found
+        entry |= {"tflops_a_device": speed, "share_of_ceiling": speed / peak}
+    return entry
 
 
 def peak_memory() -> int | None:
-    """Return the most bytes that were in use on the first device, if it says so."""
+    """Return the peak bytes in use on the first device, or None if it does not report them."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
@@ -139,37 +140,37 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def benchmark(given: argparse.Namespace) -> dict[str, Any]:
-    """Run the stages and return the report; every stage is written to --output as soon as it is there."""
-    setting = open_setting(given.size, given.rollout_batch, given.update_batch)
-    end = time.monotonic() + 60 * given.minutes
+def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the stages and return the report, which is written to --output after every stage."""
+    setting = open_setting(args.size, args.rollout_batch, args.update_batch)
+    end = time.monotonic() + 60 * args.minutes
     arrays = draw_arrays(setting)
-    there = {stage.name: stage for stage in stages(setting, arrays)}
-    wanted = [name for name in NAMES if name in given.stages.split(",")]
+    ours = {stage.name: stage for stage in stages(setting, arrays)}
+    names = [name for name in NAMES if name in args.stages.split(",")]
     others: dict[str, Callable[[], Any]] = {}
-    if given.against == "torch":
+    if args.against == "torch":
         from scripts.benchmark_versus import torch_stages  # which needs torch
 
         others = torch_stages(setting, arrays)
     peak = ceiling(setting)
-    report: dict[str, Any] = {"size": given.size, **described(setting), "ceiling_tflops": peak}
+    report: dict[str, Any] = {"size": args.size, **described(setting), "ceiling_tflops": peak}
     report |= {"stages": [], "left_out": []}
-    for place, name in enumerate(wanted):
+    for index, name in enumerate(names):
         left = end - time.monotonic()
         if left <= 0:
             report["left_out"].append(name)
             continue
-        share = left / (len(wanted) - place)
-        report["stages"].append(_one(name, there, others, setting, peak, share))
+        share = left / (len(names) - index)
+        report["stages"].append(_one(name, ours, others, setting, peak, share))
         print(f"{name}: {1e3 * report['stages'][-1]['seconds']:.1f} ms", file=sys.stderr, flush=True)
         report["peak_bytes"] = peak_memory()
-        _write(given.output, report)
+        _write(args.output, report)
     return report
 
 
 def _one(
     name: str,
-    there: dict[str, Stage],
+    ours: dict[str, Stage],
     others: dict[str, Callable[[], Any]],
     setting: Setting,
     peak: float,
@@ -181,14 +182,14 @@ def _one(
         with scoring_stage(setting) as stage:
             (timing,) = measure([stage.run], min(budget_s, 5.0))
             return figures(stage, timing, setting, peak)
-    stage = there[name]
+    stage = ours[name]
     runs = [stage.run, *([others[name]] if name in others else [])]
     timings = measure(runs, min(budget_s, 30.0))
-    found = figures(stage, timings[0], setting, peak)
+    entry = figures(stage, timings[0], setting, peak)
     if len(timings) > 1:
         low, high = timings[1].spread
-        found["torch"] = {"seconds": timings[1].median, "quartiles": [low, high], "calls": len(timings[1].calls)}
-    return found
+        entry["torch"] = {"seconds": timings[1].median, "quartiles": [low, high], "calls": len(timings[1].calls)}
+    return entry
 
 
 def _write(output: str, report: dict[str, Any]) -> None:
@@ -199,13 +200,13 @@ def _write(output: str, report: dict[str, Any]) -> None:
 
 def _parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="shapes", help="of the model (default: %(default)s)")
-    parser.add_argument("--stages", default=",".join(NAMES), help="some of them, by commas (default: all)")
+    parser.add_argument("--size", choices=SIZES, default="shapes", help="size of the model (default: %(default)s)")
+    parser.add_argument("--stages", default=",".join(NAMES), help="comma-separated stages to time (default: all)")
     parser.add_argument("--against", choices=("torch",), help="compare with plain PyTorch on the CPU")
     parser.add_argument("--rollout-batch", type=int, default=0, help="images at a time (default: the recipe's)")
     parser.add_argument("--update-batch", type=int, default=0, help="states at a time (default: the recipe's)")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default: %(default)s)")
-    parser.add_argument("--output", default="", metavar="FILE", help="a JSON report, written after every stage")
+    parser.add_argument("--minutes", type=float, default=9.0, help="total time of all stages (default: %(default)s)")
+    parser.add_argument("--output", default="", metavar="FILE", help="JSON report, written after every stage")
     return parser
 
 
@@ -213,21 +214,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     prepare()
     parser = _parser()
-    given = local_args(parser, argv)
-    unknown = sorted(set(given.stages.split(",")) - set(NAMES))
+    args = local_args(parser, argv)
+    unknown = sorted(set(args.stages.split(",")) - set(NAMES))
     if unknown:
-        parser.error(f"--stages: there is no {', '.join(unknown)}; choose some of {','.join(NAMES)}")
+        parser.error(f"--stages: unknown stage {', '.join(unknown)}; choose from {','.join(NAMES)}")
     try:
         with on_devices():
-            report = benchmark(given)
+            report = benchmark(args)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR_STATUS
-    of = f"{report['devices']} x {report['kind']}, {report['dtype']}"
-    print(f"{given.size} on {of}, ceiling {report['ceiling_tflops']:.3g} TFLOP/s a device\n")
+    hardware = f"{report['devices']} x {report['kind']}, {report['dtype']}"
+    print(f"{args.size} on {hardware}, ceiling {report['ceiling_tflops']:.3g} TFLOP/s a device\n")
     print(table(report))
     if report["left_out"]:
-        print(f"\nnot run, for want of time: {', '.join(report['left_out'])}")
+        print(f"\nskipped for lack of time: {', '.join(report['left_out'])}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The scoring stage of the benchmark: pictures to a scorer in a process of its own, and their scores back."""
+"""The scoring stage of the benchmark: a round trip of images and scores to a scorer in a process of its own."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from udm_grpo.worlds.shapes import all_prompts
 
 @contextlib.contextmanager
 def scoring_stage(setting: Setting) -> Iterator[Stage]:
-    """Start a scorer that needs no weights, for the length of the block: shapes for its own world, jpeg for others."""
+    """Run a scorer that needs no weights for the duration of the block: shapes for the shapes world, jpeg otherwise."""
     m, config = setting.steps.sizes.rollout, setting.config.model
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (m, config.height, config.width, 3), np.uint8)

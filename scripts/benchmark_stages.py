@@ -1,4 +1,4 @@
-"""What scripts/benchmark.py times: the compiled stages of a run, on random weights and inputs of the right sizes."""
+"""The stages that scripts/benchmark.py times: a run's compiled programs on random weights and inputs."""
 
 import os
 from collections.abc import Callable
@@ -33,7 +33,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Setting:
-    """A run's programs and everything that is static about them."""
+    """A run's compiled programs and their static configuration."""
 
     config: RunConfig
     sizes: Sizes
@@ -44,7 +44,7 @@ class Setting:
 
 @dataclass
 class Arrays:
-    """What the stages work on. The update uses a state up and puts the next one here."""
+    """The inputs of the stages. The update donates the training state and stores the next one here."""
 
     state: TrainState
     policy: Params
@@ -52,28 +52,28 @@ class Arrays:
     prompt_ids: jax.Array
     empty_ids: jax.Array
     clean: jax.Array
-    """i32[B,N]: of a rollout."""
+    """Codes of a rollout, i32[B,N]."""
     samples: Samples
     score: jax.Array
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Something to time."""
+    """A piece of work to time."""
 
     name: str
     run: Callable[[], Any]
-    """Starts it; returns what has to be there when it is done."""
+    """Starts the work and returns its results, which may not be ready yet."""
     images: int
-    """Images, or training states, that one call works on."""
+    """Images, or training states, of one call."""
     steps: int = 1
-    """Denoising steps of each of them."""
+    """Denoising steps of each image."""
     flops: int = 0
-    """Of the matrix products of one call, on all devices; 0: not counted."""
+    """Operations of the matrix products of one call, on all devices; 0: not counted."""
 
 
 def configuration(size: str) -> tuple[RunConfig, Sizes]:
-    """Return the configuration and the sizes that a name stands for; weights are never read."""
+    """Return the configuration and the model sizes of one of SIZES; weights are never read."""
     if size == "shapes":
         config = parse(["--config", "configs/shapes.py"])
         return config, read_sizes(config.model.path)
@@ -86,9 +86,9 @@ def configuration(size: str) -> tuple[RunConfig, Sizes]:
 
 
 def open_setting(size: str, rollout_batch: int = 0, update_batch: int = 0) -> Setting:
-    """Return the setting of a size, with other micro-batches where they are given.
+    """Return the setting of a size; micro-batches of 0 stand for the configuration's own.
 
-    Raises UserError, with the arithmetic, where the weights, gradients and optimizer state do not fit the devices.
+    Raises UserError, with the arithmetic, if the weights, gradients and optimizer state do not fit the devices.
     """
     config, sizes = configuration(size)
     config.rollout.micro_batch = rollout_batch or config.rollout.micro_batch
@@ -107,7 +107,7 @@ def open_setting(size: str, rollout_batch: int = 0, update_batch: int = 0) -> Se
 
 
 def check_memory(size: str, state: TrainState, item_bytes: int) -> None:
-    """Raise UserError where a device has not the memory of what lies on it all through an iteration."""
+    """Raise UserError if a device has too little memory for the arrays that it holds throughout an iteration."""
     weights = device_bytes(state.params)
     copies = 2 * weights * item_bytes // 4
     needed, present = device_bytes(state) + weights + copies, memory_of_a_device()
@@ -121,7 +121,7 @@ def check_memory(size: str, state: TrainState, item_bytes: int) -> None:
 
 
 def memory_of_a_device() -> int:
-    """Return the bytes that a device has; of a CPU's virtual devices, each an equal part of what is free."""
+    """Return the memory of a device in bytes; a virtual CPU device has an equal share of the free memory."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"])
@@ -157,7 +157,7 @@ def draw_arrays(setting: Setting) -> Arrays:
 
 
 def _random(abstract: Params, key: jax.Array) -> Params:
-    """Return weights of the scale of a fresh model: matrices of 0.02, norms of 1."""
+    """Return weights at the scale of a freshly initialised model: matrices of 0.02, norms of 1."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
     keys = jax.random.split(key, len(leaves))
     drawn = [
@@ -168,7 +168,7 @@ def _random(abstract: Params, key: jax.Array) -> Params:
 
 
 def stages(setting: Setting, arrays: Arrays) -> list[Stage]:
-    """Return what is timed, in the order in which it runs."""
+    """Return the stages in the order in which they are timed."""
     steps, plans = setting.steps, setting.steps.plans
     m = steps.sizes.rollout
     index = jax.device_put(np.arange(m, dtype=np.int32), meshes.over_batch(setting.mesh))
@@ -176,7 +176,7 @@ def stages(setting: Setting, arrays: Arrays) -> list[Stage]:
     forward = compiled.features(plans.network)
     decoding = (arrays.tokenizer, few[1])
 
-    def drawing() -> tuple[Any, ...]:  # a key is used once
+    def drawing() -> tuple[Any, ...]:  # a function, since a key may be used only once
         return arrays.policy, few[0], arrays.empty_ids, index, jax.random.key(4)
 
     def judging() -> tuple[Any, ...]:
@@ -201,7 +201,7 @@ def stages(setting: Setting, arrays: Arrays) -> list[Stage]:
 
 
 def _sampler(setting: Setting) -> Stage:
-    """One step of the sampler for SAMPLER_ROWS tokens, in the middle of a rollout."""
+    """Return the stage of one sampler step for SAMPLER_ROWS tokens, in the middle of a rollout."""
     plan, rows = setting.steps.plans.rollout, SAMPLER_ROWS
     times = {name: jnp.asarray(value[plan.steps // 2]) for name, value in step_times(setting.path, plan).items()}
     logits = jax.random.normal(jax.random.key(5), (rows, setting.path.codes))
@@ -211,7 +211,7 @@ def _sampler(setting: Setting) -> Stage:
 
 
 def _iteration(setting: Setting, arrays: Arrays) -> Any:
-    """Everything that the devices do in an iteration, queued as the loop does; the scores are there at once."""
+    """Queue the device work of an iteration as the training loop does; the scores are known from the start."""
     steps, m = setting.steps, setting.steps.sizes.rollout
     policy = steps.compute_copy(arrays.state.params)
     parts, pictures = [], []
@@ -233,7 +233,7 @@ def _flops(step: Any, arguments: tuple[Any, ...]) -> int:
 
 
 def described(setting: Setting) -> dict[str, Any]:
-    """Return what a report says of the setting."""
+    """Return the report's description of the setting."""
     device = setting.mesh.devices.flat[0]
     network = setting.steps.plans.network
     return {

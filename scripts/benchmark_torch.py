@@ -1,7 +1,7 @@
-"""URSA's stages in plain PyTorch, as their formulas are written: what scripts/benchmark.py compares with.
+"""URSA's stages in plain PyTorch, written straight from the formulas, as the reference of scripts/benchmark.py.
 
-It takes the weights of this project's trees, shares no code with them otherwise, and gives the same numbers (a test
-compares them). Attention, softmax, convolutions and the optimizer are PyTorch's own.
+The module reads weights from this project's parameter trees, shares no other code with it, and gives the same numbers
+(a test compares them). Attention, softmax, convolutions and the optimizer are PyTorch's own.
 
 Source: URSA, arXiv 2510.24717; UDM-GRPO, arXiv 2604.18518; kinetic optimal velocity, arXiv 2412.03487.
 """
@@ -20,7 +20,7 @@ GROUPS = 32
 
 
 def tensors(tree: Any) -> Any:
-    """Return a tree of arrays as one of float32 or int64 tensors."""
+    """Return a tree of arrays as a tree of float32 or int64 tensors."""
     if isinstance(tree, Mapping):
         return {str(name): tensors(part) for name, part in tree.items()}
     if isinstance(tree, list | tuple):
@@ -39,7 +39,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Transformer:
-    """The trunk and the head over the parameters of `udm_grpo.model.transformer`."""
+    """The trunk and the head, on the parameters of `udm_grpo.model.transformer`."""
 
     def __init__(self, params: Tree, config: Mapping[str, Any], grid: tuple[int, int], text_length: int):
         self.params, self.config, self.tokens = params, config, grid[0] * grid[1]
@@ -91,7 +91,7 @@ class Transformer:
 def sample_step(
     codebook: Tensor, logits: Tensor, z: Tensor, level: float, rate: float, dt: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """One step of the sampler on the metric path for R tokens, with a V-wide velocity: (next codes, the x_1 drawn)."""
+    """Sample one step on the metric path for R tokens, with a V-wide velocity; return (next codes, the x_1 drawn)."""
     x_1 = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
     u = velocity(codebook, z, x_1, level, rate)
     jumps = torch.rand(len(z), generator=generator) < -torch.expm1(-dt * u.sum(-1))
@@ -109,7 +109,10 @@ def velocity(codebook: Tensor, z: Tensor, x_1: Tensor, level: float, rate: float
 def rollout(
     model: Transformer, codebook: Tensor, prompt_ids: Tensor, times: Mapping[str, np.ndarray], rows: int, seed: int
 ) -> Tensor:
-    """Return clean codes int64[B, N] of a CFG-free rollout from uniform noise, `rows` images of logits at a time."""
+    """Return clean codes int64[B, N] of a rollout without guidance from uniform noise.
+
+    Logits are computed for `rows` images at a time.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(len(codebook), (len(prompt_ids), model.tokens), generator=generator)
     for level, rate, dt, last in zip(*(times[name].tolist() for name in ("level", "rate", "dt", "last")), strict=True):
@@ -123,28 +126,28 @@ def rollout(
 
 
 class Learner:
-    """AdamW on the clipped surrogate and its KL, over micro-batches."""
+    """AdamW on the clipped surrogate with its KL penalty, over micro-batches."""
 
-    def __init__(self, model: Transformer, given: Any, samples: Mapping[str, Tensor], micro_batch: int, rows: int):
-        self.model, self.given, self.samples, self.micro_batch, self.rows = model, given, samples, micro_batch, rows
+    def __init__(self, model: Transformer, config: Any, samples: Mapping[str, Tensor], micro_batch: int, rows: int):
+        self.model, self.config, self.samples, self.micro_batch, self.rows = model, config, samples, micro_batch, rows
         self.leaves = [leaf.requires_grad_() for leaf in _leaves(model.params)]
-        options = given.optimizer
+        options = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.leaves, options.learning_rate, (options.beta1, options.beta2), 1e-8, options.weight_decay
         )
 
     def gradients(self) -> dict[str, Tensor]:
-        """Put the gradients into the leaves; return the loss and the gradients' norm."""
+        """Accumulate the gradients in the leaves; return the loss and the norm of the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
         total, states = torch.zeros(()), len(self.samples["advantage"])
         for first in range(0, states, self.micro_batch):
             part = {name: value[first : first + self.micro_batch] for name, value in self.samples.items()}
             logp = self.model.token_mean_logp(part["prompt_ids"], part["noisy"], part["action"], self.rows)
-            ratio, clip = torch.exp(logp - logp.detach()), self.given.grpo.clip_range
+            ratio, clip = torch.exp(logp - logp.detach()), self.config.grpo.clip_range
             surrogate = torch.minimum(part["advantage"] * ratio, part["advantage"] * ratio.clamp(1 - clip, 1 + clip))
             difference = part["ref_logp"] - logp
             kl = torch.expm1(difference) - difference
-            loss = (-surrogate + self.given.grpo.kl_weight * kl).sum() / states
+            loss = (-surrogate + self.config.grpo.kl_weight * kl).sum() / states
             loss.backward()
             total = total + loss.detach()
         norm = torch.linalg.vector_norm(
@@ -153,9 +156,9 @@ class Learner:
         return {"loss": total, "grad_norm": norm}
 
     def step(self) -> dict[str, Tensor]:
-        """Make an optimizer step."""
+        """Take one optimizer step; return the metrics of `gradients`."""
         metrics = self.gradients()
-        torch.nn.utils.clip_grad_norm_(self.leaves, self.given.optimizer.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self.leaves, self.config.optimizer.max_grad_norm)
         self.optimizer.step()
         return metrics
 
@@ -165,7 +168,7 @@ def _leaves(tree: Any) -> list[Tensor]:
 
 
 def decode(params: Any, ids: Tensor) -> Tensor:
-    """Return pixels float32[B, H, W, 3] of codes int64[B, h, w] by the decoder of `udm_grpo.model.vq`."""
+    """Return pixels float32[B, H, W, 3] for codes int64[B, h, w], with the decoder weights of `udm_grpo.model.vq`."""
     x = functional.embedding(ids, params["codebook"]["embedding"]).permute(0, 3, 1, 2)
     x, decoder = _conv(x, params["post_quant_conv"], 0), params["decoder"]
     x = _mid(_conv(x, decoder["conv_in"]), decoder["mid_block"])
@@ -213,5 +216,5 @@ def _mid(x: Tensor, part: Tree) -> Tensor:
 
 
 def without_gradients(run: Callable[[], Any]) -> Callable[[], Any]:
-    """Return the function, run as inference."""
+    """Return the function wrapped in torch.inference_mode."""
     return torch.inference_mode()(run)

@@ -1,4 +1,4 @@
-"""The stages of the benchmark in plain PyTorch, on the weights and inputs of ours."""
+"""The stages of the benchmark in plain PyTorch, on the same weights and inputs as ours."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,7 +22,7 @@ def model_of(setting: Setting, arrays: Arrays) -> plain.Transformer:
 
 
 def learner_of(setting: Setting, arrays: Arrays) -> plain.Learner:
-    """Return what makes the same update."""
+    """Return the PyTorch learner that takes the same update."""
     samples, sizes = arrays.samples, setting.steps.sizes
     objective, network = setting.steps.plans.objective, setting.steps.plans.network
     advantage = np.tile(np.asarray(objective.weights(arrays.score)).reshape(-1), sizes.states // sizes.images)
@@ -32,15 +32,15 @@ def learner_of(setting: Setting, arrays: Arrays) -> plain.Learner:
         "action": samples.action,
         "ref_logp": samples.frozen["ref_logp"],
     }
-    held = plain.tensors({name: np.asarray(value)[: sizes.states] for name, value in states.items()})
-    held["advantage"] = torch.from_numpy(advantage.astype(np.float32))
-    return plain.Learner(model_of(setting, arrays), setting.config, held, sizes.update, network.rows)
+    tensors = plain.tensors({name: np.asarray(value)[: sizes.states] for name, value in states.items()})
+    tensors["advantage"] = torch.from_numpy(advantage.astype(np.float32))
+    return plain.Learner(model_of(setting, arrays), setting.config, tensors, sizes.update, network.rows)
 
 
 def torch_stages(setting: Setting, arrays: Arrays) -> dict[str, Callable[[], Any]]:
-    """Return the stages by name; the round trip to a scorer is the same for both."""
+    """Return the stages by name, without scoring, which is the same for both."""
     if jax.default_backend() != "cpu":
-        raise UserError("--against torch compares on the CPU; set JAX_PLATFORMS=cpu.")
+        raise UserError("--against torch compares on the CPU only; set JAX_PLATFORMS=cpu.")
     plans, m = setting.steps.plans, setting.steps.sizes.rollout
     model, learner = model_of(setting, arrays), learner_of(setting, arrays)
     codebook = torch.from_numpy(np.array(setting.path.codebook))
@@ -61,9 +61,9 @@ def torch_stages(setting: Setting, arrays: Arrays) -> dict[str, Callable[[], Any
         return plain.rollout(model, codebook, prompts, times, plans.network.rows, 0)
 
     def reference() -> Any:
-        held = learner.samples
+        samples = learner.samples
         names = ("prompt_ids", "noisy", "action")
-        chunks = zip(*(held[name].split(learner.micro_batch) for name in names), strict=True)
+        chunks = zip(*(samples[name].split(learner.micro_batch) for name in names), strict=True)
         return [model.token_mean_logp(x, noisy, y, plans.network.rows) for x, noisy, y in chunks]
 
     inference = {
@@ -73,7 +73,7 @@ def torch_stages(setting: Setting, arrays: Arrays) -> dict[str, Callable[[], Any
         "decode": lambda: plain.decode(tokenizer, clean.view(side)),
         "reference": reference,
     }
-    found: dict[str, Callable[[], Any]] = {name: plain.without_gradients(run) for name, run in inference.items()}
+    runs: dict[str, Callable[[], Any]] = {name: plain.without_gradients(run) for name, run in inference.items()}
 
     def iteration() -> Any:
         for _ in range(0, setting.steps.sizes.images, m):
@@ -83,4 +83,4 @@ def torch_stages(setting: Setting, arrays: Arrays) -> dict[str, Callable[[], Any
             reference()
         return learner.step()
 
-    return found | {"update": learner.step, "iteration": iteration}
+    return runs | {"update": learner.step, "iteration": iteration}

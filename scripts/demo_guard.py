@@ -1,4 +1,4 @@
-"""What stands before the demo page: foreign pages, uploads and huge requests are refused, logins are slowed down."""
+"""ASGI middleware of the demo page: refuse foreign origins, uploads and oversized requests, and slow down logins."""
 
 import asyncio
 import ipaddress
@@ -10,16 +10,17 @@ from urllib.parse import urlsplit
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
 MAX_BODY_BYTES = 256 << 10
-"""Bytes of a request; the page itself sends a prompt of at most 2000 characters and a few numbers."""
+"""Size of a request; the page itself sends a prompt of at most 2000 characters and a few numbers."""
 MAX_CALLERS = 1024
 """Addresses whose failed logins are remembered."""
 MAX_WAITING = 4
-"""Logins of one address at a time."""
+"""Concurrent logins of one address."""
 MAX_DELAY_S = 8.0
+"""Delay of a login after repeated failures."""
 
 
 class _Caller:
-    """The logins of one address."""
+    """The state of one address's logins."""
 
     def __init__(self) -> None:
         self.failures = 0
@@ -28,10 +29,10 @@ class _Caller:
 
 
 class Guard:
-    """Wraps the page's ASGI app.
+    """Guards the page's ASGI app.
 
-    only_local: whether requests have to name this machine as their host, so that no foreign name that somebody points
-    at it (DNS rebinding) opens a page without passwords. sleep: what delays logins.
+    only_local: whether requests must name this machine as their host, so that a foreign domain that resolves to it (DNS
+    rebinding) cannot open a page without passwords. sleep: the function that delays logins.
     """
 
     def __init__(self, app: App, only_local: bool, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
@@ -57,26 +58,26 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         host, origin = headers.get("host", ""), headers.get("origin", "")
         if self._only_local and not _is_local(host):
-            return 403, f"this page is reached as localhost or 127.0.0.1, not as {host[:100]}"
+            return 403, f"open this page as localhost or 127.0.0.1, not as {host[:100]}"
         if origin and origin.partition("://")[2] != host:
-            return 403, "requests of pages from elsewhere are refused"
+            return 403, "cross-site requests are refused"
         if headers.get("sec-fetch-site") == "cross-site" and scope.get("method", "GET") not in ("GET", "HEAD"):
-            return 403, "requests of pages from elsewhere are refused"
+            return 403, "cross-site requests are refused"
         if scope["path"].rstrip("/").rpartition("/")[2] in ("upload", "upload_progress"):
-            return 403, "this page takes no files"
+            return 403, "this page accepts no files"
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()) or len(length) > 12 or int(length) > MAX_BODY_BYTES:
-            return 413, f"a request has at most {MAX_BODY_BYTES} bytes"
+            return 413, f"a request may have at most {MAX_BODY_BYTES} bytes"
         return None
 
     async def _login(self, scope: Any, receive: Any, send: Any) -> None:
-        """Let the logins of an address in one after another, each failure doubling the time before the next."""
+        """Pass an address's logins on one after another; each failure doubles the delay of the next."""
         caller = self._caller(str((scope.get("client") or ("",))[0]))
         if caller.waiting >= MAX_WAITING:
-            await _refuse(scope, send, 429, "too many logins at a time; wait a little")
+            await _refuse(scope, send, 429, "too many concurrent logins; try again later")
             return
 
-        async def look(message: Any) -> None:
+        async def count_failures(message: Any) -> None:
             if message["type"] == "http.response.start":
                 caller.failures = caller.failures + 1 if message["status"] >= 400 else 0
             await send(message)
@@ -86,7 +87,7 @@ class Guard:
             async with caller.turn:
                 if caller.failures:
                     await self._sleep(min(MAX_DELAY_S, 0.25 * 2 ** min(caller.failures, 10)))
-                await self._app(scope, _bounded(receive), look)
+                await self._app(scope, _bounded(receive), count_failures)
         finally:
             caller.waiting -= 1
 
@@ -99,7 +100,7 @@ class Guard:
 
 
 def _is_local(host: str) -> bool:
-    """Whether a Host header names this machine as seen from itself."""
+    """Return whether a Host header names the loopback interface."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
         return name == "localhost" or ipaddress.ip_address(name).is_loopback
@@ -108,7 +109,7 @@ def _is_local(host: str) -> bool:
 
 
 def _bounded(receive: Any) -> Any:
-    """Receive messages until they are larger together than a request may be; then the connection counts as lost."""
+    """Wrap `receive` so that a request of more than MAX_BODY_BYTES in total reads as a lost connection."""
     total = 0
 
     async def bounded() -> Any:

@@ -1,4 +1,4 @@
-"""What the demo page asks for: pictures of one prompt by two models from the same noise, and the scores of each."""
+"""The models behind the demo page: images of one prompt by two models from the same noise, and their scores."""
 
 import itertools
 import threading
@@ -20,16 +20,16 @@ from udm_grpo.worlds import shapes
 PICTURES = 4
 MAX_STEPS, MAX_GUIDANCE, MAX_SEED, MAX_CHARACTERS = 50, 8, 2**32 - 1, 2000
 MAX_COMPILED = 32
-"""Every number of steps and every guidance is a program of its own; so many are kept."""
+"""Compiled programs to keep; every number of steps and every guidance needs one of its own."""
 
 
 class DemoError(UserError, ValueError):
-    """What was asked for cannot be done; the message says what to change."""
+    """A request that cannot be fulfilled; the message says what to change."""
 
 
 @dataclass(frozen=True)
 class Drawer:
-    """A model by its name on the page ("Base", "Trained"), where it comes from, and the pipeline that draws."""
+    """A model: its name on the page ("Base", "Trained"), its source, and the pipeline that samples from it."""
 
     name: str
     source: str
@@ -38,9 +38,9 @@ class Drawer:
 
 @dataclass(frozen=True)
 class Wish:
-    """What the page asks for. steps: T, 1 to 50; guidance: g, 1 to 8, 1 is without; seed: 0 to 2**32 - 1.
+    """A request of the page. steps: T, 1 to 50; guidance: g, 1 to 8, 1 is no guidance; seed: 0 to 2**32 - 1.
 
-    negative: what guidance contrasts with; "" is the empty prompt.
+    negative: the negative prompt of guidance; "" is the empty prompt.
     """
 
     prompt: str
@@ -52,7 +52,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Side:
-    """What one model drew: pictures of consecutive noises, and their scores if they could be scored."""
+    """One model's result: images from consecutive noises, and their scores if they could be scored."""
 
     name: str
     images: UInt8[np.ndarray, "b hh ww 3"]
@@ -61,9 +61,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Answer:
-    """Both sides of a wish, in the order of the models.
+    """The results of all models for a wish, in the order of the models.
 
-    number: of this answer, from 1 on; problem: why there are no scores; notes: what else to know.
+    number: counts answers, from 1; problem: why there are no scores, or ""; notes: warnings to show.
     """
 
     number: int
@@ -74,17 +74,15 @@ class Answer:
 
 
 def checked_wish(prompt: Any, steps: Any, guidance: Any, seed: Any, negative: Any = "") -> Wish:
-    """Return what was filled in, checked; raises DemoError."""
-    words, unwanted = _text("prompt", prompt), _text("negative prompt", negative)
+    """Return the form's values as a checked Wish; raises DemoError."""
+    words, negative_words = _text("prompt", prompt), _text("negative prompt", negative)
     if not words:
         raise DemoError("There is no prompt. Write one, or choose an example.")
     t, number = _whole("Steps", steps, 1, MAX_STEPS), _whole("Seed", seed, 0, MAX_SEED)
     g = _number("Guidance", guidance, 1, MAX_GUIDANCE)
-    if unwanted and round(g, 2) == 1:
-        raise DemoError(
-            "A negative prompt changes nothing without guidance. Choose a guidance above 1, or leave it out."
-        )
-    return Wish(words, t, round(g, 2), number, unwanted)
+    if negative_words and round(g, 2) == 1:
+        raise DemoError("A negative prompt has no effect without guidance. Choose a guidance above 1, or leave it out.")
+    return Wish(words, t, round(g, 2), number, negative_words)
 
 
 def _text(name: str, value: Any) -> str:
@@ -96,24 +94,22 @@ def _text(name: str, value: Any) -> str:
     return words
 
 
-def _number(name: str, value: Any, least: float, most: float) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
-        found = "empty" if value is None else repr(value)
-        raise DemoError(f"{name} is {found}. Choose {least} to {most}.")
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        shown = "empty" if value is None else repr(value)
+        raise DemoError(f"{name} is {shown}. Choose {low} to {high}.")
     return float(value)
 
 
-def _whole(name: str, value: Any, least: int, most: int) -> int:
-    number = _number(name, value, least, most)
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    number = _number(name, value, low, high)
     if number != int(number):
         raise DemoError(f"{name} is {value!r}. Choose a whole number.")
     return int(number)
 
 
 def sharing_programs(base: Pipeline, trained: Pipeline) -> Pipeline:
-    """Return the trained pipeline, with the base's compiled programs if both compute alike: one compilation serves
-    both.
-    """
+    """Return the trained pipeline, sharing the base's compiled programs if both have the same configuration."""
     ours, theirs = base.released, trained.released
     alike = (
         ours.transformer_config == theirs.transformer_config
@@ -126,10 +122,10 @@ def sharing_programs(base: Pipeline, trained: Pipeline) -> Pipeline:
 
 
 class Demo:
-    """One or two models and a scorer in a process of its own; draws for one wish at a time.
+    """One or two models and a scorer in a process of its own; answers one wish at a time.
 
-    size: height and width in pixels. Raises DemoError for a size that a model cannot draw, BridgeError and UsageError
-    for a scorer that cannot be started.
+    size: height and width in pixels. Raises DemoError for a size that a model cannot generate, BridgeError and
+    UsageError for a scorer that cannot be started.
     """
 
     def __init__(self, drawers: Sequence[Drawer], size: tuple[int, int], config: BridgeConfig) -> None:
@@ -154,20 +150,20 @@ class Demo:
         """End the scorer's process."""
         self._client.close()
 
-    def answer(self, wish: Wish, tell: Callable[[float, str], None]) -> Answer:
-        """Draw and score; `tell` hears how far it is, 0 to 1, and what is done now."""
+    def answer(self, wish: Wish, report_progress: Callable[[float, str], None]) -> Answer:
+        """Sample and score; `report_progress` receives the fraction done, 0 to 1, and the present activity."""
         with self._lock:
-            images, notes = [], []
+            batches, notes = [], []
             for number, drawer in enumerate(self.drawers):
-                tell(number / (len(self.drawers) + 1), f"{drawer.name} draws")
-                made, said = self._draw(drawer.pipeline, wish)
-                images.append(made)
-                notes += said
-            tell(len(images) / (len(images) + 1), f"{self.scorer} scores")
-            scores, problem = self._score(wish.prompt, np.concatenate(images))
+                report_progress(number / (len(self.drawers) + 1), f"{drawer.name} draws")
+                images, warned = self._draw(drawer.pipeline, wish)
+                batches.append(images)
+                notes += warned
+            report_progress(len(batches) / (len(batches) + 1), f"{self.scorer} scores")
+            scores, problem = self._score(wish.prompt, np.concatenate(batches))
         sides = tuple(
-            Side(drawer.name, made, part)
-            for drawer, made, part in zip(self.drawers, images, _split(scores, len(images)), strict=True)
+            Side(drawer.name, images, part)
+            for drawer, images, part in zip(self.drawers, batches, _split(scores, len(batches)), strict=True)
         )
         return Answer(next(self._numbers), wish, sides, problem, tuple(dict.fromkeys(notes)))
 
@@ -175,7 +171,7 @@ class Demo:
         if len(pipeline.compiled) >= MAX_COMPILED:
             pipeline.compiled.clear()
         height, width = self.size
-        with warnings.catch_warnings(record=True) as caught:  # that the prompt was cut, for instance
+        with warnings.catch_warnings(record=True) as caught:  # a truncated prompt, for instance
             warnings.simplefilter("always", UserWarning)
             images = pipeline.generate(
                 [wish.prompt] * PICTURES,
@@ -189,7 +185,7 @@ class Demo:
         return images, [str(warning.message) for warning in caught if warning.category is UserWarning]
 
     def _score(self, prompt: str, images: np.ndarray) -> tuple[Scores | None, str]:
-        """(scores, "") or (None, why there are none)."""
+        """Return (scores, ""), or (None, the reason why there are none)."""
         metadata: Mapping[str, Any] = self._metadata.get(prompt, {"tag": UNTAGGED, "prompt": prompt})
         try:
             problems = self._client.check([prompt], [dict(metadata)])

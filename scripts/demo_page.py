@@ -1,4 +1,4 @@
-"""The demo page: its form in Gradio, its answers as HTML. Texts reach the page as text only, never as markup."""
+"""The demo page: the form in Gradio, the answers as HTML. Every text is escaped, never inserted as markup."""
 
 import base64
 import html
@@ -28,23 +28,23 @@ from udm_grpo.worlds.shapes import heldout_prompts
 
 STYLE = (Path(__file__).resolve().parent / "demo.css").read_text(encoding="utf-8")
 FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
-"""Of the reader's system: the page loads none."""
+"""Fonts of the reader's system; the page loads none."""
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; base-uri 'self'; form-action 'self'"
-"""What the browser may load: this server's own. Gradio needs the two unsafe words for styles and templates."""
+"""The browser may load from this server only. Gradio's styles and templates need the two "unsafe" keywords."""
 HOW_TO_TRAIN = """\
 python -m udm_grpo.train --config configs/shapes.py
 python -m scripts.demo --base udm_grpo/assets/ursa-shapes --run outputs/shapes"""
 
 
 def theme() -> gr.themes.Base:
-    """Colours and fonts."""
+    """Return the page's colours and fonts."""
     return gr.themes.Default(
         primary_hue="blue", neutral_hue="slate", radius_size="lg", font=FONTS[0], font_mono=FONTS[1]
     )
 
 
 class OwnLoadsOnly:
-    """Wraps an ASGI app so that its pages may load nothing from anywhere else."""
+    """Wraps an ASGI app so that its pages can load nothing from other servers."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -61,7 +61,7 @@ class OwnLoadsOnly:
 
 
 def make_app(demo: Demo, examples: Iterable[str], steps: int, users: list[tuple[str, str]]) -> OwnLoadsOnly:
-    """Return the page as an ASGI app, open to these users or, if there are none, to all; see `make_page`."""
+    """Return the page as an ASGI app that requires a login if there are users; see `make_page`."""
     app = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         make_page(demo, examples, steps),
@@ -79,18 +79,18 @@ def make_app(demo: Demo, examples: Iterable[str], steps: int, users: list[tuple[
 
 
 def make_page(demo: Demo, examples: Iterable[str], steps: int) -> gr.Blocks:
-    """Return the page of these models; `steps` is where its slider stands at first."""
+    """Return the page of these models; `steps` is the initial value of its slider."""
 
     def draw(
         prompt: Any,
         negative: Any,
-        wanted: Any,
+        steps_value: Any,
         guidance: Any,
         seed: Any,
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> str:
         try:
-            wish = checked_wish(prompt, wanted, guidance, seed, negative)
+            wish = checked_wish(prompt, steps_value, guidance, seed, negative)
         except DemoError as error:
             raise gr.Error(html.escape(str(error)), print_exception=False) from error
         return answer_html(demo, demo.answer(wish, lambda part, what: progress(part, desc=what)))
@@ -105,7 +105,7 @@ def make_page(demo: Demo, examples: Iterable[str], steps: int) -> gr.Blocks:
         label = "Prompts that no training has seen" if held_out.issuperset(shown) else "Prompts to choose from"
         gr.Examples([[text] for text in shown], prompt, label=label, elem_id="examples", examples_per_page=20)
         with gr.Row(equal_height=True):
-            wanted = gr.Slider(1, MAX_STEPS, steps, step=1, label="Steps", elem_id="steps", min_width=220)
+            slider = gr.Slider(1, MAX_STEPS, steps, step=1, label="Steps", elem_id="steps", min_width=220)
             guidance = gr.Slider(
                 1, MAX_GUIDANCE, 1, step=0.5, label="Guidance (1: none)", elem_id="guidance", min_width=220
             )
@@ -121,7 +121,7 @@ def make_page(demo: Demo, examples: Iterable[str], steps: int) -> gr.Blocks:
         gr.on(
             [button.click, prompt.submit],
             draw,
-            [prompt, negative, wanted, guidance, seed],
+            [prompt, negative, slider, guidance, seed],
             answer,
             concurrency_limit=1,
             scroll_to_output=True,
@@ -146,7 +146,7 @@ def _head(demo: Demo) -> str:
 
 
 def _waiting(demo: Demo) -> str:
-    """Return what stands where the answer will be."""
+    """Return the placeholder of the answer."""
     empty = '<div class="demo-empty">Choose an example or write a prompt, then Draw.</div>'
     return _both([empty] * len(demo.drawers), len(demo.drawers))
 
@@ -167,7 +167,7 @@ def _untrained() -> str:
 
 
 def answer_html(demo: Demo, answer: Answer) -> str:
-    """Pictures, and the scores with their reasons; or why there are none."""
+    """Return the images and the scores with their reasons, or the reason why there are no scores."""
     wish = answer.wish
     sources = [drawer.source for drawer in demo.drawers]
     sides = [_side(side, source, wish.prompt) for side, source in zip(answer.sides, sources, strict=True)]
@@ -175,7 +175,7 @@ def answer_html(demo: Demo, answer: Answer) -> str:
     guided = f"guidance {wish.guidance:g}" if wish.guidance > 1 else "no guidance"
     guided += f" against “{wish.negative}”" if wish.negative else ""
     settings = f"“{wish.prompt}”, {wish.steps} steps, {guided}, seed {wish.seed}"
-    # The number: Gradio leaves the page as it is where an answer equals the one before.
+    # The number makes every answer different: Gradio does not update the page when an answer equals the last one.
     line = f'<p class="demo-quiet" id="drawn" data-number="{answer.number}">{html.escape(settings)}</p>'
     return line + _both(sides, len(sides)) + notes + _table(answer)
 
@@ -199,7 +199,7 @@ def _side(side: Side, source: str, prompt: str) -> str:
 
 
 def _address(image: np.ndarray) -> str:
-    """Return the picture in an address of its own, losslessly."""
+    """Return the image as a data URL, losslessly."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -226,5 +226,5 @@ def _table(answer: Answer) -> str:
 
 
 def _short(value: Any) -> str:
-    """Return a number with three digits after the point at most."""
+    """Return a number with at most three decimals."""
     return f"{float(value):.3f}".rstrip("0").rstrip(".")

@@ -1,4 +1,4 @@
-"""Make prompt sets that training reads fast: TensorFlow Datasets folders (ArrayRecord; without TensorFlow).
+"""Prepare prompt sets that training loads fast: TensorFlow Datasets folders (ArrayRecord; without TensorFlow).
 
     python -m scripts.prepare_prompts generate-geneval --leave-out evaluation_metadata.jsonl --output data/geneval
     python -m scripts.prepare_prompts geneval --train train_metadata.jsonl --test evaluation_metadata.jsonl \\
@@ -9,18 +9,18 @@
     python -m scripts.prepare_prompts prompts --test dpg_bench/prompts --output data/dpg
     python -m scripts.prepare_prompts prompts --test prompts.json --prompt-key dense_prompt --output data/dense
 
-Training takes such a folder and one of its splits: prompts.train is data/geneval:train, prompts.heldout is
-data/geneval:test; so does udm_grpo.sample --prompts. The published recipes (configs/geneval.py, ocr.py, pickscore.py)
-read data/geneval, data/ocr and data/pickscore; their pages say where the raw files come from.
+Training and udm_grpo.sample --prompts read one split of such a folder: prompts.train is data/geneval:train,
+prompts.heldout is data/geneval:test. The published recipes (configs/geneval.py, ocr.py, pickscore.py) read
+data/geneval, data/ocr and data/pickscore; their pages say where the raw files come from.
 
-geneval           GenEval's metadata, each line checked as GenEval's judge will
-ocr               prompts with the wanted text in double quotes, each checked as the OCR judge will; doubtful ones are
-                  listed with the text that is used
-prompts           any others: .jsonl (objects with a prompt), .json (an array of them), .txt (one a line), .csv (with a
+geneval           GenEval's metadata; each line is checked by the rules of GenEval's judge
+ocr               prompts with the target text in double quotes; each is checked by the rules of the OCR judge, and
+                  ambiguous ones are listed with the text that is used
+prompts           all others: .jsonl (objects with a prompt), .json (an array of them), .txt (one a line), .csv (with a
                   header), a folder of .txt
-generate-geneval  GenEval's grammar over its 80 classes, drawn with a seed; the file to leave out becomes the split test
+generate-geneval  a seeded draw from GenEval's grammar over its 80 classes; the file to leave out becomes the split test
 
-Bad lines are errors, all in one with their numbers; --drop-bad leaves them out and says which.
+All bad lines are reported in one error with their numbers; --drop-bad leaves them out with a warning.
 """
 
 import argparse
@@ -49,7 +49,7 @@ Splits = dict[str, Sequence[Row]]
 
 
 def ocr_problem(row: Row) -> str:
-    """Return what keeps a row from being judged by the text in it; "" if nothing does."""
+    """Return why the OCR judge cannot use a row; "" if it can."""
     try:
         target_text(row["prompt"])
     except ValueError as error:
@@ -58,31 +58,31 @@ def ocr_problem(row: Row) -> str:
 
 
 def geneval_problem(row: Row) -> str:
-    """Return what keeps a row from being judged by GenEval's rule; "" if nothing does."""
-    # Brings PyTorch along, which the other commands do without.
+    """Return why GenEval's judge cannot use a row; "" if it can."""
+    # Imports PyTorch, which the other commands do not need.
     from rewards_bridge.scorers.geneval import check_metadata
 
-    found = check_metadata([row["prompt"]], [row])
-    return "; ".join(text.removeprefix(f"prompt 0 ({row['prompt']!r}): ") for text in found)
+    problems = check_metadata([row["prompt"]], [row])
+    return "; ".join(text.removeprefix(f"prompt 0 ({row['prompt']!r}): ") for text in problems)
 
 
 def warn_of_ambiguity(parsed: Parsed) -> None:
-    """List the prompts whose quoted text may not be what was meant, each with the text that is used."""
+    """List the prompts whose target text is ambiguous, each with the text that is used."""
     texts = [ambiguity(row["prompt"]) for row in parsed.rows]
-    doubtful = [(place, text) for place, text in zip(parsed.places, texts, strict=True) if text]
-    if doubtful:
-        warn(parsed.listed("prompts with a doubtful text to look for", doubtful))
+    ambiguous = [(place, text) for place, text in zip(parsed.places, texts, strict=True) if text]
+    if ambiguous:
+        warn(parsed.listed("prompts with an ambiguous target text", ambiguous))
 
 
 PROBLEMS: dict[str, Callable[[Row], str]] = {"geneval": geneval_problem, "ocr": ocr_problem, "prompts": lambda row: ""}
-"""Command -> its check of a row."""
+"""Command -> the check of a row."""
 
 
 def rows_of(parsed: dict[str, Parsed], drop_bad: bool) -> Splits:
-    """Split -> rows. ValueError with the bad lines of all files together, unless they are to be dropped."""
+    """Return split -> rows; raises PromptsError with the bad lines of all files unless `drop_bad`."""
     bad = [one for one in parsed.values() if one.bad]
     if bad and not drop_bad:
-        advice = "correct or remove, or leave out with --drop-bad"
+        advice = "correct or remove them, or leave them out with --drop-bad"
         raise PromptsError("\n".join(one.bad_text(advice) for one in bad))
     for one in bad:
         warn(one.bad_text("left out"))
@@ -95,14 +95,14 @@ def rows_of(parsed: dict[str, Parsed], drop_bad: bool) -> Splits:
 
 
 def warn(text: str) -> None:
-    """Say what is not as one may think, on stderr."""
+    """Print a warning to stderr."""
     print(f"warning: {text}", file=sys.stderr)
 
 
 def unrepeated(splits: Splits, unique: bool) -> Splits:
-    """Count prompts that come twice in a split, or are in train and test both; with `unique`, without those.
+    """Warn of prompts that repeat in a split or are in both train and test; return the splits.
 
-    The first of a prompt stays; one that is also in test goes from train.
+    If `unique`, only the first occurrence of a prompt is kept, and one that is also in test is removed from train.
     """
     advice = "left out" if unique else "kept; --unique leaves them out"
     first: dict[str, dict[str, Row]] = {split: {} for split in splits}
@@ -125,59 +125,59 @@ def unrepeated(splits: Splits, unique: bool) -> Splits:
 
 
 def save(output: Path, splits: Splits) -> None:
-    """Write the prepared folder and say what is in it."""
+    """Write the prepared folder and print its contents."""
     write_dataset(output, splits)
     for split, rows in splits.items():
         tags = Counter(row["tag"] for row in rows)
         print(f"{output}:{split}: {len(rows)} ({', '.join(f'{tags[tag]} {tag}' for tag in sorted(tags))})")
 
 
-def prepare(given: argparse.Namespace) -> None:
-    """Run a command that reads files."""
-    files = {split: file for split, file in (("train", given.train), ("test", given.test)) if file}
+def prepare(args: argparse.Namespace) -> None:
+    """Run one of the commands geneval, ocr and prompts."""
+    files = {split: file for split, file in (("train", args.train), ("test", args.test)) if file}
     if not files:
-        raise PromptsError("there is nothing to prepare; give --train FILE, --test FILE or both")
-    columns = {"column": given.column, "tag_column": given.tag_column} if given.command == "prompts" else {}
-    check = PROBLEMS[given.command]
-    columns["key"] = given.prompt_key
+        raise PromptsError("there is nothing to prepare; set --train FILE, --test FILE or both")
+    columns = {"column": args.column, "tag_column": args.tag_column} if args.command == "prompts" else {}
+    check = PROBLEMS[args.command]
+    columns["key"] = args.prompt_key
     parsed = {split: parse_file(file, **columns).checked(check) for split, file in files.items()}
-    if given.command == "ocr":
+    if args.command == "ocr":
         for one in parsed.values():
             warn_of_ambiguity(one)
-    save(given.output, unrepeated(rows_of(parsed, given.drop_bad), given.unique))
+    save(args.output, unrepeated(rows_of(parsed, args.drop_bad), args.unique))
 
 
-def generate(given: argparse.Namespace) -> None:
+def generate(args: argparse.Namespace) -> None:
     """Run the command generate-geneval."""
     leave_out: Sequence[Row] = ()
-    if given.leave_out:
-        leave_out = parse_file(given.leave_out).checked(geneval_prompts.unknown_words).all_or_error()
-    ratio = dict(given.ratio or geneval_prompts.RATIO)
-    drawn = geneval_prompts.generate(given.count, given.seed, ratio, leave_out, given.plurals, given.repeats)
+    if args.leave_out:
+        leave_out = parse_file(args.leave_out).checked(geneval_prompts.unknown_words).all_or_error()
+    ratio = dict(args.ratio or geneval_prompts.RATIO)
+    drawn = geneval_prompts.generate(args.count, args.seed, ratio, leave_out, args.plurals, args.repeats)
     for tag, share in drawn.shares.items():
         if share.available < share.target:
-            what = "they repeat" if given.repeats else "all of them are in, and other tags make up the number"
+            what = "they repeat" if args.repeats else "all of them are included, and other tags fill the rest"
             warn(f"{tag} has {share.available} different prompts, but a share of {share.target}: {what}")
-    if given.jsonl:
+    if args.jsonl:
         lines = "".join(json.dumps(row) + "\n" for row in drawn.rows)
-        replace_file(given.jsonl, partial(Path.write_text, data=lines, encoding="utf-8"))
-    save(given.output, {"train": drawn.rows} | ({"test": leave_out} if leave_out else {}))
+        replace_file(args.jsonl, partial(Path.write_text, data=lines, encoding="utf-8"))
+    save(args.output, {"train": drawn.rows} | ({"test": leave_out} if leave_out else {}))
     if {tag: share.count for tag, share in drawn.shares.items()} != {tag: s.target for tag, s in drawn.shares.items()}:
         settings = (f"--config.prompts.tag_weights.{tag}={weight}" for tag, weight in ratio.items())
-        print("The set itself is not in the ratio; training draws in it with", *settings)
+        print("The set itself does not have this ratio; training draws prompts in it with", *settings)
         if ratio == geneval_prompts.RATIO:
-            print("which configs/geneval.py has already set.")
+            print("which configs/geneval.py already sets.")
 
 
 def tag_share(text: str) -> tuple[str, float]:
-    """TAG=NUMBER of the command line."""
+    """Return (tag, share) for TAG=NUMBER of the command line."""
     tag, equals, number = text.partition("=")
     if not equals or tag not in geneval_prompts.TAGS:
         raise argparse.ArgumentTypeError(f"{text!r} is not TAG=NUMBER with one of {', '.join(geneval_prompts.TAGS)}")
     try:
         return tag, float(number) if "." in number else int(number)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{number!r} in {text!r} is no number") from None
+        raise argparse.ArgumentTypeError(f"{number!r} in {text!r} is not a number") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -188,56 +188,63 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
         ("geneval", "GenEval's metadata, a JSON object a line"),
-        ("ocr", "prompts with the wanted text in double quotes"),
+        ("ocr", "prompts with the target text in double quotes"),
         ("prompts", "any .jsonl, .json, .txt or .csv file, or a folder of .txt files (one prompt a file)"),
     ):
-        made = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        made.add_argument("--train", type=Path, metavar="FILE", help="becomes the split train")
-        made.add_argument("--test", type=Path, metavar="FILE", help="becomes the split test")
-        made.add_argument(
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.add_argument("--train", type=Path, metavar="FILE", help="source of the split train")
+        command.add_argument("--test", type=Path, metavar="FILE", help="source of the split test")
+        command.add_argument(
             "--prompt-key",
             default=PROMPT,
             metavar="KEY",
-            help="of .json and .jsonl: the prompts (default: prompt)",
+            help="key of the prompts in .json and .jsonl files (default: prompt)",
         )
         if name == "prompts":
-            made.add_argument("--column", default="", help="of a .csv: the prompts (default: prompt, caption or text)")
-            made.add_argument("--tag-column", default="", help="of a .csv: the tags (default: tag or category)")
-        made.add_argument("--drop-bad", action="store_true", help="leave bad lines out, with a warning that names them")
-        made.add_argument("--unique", action="store_true", help="leave out repeats, and from train what is in test")
-        made.set_defaults(run=prepare)
-    text = "draw training prompts from GenEval's grammar; no prompt comes twice"
-    made = commands.add_parser("generate-geneval", help=text, description=text, allow_abbrev=False)
-    what = made.add_mutually_exclusive_group(required=True)
+            columns = "column of a .csv file with the {} (default: {})"
+            command.add_argument("--column", default="", help=columns.format("prompts", "prompt, caption or text"))
+            command.add_argument("--tag-column", default="", help=columns.format("tags", "tag or category"))
+        command.add_argument("--drop-bad", action="store_true", help="leave out bad lines, with a warning")
+        command.add_argument("--unique", action="store_true", help="leave out repeats, and from train what is in test")
+        command.set_defaults(run=prepare)
+    text = "draw training prompts from GenEval's grammar, without repeats"
+    command = commands.add_parser("generate-geneval", help=text, description=text, allow_abbrev=False)
+    what = command.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--leave-out", type=Path, metavar="FILE", help="evaluation metadata, none of which is drawn; the split test"
+        "--leave-out", type=Path, metavar="FILE", help="evaluation metadata that is never drawn; becomes the split test"
     )
     what.add_argument("--leave-nothing-out", action="store_true", help="draw from the whole grammar; no split test")
-    made.add_argument("--count", type=int, default=50_000, help="prompts to draw (default: %(default)s)")
-    made.add_argument("--seed", type=int, default=0, help="another one draws others (default: %(default)s)")
+    command.add_argument("--count", type=int, default=50_000, help="prompts to draw (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="seed of the draw (default: %(default)s)")
     published = " ".join(f"{tag}={share}" for tag, share in geneval_prompts.RATIO.items())
-    made.add_argument("--ratio", type=tag_share, nargs="+", metavar="TAG=NUMBER", help=f"default: {published}")
-    made.add_argument("--repeats", action="store_true", help="keep the ratio exactly, by repeats of what is too few")
-    made.add_argument(
+    command.add_argument("--ratio", type=tag_share, nargs="+", metavar="TAG=NUMBER", help=f"default: {published}")
+    command.add_argument("--repeats", action="store_true", help="keep the ratio exactly, by repeating prompts")
+    command.add_argument(
         "--plurals",
         choices=geneval_prompts.PLURALS,
         default="benchmark",
-        help='as GenEval\'s own prompts have them ("two knifes", the default), or as English does',
+        help='as in GenEval\'s own prompts ("two knifes", the default), or as in English',
     )
-    made.add_argument("--jsonl", type=Path, metavar="FILE", help="write the drawn metadata as lines, too")
-    made.set_defaults(run=generate)
-    for made in commands.choices.values():
-        made.add_argument("--output", type=Path, metavar="FOLDER", required=True, help="a prepared one is replaced")
+    command.add_argument("--jsonl", type=Path, metavar="FILE", help="also write the drawn metadata as JSON lines")
+    command.set_defaults(run=generate)
+    for command in commands.choices.values():
+        command.add_argument(
+            "--output",
+            type=Path,
+            metavar="FOLDER",
+            required=True,
+            help="folder to write; replaced if it was prepared earlier",
+        )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 2 for a user's mistake, reported without a traceback."""
     devices.prepare()
-    given = local_args(_parser(), argv)
+    args = local_args(_parser(), argv)
     try:
-        with lock_beside(given.output):
-            given.run(given)
+        with lock_beside(args.output):
+            args.run(args)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR_STATUS

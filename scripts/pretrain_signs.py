@@ -1,11 +1,11 @@
-"""Make the base checkpoint of the signs world from nothing: tokenizer, image tokens, transformer.
+"""Pre-train the base model of the signs world from scratch: image tokenizer, image tokens, transformer.
 
     python -m scripts.pretrain_signs --output outputs/pretrain_signs
     python -m scripts.pretrain_signs --output outputs/pretrain_signs --install   # and put it into udm_grpo/assets
 
-Needs the fonts that udm_grpo/worlds/signs.py names. Seeded; every stage leaves its result in --output and a killed run
-resumes from the last one, to the same end. The base is meant to be imperfect in an honest way: short training, and one
-caption in ten is wrong in one digit.
+The fonts that udm_grpo/worlds/signs.py names are required. The run is seeded. Every stage writes its result to
+--output; a killed run resumes after the last one, with the same final result. The base is imperfect on purpose, so that
+RL has mistakes to correct: training is short, and one caption in ten is wrong in one digit.
 """
 
 import sys
@@ -21,40 +21,40 @@ from udm_grpo.worlds import base_checkpoint, signs
 from udm_grpo.worlds.base_checkpoint import Metadata, World, command_line, vq_config
 
 PATH = Scheduler(alpha=0.9, c=20.0, eps=1e-5, shift=1.0)
-"""As in the shapes world, with a larger c for twice the codes on a sphere of as many dimensions."""
+"""As in the shapes world, with a larger c for twice as many codes on a sphere of the same dimension."""
 
 WORD_SPLITTER = pre_tokenizers.Sequence(
     [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex('[0-9"]'), "isolated")]
 )
-"""Digits and quotes are words of their own, so that a text that was never seen is made of tokens that were."""
+"""Every digit and quote is a word of its own, so that unseen texts consist of tokens seen in training."""
 
 
 @dataclass(frozen=True)
 class Plan(base_checkpoint.Plan):
-    """How long each stage takes, where that is not as in the shapes world."""
+    """The length of each stage, where it differs from the shapes world."""
 
     tokenizer_batch: int = 16
-    """Half of the shapes world's, since a picture has twice its pixels: an update costs the same."""
+    """Half of the shapes world's: an image has twice the pixels, so an update costs the same."""
     quantized_updates: int = 1_250
-    """Half of the shapes world's: the reader has long read the reconstructions without a mistake."""
+    """Half of the shapes world's: well before that, OCR reads the reconstructions without a mistake."""
     tokenizer_decay: int = 2_500
     updates: int = 500
-    """Transformer updates; with more of them the base would leave RL few mistakes to correct."""
+    """Transformer updates; more of them would leave RL few mistakes to correct."""
 
 
 def varied_pictures(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Pictures u8[count,32,64,3] for the tokenizer."""
+    """Return images u8[count,32,64,3] for the tokenizer."""
     prompts = signs.sample_prompts(signs.train_prompts(), count, rng, signs.PRETRAIN_TAG_WEIGHTS)
     return pictures(prompts, rng)
 
 
 def sample(count: int, rng: np.random.Generator) -> list[Metadata]:
-    """Training prompts for the transformer."""
+    """Return training prompts for the transformer."""
     return signs.sample_prompts(signs.train_prompts(), count, rng, signs.PRETRAIN_TAG_WEIGHTS)
 
 
 def pictures(prompts: Sequence[Metadata], rng: np.random.Generator) -> np.ndarray:
-    """Return a picture of each prompt: u8[B,32,64,3]."""
+    """Return an image of each prompt, u8[B,32,64,3]."""
     return signs.render_batch([signs.sign_for(metadata, rng) for metadata in prompts])
 
 

@@ -1,12 +1,12 @@
-"""Logits of a released folder from a torch model that shares no code with udm_grpo: transformers' own Qwen3.
+"""Compute the logits of a released folder with a torch model that shares no code with udm_grpo: transformers' Qwen3.
 
     python scripts/torch_reference.py FOLDER inputs.npz logits.npz
 
-inputs.npz holds prompt_ids int[B, L] and image_ids int[B, h, w]; logits.npz gets logits float32[B, h*w, V], those of
-the clean code at each image token. `python -m udm_grpo.convert verify --forward` runs it and compares.
+inputs.npz holds prompt_ids int[B, L] and image_ids int[B, h, w]; logits.npz receives logits float32[B, h*w, V], those
+of the clean code at each image token. `python -m udm_grpo.convert verify --forward` runs this script and compares.
 
-Two things differ from Qwen3 as a language model: attention has no mask (every token sees every other), and each of the
-64 rotary frequencies turns with one of three positions. Everything is computed in float32 on the CPU.
+The model differs from Qwen3 as a language model in two ways: attention has no mask (every token sees every other), and
+each of the 64 rotary frequencies uses one of three positions. Everything is computed in float32 on the CPU.
 
 Source: URSA, arXiv 2510.24717; Qwen3.
 """
@@ -29,7 +29,7 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 HEAD_DIM = 128
-"""Not in transformer/config.json: the format fixes it, as it does the 1e-6 of the norms below."""
+"""Fixed by the format rather than by transformer/config.json, like the 1e-6 of the norms below."""
 SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -45,7 +45,7 @@ class Reference(torch.nn.Module):
 
     def __init__(self, sizes: dict[str, Any]):
         super().__init__()
-        # Other ways of attending take a missing mask for a causal one.
+        # Other attention implementations treat a missing mask as a causal one.
         options: dict[str, Any] = {name: sizes[name] for name in SIZES} | {"attn_implementation": "eager"}
         config = Qwen3Config(
             **options,
@@ -68,7 +68,7 @@ class Reference(torch.nn.Module):
         for layer in self.model.layers:
             hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
         hidden = self.model.norm(hidden)
-        return self.lm_head(hidden[:, length : length + height * width])  # each token is read one row to its left
+        return self.lm_head(hidden[:, length : length + height * width])  # the row before a token predicts it
 
 
 def rotary_embeddings(length: int, height: int, width: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,21 +85,21 @@ def rotary_embeddings(length: int, height: int, width: int, theta: float) -> tup
 
 def read_state(folder: Path) -> dict[str, torch.Tensor]:
     """Return the tensors in a transformer's folder, widened to float32; raises FileNotFoundError if it has none."""
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    if not found:
+        tensors |= load_file(path)
+    if not tensors:
         for path in sorted(file for file in folder.iterdir() if file.suffix in (".bin", ".pth", ".pt")):
-            found |= torch.load(path, map_location="cpu", weights_only=True)
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no .safetensors, .bin or .pth")
-    return {name: tensor.float() for name, tensor in found.items()}
+            tensors |= torch.load(path, map_location="cpu", weights_only=True)
+    if not tensors:
+        raise FileNotFoundError(f"{folder} contains no .safetensors, .bin or .pth file")
+    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def load_reference(folder: Path) -> Reference:
     """Return the model of a released folder; raises RuntimeError for tensors that do not fit its config.json."""
     sizes = json.loads((folder / "transformer" / "config.json").read_text())
-    with torch.device("meta"):  # no memory for values that are replaced at once
+    with torch.device("meta"):  # allocates no memory for values that are replaced at once
         model = Reference(sizes)
     model.load_state_dict(read_state(folder / "transformer"), strict=True, assign=True)
     return model.eval()
@@ -108,17 +108,17 @@ def load_reference(folder: Path) -> Reference:
 def main() -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a released folder")
+    parser.add_argument("folder", type=Path, help="released model folder")
     parser.add_argument("inputs", type=Path, help=".npz with prompt_ids [B, L] and image_ids [B, h, w]")
     parser.add_argument("output", type=Path, help=".npz to write: logits [B, h*w, V]")
-    given = parser.parse_args()
-    with np.load(given.inputs) as inputs:
+    args = parser.parse_args()
+    with np.load(args.inputs) as inputs:
         prompt_ids, image_ids = (
             torch.from_numpy(inputs[name].astype(np.int64)) for name in ("prompt_ids", "image_ids")
         )
     with torch.inference_mode():
-        logits = load_reference(given.folder)(prompt_ids, image_ids)
-    np.savez(given.output, logits=logits.numpy())
+        logits = load_reference(args.folder)(prompt_ids, image_ids)
+    np.savez(args.output, logits=logits.numpy())
     return 0
 
 

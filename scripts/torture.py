@@ -1,16 +1,16 @@
-"""Kill a small training at random moments, resume it, and compare its export with that of an uninterrupted run.
+"""Kill a small training run at random moments, resume it, and compare its export with that of an uninterrupted run.
 
     python -m scripts.torture --output outputs/torture --trials 50 --seed 0
 
 A trial starts `configs/shapes.py:smoke`, cut down further, and sends SIGKILL, SIGTERM or SIGINT to the trainer, to the
-scorer's process or to both while the run loads, draws a rollout, updates, saves, makes its last evaluation or exports.
-The same command then runs again with `checkpoint.resume=latest` until it is finished. Passed: every file of `export/`
-has the bytes of the uninterrupted run, and so have metrics and evaluations (apart from times); a run that was asked to
-stop exits with its stopped status and without a traceback; a lost scorer alone does not end a run; and no process is
-left over. The exit status is 1 if any trial fails.
+scorer's process or to both while the run loads, samples a rollout, updates, saves, runs its last evaluation or exports.
+The same command then runs again with `checkpoint.resume=latest` until the run is finished. A trial passes if every file
+of `export/` is byte-identical to that of the uninterrupted run, as are metrics and evaluations (apart from times); if a
+run that was asked to stop exits with its stopped status and without a traceback; if the loss of a scorer alone does not
+end a run; and if no process is left over. The exit status is 1 if any trial fails.
 
-The seed decides phases, signals, targets and moments; how far the run is at that moment depends on the machine. Results
-gather in results.jsonl in --output, one line a trial, and the same command continues after the last one.
+The seed determines phases, signals, targets and moments; the progress of the run at that moment depends on the machine.
+Results are appended to results.jsonl in --output, one line a trial, and the same command continues after the last one.
 """
 
 import argparse
@@ -35,23 +35,23 @@ PHASES = ("load", "rollout", "update", "save", "evaluation", "export")
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 TARGETS = ("trainer", "scorer", "both")
 MAX_STARTS = 5
-"""Starts of one trial after which it counts as one that cannot be finished."""
+"""Starts after which an unfinished trial fails."""
 LOGS = ("metrics.jsonl", "evaluations.jsonl")
 TIMES = ("seconds", "run")
-"""Values of a line of a log that differ from run to run: times, and the run's id."""
+"""Values of a log line that differ between runs: times and the run's id."""
 
 
 @dataclass(frozen=True)
 class Strike:
-    """When a run is hit, and by what."""
+    """When a run is hit, and by which signal."""
 
     phase: str
     signal: str
     target: str
     iteration: int
-    """Iteration of the phases that every iteration has, from 0."""
+    """Iteration, from 0, of a phase that every iteration has."""
     fraction: float
-    """How much of the phase has passed, by the time that it took in the uninterrupted run."""
+    """Fraction of the phase that has passed, relative to its duration in the uninterrupted run."""
 
     def __str__(self) -> str:
         place = f" {self.iteration + 1}" if self.phase in ("rollout", "update", "save") else ""
@@ -59,7 +59,7 @@ class Strike:
 
 
 def strikes(seed: int) -> Iterator[Strike]:
-    """Yield endlessly: every combination of phase, signal and target once, in random order, then all of them again."""
+    """Yield strikes endlessly: every combination of phase, signal and target once, in random order, then all again."""
     rng = random.Random(seed)
     while True:
         combinations = [(phase, name, target) for phase in PHASES for name in SIGNALS for target in TARGETS]
@@ -69,7 +69,7 @@ def strikes(seed: int) -> Iterator[Strike]:
 
 
 def run_trial(number: int, strike: Strike, pace: Pace, reference: Path, folder: Path) -> dict[str, Any]:
-    """Hit one training and finish it; return its line of results.jsonl, whose "problems" are empty if it passed."""
+    """Hit one run and finish it; return its line for results.jsonl, whose "problems" are empty if it passed."""
     output = folder / f"trial-{number:03d}"
     training = Training(output, fresh=True)
     problems: list[str] = []
@@ -95,7 +95,7 @@ def run_trial(number: int, strike: Strike, pace: Pace, reference: Path, folder: 
 
 
 def _hit(training: Training, strike: Strike, pace: Pace) -> Progress | None:
-    """Send the signals at their moment; return how far the run was, or None if it was over before."""
+    """Send the signals at their moment; return the run's progress, or None if the run ended before."""
     if not training.wait_for(strike.phase, strike.iteration, strike.fraction, pace):
         return None
     number = signal.Signals[strike.signal]
@@ -107,33 +107,33 @@ def _hit(training: Training, strike: Strike, pace: Pace) -> Progress | None:
 
 
 def _first_end(strike: Strike, hit: Progress | None, status: int) -> list[str]:
-    """Return what is wrong with the exit status of the run that was hit."""
+    """Return the problems with the exit status of the run that was hit."""
     if not hit or strike.target == "scorer":
-        cause = "the loss of a scorer ended the run" if hit else "ended before it was hit,"
+        cause = "the loss of a scorer ended the run" if hit else "the run ended before it was hit,"
         return [] if status == 0 else [f"{cause} with status {status}"]
     if status == 0 and hit.iterations == ITERATIONS:
-        return []  # it was finishing, and has finished
+        return []  # the run was about to finish and did
     expected = -signal.SIGKILL if strike.signal == "SIGKILL" else STOPPED
-    return [] if status == expected else [f"ended with status {status}; expected {expected}"]
+    return [] if status == expected else [f"the run ended with status {status}; expected {expected}"]
 
 
 def _logs(log: Path) -> list[str]:
     text = log.read_text(encoding="utf-8", errors="replace")
-    return [f"{log} has a traceback"] if "Traceback (most recent call last)" in text else []
+    return [f"{log} contains a traceback"] if "Traceback (most recent call last)" in text else []
 
 
 def differences(reference: Path, output: Path) -> list[str]:
-    """Return in which files a finished run differs from the uninterrupted one."""
+    """Return the differences between the files of a finished run and those of the uninterrupted one."""
     expected, exported = digests(reference / "export"), digests(output / "export")
     lines = [f"export/{name} is missing" for name in sorted(expected.keys() - exported.keys())]
-    lines += [f"export/{name} is in excess" for name in sorted(exported.keys() - expected.keys())]
+    lines += [f"export/{name} is unexpected" for name in sorted(exported.keys() - expected.keys())]
     both = sorted(expected.keys() & exported.keys())
     lines += [f"export/{name} differs" for name in both if expected[name] != exported[name]]
     return lines + [f"{name} differs" for name in LOGS if _lines(reference / name) != _lines(output / name)]
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file below a folder by its relative path."""
+    """Return relative path -> SHA-256 of every file below a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -144,7 +144,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 
 def _results(file: Path, seed: int) -> list[dict[str, Any]]:
-    """Return the results of earlier calls with this seed; what a kill has torn is left out."""
+    """Return the results of earlier calls with this seed, without a line that a kill has truncated."""
     results = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
@@ -159,7 +159,7 @@ def _results(file: Path, seed: int) -> list[dict[str, Any]]:
 def _line(result: dict[str, Any], trials: int) -> str:
     strike = Strike(**{name: result[name] for name in Strike.__dataclass_fields__})
     end = "; ".join(result["problems"]) or "same export"
-    where = result["hit"] or "over before that"
+    where = result["hit"] or "ended before"
     statuses = ", ".join(map(str, result["statuses"]))
     return f"trial {result['trial']}/{trials}: {strike} ({where}), statuses {statuses}: {end}"
 
@@ -168,16 +168,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/torture"), help="folder of all runs")
-    parser.add_argument("--trials", type=int, default=50, help="trials in all, those of earlier calls included")
-    parser.add_argument("--seed", type=int, default=0, help="decides every moment")
+    parser.add_argument("--trials", type=int, default=50, help="total trials, including those of earlier calls")
+    parser.add_argument("--seed", type=int, default=0, help="seed of phases, signals, targets and moments")
     args = local_args(parser, argv)
     if args.trials < 1:
-        parser.error(f"--trials is {args.trials}; give at least 1")
+        parser.error(f"--trials is {args.trials}; choose at least 1")
     folder = args.output.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background job would ignore it, and so its child
+    # A background job of a shell ignores SIGINT, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
     try:
         reference, pace = measure(folder)

@@ -1,7 +1,7 @@
-"""The trainings of scripts/torture.py: started, watched from outside by the files that they write, and hit.
+"""The training runs of scripts/torture.py: start them, follow them by the files that they write, and send signals.
 
-The trainer is not changed for this: a phase is recognised by what lies in output_dir, and a moment inside it by the
-time that the phase took in an uninterrupted run.
+The trainer runs unchanged: a phase is recognised by the files in output_dir, and a moment within it by the duration of
+that phase in an uninterrupted run.
 """
 
 import contextlib
@@ -28,21 +28,21 @@ SETTINGS = (
     *("evaluation.prompts=4", "evaluation.final_prompts=8", "evaluation.images_per_prompt=1", "evaluation.batch=4"),
     *("evaluation.picture_prompts=4", "evaluation.extremes=1"),
 )
-"""Of configs/shapes.py:smoke, cut down: every phase, little of each."""
+"""Overrides of configs/shapes.py:smoke that keep every phase short."""
 POLL_S = 0.003
 LIMIT_S = 900.0
-"""Seconds that one start may take on a busy machine."""
+"""Seconds that one start may take, on a busy machine, too."""
 LEFT_OVER_S = 15.0
 """Seconds that a scorer may outlive its trainer."""
 
 
 class TrainingError(UserError, RuntimeError):
-    """A training that does not do what it should; the message names its log."""
+    """A run that hangs or fails where it should not; the message names its log."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds that the phases of an uninterrupted run took."""
+    """Durations of an uninterrupted run's phases in seconds."""
 
     load: float
     """From the start to the end of the base evaluation."""
@@ -51,10 +51,10 @@ class Pace:
     """From the last iteration to the export."""
     export: float
     stages: tuple[Mapping[str, float], ...]
-    """Of every iteration, by the names in metrics.jsonl."""
+    """Durations of each iteration's stages, by their names in metrics.jsonl."""
 
     def delay(self, phase: str, iteration: int, fraction: float) -> float:
-        """Return the seconds from the sign that begins a phase to a moment in it."""
+        """Return the seconds from the sign of a phase's start to a moment in it."""
         if phase in ("rollout", "update"):
             stages = self.stages[iteration]
             before = 0.0 if phase == "rollout" else stages["rollout"] + stages["reference"] + stages["reward"]
@@ -64,19 +64,19 @@ class Pace:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training was when it was hit."""
+    """The progress of a run when it was hit."""
 
     seconds: float
-    """Since its start."""
+    """Seconds since its start."""
     iterations: int
-    """Written to metrics.jsonl."""
+    """Iterations in metrics.jsonl."""
 
     def __str__(self) -> str:
         return f"after {self.seconds:.1f} s, {self.iterations} iterations written"
 
 
 class Training:
-    """One start of a training in `output`, whose log lies beside it."""
+    """One start of a run with the output folder `output`; the log is written beside it."""
 
     def __init__(self, output: Path, fresh: bool = False) -> None:
         self.output, self.log = output, output.with_name(f"{output.name}.log")
@@ -98,7 +98,7 @@ class Training:
             )
 
     def until(self, seen: str, iteration: int = 0) -> float | None:
-        """Wait for a sign of `signs`; return the seconds since the start, or None if the training is over before."""
+        """Wait for a sign of `signs`; return the seconds since the start, or None if the run ends before."""
         while not self.signs(iteration)[seen]:
             if self._process.poll() is not None:
                 return None
@@ -107,7 +107,7 @@ class Training:
         return time.monotonic() - self._started
 
     def signs(self, iteration: int) -> dict[str, bool]:
-        """Return by phase whether it has begun, as the files show it."""
+        """Return phase -> whether it has begun, judged by the files."""
         done, checkpoints = self._count("metrics.jsonl"), self.output / "checkpoints"
         loaded = self._count("evaluations.jsonl") > 0
         return {
@@ -120,7 +120,7 @@ class Training:
         }
 
     def wait_for(self, phase: str, iteration: int, fraction: float, pace: Pace) -> bool:
-        """Wait for a moment of a phase; return False if the training is over before."""
+        """Wait for a moment of a phase; return False if the run ends before."""
         if self.until(phase, iteration) is None:
             return False
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -134,24 +134,24 @@ class Training:
         self._process.send_signal(number)
 
     def signal_scorer(self, number: signal.Signals) -> bool:
-        """Send the scorer's process a signal, once there is one; return False if the training is over before."""
-        while not (found := list(_scorers_of(self._process.pid))):
+        """Send the scorer's process a signal once it exists; return False if the run ends before."""
+        while not (scorers := list(_scorers_of(self._process.pid))):
             if self._process.poll() is not None:
                 return False
             self._check_time()
             time.sleep(POLL_S)
-        self._scorers |= set(found)
-        for scorer in found:
+        self._scorers |= set(scorers)
+        for scorer in scorers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(scorer, number)
         return True
 
     def progress(self) -> Progress:
-        """Return how far the training is."""
+        """Return the present progress."""
         return Progress(time.monotonic() - self._started, self._count("metrics.jsonl"))
 
     def wait(self) -> int:
-        """Return the exit status; raises TrainingError if it takes too long or a scorer stays behind."""
+        """Wait for the end; return the exit status. Raises TrainingError on a timeout or if a scorer stays behind."""
         while self._process.poll() is None:
             self._scorers |= set(_scorers_of(self._process.pid))
             self._check_time()
@@ -165,7 +165,7 @@ class Training:
         return self._process.returncode
 
     def kill(self) -> None:
-        """End whatever is left of this start."""
+        """Kill the remaining processes of this start."""
         for scorer in self._scorers:
             if _is_scorer(scorer):
                 with contextlib.suppress(ProcessLookupError):
@@ -181,13 +181,13 @@ class Training:
 
     def _check_time(self) -> None:
         if time.monotonic() - self._started > LIMIT_S:
-            raise TrainingError(f"a start has taken more than {LIMIT_S:g} s; see {self.log}")
+            raise TrainingError(f"the run has taken more than {LIMIT_S:g} s; see {self.log}")
 
 
 def measure(folder: Path) -> tuple[Path, Pace]:
-    """Return the uninterrupted run in `folder` and the times of a second one, made once.
+    """Return an uninterrupted run in `folder` and the pace of a second one; both are run once and reused.
 
-    The first compiles what all later ones read from the compilation cache, so only the second is timed.
+    The first run fills the compilation cache for all later ones, so only the second is timed.
     """
     file = folder / "pace.json"
     if not file.exists():
@@ -230,7 +230,7 @@ def _scorers_of(trainer: int) -> Iterator[int]:
 
 
 def _stat(entry: Path) -> list[str]:
-    """Return the state of a process, its parent and so on; its name, which may hold anything, is left out."""
+    """Return a process's fields from its state and parent on, without its name, which may contain anything."""
     return (entry / "stat").read_text().rpartition(")")[2].split()
 
 

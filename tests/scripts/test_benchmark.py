@@ -1,4 +1,4 @@
-"""The benchmark runs to its end, its PyTorch gives our numbers, and sizes that do not fit are refused."""
+"""The benchmark times every stage, its PyTorch reference gives our numbers, and sizes that do not fit are refused."""
 
 import json
 from pathlib import Path
@@ -46,13 +46,13 @@ def test_pytorch_gives_the_same_log_probabilities_and_gradients(opened: tuple[Se
     metrics = learner.gradients()
     states = [learner.samples[name] for name in ("prompt_ids", "noisy", "action")]
     with torch.no_grad():
-        found = learner.model.token_mean_logp(*states, 4)
-    assert_close(found.numpy(), np.asarray(samples.frozen["ref_logp"]), 1e-5)
+        logp = learner.model.token_mean_logp(*states, 4)
+    assert_close(logp.numpy(), np.asarray(samples.frozen["ref_logp"]), 1e-5)
     whole = judged(objective, setting.steps.sizes, samples, arrays.score)
-    gradients, wanted = jax.jit(
+    gradients, expected = jax.jit(
         lambda params, x: accumulated_gradients(network, objective, params, x, setting.steps.sizes.update)
     )(arrays.policy, whole)
-    assert float(metrics["loss"]) == pytest.approx(float(wanted["loss"]), rel=1e-3, abs=1e-6)
+    assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-3, abs=1e-6)
     for name in ("lm_head", "embed"):
         leaf = next(iter(learner.model.params[name].values()))
         assert_close(leaf.grad.numpy(), np.asarray(next(iter(gradients[name].values()))), 1e-3)
@@ -66,27 +66,27 @@ def test_pytorch_gives_the_same_pictures_and_velocities(opened: tuple[Setting, A
     assert np.abs(shown - np.asarray(setting.steps.decode(arrays.tokenizer, arrays.clean)).astype(int)).max() <= 1
     z, x_1 = np.arange(8, dtype=np.int32), np.arange(100, 108, dtype=np.int32)
     every = np.ones(8, np.float32)
-    wanted = velocity(setting.path, *(jnp.asarray(x) for x in (z, x_1, 3 * every, 2 * every)))
+    expected = velocity(setting.path, *(jnp.asarray(x) for x in (z, x_1, 3 * every, 2 * every)))
     codebook = torch.from_numpy(np.array(setting.path.codebook))
-    found = plain.velocity(codebook, plain.tensors(z), plain.tensors(x_1), 3.0, 2.0)
-    assert_close(found.numpy(), np.asarray(wanted), 1e-4)
+    result = plain.velocity(codebook, plain.tensors(z), plain.tensors(x_1), 3.0, 2.0)
+    assert_close(result.numpy(), np.asarray(expected), 1e-4)
 
 
 def test_every_stage_of_pytorch_runs(opened: tuple[Setting, Arrays]) -> None:
     setting, arrays = opened
-    found = torch_stages(setting, arrays)
-    assert found.keys() == set(benchmark.NAMES) - {"scoring"}
-    clean = found["rollout"]()
+    runs = torch_stages(setting, arrays)
+    assert runs.keys() == set(benchmark.NAMES) - {"scoring"}
+    clean = runs["rollout"]()
     assert clean.shape == arrays.clean[:4].shape
     assert 0 <= int(clean.min()) <= int(clean.max()) < setting.path.codes
     assert model_of(setting, arrays).features(*plain.tensors([arrays.prompt_ids, arrays.clean])).isfinite().all()
-    assert float(found["iteration"]()["grad_norm"]) > 0
+    assert float(runs["iteration"]()["grad_norm"]) > 0
 
 
 def test_the_command_times_every_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    original, report = benchmark_stages.configuration, tmp_path / "report.json"
+    original, file = benchmark_stages.configuration, tmp_path / "report.json"
 
     def small(size: str) -> Any:
         config, sizes = original(size)
@@ -95,15 +95,15 @@ def test_the_command_times_every_stage(
 
     monkeypatch.setattr(benchmark_stages, "configuration", small)
     monkeypatch.setattr(benchmark, "CEILING_SIDE", {"cpu": 64})
-    monkeypatch.setattr(benchmark, "MOST", 3)
-    words = ["--size", "shapes", "--rollout-batch", "4", "--update-batch", "6", "--output", str(report)]
+    monkeypatch.setattr(benchmark, "MAX_CALLS", 3)
+    words = ["--size", "shapes", "--rollout-batch", "4", "--update-batch", "6", "--output", str(file)]
     assert benchmark.main(words) == 0
-    found = json.loads(report.read_text())
-    assert [one["stage"] for one in found["stages"]] == list(benchmark.NAMES)
+    report = json.loads(file.read_text())
+    assert [one["stage"] for one in report["stages"]] == list(benchmark.NAMES)
     assert all(
-        one["quartiles"][0] <= one["seconds"] <= one["quartiles"][1] and one["calls"] == 3 for one in found["stages"]
+        one["quartiles"][0] <= one["seconds"] <= one["quartiles"][1] and one["calls"] == 3 for one in report["stages"]
     )
-    assert {one["stage"] for one in found["stages"] if "tflops_a_device" in one} >= {"forward", "rollout", "update"}
+    assert {one["stage"] for one in report["stages"] if "tflops_a_device" in one} >= {"forward", "rollout", "update"}
     assert "| update | " in capsys.readouterr().out
 
 
@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(
     assert "and a device has 20.0; choose a smaller size or more devices" in said
 
 
-def test_a_stage_that_is_none_is_named(capsys: pytest.CaptureFixture[str]):
+def test_an_unknown_stage_is_named(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         benchmark.main(["--stages", "rollout,training"])
-    assert "--stages: there is no training; choose some of sampler,forward," in capsys.readouterr().err
+    assert "--stages: unknown stage training; choose from sampler,forward," in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The table of what the published model needs: made part by part, from what the compiler said before."""
+"""scripts/compile_table.py fills its table part by part and reuses earlier results; the recipes quote the table."""
 
 import json
 from pathlib import Path
@@ -32,31 +32,32 @@ def compiled(topology: str, program: str, no_search: bool) -> dict:
 
 @pytest.fixture
 def asked(monkeypatch):
-    found = []
+    """The arguments of the compilations that the command asks for."""
+    arguments = []
 
     def note(topology: str, program: str, no_search: bool) -> dict:
-        found.append((topology, program, no_search))
+        arguments.append((topology, program, no_search))
         return compiled(topology, program, no_search)
 
     monkeypatch.setattr(compile_table, "compiled", note)
-    return found
+    return arguments
 
 
-def test_the_table_goes_on_where_it_stopped(asked, tmp_path: Path):
+def test_the_table_continues_where_it_stopped(asked, tmp_path: Path):
     output = tmp_path / "table.md"
     part = ["--output", str(output), "--topology", "v5p:2x2x4", "--programs", "update"]
     assert compile_table.main([*part, "--no-search"]) == 0
     assert asked == [("v5p:2x2x4", "update", True)]
     row = "| v5p:2x2x4 | update | 32 |  | 1.00 | 2.00 | 0.00 | 0.50 | 3.50 | 16.00 | yes | 3 | 1.25 |"
     assert row in output.read_text()
-    # With a search it is asked again, once.
+    # With a search the program is compiled again, once.
     assert compile_table.main(part) == 0
     assert compile_table.main(part) == 0
     assert asked[1:] == [("v5p:2x2x4", "update", False)]
     assert row.replace("|  |", "| 64 |") in output.read_text()
     assert "| v5p:2x2x4 | update | all-gather 1.00 (9 x) |" in output.read_text()
     assert "- v5p:2x2x4, update: 96 need 17.00 GiB a device" in output.read_text()
-    # All the rest; one of them does not fit.
+    # All others are compiled; one of them does not fit.
     assert compile_table.main(["--output", str(output)]) == 1
     assert len(asked) == 1 + len(TESTED) * len(PROGRAMS)
     assert set(json.loads(output.with_suffix(".json").read_text())) == set(TESTED)
@@ -71,11 +72,11 @@ def test_help(capsys):
 
 @pytest.mark.parametrize("recipe", ["geneval", "pickscore", "ocr"])
 def test_the_recipes_say_what_the_table_says(recipe):
-    """Of the update, which needs most."""
+    """Each page quotes the memory of the update, which needs most."""
     page = " ".join((ROOT / "configs" / f"{recipe}.py").read_text().split("Source:")[0].split())
-    found = json.loads((ROOT / "configs" / "compile_table.json").read_text())
-    assert found.keys() == set(TESTED)
-    for name, programs in found.items():
+    results = json.loads((ROOT / "configs" / "compile_table.json").read_text())
+    assert results.keys() == set(TESTED)
+    for name, programs in results.items():
         assert programs.keys() == set(PROGRAMS)
         assert all(one["searched"] and one["fits"] for one in programs.values())
         most = programs["update"]

@@ -1,4 +1,4 @@
-"""The demo page in a real browser: what it draws, scores and says; whom it talks to; who may see it."""
+"""The demo page in a real browser: its images, scores and messages, its network requests, and its access control."""
 
 import asyncio
 import base64
@@ -43,7 +43,7 @@ METADATA = next(row for row in heldout_prompts() if row["prompt"] == "a photo of
 
 
 class Proxy:
-    """Notes what asks to be sent to another machine; the requests themselves go nowhere."""
+    """Records the requests that would leave this machine; they are not forwarded."""
 
     def __init__(self) -> None:
         self.asked: list[bytes] = []
@@ -65,22 +65,22 @@ class Proxy:
 
 
 def start(folder: Path, words: list[str], proxy: Proxy) -> subprocess.Popen:
-    """Start a demo that writes its address and everything else to folder/log."""
+    """Start a demo whose output, with its address, goes to folder/log."""
     folder.mkdir(parents=True)
     names = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "all_proxy"), proxy.address)
-    given = environment() | names | {"TMPDIR": str(folder), "NO_PROXY": "", "no_proxy": ""}
+    variables = environment() | names | {"TMPDIR": str(folder), "NO_PROXY": "", "no_proxy": ""}
     with (folder / "log").open("w") as log:
-        return subprocess.Popen([sys.executable, *words, "--port=0"], cwd=ROOT, env=given, stdout=log, stderr=log)
+        return subprocess.Popen([sys.executable, *words, "--port=0"], cwd=ROOT, env=variables, stdout=log, stderr=log)
 
 
 def until_serving(process: subprocess.Popen, folder: Path) -> str:
-    """The address of a demo, as it prints it."""
+    """Wait until a demo has printed its address; return it."""
     deadline = time.monotonic() + 300
     while True:
         log = (folder / "log").read_text()
-        found = re.search(r"^(http\S+)$", log, re.MULTILINE)
-        if found:
-            return found[1]
+        match = re.search(r"^(http\S+)$", log, re.MULTILINE)
+        if match:
+            return match[1]
         assert process.poll() is None, log
         assert time.monotonic() < deadline, log
         time.sleep(0.05)
@@ -88,7 +88,7 @@ def until_serving(process: subprocess.Popen, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, Pipeline]:
-    """The shipped checkpoint, and one that draws otherwise."""
+    """The shipped model, and one with perturbed weights."""
     base = load_pipeline(SHAPES)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
@@ -100,7 +100,7 @@ def models() -> dict[str, Pipeline]:
 
 @pytest.fixture(scope="module")
 def run(models: dict[str, Pipeline], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the demo reads of a training run."""
+    """A training run, as far as the demo reads it."""
     output = tmp_path_factory.mktemp("runs") / "shapes"
     output.mkdir()
     model = {"path": SHAPES, "text_length": 0, "height": 32, "width": 32, "dtype": "float32"}
@@ -112,14 +112,14 @@ def run(models: dict[str, Pipeline], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def proxy() -> Iterator[Proxy]:
-    made = Proxy()
-    yield made
-    made.close()
+    listening = Proxy()
+    yield listening
+    listening.close()
 
 
 @pytest.fixture(scope="module")
 def started(run: Path, proxy: Proxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
-    """The README's command, its page behind passwords: (process, folder of its log), not waited for."""
+    """The README's command with passwords, still starting: (process, folder of its log)."""
     folder = tmp_path_factory.mktemp("server")
     (folder / "users").write_text("ann:sesame:1\n\nbob:open\n")
     words = COMMAND.replace("outputs/shapes", str(run)).split()[1:]
@@ -132,19 +132,19 @@ def started(run: Path, proxy: Proxy, tmp_path_factory: pytest.TempPathFactory) -
     log = (folder / "both" / "log").read_text()
     assert status == 0, log
     assert "Traceback" not in log
-    assert not list((folder / "both").glob("rewards-bridge-*")), "the scorer's socket is left"
+    assert not list((folder / "both").glob("rewards-bridge-*")), "the scorer's socket was not removed"
 
 
 @pytest.fixture(scope="module")
 def drawn(started: tuple, models: dict[str, Pipeline]) -> dict[str, np.ndarray]:
-    """What the page should show, drawn here while the server starts."""
+    """The images that the page should show, sampled here while the server starts."""
     texts = [METADATA["prompt"]] * 4
     return {name: one.generate(texts, STEPS, 1.0, 5, height=32, width=32) for name, one in models.items()}
 
 
 @pytest.fixture(scope="module")
 def server(started: tuple, browser: Browser, drawn: dict[str, np.ndarray]) -> str:
-    """The address of the page; the browser has logged in."""
+    """The address of the page, in which the browser has logged in."""
     address = until_serving(*started)
     browser.open(address)
     wait(browser, "document.querySelectorAll('input').length >= 2")
@@ -157,8 +157,8 @@ def server(started: tuple, browser: Browser, drawn: dict[str, np.ndarray]) -> st
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with open_browser() as found:
-        yield found
+    with open_browser() as opened:
+        yield opened
 
 
 def wait(browser: Browser, script: str, *values: object) -> None:
@@ -177,7 +177,7 @@ def fill(browser: Browser, selector: str, text: str) -> None:
 
 
 def open_page(browser: Browser, address: str, *size: tuple[int, int]) -> None:
-    """Open the page, and wait until all of it is there: Gradio loads its parts one by one."""
+    """Open the page and wait until it is complete: Gradio loads its parts one by one."""
     browser.open(address, *size)
     parts = ("#prompt textarea, #prompt input", "#examples button", "#steps input[type=number]", "#seed input")
     for part in (*parts, "#new-seed", "#draw", "#answer .demo-sides"):
@@ -185,15 +185,15 @@ def open_page(browser: Browser, address: str, *size: tuple[int, int]) -> None:
 
 
 def press_draw(browser: Browser) -> dict[str, np.ndarray]:
-    """Draw, and wait for the answer; the pictures by model."""
+    """Press Draw and wait for the answer; return the images by model."""
     before = browser.run("return document.querySelector('#drawn')?.dataset.number ?? ''")
     browser.run("document.querySelector('#draw').click()")
     wait(browser, "(document.querySelector('#drawn')?.dataset.number ?? '') !== arguments[0]", before)
-    found = browser.run(
+    sides = browser.run(
         "return [...document.querySelectorAll('[data-side]')].map((side) =>"
         " [side.dataset.side, [...side.querySelectorAll('img')].map((one) => one.src)])"
     )
-    return {name: np.stack([decoded(source) for source in sources]) for name, sources in found}
+    return {name: np.stack([decoded(source) for source in sources]) for name, sources in sides}
 
 
 def decoded(source: str) -> np.ndarray:
@@ -258,8 +258,8 @@ def test_prompts_that_cannot_be_drawn_or_scored(browser, server, proxy):
     wait(browser, "document.body.innerText.includes('There is no prompt. Write one, or choose an example.')")
     fill(browser, "#steps input[type=number]", str(STEPS))
     fill(browser, "#prompt textarea, #prompt input", STRANGE)
-    found = press_draw(browser)
-    assert [images.shape for images in found.values()] == [(4, 32, 32, 3)] * 2
+    sides = press_draw(browser)
+    assert [images.shape for images in sides.values()] == [(4, 32, 32, 3)] * 2
     row = {"tag": "untagged", "prompt": STRANGE}
     assert text_of(browser, ".demo-note") == (
         f"The scorer shapes cannot score this prompt: {ShapesScorer().problem(STRANGE, row)}"
@@ -282,7 +282,7 @@ def test_the_page_fits_a_phone(browser, server):
         "return ['Base', 'Trained'].map((name) => [...document.querySelectorAll(`[data-side=${name}] img`)]"
         ".map((one) => Math.round(one.getBoundingClientRect().top)))"
     )
-    assert lefts[0] == lefts[1], "the same noise stands in the same row"
+    assert lefts[0] == lefts[1], "images of the same noise should be in the same row"
     assert browser.console() == []
 
 
@@ -294,21 +294,21 @@ def test_nobody_comes_in_without_a_password(server):
 def test_a_base_alone_says_how_to_get_the_other_and_any_scorer_judges(models, drawn):
     from scripts.demo_page import answer_html, make_page
 
-    async def made(shown: Demo) -> dict:
+    async def page_config(shown: Demo) -> dict:
         return make_page(shown, ["a photo of a star"], 25).get_config_file()
 
     drawers = [Drawer("Base", "<b>somewhere</b>", models["Base"])]
-    told = []
+    progress = []
     with closing(Demo(drawers, (32, 32), BridgeConfig(scorer="jpeg"))) as shown:
-        page = asyncio.run(made(shown))  # Gradio asks for an event loop; without one it would leave one open
-        answer = shown.answer(Wish(METADATA["prompt"], STEPS, 1.0, 5), lambda part, what: told.append((part, what)))
+        page = asyncio.run(page_config(shown))  # Gradio needs an event loop; otherwise it would leave one open
+        answer = shown.answer(Wish(METADATA["prompt"], STEPS, 1.0, 5), lambda part, what: progress.append((part, what)))
         long = shown.answer(Wish("star " * 400, STEPS, 1.0, 5), lambda part, what: None)
     assert any(COMMAND in str(part["props"].get("value")) for part in page["components"])
     text = answer_html(shown, answer)
     assert "No trained model yet" in text
     assert "&lt;b&gt;somewhere" in text
     assert "<b>somewhere" not in text
-    assert told == [(0.0, "Base draws"), (0.5, "jpeg scores")]
+    assert progress == [(0.0, "Base draws"), (0.5, "jpeg scores")]
     assert text.count("jpeg_kilobytes") == 4
     np.testing.assert_array_equal(answer.sides[0].images, drawn["Base"])
     assert "the rest of them has no effect; shorten them" in answer_html(shown, long)
@@ -328,8 +328,8 @@ def test_a_scorer_that_raises_is_told_and_the_pictures_are_shown(models, drawn):
 
 def test_an_exported_folder_shares_the_programs_of_its_base(models, tmp_path):
     models["Trained"].save(tmp_path / "export")
-    given = demo._parser().parse_args(["--base", SHAPES, "--trained", str(tmp_path / "export")])
-    drawers, size = demo.open_models(given)
+    args = demo._parser().parse_args(["--base", SHAPES, "--trained", str(tmp_path / "export")])
+    drawers, size = demo.open_models(args)
     assert size == (32, 32)
     base, trained = (drawer.pipeline for drawer in drawers)
     assert trained.compiled is base.compiled
@@ -351,7 +351,7 @@ def test_an_exported_folder_shares_the_programs_of_its_base(models, tmp_path):
         (("x", 25, 1, None), "Seed is empty. Choose 0 to 4294967295"),
         (("x", 25, 1, -1), "Seed is -1"),
         (("x", 25, 1, "1"), "Seed is '1'"),
-        (("x", 25, 1, 0, "y"), "A negative prompt changes nothing without guidance"),
+        (("x", 25, 1, 0, "y"), "A negative prompt has no effect without guidance"),
         (("x", 25, 2, 0, "y" * 2001), "The negative prompt has 2001 characters"),
     ],
 )
@@ -369,18 +369,18 @@ def test_good_input_is_taken():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--host=0.0.0.0",), "--host is 0.0.0.0, which other machines can reach; give --auth-file FILE"),
+        (("--host=0.0.0.0",), "--host is 0.0.0.0, which other machines can reach; set --auth-file FILE"),
         (("--host=::",), "--host is ::, which other machines can reach"),
         (("--auth-file=nowhere",), "nowhere"),
         (("--auth-file={bad}",), "line 2, 3 is not USER:PASSWORD"),
         (("--auth-file={empty}",), "there is no line USER:PASSWORD"),
         (("--tls-cert=x.pem",), "--tls-cert and --tls-key belong together"),
-        (("--tls-cert={bad}", "--tls-key={bad}"), "are no certificate and its key"),
+        (("--tls-cert={bad}", "--tls-key={bad}"), "are not a certificate and its key"),
         (("--port=70000",), "--port is 70000; choose 0 to 65535"),
         (("--port={taken}",), "cannot listen on 127.0.0.1, port {taken}"),
         (("--steps=0",), "--steps is 0; choose 1 to 50"),
-        (("--step=3",), "--step chooses from a training run"),
-        (("--option=x",), "--option 'x': wanted KEY=VALUE"),
+        (("--step=3",), "name the run with --run OUTPUT_DIR"),
+        (("--option=x",), "--option 'x': expected KEY=VALUE"),
         (("--port=0", "--base=nowhere"), "nowhere"),
         (("--port=0", "--run={empty}"), "is not a training run"),
         (("--port=0", "--height=33"), "--height 33 and --width 32 must be multiples of 8"),
@@ -401,20 +401,20 @@ def test_a_command_line_that_cannot_work_is_refused(tmp_path, capsys, words, sai
 
 def test_a_page_for_others_wants_tls_as_well(tmp_path):
     (tmp_path / "users").write_text("ann:sesame\n")
-    given = demo._parser().parse_args(["--base=x", "--host=0.0.0.0", f"--auth-file={tmp_path / 'users'}"])
+    args = demo._parser().parse_args(["--base=x", "--host=0.0.0.0", f"--auth-file={tmp_path / 'users'}"])
     with pytest.raises(DemoError, match="--tls-cert and --tls-key, or leave --host out"):
-        demo.check_access(given)
+        demo.check_access(args)
 
 
 def test_this_machine_comes_in_freely_unless_there_are_users(tmp_path):
     (tmp_path / "users").write_text("ann:sesame:1\n\nbob:open\n")
     assert demo.check_access(demo._parser().parse_args(["--base=x"])) == []
-    given = demo._parser().parse_args(["--base=x", f"--auth-file={tmp_path / 'users'}"])
-    assert demo.check_access(given) == [("ann", "sesame:1"), ("bob", "open")]
+    args = demo._parser().parse_args(["--base=x", f"--auth-file={tmp_path / 'users'}"])
+    assert demo.check_access(args) == [("ann", "sesame:1"), ("bob", "open")]
 
 
 def test_examples_are_held_out_prompts_of_every_tag():
     held_out = {row["prompt"]: row["tag"] for row in heldout_prompts()}
-    found = demo.default_examples()
-    assert {held_out[text] for text in found} == {row["tag"] for row in all_prompts()}
-    assert len(found) <= 12
+    examples = demo.default_examples()
+    assert {held_out[text] for text in examples} == {row["tag"] for row in all_prompts()}
+    assert len(examples) <= 12

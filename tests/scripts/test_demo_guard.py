@@ -1,4 +1,4 @@
-"""What the demo page refuses, without the page: foreign origins and names, files, huge requests, hasty logins."""
+"""The guard of the demo page: foreign origins and host names, files, oversized requests, and repeated logins."""
 
 import asyncio
 from typing import Any
@@ -30,7 +30,7 @@ async def called(guard: Guard, path: str, method: str, headers: Any, body: bytes
 
 
 async def page(scope: Any, receive: Any, send: Any) -> None:
-    """Answers 200, but 400 to a login with another body than "right", and 499 to a request that is cut off."""
+    """Answer 200, but 400 to a login with another body than "right", and 499 to a request that is cut off."""
     message = await receive()
     status = 499 if message["type"] == "http.disconnect" else 200
     if scope["path"] == "/login" and message.get("body") != b"right":
@@ -87,4 +87,4 @@ def test_many_logins_at_a_time_are_refused() -> None:
             *(called(guard, "/login", "POST", [HOST], b"wrong") for _ in range(MAX_WAITING + 3))
         )
 
-    assert sorted(asyncio.run(together())) == [400] * (MAX_WAITING + 1) + [429] * 2  # the first had not to wait
+    assert sorted(asyncio.run(together())) == [400] * (MAX_WAITING + 1) + [429] * 2  # the first did not have to wait

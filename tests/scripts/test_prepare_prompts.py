@@ -1,4 +1,4 @@
-"""scripts/prepare_prompts.py: its own examples, on small files in the form of the public ones; bad files; the time."""
+"""scripts/prepare_prompts.py: its own examples on small files in the public formats, bad files, and loading times."""
 
 import dataclasses
 import json
@@ -22,12 +22,12 @@ from udm_grpo.data.prompts import read_prompts
 
 EXAMPLES = re.findall(r"python -m scripts\.prepare_prompts (.*)", prepare_prompts.__doc__.replace("\\\n", " "))
 SHARES = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
-"""Of the benchmark's 553 prompts, about."""
+"""Approximate shares of the benchmark's 553 prompts."""
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Files as users have them."""
+    """Raw files in the formats that users have."""
     root = tmp_path_factory.mktemp("raw")
     for name, rows in (
         ("evaluation_metadata.jsonl", generate(553, 43, SHARES, ()).rows),
@@ -49,7 +49,7 @@ def files(tmp_path_factory):
 
 
 def command(line, capsys=None):
-    """Run a command line; (exit status, stdout, stderr)."""
+    """Run a command line; return (exit status, stdout, stderr)."""
     status = main(shlex.split(line))
     said = capsys.readouterr() if capsys else None
     return status, said.out if said else "", said.err if said else ""
@@ -152,7 +152,7 @@ def test_every_line_that_its_judge_cannot_use_is_named(tmp_path, capsys, kind, c
     assert status == 2
     assert not (tmp_path / "out").exists()
     shown = err.splitlines()
-    assert shown[0].endswith(f"{len(lines)} bad lines; correct or remove, or leave out with --drop-bad:")
+    assert shown[0].endswith(f"{len(lines)} bad lines; correct or remove them, or leave them out with --drop-bad:")
     assert [text.split(":")[0].strip() for text in shown[1:]] == [f"line {number}" for number in lines]
     for text, says in zip(shown[1:], lines.values(), strict=True):
         assert says in text
@@ -165,13 +165,13 @@ def test_every_line_that_its_judge_cannot_use_is_named(tmp_path, capsys, kind, c
     status, _, err = command(f"{line} --drop-bad", capsys)
     assert status == 2
     assert "no prompt is left" in err
-    assert len(read_prompts(tmp_path / "out")) == 1  # what was there is untouched
+    assert len(read_prompts(tmp_path / "out")) == 1  # the earlier set is untouched
 
 
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("prompts --output {tmp}/out", "nothing to prepare; give --train FILE, --test FILE or both"),
+        ("prompts --output {tmp}/out", "nothing to prepare; set --train FILE, --test FILE or both"),
         ("prompts --train {tmp}/gone.txt --output {tmp}/out", "no such prompt file"),
         ("prompts --train {tmp}/set.csv --output {tmp}/out", "expected one column named"),
         ("prompts --train {tmp}/set.csv --column a --output {tmp}", "not overwritten; choose another folder"),
@@ -200,16 +200,16 @@ def test_a_share_that_cannot_be_read(tmp_path, capsys, share):
 def test_the_published_ratio_by_repeats(tmp_path, capsys):
     line = f"generate-geneval --leave-nothing-out --count 1700 --repeats --jsonl {tmp_path}/lines.jsonl"
     _, out, err = command(f"{line} --output {tmp_path}/set", capsys)
-    made = read_prompts(f"{tmp_path}/set")
-    assert Counter(made.tags) == {tag: 100 * share for tag, share in RATIO.items() if share}
-    assert made == read_prompts(tmp_path / "lines.jsonl")
+    prompts = read_prompts(f"{tmp_path}/set")
+    assert Counter(prompts.tags) == {tag: 100 * share for tag, share in RATIO.items() if share}
+    assert prompts == read_prompts(tmp_path / "lines.jsonl")
     assert "counting has 240 different prompts, but a share of 500: they repeat" in err
     assert "tag_weights" not in out
 
 
 @pytest.fixture(scope="module")
 def full(files, tmp_path_factory):
-    """The real thing: a folder of 50,000 training prompts, the benchmark's left out."""
+    """A folder of 50,000 training prompts, with the benchmark's prompts left out."""
     folder = tmp_path_factory.mktemp("full") / "geneval"
     assert main(shlex.split(f"generate-geneval --leave-out {files}/evaluation_metadata.jsonl --output {folder}")) == 0
     return folder
@@ -217,7 +217,7 @@ def full(files, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(full):
-    """(the 50,000 prompts, the least seconds of up to 5, at a quiet machine's speed, to load them where TFDS is)."""
+    """(the 50,000 prompts, the seconds to load them after TFDS's import: the least of 5, scaled to an idle machine)."""
     seconds = []
     while not seconds or (seconds[-1] >= 2 and len(seconds) < 5):
         began = time.process_time()
@@ -255,7 +255,7 @@ print(len(prompts), (time.process_time() - began) / slowdown())
 
 
 def test_fifty_thousand_prompts_load_in_under_two_seconds(full, loaded):
-    """Processor time at a quiet machine's speed, since others may share the cores; cold includes TFDS's import."""
+    """The bound is on processor time, scaled to an idle machine; the cold time includes TFDS's import."""
     assert loaded[1] < 2
     words = [sys.executable, "-c", COLD, f"{full}:train"]
     for _ in range(6):
@@ -278,11 +278,11 @@ def test_a_batch_of_fifty_thousand_prompts_takes_no_time(loaded, weights):
     assert statistics.median(times) < 0.005 * slowdown()
 
 
-def test_doubtful_texts_to_look_for_are_listed_with_their_lines(tmp_path, capsys):
+def test_ambiguous_target_texts_are_listed_with_their_lines(tmp_path, capsys):
     (tmp_path / "signs.txt").write_text('a "b"\n\na 24" screen with "HELLO"\n"one" and "two"\n')
     status, out, err = command(f"ocr --train {tmp_path}/signs.txt --output {tmp_path}/out", capsys)
     assert status == 0
     assert out.startswith(f"{tmp_path}/out:train: 3 ")
-    listed = err[err.index("signs.txt: 2 prompts with a doubtful text") :].splitlines()
+    listed = err[err.index("signs.txt: 2 prompts with an ambiguous target text") :].splitlines()
     assert re.fullmatch(r"  line 3: .* inches; the text that is looked for is 'HELLO'", listed[1])
     assert re.fullmatch(r"  line 4: 2 texts .*; the text that is looked for is 'one'", listed[2])

@@ -1,4 +1,4 @@
-"""scripts/torture.py: its moments, what it calls a difference, and one trial with real processes."""
+"""scripts/torture.py: its seeded moments, its comparison of runs, and one trial with real processes."""
 
 import itertools
 import os
@@ -28,13 +28,13 @@ def test_every_byte_and_every_line_counts(tmp_path: Path):
     (other / "export" / "weights").write_bytes(b"13")
     (other / "export" / "more").touch()
     (other / "metrics.jsonl").write_text('{"step": 2}\n')
-    assert differences(one, other) == ["export/more is in excess", "export/weights differs", "metrics.jsonl differs"]
+    assert differences(one, other) == ["export/more is unexpected", "export/weights differs", "metrics.jsonl differs"]
 
 
 def test_a_run_that_is_killed_and_resumed_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    """Four starts of a small run, since two of them are what it is compared with."""
+    """The trial takes four starts of a small run; two of them are the uninterrupted runs."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ["UDM_GRPO_COMPILED"])
     words = ["--output", str(tmp_path), "--trials", "1", "--seed", "0"]
     assert main(words) == 0
     assert "trial 1/1: SIGKILL to both at 33% of save 3" in capsys.readouterr().out
-    assert main(words) == 0  # the result is there already
+    assert main(words) == 0  # the result is already recorded
