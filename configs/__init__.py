@@ -1,1 +1,1 @@
-"""Configurations: each file is a runnable page with get_config() -> RunConfig."""
+"""Recipes: each file documents a run and returns its configuration from get_config()."""

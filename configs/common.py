@@ -1,5 +1,5 @@
-"""What the published recipes share: URSA-1.7B-IBQ512 at 512x512, UDM-GRPO with its clean action, forward trajectory,
-three early steps and no guidance. Nothing to run here; see geneval.py, pickscore.py and ocr.py.
+"""The settings that the published recipes share: URSA-1.7B-IBQ512 at 512x512, UDM-GRPO with its clean action, forward
+trajectory, three early steps and no guidance. The recipes themselves are geneval.py, pickscore.py and ocr.py.
 
 Published: 32 A100-40GB, 4 processes of 8, bf16 on float32 master weights, at most 10,000 iterations.
 Source: UDM-GRPO, arXiv 2604.18518, and the configuration files of its public release.
@@ -9,11 +9,11 @@ from udm_grpo.config import RunConfig
 
 
 def published(name: str, group_size: int) -> RunConfig:
-    """Return the recipe but for its prompts, its scorer and how it is evaluated; `group_size` is G.
+    """Return the recipe without its prompts, scorer and evaluation; `group_size` is G.
 
-    Parameters, moments and gradients are spread over all devices (mesh.fsdp), blocks are computed again in the
-    backward pass (model.remat), and both micro-batches of 32 give 16 devices 2 images each. Where that fits:
-    configs/compile_table.md, and --compile-only for any other slice.
+    Parameters, moments and gradients are sharded over all devices (mesh.fsdp), blocks are recomputed in the backward
+    pass (model.remat), and both micro-batches of 32 give 16 devices 2 images each. configs/compile_table.md lists where
+    that fits; --compile-only checks any other slice.
     """
     config = RunConfig(output_dir=f"outputs/{name}", seed=1337, iterations=10_000)
     config.model.path = "models/URSA-1.7B-IBQ512"

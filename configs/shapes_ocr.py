@@ -1,12 +1,12 @@
-"""Train a tiny URSA to write numbers, judged by a real text reader (PaddleOCR) on 2 CPU cores.
+"""Train a tiny URSA to write numbers, with a real OCR model (PaddleOCR) as the scorer, on 2 CPU cores.
 
-    python -m rewards_bridge.scorers.ocr_models --output outputs/ocr-models     # the reader's weights, once
+    python -m rewards_bridge.scorers.ocr_models --output outputs/ocr-models     # the OCR model's weights, once
     python -m udm_grpo.train --config configs/shapes_ocr.py
     python -m udm_grpo.train --config configs/shapes_ocr.py:smoke               # the same, cut down
 
-Base: udm_grpo/assets/ursa-signs (0.9 M parameters, 32 image tokens of 512 codes, 32x64 pixels), made by
-scripts/pretrain_signs.py. Scorer: rewards_bridge/scorers/ocr.py in two processes, by the published rule but that what
-is read beside the number counts. Held-out prompts ask for numbers that neither pre-training nor training has seen.
+Base: udm_grpo/assets/ursa-signs (0.9 M parameters, 32 image tokens of 512 codes, 32x64 pixels), pre-trained by
+scripts/pretrain_signs.py. Scorer: rewards_bridge/scorers/ocr.py in two processes, by the published rule, except that
+additional text counts as wrong. Held-out prompts ask for numbers that neither pre-training nor training has seen.
 """
 
 from pathlib import Path
@@ -18,22 +18,22 @@ MODELS = "outputs/ocr-models"
 
 
 def get_config(variant: str = "") -> RunConfig:
-    """Return the configuration; `variant` "smoke" is a few small iterations."""
+    """Return the configuration; the variant "smoke" runs a few small iterations."""
     config = RunConfig(output_dir="outputs/shapes-ocr", iterations=100)
     config.model.path = str(ASSETS / "ursa-signs")
     config.model.height, config.model.width = 32, 64
     config.model.logit_rows = 128
     config.prompts.train = str(ASSETS / "signs-prompts" / "train.jsonl")
     config.prompts.heldout = str(ASSETS / "signs-prompts" / "heldout.jsonl")
-    config.prompts.tag_weights = {"three": 6, "two": 3, "one": 1}  # the longer a text, the more of it can go wrong
+    config.prompts.tag_weights = {"three": 6, "two": 3, "one": 1}  # longer texts are harder
     config.rewards.scorers = {
         "ocr": ScorerConfig(
             replicas=2,
             options={
                 "detection": f"{MODELS}/PP-OCRv5_mobile_det",
                 "recognition": f"{MODELS}/PP-OCRv5_mobile_rec",
-                "extra": "counts",  # by the published rule, "17" would do for "7"
-                "enlarge": "96",  # reads rendered signs without a mistake, in 0.6 of the time that 224 takes
+                "extra": "counts",  # the published rule would accept "17" for "7"
+                "enlarge": "96",  # reads rendered signs without a mistake, in 0.6 of the time of 224
             },
         )
     }
@@ -62,7 +62,7 @@ def get_config(variant: str = "") -> RunConfig:
 
 
 def _cut_down(config: RunConfig) -> None:
-    """Two small iterations: everything runs, nothing is learned."""
+    """Reduce the run to two small iterations: everything runs, nothing is learned."""
     config.output_dir = "outputs/shapes-ocr-smoke"
     config.iterations = 2
     config.rewards.scorers["ocr"].replicas = 1

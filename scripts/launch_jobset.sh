@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Train on a TPU slice or on GPU nodes of a Kubernetes cluster (GKE) that has the JobSet controller.
+# Train on a TPU slice or on GPU nodes of a Kubernetes cluster (GKE) with the JobSet controller.
 #
 #   IMAGE=REGISTRY/udm-grpo:1 scripts/launch_jobset.sh tpu --name udm --hosts 4 --chips 4 --accelerator tpu-v5p-slice \
 #       --topology 2x2x4 --claim shared -- --config configs/geneval.py --config.output_dir=/mnt/shared/run
 #   IMAGE=REGISTRY/udm-grpo:1 scripts/launch_jobset.sh gpu --name udm --hosts 4 --chips 8 --claim shared -- --config configs/geneval.py
 #   ... --dry-run before the --: print the manifest instead of applying it
 #
-# --hosts N        pods, one a host                    --accelerator, --topology   of the TPU node pool
-# --chips N        TPU chips or GPUs of a host         --claim NAME                volume claim that all pods mount at /mnt/shared
+# --hosts N        pods, one per host                  --accelerator, --topology   of the TPU node pool
+# --chips N        TPU chips or GPUs per host          --claim NAME                volume claim that all pods mount at /mnt/shared
 #
-# IMAGE holds this folder at its working directory, with pip install -e ".[tpu]" or ".[cuda13]" done there. Each pod learns its
-# place from the JobSet's own labels; the first one is reached at ports 8476 and 8477. The start model, the prompt files and
-# output_dir have to be below /mnt/shared or in the image. When a pod is evicted it gets SIGTERM, and the run saves and exits
-# with status 75; the JobSet starts all pods again, up to 20 times, and the run resumes from its checkpoint. The pods know
-# each other by the secret of the JobSet's name, if there is one:
+# IMAGE has this folder as its working directory, with pip install -e ".[tpu]" or ".[cuda13]" done there. Each pod reads its
+# rank from the JobSet's own labels and connects to the first one at ports 8476 and 8477. The base model, the prompt files and
+# output_dir must be in /mnt/shared or in the image. An evicted pod receives SIGTERM; the run saves and exits with status 75,
+# the JobSet restarts all pods, up to 20 times, and the run resumes from its checkpoint. The pods authenticate each other with
+# the secret of the JobSet's name, if there is one:
 #   openssl rand -hex 16 | kubectl create secret generic udm --from-file=secret=/dev/stdin
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -29,23 +29,23 @@ while (($#)); do
         tpu | gpu) kind=$1 && shift ;;
         --dry-run | --dry_run) dry_run=true && shift ;;
         --name | --hosts | --chips | --accelerator | --topology | --claim)
-            printf -v "${1#--}" '%s' "${2:?$1 wants a value}" && shift 2 ;;
+            printf -v "${1#--}" '%s' "${2:?$1 needs a value}" && shift 2 ;;
         -h | --help) sed -n '2,18s/^# \{0,1\}//p' scripts/launch_jobset.sh && exit 0 ;;
         --) shift && break ;;
-        *) fail "$1 is not known; the trainer's own arguments come after --" ;;
+        *) fail "unknown argument $1; the trainer's own arguments come after --" ;;
     esac
 done
-[[ -n $kind ]] || fail "wanted tpu or gpu, as in launch_jobset.sh tpu --name udm --hosts 4 --chips 4 ..."
+[[ -n $kind ]] || fail "expected tpu or gpu, as in launch_jobset.sh tpu --name udm --hosts 4 --chips 4 ..."
 for option in name hosts chips claim; do
     [[ -n ${!option} ]] || fail "--$option is missing"
 done
-[[ $hosts =~ ^[1-9][0-9]*$ && $chips =~ ^[1-9][0-9]*$ ]] || fail "--hosts is $hosts and --chips $chips; give whole numbers"
+[[ $hosts =~ ^[1-9][0-9]*$ && $chips =~ ^[1-9][0-9]*$ ]] || fail "--hosts is $hosts and --chips is $chips; choose whole numbers"
 [[ -n ${IMAGE:-} ]] || fail "IMAGE is not set; set it to the container image, as in IMAGE=REGISTRY/udm-grpo:1"
-[[ " $* " == *" --config"* ]] || fail "after -- the trainer wants --config FILE, as in -- --config configs/geneval.py"
+[[ " $* " == *" --config"* ]] || fail "the trainer needs --config FILE after --, as in -- --config configs/geneval.py"
 
 selector="" resource="nvidia.com/gpu"
 if [[ $kind == tpu ]]; then
-    [[ -n $accelerator && -n $topology ]] || fail "tpu wants --accelerator and --topology, as in --accelerator tpu-v5p-slice --topology 2x2x4"
+    [[ -n $accelerator && -n $topology ]] || fail "tpu needs --accelerator and --topology, as in --accelerator tpu-v5p-slice --topology 2x2x4"
     resource="google.com/tpu"
     selector="
               nodeSelector:
@@ -108,7 +108,7 @@ spec:
                     - --config.checkpoint.stopped_status=75
 EOF
     for word in "$@"; do
-        # A JSON string is a YAML string, whatever is in it.
+        # Every JSON string is a valid YAML string.
         printf '                    - %s\n' "$(python3 -c 'import json, sys; print(json.dumps(sys.argv[1]))' "$word")"
     done
     cat <<EOF

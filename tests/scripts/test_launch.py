@@ -1,4 +1,4 @@
-"""The launch scripts: what their dry runs print and what they refuse; test_launch_runs.py really runs them."""
+"""The launch scripts: the output of their dry runs and their errors; test_launch_runs.py trains with them."""
 
 import os
 import shlex
@@ -21,7 +21,7 @@ printf '\\n' >> "$RECORD"
 
 @pytest.fixture
 def tools(tmp_path: Path) -> Path:
-    """A folder of commands that only write down how they were called, each in a line of words that NUL ends."""
+    """A folder of commands that only record their calls, each as a line of NUL-terminated words."""
     folder = tmp_path / "tools"
     folder.mkdir()
     for name in ("gcloud", "srun", "scontrol", "scancel", "kubectl", "nvidia-smi", "python-of-mine"):
@@ -44,13 +44,13 @@ def calls(tools: Path) -> list[list[str]]:
 
 
 def printed(done: subprocess.CompletedProcess[str]) -> list[list[str]]:
-    """The commands that a dry run printed, in words."""
+    """Return the commands that a dry run printed, split into words."""
     assert done.returncode == 0, done.stderr
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
 
 def trainer(words: list[str]) -> list[str]:
-    """The trainer's arguments in a command line; they have to be ones that it takes."""
+    """Return the trainer's arguments in a command line, after checking that the trainer accepts them."""
     arguments = words[words.index("udm_grpo.train") + 1 :]
     parse(arguments)
     return arguments
@@ -60,7 +60,7 @@ def trainer(words: list[str]) -> list[str]:
 
 
 def test_a_node_leaves_the_split_to_the_config(tools: Path) -> None:
-    """It needs no GPU and no nvidia-smi then: the trainer says what there is."""
+    """The script then needs neither a GPU nor nvidia-smi."""
     (command,) = printed(launch(tools, "launch_gpu_node.sh", "--dry-run", "--", *CONFIG))
     assert command == ["python", "-m", "udm_grpo.train", RESUME, *CONFIG]
     assert calls(tools) == []
@@ -106,7 +106,7 @@ def test_a_node_runs_what_the_dry_run_prints(tools: Path) -> None:
 
 
 @pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
-def test_hidden_gpus_are_not_given_to_scorers(tools: Path, hidden: str) -> None:
+def test_hidden_gpus_are_not_assigned_to_scorers(tools: Path, hidden: str) -> None:
     (tools / "nvidia-smi").write_text("#!/usr/bin/env bash\nprintf '0\\n1\\n'\n")
     words = ("--scorers", "shapes", "--dry-run", "--", *CONFIG)
     done = launch(tools, "launch_gpu_node.sh", *words, CUDA_VISIBLE_DEVICES=hidden)
@@ -123,17 +123,17 @@ def test_gpus_are_counted_by_nvidia_smi(tools: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--scorers", "a", "--scorer-gpus", "2", "--", *CONFIG), "leave at least one to the trainer"),
-        (("--scorers", "a,b", "--scorer-gpus", "1", "--", *CONFIG), "1 for 2 scorers; give each of them a GPU"),
-        (("--scorers", "a", "--scorer-gpus", "two", "--", *CONFIG), "--scorer-gpus is two; give a whole number"),
-        (("--scorers", "a", "--share", "8", "--", *CONFIG), "--share is 8; give a fraction below 1"),
+        (("--scorers", "a", "--scorer-gpus", "2", "--", *CONFIG), "leave at least one for the trainer"),
+        (("--scorers", "a,b", "--scorer-gpus", "1", "--", *CONFIG), "--scorer-gpus is 1 for 2 scorers"),
+        (("--scorers", "a", "--scorer-gpus", "two", "--", *CONFIG), "--scorer-gpus is two; choose a whole number"),
+        (("--scorers", "a", "--share", "8", "--", *CONFIG), "--share is 8; choose a fraction below 1"),
         (("--scorers", "a", "--share", "0.8", "--scorer-gpus", "1", "--", *CONFIG), "exclude each other"),
-        (("--scorer-gpus", "1", "--", *CONFIG), "name them: --scorers pickscore"),
-        (("--scorers", "shapes"), "wants --config FILE"),
-        (("--gpus", "2", "--", *CONFIG), "--gpus is not known"),
+        (("--scorer-gpus", "1", "--", *CONFIG), "--scorer-gpus and --share need --scorers"),
+        (("--scorers", "shapes"), "needs --config FILE"),
+        (("--gpus", "2", "--", *CONFIG), "unknown argument --gpus"),
     ],
 )
-def test_a_node_that_cannot_be_parted_is_refused(tools: Path, words: tuple[str, ...], said: str) -> None:
+def test_a_node_that_cannot_be_split_is_refused(tools: Path, words: tuple[str, ...], said: str) -> None:
     done = launch(tools, "launch_gpu_node.sh", *words, CUDA_VISIBLE_DEVICES="0,1")
     assert done.returncode == 2
     assert said in done.stderr
@@ -161,7 +161,7 @@ def test_slurm_starts_one_process_a_node_and_warns_before_the_time_limit() -> No
 
 @pytest.mark.parametrize(("variables", "seconds"), [({}, "300"), ({"UDM_GRPO_LOCK_WAIT_S": "20"}, "20")])
 def test_a_job_that_was_queued_again_waits_for_its_old_process(tools: Path, variables, seconds) -> None:
-    """As long as the notice before the time limit, which the other test reads off the same file."""
+    """The job waits as long as the notice before the time limit, which the test above checks."""
     (tools / "srun").write_text('#!/usr/bin/env bash\necho "$UDM_GRPO_LOCK_WAIT_S"\n')
     job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7"}
     done = launch(tools, "launch_slurm.sbatch", "--", *CONFIG, **job, **variables)
@@ -177,7 +177,7 @@ def test_slurm_starts_one_task_a_node_though_the_job_has_more(tools: Path) -> No
 def test_slurm_without_a_config_is_refused(tools: Path) -> None:
     done = launch(tools, "launch_slurm.sbatch", "configs/shapes.py")
     assert done.returncode == 2
-    assert "wanted -- --config FILE" in done.stderr
+    assert "needs -- --config FILE" in done.stderr
 
 
 # ---------------------------------------------------------------- a TPU pod
@@ -220,14 +220,14 @@ def test_models_come_to_the_workers_from_here_or_from_a_bucket(tools: Path) -> N
 
 
 def test_a_python_that_is_too_old_is_an_error_that_says_how_to_install_one(tools: Path, tmp_path: Path) -> None:
-    """The stand-in runs the command as a worker would; its python3 is that of Ubuntu 22.04."""
+    """The stand-in runs the command as a worker would, with the python3 of Ubuntu 22.04."""
     (tools / "gcloud").write_text('#!/usr/bin/env bash\nbash -c "${@: -1}"\n')
     (tools / "python3").write_text("#!/usr/bin/env bash\necho Python 3.10\nexit 1\n")
     (tools / "python3").chmod(0o755)
-    for python, found in (("python3", "Python 3.10"), ("python3.99", "not installed")):
+    for python, version in (("python3", "Python 3.10"), ("python3.99", "not installed")):
         done = launch(tools, "launch_tpu_pod.sh", "setup", TPU_NAME="udm", ZONE="z", PYTHON=python)
         assert done.returncode == 1
-        assert f": {python} is {found}; Python 3.11 or later is required" in done.stderr
+        assert f": {python} is {version}; Python 3.11 or later is required" in done.stderr
         assert "apt-get install --yes python3.12 python3.12-venv" in done.stderr
         assert "uv python install 3.12" in done.stderr
 
@@ -236,14 +236,14 @@ def test_a_python_that_is_too_old_is_an_error_that_says_how_to_install_one(tools
     ("words", "variables", "said"),
     [
         (("train", *CONFIG), {"TPU_NAME": "udm"}, "ZONE is not set"),
-        (("train",), {"TPU_NAME": "udm", "ZONE": "z"}, "train wants --config FILE"),
-        (("copy",), {"TPU_NAME": "udm", "ZONE": "z"}, "copy wants files or folders"),
-        (("copy", "models/none"), {"TPU_NAME": "udm", "ZONE": "z"}, "models/none: no such file or folder here"),
-        (("copy", "/etc"), {"TPU_NAME": "udm", "ZONE": "z"}, "/etc: give paths below this folder"),
+        (("train",), {"TPU_NAME": "udm", "ZONE": "z"}, "train needs --config FILE"),
+        (("copy",), {"TPU_NAME": "udm", "ZONE": "z"}, "copy needs files or folders"),
+        (("copy", "models/none"), {"TPU_NAME": "udm", "ZONE": "z"}, "models/none: no such file or folder"),
+        (("copy", "/etc"), {"TPU_NAME": "udm", "ZONE": "z"}, "/etc: use paths inside this folder"),
         (
             ("begin",),
             {"TPU_NAME": "udm", "ZONE": "z"},
-            "'begin' is not known; wanted setup, copy, check, train or stop",
+            "unknown action 'begin'; expected setup, copy, check, train or stop",
         ),
     ],
 )
@@ -266,8 +266,8 @@ def test_the_manifest_of_a_jobset(tools: Path, kind: tuple[str, ...]) -> None:
     words = (*kind, "--claim", "disk", "--dry-run", "--", *CONFIG, '--config.model.path=/mnt/"a": b')
     done = launch(tools, "launch_jobset.sh", *words, IMAGE="registry/udm-grpo:1")
     assert done.returncode == 0, done.stderr
-    made = yaml.safe_load(done.stdout)
-    (group,) = made["spec"]["replicatedJobs"]
+    manifest = yaml.safe_load(done.stdout)
+    (group,) = manifest["spec"]["replicatedJobs"]
     job = group["template"]["spec"]
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
@@ -293,11 +293,11 @@ def test_the_manifest_of_a_jobset(tools: Path, kind: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("words", "image", "said"),
     [
-        (("--name", "udm"), "x", "wanted tpu or gpu"),
+        (("--name", "udm"), "x", "expected tpu or gpu"),
         (("gpu", "--name", "udm", "--hosts", "2", "--chips", "8", "--", *CONFIG), "x", "--claim is missing"),
         ((*GPU, "--claim", "disk", "--", *CONFIG), "", "IMAGE is not set"),
-        ((*TPU[:-4], "--claim", "disk", "--", *CONFIG), "x", "tpu wants --accelerator and --topology"),
-        ((*GPU, "--claim", "disk"), "x", "wants --config FILE"),
+        ((*TPU[:-4], "--claim", "disk", "--", *CONFIG), "x", "tpu needs --accelerator and --topology"),
+        ((*GPU, "--claim", "disk"), "x", "needs --config FILE"),
     ],
 )
 def test_a_jobset_that_lacks_something_is_refused(tools: Path, words: tuple[str, ...], image: str, said: str) -> None:

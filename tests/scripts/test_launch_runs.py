@@ -1,6 +1,6 @@
-"""The launch scripts through to a finished training of two processes, with stand-ins for cluster tools only.
+"""The launch scripts run a training of two processes to its end; only the cluster's tools are stand-ins.
 
-Each training is stopped on its way, as its cluster would, and started again by the same script.
+Each run is stopped on the way, as its cluster would stop it, and started again by the same script.
 """
 
 import json
@@ -19,7 +19,7 @@ from running import COMPILED_QUICKLY, ROOT, SMOKE, environment, metrics
 
 ITERATIONS = 6
 PATIENCE_S = 500
-"""Seconds that a script, or its first iteration, may take."""
+"""Seconds that a script, or a run's first iteration, may take."""
 ASSETS = ROOT / "udm_grpo" / "assets"
 CONFIG = (
     *("--config", SMOKE, f"--config.iterations={ITERATIONS}", "--config.optimizer.schedule=constant"),
@@ -32,7 +32,7 @@ SLICE = {"TPU_NAME": "udm", "ZONE": "us-east5-a"}
 
 @dataclass
 class Cluster:
-    """A cluster's folder, in which it remembers what it has; commands started against it end with the test."""
+    """The folder that holds a cluster's state; commands that were started for it end with the test."""
 
     folder: Path
     started: list[subprocess.Popen] = field(default_factory=list)
@@ -50,11 +50,11 @@ class Cluster:
         return self.started[-1]
 
     def run(self, *words: str, **variables: str) -> int:
-        """Run a script to its end; its exit status."""
+        """Run a script to its end; return its exit status."""
         return self.start(*words, **variables).wait(PATIENCE_S)
 
     def until(self, ready: Callable[[], object]) -> None:
-        """Wait for something to be there while the last script runs."""
+        """Wait until `ready` returns something true while the last script runs."""
         deadline = time.monotonic() + PATIENCE_S
         while not ready():
             assert self.started[-1].poll() is None, self.logs()
@@ -62,15 +62,15 @@ class Cluster:
             time.sleep(0.02)
 
     def logs(self) -> str:
-        """What was printed, everywhere."""
+        """Return the end of every log."""
         return "\n".join(f"== {file.name}\n{file.read_text()[-4000:]}" for file in sorted(self.folder.glob("*.log")))
 
     def log(self, name: str) -> str:
-        """What one worker, task or pod printed."""
+        """Return the output of one worker, task or pod."""
         return (self.folder / f"{name}.log").read_text()
 
     def calls(self) -> list[str]:
-        """The names of the tools that were called and of the pods that were started."""
+        """Return the names of the tools that were called and of the pods that were started."""
         return [call[0] for call in cluster_tools.calls(self.folder)]
 
 
@@ -78,17 +78,17 @@ class Cluster:
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     folder = tmp_path / "cluster"
     folder.mkdir()
-    made = Cluster(folder)
-    cluster_tools.install(made.tools)
-    yield made
-    for process in made.started:
-        cluster_tools.end_family(process.pid, folder)  # first what would start pods or tasks again
+    simulated = Cluster(folder)
+    cluster_tools.install(simulated.tools)
+    yield simulated
+    for process in simulated.started:
+        cluster_tools.end_family(process.pid, folder)  # before pods and tasks, which it would restart
         process.wait()
     cluster_tools.end(folder)
 
 
 def assert_resumed(cluster: Cluster, output: Path) -> None:
-    """The run has finished, in two starts, with every iteration once."""
+    """Assert that the run finished in two starts and logged every iteration once."""
     assert [row["step"] for row in metrics(output)] == list(range(1, ITERATIONS + 1)), cluster.logs()
     starts = json.loads((output / "environment.json").read_text())["starts"]
     assert [start["processes"] for start in starts] == [2, 2]
@@ -108,7 +108,7 @@ def test_a_tpu_slice_is_set_up_checked_trained_stopped_and_resumed(cluster: Clus
     files = [f"{below}/{name}" for name in ("model", "train.jsonl", "heldout.jsonl")]
     try:
         assert cluster.run(script, "setup", **SLICE, PYTHON="python", CLUSTER_WORKERS="1") == 0, cluster.logs()
-        # The second worker is a copy of the first: to set it up, too, would take as long again.
+        # The second worker is a copy of the first, since setting it up would take as long again.
         shutil.copytree(cluster.folder / "worker-0", cluster.folder / "worker-1", symlinks=True)
         assert cluster.run(script, "train", *words, **SLICE) == 2, cluster.logs()
         for number in (0, 1):
@@ -121,15 +121,15 @@ def test_a_tpu_slice_is_set_up_checked_trained_stopped_and_resumed(cluster: Clus
         shutil.rmtree(local)
     job = cluster.start(script, "train", *words, **SLICE)
     cluster.until(lambda: metrics(shared))
-    assert cluster.run(script, "check", *words, **SLICE) == 1, "a second training has to be refused"
-    assert "worker t1v-n-0-w-1: error: a training runs already" in cluster.log("worker-1")
+    assert cluster.run(script, "check", *words, **SLICE) == 1, "a second training must be refused"
+    assert "worker t1v-n-0-w-1: error: a training is already running" in cluster.log("worker-1")
     assert cluster.run(script, "stop", **SLICE) == 0, cluster.logs()
     assert job.wait(PATIENCE_S) == 0, cluster.logs()
     assert not (shared / "summary.json").exists()
     assert cluster.run(script, "train", *words, **SLICE) == 0, cluster.logs()
     assert_resumed(cluster, shared)
     assert cluster.run(script, "stop", **SLICE) == 1
-    assert "worker t1v-n-0-w-0: no training runs" in cluster.log("worker-0")
+    assert "worker t1v-n-0-w-0: no training is running" in cluster.log("worker-0")
 
 
 JOB = ("--nodes=2", "--gpus-per-node=1", "scripts/launch_slurm.sbatch", "--", *CONFIG)
@@ -146,7 +146,7 @@ def test_a_slurm_job_is_stopped_at_its_time_limit_requeued_and_resumed(cluster: 
 
 
 def test_a_preempted_slurm_job_is_requeued_and_one_that_fails_is_not(cluster: Cluster) -> None:
-    """Preemption signals the processes of the step alone; the exit status says that they have saved."""
+    """Preemption signals only the processes of the step; their exit status says that they have saved."""
     step = 'if [ -e "$CLUSTER/again" ]; then exit 3; fi\ntouch "$CLUSTER/again"\nexit 75\n'
     (cluster.tools / "srun").write_text(f"#!/bin/sh\n{step}")
     assert cluster.run("sbatch", *JOB) == 3
