@@ -6,7 +6,7 @@
 
 Base: udm_grpo/assets/ursa-signs (0.9 M parameters, 32 image tokens of 512 codes, 32x64 pixels), pre-trained by
 scripts/pretrain_signs.py. Scorer: rewards_bridge/scorers/ocr.py in two processes, by the published rule, except that
-additional text counts as wrong. Held-out prompts ask for numbers that neither pre-training nor training has seen.
+additional text counts as errors. Held-out prompts ask for numbers that neither pre-training nor training has seen.
 """
 
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""A real headless Chromium for tests of pages: what a page shows, logs and asks the network for.
+"""A real headless Chromium for tests of web pages: their content, their console and their network requests.
 
     @pytest.fixture(scope="module")
     def browser() -> Iterator[Browser]:
-        with open_browser() as found:
-            yield found
+        with open_browser() as opened:
+            yield opened
 
 Without Chromium such tests are skipped; with UDM_GRPO_REQUIRE_BROWSER=1 they fail.
 """
@@ -29,13 +29,13 @@ FLAGS = (
 
 
 class Browser:
-    """A Chromium with one page. `driver` is Selenium's, for what is not here."""
+    """A Chromium with one page. `driver` is Selenium's, for everything else."""
 
     def __init__(self, driver: webdriver.Chrome):
         self.driver = driver
 
     def open(self, address: str, size: tuple[int, int] = DESKTOP, *, dark: bool = False) -> None:
-        """Load a page afresh in a window of this many CSS pixels; one as wide as a phone has touch and no mouse."""
+        """Load a page afresh in a window of `size` CSS pixels; a window as narrow as a phone has touch and no mouse."""
         phone = size[0] < 600
         self.command(
             "Emulation.setDeviceMetricsOverride",
@@ -52,29 +52,29 @@ class Browser:
         self.driver.get(address)
 
     def command(self, name: str, **values: Any) -> dict[str, Any]:
-        """A command of the DevTools protocol."""
+        """Run a command of the DevTools protocol."""
         return self.driver.execute_cdp_cmd(name, values)
 
     def run(self, script: str, *values: Any) -> Any:
-        """Run a script's function body in the page; `arguments` are the values."""
+        """Run a function body in the page; the values are its `arguments`."""
         return self.driver.execute_script(script, *values)
 
     def console(self) -> list[str]:
-        """Errors and warnings since the last call: of scripts, of refused loads, of the content security policy."""
+        """Return errors and warnings since the last call: from scripts, refused loads, the content security policy."""
         return [f"{line['level']}: {line['message']}" for line in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """Addresses that were asked for since the last call, data: addresses left out."""
+        """Return the addresses that were requested since the last call, except data: addresses."""
         messages = [json.loads(line["message"])["message"] for line in self.driver.get_log("performance")]
         sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
         return [one["request"]["url"] for one in sent if not one["request"]["url"].startswith("data:")]
 
     def place(self, selector: str) -> dict[str, float]:
-        """Where the first such element is in the window, once scrolled to: left, top, width, height."""
+        """Scroll to the first matching element; return its left, top, width and height in the window."""
         return self.run(
-            """const found = document.querySelector(arguments[0]);
-            found.scrollIntoView({block: "center", behavior: "instant"});
-            const {left, top, width, height} = found.getBoundingClientRect();
+            """const element = document.querySelector(arguments[0]);
+            element.scrollIntoView({block: "center", behavior: "instant"});
+            const {left, top, width, height} = element.getBoundingClientRect();
             return {left, top, width, height};""",
             selector,
         )
@@ -90,7 +90,7 @@ class Browser:
         self.command("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
-        """Write a PNG of the page, or of what the window shows of it."""
+        """Write a PNG of the whole page or of its visible part."""
         taken = self.command("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **self._clip(whole))
         path.write_bytes(base64.b64decode(taken["data"]))
 
@@ -107,12 +107,12 @@ class Browser:
 
 @contextlib.contextmanager
 def open_browser() -> Iterator[Browser]:
-    """Start Chromium and end it; skips the test where there is none, or fails it if one is required."""
+    """Start Chromium for the duration of the block; skip the test if it is missing, or fail if it is required."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
         missing = "no chromium and chromedriver on PATH; on Debian: apt-get install chromium chromium-driver"
         if os.environ.get("UDM_GRPO_REQUIRE_BROWSER") == "1":
-            pytest.fail(f"UDM_GRPO_REQUIRE_BROWSER is 1, but there is {missing}")
+            pytest.fail(f"UDM_GRPO_REQUIRE_BROWSER is 1, but there are {missing}")
         pytest.skip(missing)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options = webdriver.ChromeOptions()

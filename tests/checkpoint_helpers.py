@@ -1,4 +1,4 @@
-"""Comparing training states to the last bit, and running test files as programs of their own."""
+"""Helpers of the checkpoint tests: compare training states bit by bit, and run test files as programs."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def change_a_number(checkpoint: Path, numbers: np.ndarray) -> None:
 
 
 def run_file(file: str, *arguments: str, devices: int = 1, **options: Any) -> subprocess.Popen:
-    """Start a test file as a program on so many virtual CPU devices."""
+    """Start a test file as a program on `devices` virtual CPU devices."""
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "JAX_PLATFORMS": "cpu",
@@ -47,7 +47,7 @@ def run_file(file: str, *arguments: str, devices: int = 1, **options: Any) -> su
 
 
 def finish(process: subprocess.Popen) -> str:
-    """Wait for a process that must succeed; return what it printed."""
+    """Wait for a process that must succeed; return its output."""
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     return output

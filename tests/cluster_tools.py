@@ -1,7 +1,7 @@
-"""Stand-ins for gcloud, SLURM's commands and kubectl that do on this machine what the real tools do on a cluster.
+"""Stand-ins for gcloud, SLURM's commands and kubectl that do on one machine what the real tools do on a cluster.
 
-`install` makes a folder of commands for PATH. Each is a function here that refuses words which our launch scripts
-should not use, and really starts the processes: workers, tasks or pods, all on this machine.
+`install` creates a folder of commands for PATH. Each command is a function of this module that rejects arguments which
+the launch scripts should not use, and starts real processes, the workers, tasks or pods, all on this machine.
 """
 
 import argparse
@@ -23,11 +23,11 @@ import yaml
 WORKERS = int(os.environ.get("CLUSTER_WORKERS", "2"))
 """Workers of a TPU slice."""
 CLUSTER = Path(os.environ.get("CLUSTER", "."))
-"""What the cluster remembers: home folders of workers, the job's variables, process ids, calls."""
+"""The cluster's state: home folders of workers, the job's id, process ids, calls."""
 
 
 def install(folder: Path) -> Path:
-    """Make the commands in `folder`, which goes to the front of PATH, and return it."""
+    """Create the commands in `folder`, which belongs at the front of PATH; return the folder."""
     folder.mkdir(parents=True)
     for name in ("gcloud", "sbatch", "srun", "scancel", "scontrol", "kubectl"):
         text = f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
@@ -37,7 +37,7 @@ def install(folder: Path) -> Path:
 
 
 def free_port(low: int = 20000, high: int = 32000) -> int:
-    """A port of this range that is free, and so is the next one."""
+    """Return a port of this range that is free together with the next one."""
     for port in range(low + os.getpid() % (high - low), high):
         try:
             with socket.create_server(("", port)), socket.create_server(("", port + 1)):
@@ -48,19 +48,19 @@ def free_port(low: int = 20000, high: int = 32000) -> int:
 
 
 def note(*words: str) -> None:
-    """Remember that a command was called."""
+    """Record the call of a command."""
     with (CLUSTER / "calls").open("a") as file:
         file.write(json.dumps(words) + "\n")
 
 
 def calls(cluster: Path) -> list[list[str]]:
-    """The calls that were remembered."""
+    """Return the recorded calls."""
     file = cluster / "calls"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def start(words: list[str], log: str, **options: Any) -> subprocess.Popen:
-    """Start a process whose output goes to CLUSTER/LOG, and whose id is remembered in CLUSTER/pids."""
+    """Start a process; its output goes to CLUSTER/LOG and its id to CLUSTER/pids."""
     with (CLUSTER / log).open("a") as output:
         process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, **options)
     with (CLUSTER / "pids").open("a") as file:
@@ -69,25 +69,25 @@ def start(words: list[str], log: str, **options: Any) -> subprocess.Popen:
 
 
 def started(cluster: Path) -> list[int]:
-    """The ids of all processes that were started, in order."""
+    """Return the ids of all processes that were started, in order."""
     file = cluster / "pids"
     return [int(line) for line in file.read_text().split()] if file.exists() else []
 
 
 def family(pid: int) -> list[int]:
-    """A process and its descendants."""
+    """Return the ids of a process and its descendants, parents first."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             words = stat.read_text().rpartition(")")[2].split()
         except (OSError, IndexError):
-            continue  # it has ended meanwhile
+            continue  # the process has ended meanwhile
         children.setdefault(int(words[1]), []).append(int(stat.parent.name))
-    found, front = [], [pid]
-    while front:
-        found += front
-        front = [child for parent in front for child in children.get(parent, [])]
-    return found
+    members, generation = [], [pid]
+    while generation:
+        members += generation
+        generation = [child for parent in generation for child in children.get(parent, [])]
+    return members
 
 
 def end_family(pid: int, cluster: Path) -> None:
@@ -95,14 +95,14 @@ def end_family(pid: int, cluster: Path) -> None:
     for member in family(pid):
         try:
             environment = Path(f"/proc/{member}/environ").read_bytes()
-            if f"CLUSTER={cluster}".encode() in environment:  # not another process that has got the number
+            if f"CLUSTER={cluster}".encode() in environment:  # not another process that has reused the id
                 os.kill(member, signal.SIGKILL)
         except OSError:
             continue
 
 
 def end(cluster: Path) -> None:
-    """Kill everything of a cluster that still runs."""
+    """Kill all processes of a cluster that are still running."""
     for pid in started(cluster):
         end_family(pid, cluster)
 
@@ -111,7 +111,7 @@ def end(cluster: Path) -> None:
 
 
 def _worker(number: int, port: int) -> tuple[Path, dict[str, str]]:
-    """The home folder and the environment of a worker, to whom TPU metadata would say its place."""
+    """Return the home folder and the environment of a worker; the variables replace the TPU's metadata."""
     home = CLUSTER / f"worker-{number}"
     tools = home / "bin"
     tools.mkdir(parents=True, exist_ok=True)
@@ -120,11 +120,11 @@ def _worker(number: int, port: int) -> tuple[Path, dict[str, str]]:
     environment = os.environ | {
         "HOME": str(home),
         "PATH": os.pathsep.join([str(tools), str(Path(sys.executable).parent), "/usr/bin", "/bin"]),
-        # Packages are not downloaded: those of this environment are seen, and pip installs the project alone.
+        # Packages are not downloaded: those of this environment are visible, and pip installs the project alone.
         "PYTHONPATH": sysconfig.get_paths()["purelib"],
         "PIP_NO_DEPS": "1",
         "PIP_NO_INDEX": "1",
-        "PIP_NO_BUILD_ISOLATION": "0",  # pip's way to say --no-build-isolation
+        "PIP_NO_BUILD_ISOLATION": "0",  # pip's spelling of --no-build-isolation
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(WORKERS),
         "JAX_PROCESS_ID": str(number),
@@ -133,7 +133,7 @@ def _worker(number: int, port: int) -> tuple[Path, dict[str, str]]:
 
 
 def gcloud(words: list[str]) -> int:
-    """`gcloud compute tpus tpu-vm ssh|scp ... --worker=all`: a command, or a copy, on every worker."""
+    """`gcloud compute tpus tpu-vm ssh|scp ... --worker=all`: run a command, or copy files, on every worker."""
     note("gcloud", *words)
     assert words[:3] == ["compute", "tpus", "tpu-vm"], words
     parser = argparse.ArgumentParser("gcloud", allow_abbrev=False)
@@ -182,16 +182,16 @@ def _copy(source: Path, home: Path, below: str, recurse: bool) -> None:
 
 
 def sbatch(words: list[str]) -> int:
-    """Run a job to its end, again whenever it was requeued, as SLURM would on nodes of so many GPUs."""
+    """Run a job to its end, and again whenever it is requeued, as SLURM would on nodes with GPUs."""
     script = next(index for index, word in enumerate(words) if not word.startswith("--"))
     copy = CLUSTER / "slurm_script"
     shutil.copy(words[script], copy)
-    given = [
+    directives = [
         line.removeprefix("#SBATCH ").strip() for line in copy.read_text().splitlines() if line.startswith("#SBATCH")
     ]
-    options = dict(option.removeprefix("--").partition("=")[::2] for option in (*given, *words[:script]))
+    options = dict(option.removeprefix("--").partition("=")[::2] for option in (*directives, *words[:script]))
     assert int(options["ntasks-per-node"]) == 1, options
-    # The port is 61440 + the job's number modulo 4096; see jax's SlurmCluster.
+    # The port is 61440 + the job's id modulo 4096; see jax's SlurmCluster.
     environment = os.environ | {
         "SLURM_JOB_ID": str(free_port(61440, 65000) - 61440 + 4096),
         "SLURM_SUBMIT_DIR": os.getcwd(),
@@ -212,7 +212,7 @@ def sbatch(words: list[str]) -> int:
 
 
 def srun(words: list[str]) -> int:
-    """Start the tasks of a step, one a node; the status is the highest of theirs."""
+    """Run the tasks of a step, one per node; return the highest of their exit statuses."""
     note("srun", *words)
     parser = argparse.ArgumentParser("srun", allow_abbrev=False)
     for name in ("--kill-on-bad-exit", "--wait", "--export", "--ntasks", "--ntasks-per-node"):
@@ -242,7 +242,7 @@ def srun(words: list[str]) -> int:
 
 
 def scancel(words: list[str]) -> int:
-    """Signal every process of the job's steps, children too; not the job's own shell."""
+    """Signal every process of the job's steps, children included, but not the job's own shell."""
     note("scancel", *words)
     option, job = words
     assert job == (CLUSTER / "job").read_text().split()[1], words
@@ -254,7 +254,7 @@ def scancel(words: list[str]) -> int:
 
 
 def scontrol(words: list[str]) -> int:
-    """Queue a job again."""
+    """Mark a job as requeued."""
     note("scontrol", *words)
     assert words == ["requeue", (CLUSTER / "job").read_text().split()[1]], words
     (CLUSTER / "requeued").touch()
@@ -265,7 +265,7 @@ def scontrol(words: list[str]) -> int:
 
 
 def kubectl(words: list[str]) -> int:
-    """`kubectl apply -f -` of a JobSet, and its controller: all pods start again when one has failed."""
+    """`kubectl apply -f -` of a JobSet, with its controller, which restarts all pods when one has failed."""
     note("kubectl", *words)
     assert words == ["apply", "-f", "-"], words
     manifest = yaml.safe_load(sys.stdin)
@@ -293,7 +293,7 @@ def kubectl(words: list[str]) -> int:
 
 
 def _pod(pod: dict[str, Any], name: str, index: int, port: int) -> subprocess.Popen:
-    """Start a pod's container: its command with its variables, its volume mounted, other pods reached by name."""
+    """Start a pod's container: its command with its variables, its mounted volume, and the address of the first pod."""
     (container,) = pod["containers"]
     host = f"{name}-0.{name.split('-')[0]}"
     open_ports = {entry["containerPort"] for entry in container["ports"]}
@@ -308,8 +308,8 @@ def _pod(pod: dict[str, Any], name: str, index: int, port: int) -> subprocess.Po
             variables[entry["name"]] = str(index)
         else:
             variables[entry["name"]] = entry["value"]
-    at, _, coordinator = variables["JAX_COORDINATOR_ADDRESS"].partition(":")
-    assert at == host, f"{at}: no such name in this cluster, which has {host}"
+    name_of_first, _, coordinator = variables["JAX_COORDINATOR_ADDRESS"].partition(":")
+    assert name_of_first == host, f"{name_of_first}: no such name in this cluster, which has {host}"
     assert {int(coordinator), int(coordinator) + 1} <= open_ports, f"{coordinator} and the next port are not open"
     variables["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}

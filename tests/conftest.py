@@ -1,4 +1,4 @@
-"""Strict numerics for every test (no silent rank or dtype promotion, no key used twice); one cache of compiled code."""
+"""Strict numerics for every test (no implicit rank or dtype promotion, no key reuse) and one compilation cache."""
 
 import atexit
 import os
@@ -11,12 +11,12 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "UDM_GRPO_COMPILED" not in os.environ:
-    # What one process of a test run compiles the others find: workers and the processes that tests start inherit this.
+    # One compilation cache for all processes of a test run: workers and the processes that tests start inherit it.
     os.environ["UDM_GRPO_COMPILED"] = tempfile.mkdtemp(prefix="compiled-")
     atexit.register(shutil.rmtree, os.environ["UDM_GRPO_COMPILED"], ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.pop("PYTHON", None)  # the interpreter that .ci/run was told to take; launch scripts read it, too
-# Tests that are run in the background of a script (nohup) ignore these, and so would all that they start.
+os.environ.pop("PYTHON", None)  # names the interpreter of .ci/run; launch scripts read it, too
+# A test run in the background of a script (nohup) ignores these signals, and so would all processes that it starts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
@@ -32,7 +32,7 @@ from rewards_bridge.scorers.torchvision_ops import declare_operators
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
-# Shapes in the signatures of the pure middle are checked in tests and free in production.
+# Array shapes in these packages' signatures are checked in tests only, so they cost nothing in production.
 install_import_hook(["udm_grpo.model", "udm_grpo.diffusion", "udm_grpo.grpo"], "beartype.beartype")
 
 
@@ -47,12 +47,12 @@ LONGEST = (
     "buckets",
     "sample",
 )
-"""Of tests/test_X.py, those that take minutes: they begin first, so that no worker is left alone with one."""
+"""The X of the test_X.py files that take minutes; they start first, so that no worker is left alone with one."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the tests of the LONGEST files first; the others keep their order."""
-    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    order = {f"test_{name}.py": index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
@@ -67,13 +67,13 @@ def pytest_pycollect_makemodule(module_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def forgotten_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test knows the secrets of another."""
+    """Forget the secrets of earlier tests."""
     monkeypatch.setattr(redaction, "_remembered", set())
 
 
 @pytest.fixture(scope="module")
 def compiled_quickly() -> Iterator[None]:
-    """From here to the end of the module, compile without most optimizations: they take longer than what they save."""
+    """Compile without most optimizations until the end of the module: here they take longer than they save."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

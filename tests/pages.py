@@ -1,4 +1,4 @@
-"""The commands that README.md and the recipe pages give to users, taken from their text so that none is missed."""
+"""Extract every command that README.md and the recipe pages show to users."""
 
 import importlib
 import re
@@ -9,7 +9,7 @@ from running import ROOT
 RECIPES = ("geneval", "pickscore", "ocr")
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 PROGRAMS = ("python", "pip", "hf", "pytest", "wget", "curl", "git", "gsutil", "apt-get", "sbatch", "bash")
-"""What an inline command begins with; a single word alone names the program and is no command."""
+"""First words of inline commands; a single word alone is the name of a program, not a command."""
 
 
 MANUAL = (
@@ -23,16 +23,16 @@ MANUAL = (
     "udm_grpo/README.md",
     "tests/README.md",
 )
-"""The pages with commands, in the order in which they are run: what one leaves, later ones use."""
+"""The pages with commands, in the order in which they run: later commands use the outputs of earlier ones."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command line as a page has it, continuation lines joined and the comment after it dropped."""
+    """A command line of a page, with continuation lines joined and without its comment."""
 
     text: str
     page: str
-    """README, or a recipe of configs/."""
+    """README, or the name of a recipe."""
 
 
 def _lines(block: str) -> list[str]:
@@ -41,7 +41,7 @@ def _lines(block: str) -> list[str]:
 
 
 def _without_comment(line: str) -> str:
-    """A line of shell up to the # that begins a comment: at the start of a word, outside quotes."""
+    """Return a line of shell up to its comment, which begins with a # at the start of a word, outside quotes."""
     quote = ""
     for index, letter in enumerate(line):
         if quote:
@@ -58,32 +58,32 @@ def _tidy(lines: list[str]) -> list[str]:
 
 
 def manual() -> str:
-    """The text of the README and of the folders' READMEs."""
+    """Return the text of the README and of the folders' READMEs."""
     return "\n".join((ROOT / name).read_text(encoding="utf-8") for name in MANUAL if (ROOT / name).exists())
 
 
 def readme_commands() -> list[str]:
-    """All lines of the shell blocks of the README and of the folders' READMEs, in their order."""
+    """Return all lines of the shell blocks in the README and the folders' READMEs, in order."""
     blocks = re.findall(r"```(?:bash|sh|shell|console)\n(.*?)```", manual(), re.DOTALL)
     return _tidy([line for block in blocks for line in _lines(block)])
 
 
 def recipe_commands(name: str) -> list[str]:
-    """All indented lines of a recipe's docstring, in the order of the page."""
+    """Return all indented lines of a recipe's docstring, in order."""
     text = importlib.import_module(f"configs.{name}").__doc__ or ""
     indented = re.findall(r"(?:^ {4,}\S.*\n?)+", re.sub(r"\\\n\s*", "", text), re.MULTILINE)
     return _tidy([line for block in indented for line in _lines(block)])
 
 
 def inline_commands(text: str) -> list[str]:
-    """Commands between backticks in running text: those of PROGRAMS with a word after it."""
+    """Return the commands between backticks in running text: one of PROGRAMS and at least another word."""
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    found = (re.sub(r"\s+", " ", code) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose))
-    return [code for code in found if code.split(" ")[0] in PROGRAMS and " " in code]
+    codes = (re.sub(r"\s+", " ", code) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose))
+    return [code for code in codes if code.split(" ")[0] in PROGRAMS and " " in code]
 
 
 def owner(command: str) -> str:
-    """Which recipe's files a command of the README works with; README where it is none's."""
+    """Return the recipe whose files a command of the README uses; README if it uses no recipe's files."""
     for name in RECIPES:
         folders = rf"(?:outputs|data)/{name}(?:-(?:before|after|scores)[\w-]*)?(?=[\s/:]|$)"
         if re.search(rf"configs/{name}\.py|{folders}", command):
@@ -92,9 +92,9 @@ def owner(command: str) -> str:
 
 
 def commands(page: str) -> list[Command]:
-    """The commands of a recipe, first of its own page and then of the README; or all others of the README.
+    """Return the commands of a recipe, those of its own page before those of the README; or all others of the README.
 
-    A command that stands on several pages is one of the recipe whose page has it, and comes once.
+    A command on several pages belongs to the recipe whose page has it, and is returned once.
     """
     own = {name: recipe_commands(name) for name in CONFIGS}
     readme = readme_commands()
@@ -109,7 +109,7 @@ def commands(page: str) -> list[Command]:
 
 
 def all_inline_commands() -> list[str]:
-    """Those of the README and of every page in configs/."""
+    """Return the inline commands of the README and of every page in configs/."""
     texts = [manual()]
     texts += [importlib.import_module(f"configs.{name}").__doc__ or "" for name in CONFIGS]
     return list(dict.fromkeys(code for text in texts for code in inline_commands(text)))

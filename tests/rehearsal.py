@@ -1,7 +1,7 @@
-"""Runs the pages' commands as a user would: in a folder like a fresh clone, in the order of the page, by bash.
+"""Run the pages' commands as a user would: by bash, in a folder like a fresh clone, in the order of the page.
 
-Only smaller sizes and fewer iterations are appended to a command; RULES says to which what, and on how many virtual
-devices and processes it runs. Downloads come from the stand-ins (standins.py, standin_downloads.py).
+Only smaller sizes and fewer iterations are appended to a command. RULES lists what is appended to which command, and on
+how many virtual devices and processes it runs. Downloads come from the stand-ins (standins.py, standin_downloads.py).
 """
 
 import contextlib
@@ -22,18 +22,18 @@ from running import COMPILED_QUICKLY, ROOT, environment, free_port
 
 TESTS = Path(__file__).resolve().parent
 LIMIT_S = float(os.environ.get("UDM_GRPO_REHEARSAL_LIMIT_S", "400"))
-"""For one command."""
+"""Time limit of one command."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How the commands that a pattern is found in are run.
+    """How to run the commands that match a pattern.
 
-    append: what is added to the command: sizes, counts, places, and {remote}, which starts the recipe's scorer behind
-    TLS and a token and names it; before: a command that makes what a page expects the user to have.
-    how: run (to its end), serve (until it says that it listens, and on until the page's end), elsewhere (by `test`).
-    devices, processes: of jax, each process with so many; optimised: XLA's optimisations are on, as they are for one
-    device where the stage is not quick. statuses: good ones.
+    append: text added to the command: sizes, counts, paths, and {remote}, which starts the recipe's scorer behind TLS
+    and a token and is replaced by the settings that reach it; before: a command that creates what a page expects the
+    user to have. how: run (to its end), serve (until it listens, and in the background until the page's end), elsewhere
+    (by `test`). devices, processes: of jax, with `devices` per process; optimised: keep XLA's optimisations, as for one
+    device if the stage is not quick; statuses: exit statuses of success.
     """
 
     pattern: str
@@ -45,17 +45,17 @@ class Rule:
     optimised: bool = False
     statuses: tuple[int, ...] = (0,)
     test: str = ""
-    """For how="elsewhere": the test that runs it, file::function or a file."""
+    """For how="elsewhere": the test that runs the command, file::function or a file."""
 
 
 def rule_for(command: Command, rules: tuple[Rule, ...]) -> Rule | None:
-    """The first rule whose pattern is found in a command."""
+    """Return the first rule whose pattern matches a command."""
     return next((rule for rule in rules if re.search(rule.pattern, command.text)), None)
 
 
 @dataclass
 class Stage:
-    """A folder to run commands in, and the servers that still run there."""
+    """A folder to run commands in, and the servers that are running there."""
 
     folder: Path
     downloads: Path
@@ -64,10 +64,10 @@ class Stage:
     remotes: dict[str, str] = field(default_factory=dict)
     """Scorer -> address of its server."""
     quick: bool = False
-    """Programs for one device are compiled without XLA's optimisations, too, unless their rule wants them."""
+    """Compile programs for one device without XLA's optimisations, too, unless their rule asks for them."""
 
     def play(self, command: Command, rule: Rule) -> str:
-        """Run a command by its rule; return what it wrote to standard output, all processes' one after the other."""
+        """Run a command by its rule; return its standard output, that of several processes concatenated."""
         text = f"{command.text} {rule.append}".strip()
         if "{remote}" in text:
             text = text.replace("{remote}", self.remote(command.page))
@@ -84,7 +84,7 @@ class Stage:
             self.seconds.append((time.monotonic() - began, text))
 
     def run(self, text: str, rule: Rule = Rule("")) -> str:
-        """Run a shell command to its end, which has to be a good one."""
+        """Run a shell command to its end; fail unless its exit status is one of the rule's."""
         done = subprocess.run(
             ["bash", "-c", text],
             cwd=self.folder,
@@ -100,7 +100,7 @@ class Stage:
         return done.stdout
 
     def run_together(self, text: str, rule: Rule) -> str:
-        """Run a command in several processes that are one run."""
+        """Run a command in several processes that form one run."""
         port = free_port()
         processes, logs = [], []
         for index in range(rule.processes):
@@ -129,7 +129,7 @@ class Stage:
         return "".join(said)
 
     def serve(self, text: str) -> str:
-        """Start a server, which continues to the end of the stage; return the line that names its address."""
+        """Start a server that runs until the end of the stage; return the line with its address."""
         log, errors = (self.folder / f"server-{len(self.servers)}.{ending}" for ending in ("log", "err"))
         with log.open("w") as file, errors.open("w") as more:
             process = subprocess.Popen(
@@ -150,7 +150,7 @@ class Stage:
         pytest.fail(f"not listening (status {process.poll()}):\n  {text}\n{errors.read_text()[-5000:]}", False)
 
     def remote(self, name: str) -> str:
-        """Start a recipe's scorer with its options behind TLS and a token, once; return the settings that reach it."""
+        """Start a recipe's scorer behind TLS and a token unless it is running; return the settings that reach it."""
         if name not in self.remotes:
             secrets = self.folder / "secrets"
             if not secrets.is_dir():
@@ -164,13 +164,13 @@ class Stage:
         return " ".join(f"--config.rewards.scorers.{name}.{field}={value}" for field, value in fields.items())
 
     def environment(self, rule: Rule) -> dict[str, str]:
-        """That of a user who has typed nothing but the page's commands, but for devices and a shared cache."""
+        """Return a user's environment with only the virtual devices, the shared cache and the stand-ins added."""
         quick = (rule.devices > 1 or rule.processes > 1 or self.quick) and not rule.optimised
-        names = set(COMPILED_QUICKLY)
-        made = {name: value for name, value in environment(rule.devices).items() if name not in {"PYTHONPATH", *names}}
-        made |= COMPILED_QUICKLY if quick else {}
-        made |= {"STANDINS": str(self.downloads), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        return made | {"PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "HOME": str(self.folder)}
+        left_out = {"PYTHONPATH", *COMPILED_QUICKLY}
+        variables = {name: value for name, value in environment(rule.devices).items() if name not in left_out}
+        variables |= COMPILED_QUICKLY if quick else {}
+        variables |= {"STANDINS": str(self.downloads), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        return variables | {"PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "HOME": str(self.folder)}
 
     def close(self) -> None:
         """End the servers."""
@@ -181,13 +181,13 @@ class Stage:
 
 
 def play_page(user: Stage, page: str) -> dict[str, str]:
-    """Run every command of a page, in its order, by rehearsal_rules.py; return what each wrote to standard output."""
-    from rehearsal_rules import RULES  # which needs Rule
+    """Run every command of a page in order, by rehearsal_rules.py; return the standard output of each."""
+    from rehearsal_rules import RULES  # here, since that module imports Rule
 
     said = {}
     for command in commands(page):
         rule = rule_for(command, RULES[page])
-        assert rule, f"no rule says how to run: {command.text}"
+        assert rule, f"no rule in rehearsal_rules.py matches: {command.text}"
         if rule.how != "elsewhere":
             said[command.text] = user.play(command, rule)
     return said
@@ -197,7 +197,7 @@ CERTIFICATE, KEY, TOKEN = "secrets/cert.pem", "secrets/key.pem", "secrets/token"
 
 
 def make_secrets(folder: Path) -> None:
-    """A certificate for localhost, its key and a token."""
+    """Create a certificate for localhost, its key and a token."""
     folder.mkdir()
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
     command += " -addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout key.pem -out cert.pem"
@@ -207,8 +207,8 @@ def make_secrets(folder: Path) -> None:
 
 @contextlib.contextmanager
 def stage(place: Path) -> Iterator[Stage]:
-    """A user's folder below `place`: the project's files as links and tools that download stand-ins; nothing else."""
-    import standins  # with torch, which those that only read the pages need not wait for
+    """Create a user's folder below `place` with only links to the project's files and tools that download stand-ins."""
+    import standins  # here, since it imports torch, which tests that only read the pages do not need
 
     folder, downloads = place / "clone", standins.make(place / "network")
     folder.mkdir()
@@ -221,12 +221,12 @@ def stage(place: Path) -> Iterator[Stage]:
         _script(tools / tool, f'exec {sys.executable} {TESTS}/standin_downloads.py {tool} "$@"')
     python = f'if [ "$1 $2" = "-m pip" ]; then shift 2; exec pip "$@"; fi\nexec {sys.executable} "$@"'
     _script(tools / "python", python)
-    made = Stage(folder, downloads)
+    opened = Stage(folder, downloads)
     try:
-        yield made
+        yield opened
     finally:
-        made.close()
-        for seconds, text in made.seconds:
+        opened.close()
+        for seconds, text in opened.seconds:
             print(f"{seconds:6.1f} s  {text}")
 
 

@@ -1,4 +1,4 @@
-"""How each command of the pages is run: what is appended to it, and on how many devices and processes."""
+"""How the rehearsal runs each command of the pages: what it appends, and on how many devices and processes."""
 
 from rehearsal import Rule
 
@@ -12,12 +12,12 @@ SMALL = (
 ONCE, TWICE = f"{SMALL} --config.iterations=1", f"{SMALL} --config.iterations=2"
 PICTURES, SIZE = "--steps 4", "--height 64 --width 64"
 UNCHECKED = "--config.rewards.scorers.{}.check_example=False"
-"""Random weights judge the built-in test images wrongly, which would stop the run."""
+"""Random weights fail the scorer's built-in self-test, which would stop the run."""
 DETECTOR = f"--config.rewards.scorers.geneval.options.any_size=true {UNCHECKED.format('geneval')}"
 PICK = UNCHECKED.format("pickscore")
 READER = "--config.rewards.scorers.ocr.replicas=1"
 TRAINED = 'cp -r "$STANDINS/checkpoint-100" .'
-"""What the public release has trained."""
+"""A training checkpoint of the public release."""
 LAUNCHES = Rule(r"(^|\s)(scripts/launch_|sbatch )", how="elsewhere", test="tests/scripts/test_launch.py")
 SHAPES = (
     "--config.iterations={} --config.optimizer.schedule=constant --config.optimizer.warmup_updates=1"
@@ -25,7 +25,7 @@ SHAPES = (
     " --config.optimizer.micro_batch=16 --config.evaluation.final_prompts=6"
     " --config.evaluation.images_per_prompt=1 --config.evaluation.batch=8 --config.evaluation.picture_prompts=4"
 )
-"""Sizes for the worlds of shapes and signs: those of the smoke run, whose programs the other tests have compiled."""
+"""Sizes for the worlds of shapes and signs: those of the smoke run, whose programs other tests have compiled."""
 CIRCLE = """python -c "from PIL import Image, ImageDraw
 image = Image.new('RGB', (224, 224), (228, 228, 228))
 ImageDraw.Draw(image).ellipse((50, 50, 170, 170), (214, 40, 44))
@@ -39,9 +39,9 @@ DOWNLOADS = (
     Rule(r"^python -m scripts\.prepare_prompts (geneval|ocr|prompts) "),
 )
 LOOKING = (Rule(r"^python -m rewards_bridge doctor", statuses=(0, 1)),)
-"""Status 1: random weights judge the built-in test images wrongly."""
+"""Status 1: random weights fail the scorer's built-in self-test."""
 COMPILATION = "--config.model.height=64 --config.model.width=64 --no-search --programs "
-"""At the sizes of the stand-ins, one program: the one that needs most, or the one that takes the compiler least."""
+"""One program at the sizes of the stand-ins: the one that needs most memory, or the one that compiles fastest."""
 
 PRETRAINING = "tests/{}.py::test_the_base_is_made_in_small_and_goes_on"
 COMPILER = "tests/compile_check/test_compile_only.py::test_the_compiler_that_is_named_is_the_one_that_is_pinned"
@@ -59,7 +59,7 @@ INLINE = {
     r"^python -m scripts\.torture$": "tests/scripts/test_torture.py",
     r"^python -m udm_grpo\.doctor$": "tests/lifecycle/test_run_needs.py",
 }
-"""Commands in running text that are no part of a command of a page -> what runs them or holds them right."""
+"""Commands in running text that are not part of a page's command -> what runs or checks them."""
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "README": (

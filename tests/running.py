@@ -1,4 +1,4 @@
-"""Runs the trainer as a user would: a process of its own, by its command line."""
+"""Run the trainer as a user would: in a process of its own, by its command line."""
 
 import json
 import os
@@ -16,18 +16,18 @@ TOGETHER = (
     "JAX_COORDINATOR_ADDRESS=node-0:8476 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0 "
     "python -m udm_grpo.train --config configs/shapes.py"
 )
-"""The README's way to start one of several processes."""
+"""The README's command for one of several processes."""
 ONE_AVERAGED = (
     *("iterations=1", "optimizer.schedule=constant", "optimizer.warmup_updates=0", "optimizer.ema_decay=0.5"),
     *("evaluation.every=0", "evaluation.picture_every=0", "evaluation.final_prompts=4", "evaluation.picture_prompts=1"),
 )
-"""One iteration with a moving average, whose programs are those of the smoke run but for the update."""
+"""One iteration with a moving average of the weights; only the update differs from the smoke run's programs."""
 COMPILED_QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-"""For programs over several devices or processes: to optimize them takes longer than to run them."""
+"""For programs over several devices or processes, which take longer to optimize than to run."""
 
 
 def free_port() -> int:
-    """A port that is free, and so is the next one."""
+    """Return a port that is free together with the next one."""
     while True:
         with socket.create_server(("", 0)) as first:
             port = first.getsockname()[1]
@@ -39,9 +39,9 @@ def free_port() -> int:
 
 
 def environment(devices: int = 1, quickly: bool | None = None) -> dict[str, str]:
-    """The environment of a run with this many virtual devices; all tests share what is compiled.
+    """Return the environment of a run with `devices` virtual devices; all tests share one compilation cache.
 
-    quickly: whether to compile without optimizations; None: where there are several devices.
+    quickly: whether to compile without optimizations; None: only for several devices.
     """
     return (
         os.environ
@@ -58,7 +58,7 @@ def environment(devices: int = 1, quickly: bool | None = None) -> dict[str, str]
 
 
 def command(output: Path, *overrides: str, config: str = SMOKE) -> list[str]:
-    """The command line of a run into `output`."""
+    """Return the command line of a run with the output folder `output`."""
     words = [f"--config.{override}" for override in (f"output_dir={output}", *overrides)]
     return [sys.executable, "-m", "udm_grpo.train", "--config", config, *words]
 
@@ -66,7 +66,7 @@ def command(output: Path, *overrides: str, config: str = SMOKE) -> list[str]:
 def train(
     output: Path, *overrides: str, devices: int = 1, config: str = SMOKE, quickly: bool | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end; see `environment`."""
+    """Train to the end; see `environment`."""
     return subprocess.run(
         command(output, *overrides, config=config),
         cwd=ROOT,
@@ -78,7 +78,7 @@ def train(
 
 
 def together(words: list[str], output: Path, count: int, devices: int) -> list[subprocess.Popen]:
-    """Start `count` processes of one command with so many virtual devices each; logs are output-0.log and so on."""
+    """Start `count` processes of one command with `devices` virtual devices each; logs are output-0.log and so on."""
     with socket.create_server(("", 0)) as first:
         port = first.getsockname()[1]
     address, number, identity = (word.partition("=")[0] for word in TOGETHER.split()[:3])
@@ -97,7 +97,7 @@ def train_together(output: Path, count: int, devices: int, *overrides: str) -> l
 
 
 def train_and_kill(output: Path, after: int, *overrides: str) -> None:
-    """Start a run and kill it, all at once, when metrics.jsonl has `after` lines."""
+    """Start a run and kill it with SIGKILL when metrics.jsonl has `after` lines."""
     log = output.parent / "killed.log"
     with log.open("w") as file:
         process = subprocess.Popen(command(output, *overrides), cwd=ROOT, env=environment(), stdout=file, stderr=file)
@@ -111,7 +111,7 @@ def train_and_kill(output: Path, after: int, *overrides: str) -> None:
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl, without the times and the run's id."""
+    """Return the complete lines of metrics.jsonl, without the times and the run's id."""
     file = output / "metrics.jsonl"
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
     return [

@@ -1,4 +1,4 @@
-"""A tiny transformer with its objective, and random training states for it."""
+"""A tiny transformer, its objective, and random training states for both."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,8 +1,8 @@
-"""Stands in for hf, curl, wget and pip: takes what the network would give from the folder that STANDINS names.
+"""Stand-in for hf, curl, wget and pip: copies files from the folder that STANDINS names instead of downloading them.
 
     python standin_downloads.py hf|curl|wget|pip ARGUMENTS
 
-An address or an option that it does not know is an error, so that a page's command cannot pass by being misread.
+An unknown address or option is an error, so that no command of a page passes because it was misread.
 """
 
 import argparse
@@ -41,20 +41,20 @@ ADDRESSES = {
 
 
 def hf(words: list[str], source: Path) -> None:
-    """Hf download REPOSITORY [FILE ...] --local-dir FOLDER."""
+    """`hf download REPOSITORY [FILE ...] --local-dir FOLDER`."""
     parser = argparse.ArgumentParser(prog="hf")
     parser.add_argument("action", choices=["download"])
     parser.add_argument("repository", choices=REPOSITORIES)
     parser.add_argument("files", nargs="*")
     parser.add_argument("--local-dir", type=Path, required=True)
-    given = parser.parse_args(words)
-    folder = source / REPOSITORIES[given.repository]
-    for file in given.files or sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file()):
-        copy(folder / file, given.local_dir / file)
+    args = parser.parse_args(words)
+    folder = source / REPOSITORIES[args.repository]
+    for file in args.files or sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file()):
+        copy(folder / file, args.local_dir / file)
 
 
 def curl(words: list[str], source: Path) -> None:
-    """Curl [-L] [--create-dirs] -o FILE ADDRESS, and likewise with -O."""
+    """`curl [-L] [-f] [-C OFFSET] [--create-dirs] -o FILE ADDRESS`, or with -O instead of -o FILE."""
     parser = argparse.ArgumentParser(prog="curl")
     parser.add_argument("-L", "--location", action="store_true")
     parser.add_argument("-f", "--fail", action="store_true")
@@ -64,46 +64,46 @@ def curl(words: list[str], source: Path) -> None:
     place.add_argument("-o", "--output", type=Path)
     place.add_argument("-O", "--remote-name", action="store_true")
     parser.add_argument("address")
-    given = parser.parse_args(words)
-    target = given.output or Path(Path(urlparse(given.address).path).name)
-    if not given.create_dirs and not target.parent.is_dir():
+    args = parser.parse_args(words)
+    target = args.output or Path(Path(urlparse(args.address).path).name)
+    if not args.create_dirs and not target.parent.is_dir():
         sys.exit(f"curl: (23) Failed to open the file {target}: No such file or directory")
-    copy(source / known(given.address), target)
+    copy(source / known(args.address), target)
 
 
 def wget(words: list[str], source: Path) -> None:
-    """Wget [-c] [-O FILE | -P FOLDER] ADDRESS."""
+    """`wget [-c] [-O FILE | -P FOLDER] ADDRESS`."""
     parser = argparse.ArgumentParser(prog="wget")
     parser.add_argument("-c", "--continue", action="store_true")
     parser.add_argument("-O", dest="file", type=Path)
     parser.add_argument("-P", dest="folder", type=Path, default=Path())
     parser.add_argument("address")
-    given = parser.parse_args(words)
-    if given.file and not given.file.parent.is_dir():
-        sys.exit(f"{given.file}: No such file or directory")
-    copy(source / known(given.address), given.file or given.folder / Path(urlparse(given.address).path).name)
+    args = parser.parse_args(words)
+    if args.file and not args.file.parent.is_dir():
+        sys.exit(f"{args.file}: No such file or directory")
+    copy(source / known(args.address), args.file or args.folder / Path(urlparse(args.address).path).name)
 
 
 def pip(words: list[str], source: Path) -> None:
-    """Pip install ...: only that the files it names are there; .ci/run installs them really."""
+    """`pip install ...`: check only that the named files exist; .ci/run installs them for real."""
     if words[:1] != ["install"]:
-        sys.exit(f"pip: {words} is no installation")
+        sys.exit(f"pip: {words} is not an installation")
     for option, value in itertools.pairwise(words):
         if option in ("-r", "-c", "-e") and not Path(value.split("[")[0]).exists():
             sys.exit(f"ERROR: Could not open requirements file: {value}")
 
 
 def known(address: str) -> str:
-    """The file of the source for an address; ends the program for any other."""
+    """Return the stand-in file for an address; exit for an unknown address."""
     parts = urlparse(address)
     place = f"{parts.netloc}{unquote(parts.path)}"
     if parts.scheme != "https" or place not in ADDRESSES:
-        sys.exit(f"404: the stand-ins have no {address}")
+        sys.exit(f"404: there is no stand-in for {address}")
     return ADDRESSES[place]
 
 
 def copy(source: Path, target: Path) -> None:
-    """One file, its folder made."""
+    """Copy a file; create the folder of the target."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(source, target)
 

@@ -1,4 +1,4 @@
-"""Prompt files of the same forms as those of the public release, with a few prompts of our own."""
+"""Prompt files in the formats of the public release, with a few prompts of our own."""
 
 import json
 from collections.abc import Sequence
@@ -27,17 +27,17 @@ SIGNS = (
 
 
 def one(tag: str, prompt: str, *include: dict[str, Any], exclude: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """A line of GenEval's metadata."""
+    """Return a line of GenEval's metadata."""
     return {"tag": tag, "include": list(include), **({"exclude": list(exclude)} if exclude else {}), "prompt": prompt}
 
 
 def item(name: str, count: int = 1, **more: Any) -> dict[str, Any]:
-    """An entry of "include"."""
+    """Return an entry of "include"."""
     return {"class": name, "count": count, **more}
 
 
 def counted(plural: str, name: str, count: int) -> dict[str, Any]:
-    """A line of the tag "counting"."""
+    """Return a line with the tag "counting"."""
     return one(
         "counting",
         f"a photo of {COUNTS[count]} {plural}",
@@ -47,7 +47,7 @@ def counted(plural: str, name: str, count: int) -> dict[str, Any]:
 
 
 def beside(first: str, relation: str, second: str) -> dict[str, Any]:
-    """A line of the tag "position"."""
+    """Return a line with the tag "position"."""
     prompt = f"a photo of a {first} {relation} a {second}"
     return one("position", prompt, item(second), item(first, position=[relation, 0]))
 

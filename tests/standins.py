@@ -1,7 +1,7 @@
-"""Tiny random stand-ins for the files that users of the published recipes have on disk, under their names and layouts.
+"""Tiny random stand-ins for the files that users of the published recipes download, with the same names and layouts.
 
-`make(folder)` fills a folder as README.md and the recipe pages lay it out. The files are written with torch and
-safetensors alone, not by this project's own code, so that what reads them is tested against the format.
+`make(folder)` fills a folder in the layout of README.md and the recipe pages. The files are written with torch and
+safetensors alone, not by this project's own code, so that the readers are tested against the format.
 """
 
 import json
@@ -30,14 +30,14 @@ WEIGHTS = "diffusion_pytorch_model"
 
 
 def make(folder: Path) -> Path:
-    """Make models/ and data/ of every recipe in `folder`; return it. Random, but the same each time."""
+    """Create models/ and data/ of every recipe in `folder`, with seeded random weights; return the folder."""
     make_models(folder / "models")
     make_prompts(folder / "data")
     return folder
 
 
 def make_models(models: Path) -> None:
-    """Make everything that is downloaded into models/, and a checkpoint that the public release has trained."""
+    """Create everything that is downloaded to models/, and a training checkpoint of the public release beside it."""
     make_ursa(models / URSA)
     make_training_checkpoint(models.parent / "checkpoint-100", models / URSA)
     clip = make_folder(models / "clip-vit-large-patch14", make_config("quick_gelu"))
@@ -50,9 +50,9 @@ def make_models(models: Path) -> None:
 
 
 def make_detector(path: Path) -> None:
-    """GenEval's detector as mmdetection 2.x saves it, so sure of its random verdicts that it finds objects."""
+    """Write GenEval's detector as mmdetection 2.x saves it."""
     tensors = load_file(TINY_DETECTOR)
-    tensors["panoptic_head.cls_embed.weight"] *= 40
+    tensors["panoptic_head.cls_embed.weight"] *= 40  # random scores so confident that objects are detected
     notes = {"mmdet_version": "2.24.0", "epoch": 50, "iter": 368750, "CLASSES": ("person", "bicycle")}
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"meta": notes, "state_dict": tensors, "optimizer": {}}, path)
@@ -62,7 +62,7 @@ def make_detector(path: Path) -> None:
 
 
 def make_ursa(folder: Path) -> Path:
-    """A released folder with 16-pixel tokens and prompts of 320 tokens."""
+    """Write a released folder with 16-pixel tokens and prompts of 320 tokens."""
     texts = make_tokenizer(folder / "tokenizer")
     _write_json(folder / "model_index.json", _named("URSAPipeline") | PARTS)
     sizes = {
@@ -88,7 +88,7 @@ def make_ursa(folder: Path) -> Path:
 
 
 def make_training_checkpoint(folder: Path, base: Path) -> Path:
-    """What the public release saves while it trains: a transformer in a .bin file beside its config.json, no more."""
+    """Write a training checkpoint of the public release: only a transformer, a .bin file beside its config.json."""
     config = json.loads((base / "transformer" / "config.json").read_text())
     _write_json(folder / "transformer" / "config.json", config)
     tensors = transformer(config)
@@ -100,7 +100,7 @@ def make_training_checkpoint(folder: Path, base: Path) -> Path:
 
 
 def make_tokenizer(folder: Path) -> int:
-    """Write a byte-level BPE in the files of Qwen2's; return its number of tokens."""
+    """Write a byte-level BPE in Qwen2's file layout; return its number of tokens."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -130,7 +130,7 @@ def make_tokenizer(folder: Path) -> int:
 
 
 def transformer(sizes: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Random tensors by the names of a released transformer."""
+    """Return random tensors under the names of a released transformer."""
     width, middle = sizes["hidden_size"], sizes["intermediate_size"]
     queries, values = (HEAD * sizes[f"num_{kind}_heads"] for kind in ("attention", "key_value"))
     shapes = {"embed_tokens.weight": (sizes["vocab_size"], width), "norm.weight": (width,)}
@@ -146,7 +146,7 @@ def transformer(sizes: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 LEVELS = [32, 32, 32, 32, 32]
-"""Channels of the image tokenizer's blocks: five of them are four halvings of the sides, so 16 pixels a token."""
+"""Channels of the image tokenizer's blocks: five blocks halve the sides four times, so a token has 16 x 16 pixels."""
 TOKENIZER_OF_IMAGES = {
     "_quantizer_name": "VQuantizer",
     "in_channels": 3,
@@ -168,7 +168,10 @@ PARTS = {
 
 
 def image_tokenizer() -> dict[str, torch.Tensor]:
-    """Random tensors by the names of a released image tokenizer: LEVELS, one layer a block, attention at the bottom."""
+    """Return random tensors under the names of a released image tokenizer.
+
+    It has the channels of LEVELS, one layer per block, and attention at the lowest resolution.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     last, width = len(LEVELS) - 1, LEVELS[0]
     for level in range(len(LEVELS)):
@@ -213,21 +216,21 @@ ATTENTION: dict[str, tuple[int, ...]] = {
 }
 
 
-# ---------------------------------------------------------------- what both need
+# ---------------------------------------------------------------- shared helpers
 
 
 def _fill(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
-    """Norms of ones, biases of zeros, and matrices that neither shrink nor blow up what goes through."""
+    """Return norms of ones, biases of zeros, and random matrices that preserve the scale of their input."""
     generator = _generator(seed)
-    made = {}
+    tensors = {}
     for name, shape in sorted(shapes.items()):
         if name.endswith(".bias"):
-            made[name] = torch.zeros(shape)
+            tensors[name] = torch.zeros(shape)
         elif len(shape) == 1:
-            made[name] = torch.ones(shape)
+            tensors[name] = torch.ones(shape)
         else:
-            made[name] = torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
-    return made
+            tensors[name] = torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
+    return tensors
 
 
 def _generator(seed: int) -> torch.Generator:

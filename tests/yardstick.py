@@ -1,19 +1,19 @@
-"""How fast this machine is now, so that a bound in seconds means the same beside busy neighbours and on slower cores.
+"""Measure the machine's present speed, so that time bounds hold on busy machines and slower cores, too.
 
     assert seconds < 2 * slowdown()
 
-Processor time is no measure by itself: neighbours on the same cores and caches slow a process down in it, too.
+Processor time alone does not suffice: other processes on the same cores and caches increase it as well.
 """
 
 import json
 import time
 
 QUIET_S = 0.25
-"""What the yardstick takes on the machine that bounds were set on, when nothing else runs there."""
+"""Seconds of the yardstick on the idle machine for which the bounds were set."""
 
 
 def slowdown() -> float:
-    """How many times longer the yardstick takes now than it did there; at least 1, so that no bound gets tighter."""
+    """Return the yardstick's present time relative to QUIET_S; at least 1, so that no bound gets tighter."""
     rows = [{"prompt": f"a photo of {i} cats", "tag": "counting", "include": [{"count": i}]} for i in range(20_000)]
     began = time.process_time()
     for row in rows:

@@ -1,7 +1,7 @@
-"""The rules of the house, read off the sources: who may import whom, where things may be named, how long they may get.
+"""The rules of the code base, checked on the sources: allowed imports, where names may be used, maximum lengths.
 
-A failure lists every place that breaks a rule. The way out is to move the code to where it belongs, not to add the
-place to a list here.
+A failure lists every place that breaks a rule. The fix is to move the code to where it belongs, not to add the place to
+a list here.
 """
 
 import ast
@@ -38,9 +38,9 @@ LAYERS = {
     "checkpoints": ("config", "batches", "export", "model", "files", "multihost", "tensor_files", "released"),
     "scoring": ("config", "models", "machine", "files", "reporting", "data", "released"),
 }
-"""Package of udm_grpo -> what else of udm_grpo it may import. Those that are not here put the others together."""
+"""Package of udm_grpo -> what else of udm_grpo it may import. Packages not listed here compose the others."""
 RIM = tuple(f"udm_grpo.{name}" for name in LAYERS if name not in ("model", "diffusion", "grpo"))
-"""Files, processes and the network."""
+"""The packages that work with files, processes and the network."""
 BRIDGE_FACE = (
     "rewards_bridge.client",
     "rewards_bridge.composition",
@@ -52,11 +52,11 @@ BRIDGE_FACE = (
     "rewards_bridge.scorers.geneval_metadata",
 )
 TORCH_FILES = ("scripts/torch_reference.py", "scripts/benchmark_torch.py", "scripts/benchmark_versus.py")
-"""The independent models that ours is compared with; the first is run as a process of its own."""
+"""The independent models that ours is compared with; the first runs in a process of its own."""
 TORCH = ("torch", "transformers", "diffusers", "peft", "timm", "open_clip", "torchvision")
-"""Torch and what imports it. safetensors has a part for torch too."""
+"""Torch and packages that import it; so does safetensors.torch."""
 TORCHVISION_FILES = ("rewards_bridge/scorers/torch_models.py", "rewards_bridge/scorers/clip_open.py")
-"""What declares torchvision's operators before it imports models; scripts/torch_reference.py keeps torchvision out."""
+"""These declare torchvision's operators before they import models; scripts/torch_reference.py blocks torchvision."""
 UNSAFE_MODULES = ("pickle", "_pickle", "marshal", "dill", "cloudpickle", "joblib", "shelve")
 AXES = ("data", "fsdp", "tensor")
 AXIS_CALLS = (
@@ -78,7 +78,7 @@ SPECS = ("jax.sharding.PartitionSpec", "sharding.PartitionSpec", "jax.P", "jax.m
 COMPILERS = ("jit", "pjit", "pmap")
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 350
 OPTIONAL = ("wandb", "ImageReward")
-"""Packages that a user installs for himself when a config asks for them."""
+"""Packages that users install themselves when a config needs them."""
 
 
 @functools.cache
@@ -88,13 +88,13 @@ def tree_of(path: str) -> ast.Module:
 
 @functools.cache
 def sources(*folders: str) -> tuple[str, ...]:
-    """Python files below these folders, as paths from the root; not what protoc generated."""
-    found = (path for folder in folders for path in (ROOT / folder).rglob("*.py") if not path.stem.endswith("_pb2"))
-    return tuple(sorted(path.relative_to(ROOT).as_posix() for path in found))
+    """Return the Python files below these folders, relative to the root, without those that protoc generated."""
+    paths = (path for folder in folders for path in (ROOT / folder).rglob("*.py") if not path.stem.endswith("_pb2"))
+    return tuple(sorted(path.relative_to(ROOT).as_posix() for path in paths))
 
 
 def imports(path: str) -> Iterator[tuple[str, int]]:
-    """(full dotted name of what is imported, line), wherever in the file it stands."""
+    """Yield (full dotted name, line) of every import, anywhere in the file."""
     package = list(Path(path).parent.parts)
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
@@ -114,7 +114,7 @@ def within(name: str, *packages: str) -> bool:
 
 
 def last_name(node: ast.expr) -> str:
-    """`c` of a.b.c, `a` of a; empty for anything else."""
+    """Return `c` for a.b.c, `a` for a, and "" for anything else."""
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
@@ -127,14 +127,14 @@ def check(broken: list[str], rule: str) -> None:
         pytest.fail("\n  ".join([f"{rule}:", *broken]), pytrace=False)
 
 
-def test_the_middle_sees_no_files_no_clock_and_no_process():
+def test_the_middle_uses_no_files_no_clock_and_no_process():
     outside = ("os", "sys", "time", "logging", "subprocess", *RIM)
     middle = tuple(path for path in sources("udm_grpo") if path.startswith(MIDDLE))
     assert len(middle) > 10
     check(forbidden_imports(middle, *outside), "model, diffusion and grpo take arrays and return arrays")
 
 
-def test_packages_import_only_what_the_picture_shows():
+def test_packages_import_only_what_their_layer_may():
     broken = []
     for package, others in LAYERS.items():
         allowed = [f"udm_grpo.{name}" for name in (package, *others)]
@@ -164,7 +164,7 @@ def test_only_steps_compiles():
 
 
 def axis_contexts(tree: ast.Module) -> Iterator[ast.AST]:
-    """Expressions in which a text can only be the name of a mesh axis."""
+    """Yield the expressions in which a string can only be the name of a mesh axis."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and last_name(node.func) in AXIS_CALLS:
             yield from (*node.args, *node.keywords)
@@ -185,7 +185,7 @@ def test_only_mesh_names_mesh_axes():
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Attribute) and ast.unparse(node) in SPECS:
                 broken.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
-    check(broken, "only udm_grpo/mesh.py names mesh axes and makes PartitionSpecs")
+    check(broken, "only udm_grpo/mesh.py names mesh axes and creates PartitionSpecs")
 
 
 def test_only_the_models_import_flax():
@@ -199,8 +199,8 @@ def test_the_trainer_never_imports_torch():
     for path in sources(*PRODUCT):
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-                given = {word.arg: ast.unparse(word.value) for word in node.keywords}
-                if given.get("weights_only") != "True":
+                arguments = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                if arguments.get("weights_only") != "True":
                     broken.append(f"{path}:{node.lineno}: torch.load without weights_only=True")
     check(broken, f"only rewards_bridge and {', '.join(TORCH_FILES)} import torch, and load with weights_only=True")
 
@@ -208,7 +208,7 @@ def test_the_trainer_never_imports_torch():
 def test_models_that_import_torchvision_come_from_where_its_operators_are_declared():
     elsewhere = tuple(path for path in sources("rewards_bridge") if path not in TORCHVISION_FILES)
     broken = forbidden_imports(elsewhere, "transformers", "open_clip", "timm", "torchvision")
-    check(broken, f"of rewards_bridge only {', '.join(TORCHVISION_FILES)} import what imports torchvision")
+    check(broken, f"in rewards_bridge only {', '.join(TORCHVISION_FILES)} import packages that import torchvision")
 
 
 def test_nothing_that_is_read_can_run_code():
@@ -232,9 +232,9 @@ def unsafe_call(node: ast.Call) -> Iterator[str]:
 
 def test_the_trainer_sees_of_the_bridge_only_its_face():
     broken = [
-        found
-        for found in forbidden_imports(sources("udm_grpo"), "rewards_bridge")
-        if not within(found.split(": ")[1], *BRIDGE_FACE)
+        place
+        for place in forbidden_imports(sources("udm_grpo"), "rewards_bridge")
+        if not within(place.split(": ")[1], *BRIDGE_FACE)
     ]
     check(broken, f"of rewards_bridge, udm_grpo imports only {', '.join(BRIDGE_FACE)}")
 
@@ -259,7 +259,7 @@ def test_functions_and_files_stay_short():
 
 
 def undocumented(body: list[ast.stmt]) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Public classes, functions and methods without a docstring."""
+    """Yield the public classes, functions and methods without a docstring."""
     for node in body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
             if not ast.get_docstring(node):
@@ -278,10 +278,10 @@ def test_everything_public_says_what_it_is():
 
 
 def sections() -> dict[str, type]:
-    """Name of a part of RunConfig -> its dataclass."""
-    made = RunConfig()
-    found = {field.name: type(getattr(made, field.name)) for field in fields(made)}
-    return {name: kind for name, kind in found.items() if is_dataclass(kind)}
+    """Return section of RunConfig -> its dataclass."""
+    config = RunConfig()
+    types = {field.name: type(getattr(config, field.name)) for field in fields(config)}
+    return {name: kind for name, kind in types.items() if is_dataclass(kind)}
 
 
 def test_every_config_field_says_what_it_is():
@@ -291,15 +291,18 @@ def test_every_config_field_says_what_it_is():
             continue
         for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
             if not isinstance(statement, ast.AnnAssign) or ast.unparse(statement.target) in sections():
-                continue  # a part of RunConfig is described by its own class
+                continue  # a section of RunConfig is described by its own class
             described = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
             if not described:
                 broken.append(f"{node.name}.{ast.unparse(statement.target)}")
-    check(broken, "a docstring line stands below every config field")
+    check(broken, "every config field has a docstring below it")
 
 
 def part_of(node: ast.expr, known: dict[str, str]) -> str | None:
-    """Which part of the config an expression is: "" for all of it, None for no part; `known` are local names."""
+    """Return the config section that an expression is: "" for the whole config, None for no section.
+
+    `known` maps local names to sections.
+    """
     if isinstance(node, ast.Attribute) and node.attr in sections():
         return node.attr
     if isinstance(node, ast.Name) and node.id in known:
@@ -308,7 +311,7 @@ def part_of(node: ast.expr, known: dict[str, str]) -> str | None:
 
 
 def local_names(function: ast.AST) -> dict[str, str]:
-    """Names of a function that stand for a part of the config: rollout = config.rollout, or an annotated argument."""
+    """Return local name of a function -> config section: rollout = config.rollout, or an annotated argument."""
     classes = {kind.__name__: name for name, kind in sections().items()} | {"RunConfig": ""}
     known = {}
     for node in ast.walk(function):
@@ -326,7 +329,7 @@ def local_names(function: ast.AST) -> dict[str, str]:
 
 
 def fields_read(path: str) -> Iterator[str]:
-    """Dotted config fields that a file reads; "part.*" where it takes a whole part apart by asdict."""
+    """Yield the dotted config fields that a file reads; "section.*" where it passes a whole section to asdict."""
     for function in ast.walk(tree_of(path)):
         if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
@@ -348,11 +351,11 @@ def test_every_config_field_is_read():
     nodes = [node for path in paths for node in ast.walk(tree_of(path))]
     words = {node.arg for node in nodes if isinstance(node, ast.arg)}
     words |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    wanted = {field.name for field in fields(RunConfig)} - set(sections())
+    required = {field.name for field in fields(RunConfig)} - set(sections())
     for part, kind in sections().items():
         names = {field.name for field in fields(kind)}
-        wanted |= {f"{part}.{name}" for name in names if f"{part}.*" not in read or name not in words}
-    check(sorted(wanted - read), "every config field is read outside udm_grpo/config.py")
+        required |= {f"{part}.{name}" for name in names if f"{part}.*" not in read or name not in words}
+    check(sorted(required - read), "every config field is read outside udm_grpo/config.py")
 
 
 def test_no_text_names_a_place_of_the_machine_it_was_written_on():
@@ -373,16 +376,16 @@ def test_no_text_names_a_place_of_the_machine_it_was_written_on():
 
 
 def pins(path: str) -> dict[str, str]:
-    """Distribution -> version of a requirements file; of pyproject.toml what the trainer depends on."""
-    text, found = (ROOT / path).read_text(encoding="utf-8"), {}
+    """Return distribution -> version of a requirements file, or of the trainer's dependencies in pyproject.toml."""
+    text, versions = (ROOT / path).read_text(encoding="utf-8"), {}
     toml = path.endswith(".toml")
     for line in tomllib.loads(text)["project"]["dependencies"] if toml else text.splitlines():
         words = line.split("#")[0].partition(";")[0].strip()
         if words:
             name, equals, version = words.partition("==")
             assert equals, f"{path}: {words} is not pinned"
-            found[canonical(name)] = version
-    return found
+            versions[canonical(name)] = version
+    return versions
 
 
 def canonical(name: str) -> str:
@@ -412,13 +415,13 @@ def test_every_package_that_is_imported_is_pinned(file, folders):
     for path in sources(*folders):
         for name, line in imports(path):
             top = name.split(".")[0]
-            if top not in own and not {canonical(given) for given in provided.get(top, [])} & set(pinned):
+            if top not in own and not {canonical(provider) for provider in provided.get(top, [])} & set(pinned):
                 broken.append(f"{path}:{line}: {name}")
     check(broken, f"{file} pins every package that is imported")
 
 
 def test_commands_catch_the_errors_that_are_for_users_and_no_others():
-    """A ValueError or a KeyError of a library is a bug: it has a traceback and status 1."""
+    """A ValueError or KeyError of a library is a bug: it ends in a traceback and status 1."""
     allowed = {
         "UserError",
         "OSError",

@@ -1,7 +1,7 @@
-"""What pip installs: the wheel and all that is in it, the trainer without torch, the extras.
+"""Installation with pip: the contents of the wheel, the trainer without torch, the extras.
 
-Two environments are made by pip, one for the trainer and one for the scorer. Where no index answers, these tests are
-skipped, or fail if UDM_GRPO_REQUIRE_INSTALL=1.
+pip creates two environments, one for the trainer and one for the scorer. If no package index can be reached, these
+tests are skipped, or fail if UDM_GRPO_REQUIRE_INSTALL=1.
 """
 
 import json
@@ -21,14 +21,14 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("udm_grpo", "rewards_bridge", "configs", "scripts")
 OFFLINE = re.compile(r"connection broken by|Failed to establish a new connection|Temporary failure in name resolution")
 SHAPES_SCORER = ("grpcio", "grpcio-health-checking", "protobuf", "numpy", "pillow", "scikit-image", "scipy")
-"""What the scorer of the shapes world needs of rewards_bridge/requirements.txt."""
+"""The packages of rewards_bridge/requirements.txt that the scorer of the shapes world needs."""
 NOT_OF_THE_TRAINER = ("torch", "transformers", "gradio", "pytest", "skimage", "paddleocr", "beartype", "peft")
 PIP = "pip>=23.3"
-"""From here on --dry-run asks for a wheel's metadata instead of the wheel; those of CUDA are 3 GB."""
+"""The first pip whose --dry-run downloads a wheel's metadata instead of the wheel; the wheels of CUDA are 3 GB."""
 
 
 def pip(*words: str | Path, newest: Path | None = None) -> str:
-    """Run pip; skip where it reaches no index, unless UDM_GRPO_REQUIRE_INSTALL=1."""
+    """Run pip; skip the test if it reaches no index, unless UDM_GRPO_REQUIRE_INSTALL=1."""
     options = ("--quiet", "--no-input", "--disable-pip-version-check")
     path = {"PYTHONPATH": str(newest)} if newest else {}
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PIP_RETRIES": "1"} | path
@@ -41,7 +41,7 @@ def pip(*words: str | Path, newest: Path | None = None) -> str:
 
 
 def run(python: Path, *words: str, cwd: Path, status: int = 0) -> str:
-    """Run an installed command in a folder, without this checkout on its path; returns what it printed."""
+    """Run an installed command in a folder, without this checkout on its path; return its output."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XLA_FLAGS")}
     env |= {"JAX_COMPILATION_CACHE_DIR": os.environ["UDM_GRPO_COMPILED"], "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([python, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=500)
@@ -50,7 +50,7 @@ def run(python: Path, *words: str, cwd: Path, status: int = 0) -> str:
 
 
 def make_venv(folder: Path) -> Path:
-    """An empty environment; returns its interpreter."""
+    """Create an empty environment; return its interpreter."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=120)
     return folder / "bin" / "python"
 
@@ -64,20 +64,20 @@ def newest_pip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory, newest_pip):
-    """The wheel of a copy of the sources, in which nothing was built before."""
+    """The wheel, built from a clean copy of the sources."""
     sources, output = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheel")
     for name in PACKAGES:
         shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, sources)
     pip("wheel", "--no-deps", "--wheel-dir", output, sources, newest=newest_pip)
-    (made,) = output.glob("*.whl")
-    return made
+    (file,) = output.glob("*.whl")
+    return file
 
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory, wheel, newest_pip):
-    """The interpreter of an environment with the wheel and what it depends on, no extras."""
+    """The interpreter of an environment with the wheel and its dependencies, without extras."""
     python = make_venv(tmp_path_factory.mktemp("trainer"))
     pip("--python", python, "install", "--no-compile", wheel, newest=newest_pip)
     return python
@@ -85,7 +85,7 @@ def trainer(tmp_path_factory, wheel, newest_pip):
 
 @pytest.fixture(scope="module")
 def scorer(tmp_path_factory, newest_pip):
-    """The interpreter of an environment that can hold the scorer of the shapes world, and nothing of ours."""
+    """The interpreter of an environment with the dependencies of the shapes scorer, but without our packages."""
     lines = (ROOT / "rewards_bridge" / "requirements.txt").read_text().splitlines()
     needed = [line.split("#")[0].strip() for line in lines if line.partition("==")[0] in SHAPES_SCORER]
     assert len(needed) == len(SHAPES_SCORER)
@@ -95,7 +95,7 @@ def scorer(tmp_path_factory, newest_pip):
 
 
 def tracked() -> set[str]:
-    """The files of the packages that git knows."""
+    """Return the files of the packages that git does not ignore."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PACKAGES]
@@ -110,7 +110,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel):
 
 
 def test_an_editable_install_runs_the_checkout_it_was_made_from(tmp_path, newest_pip):
-    """Beside the libraries of this environment, from an empty folder."""
+    """The install shares the libraries of this environment and runs from an empty folder."""
     sources, empty = tmp_path / "sources", tmp_path / "empty"
     empty.mkdir()
     for name in PACKAGES:
@@ -171,7 +171,7 @@ def test_a_recipe_is_found_where_it_is_installed(trainer, tmp_path):
 
 
 def pins(lines: Sequence[str]) -> set[str]:
-    """Requirements as a set, without comments and spaces."""
+    """Return requirements as a set, without comments and spaces."""
     return {re.sub(r"\s|[\"']", "", line.split("#")[0]) for line in lines} - {""}
 
 

@@ -1,4 +1,4 @@
-"""No command of the pages is missed: each has a rule that says how the rehearsal runs it, or the test that does."""
+"""No command of the pages is missed: a rule says how the rehearsal runs it, or which test does."""
 
 import re
 
@@ -15,17 +15,17 @@ PAGES = ("README", *RECIPES)
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_has_a_rule(page: str) -> None:
     missed = [command.text for command in commands(page) if not rule_for(command, RULES[page])]
-    assert not missed, f"no rule in rehearsal_rules.py says how to run: {missed}"
+    assert not missed, f"no rule in rehearsal_rules.py matches: {missed}"
     assert len(commands(page)) >= 8
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_rule_is_of_use(page: str) -> None:
-    """Those for a single page; the shared ones serve another."""
+    """Rules that all pages share are exempt."""
     used = {rule_for(command, RULES[page]) for command in commands(page)}
     shared = set.intersection(*(set(RULES[other]) for other in PAGES))
     unused = [rule.pattern for rule in RULES[page] if rule not in used | shared]
-    assert not unused, f"no command of the page {page} is run by {unused}"
+    assert not unused, f"no command of the page {page} matches {unused}"
 
 
 def test_what_runs_elsewhere_is_there() -> None:
@@ -37,14 +37,14 @@ def test_what_runs_elsewhere_is_there() -> None:
 
 
 def test_every_command_in_running_text_is_one_of_a_page_or_has_a_test() -> None:
-    """Those between backticks: a part of a command that is run, or named in INLINE."""
+    """Each command between backticks is part of a command that is run, or matches INLINE."""
     run = [command.text for page in PAGES for command in commands(page)]
     for code in all_inline_commands():
         assert any(code in text for text in run) or any(re.search(pattern, code) for pattern in INLINE), code
 
 
 def test_the_rehearsal_covers_devices_processes_and_scorers() -> None:
-    """Each published recipe is trained; 1, 7 and 8 devices, 2 processes, near and remote scorers."""
+    """Each published recipe is trained; together they use 1, 7 and 8 devices, 2 processes, local and remote scorers."""
     training = {
         name: [
             rule

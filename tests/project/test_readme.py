@@ -1,4 +1,4 @@
-"""What the README says beside the commands that test_rehearsal_readme.py runs, and commands in other circumstances."""
+"""The README's statements and examples beyond the commands that test_rehearsal_readme.py runs."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ def run(command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_launches_of_the_readme_print_what_they_would_do() -> None:
-    """Each with --dry-run put in; tests/scripts/test_launch.py looks at what they print."""
+    """Each runs with --dry-run; tests/scripts/test_launch.py checks the output."""
     shown = [command for command in readme_commands() if command.startswith(LAUNCH)]
     assert len(shown) >= 4
     for command in shown:
@@ -45,7 +45,7 @@ def test_the_launches_of_the_readme_print_what_they_would_do() -> None:
 
 
 def test_the_prompt_sets_of_the_readme_are_examples_of_the_command() -> None:
-    """tests/scripts/test_prepare_prompts.py runs all of those."""
+    """tests/scripts/test_prepare_prompts.py runs all examples of the command."""
     shown = {command for command in readme_commands() if command.startswith(PREPARE)}
     assert len(shown) == 2
     for command in shown:
@@ -53,7 +53,7 @@ def test_the_prompt_sets_of_the_readme_are_examples_of_the_command() -> None:
 
 
 def test_the_doctor_says_what_every_scorer_lacks(tmp_path: Path) -> None:
-    """Without a network, most scorers lack their weights: each of them gets a command that fixes it."""
+    """Without a network most scorers lack their weights; the doctor prints a command that fixes each of them."""
     words = DOCTOR.replace("python", sys.executable, 1).split()
     offline = {**environment(), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(words, cwd=ROOT, env=offline, capture_output=True, text=True, timeout=300)
@@ -95,7 +95,7 @@ def script() -> object:
 
 @pytest.mark.usefixtures("compiled_quickly")
 def test_the_base_is_made_in_small_and_goes_on(script, tmp_path: Path) -> None:
-    """scripts/pretrain_shapes.py with every stage cut down; a second call finds everything done."""
+    """scripts/pretrain_shapes.py runs with every stage cut down; a second call resumes after the last stage."""
     from udm_grpo.pipeline import load_pipeline
 
     plan = script.Plan(
@@ -126,7 +126,7 @@ def test_the_notebook_example_runs() -> None:
 
 
 def folders_with_sources() -> list[Path]:
-    """Packages and their parts, but for what is generated."""
+    """Return the packages and their subfolders, without generated ones."""
     tops = [ROOT / name for name in ("udm_grpo", "rewards_bridge", "scripts")]
     below = [folder for top in tops for folder in top.rglob("*") if folder.is_dir() and list(folder.glob("*.py"))]
     return [folder for folder in (*tops, *below) if folder.name not in ("protocol", "__pycache__")]
@@ -136,7 +136,7 @@ def test_the_layout_and_the_folders_readmes_name_exactly_the_files_there_are() -
     lines = README.split("## Repository layout")[1].split("```")[1].splitlines()
     said = {line.split()[0] for line in lines[lines.index("udm_grpo/") + 1 :] if line.startswith("  ")}
     present = [path for path in (ROOT / "udm_grpo").iterdir() if path.is_file() or list(path.glob("[!_]*"))]
-    there = {path.name + "/" * path.is_dir() for path in present}  # not what an older checkout left compiled
+    there = {path.name + "/" * path.is_dir() for path in present}  # without compiled leftovers of an older checkout
     assert said == there - {"__init__.py", "__pycache__/", "README.md"}
     for folder in folders_with_sources():
         if folder.name == "udm_grpo":

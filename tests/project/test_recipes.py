@@ -1,4 +1,4 @@
-"""The published recipes: they say what was published, and their pages prepare the prompts that they read."""
+"""The published recipes have the published settings, and their pages prepare the prompts that they read."""
 
 import re
 import shlex
@@ -20,7 +20,7 @@ GROUPS = {"geneval": (8, 553, 4), "pickscore": (16, 2048, 1), "ocr": (16, 1000, 
 
 
 def page(name: str) -> str:
-    """The page of a recipe, each command on one line."""
+    """Return the page of a recipe, with each command on one line."""
     return (RECIPES[name].__doc__ or "").replace("\\\n", " ")
 
 
@@ -69,7 +69,7 @@ RAW = {
     "downloads/pickscore/train.txt": "a dog\na cat\n",
     "downloads/pickscore/test.txt": "a bird\n",
 }
-"""A few lines of each file that a page has the user download."""
+"""A few lines of each file that the pages tell users to download."""
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -103,7 +103,7 @@ def test_the_readme_names_the_command_of_the_page():
 
 
 def test_missing_weights_are_an_error_that_names_the_folder(tmp_path, capsys):
-    """Before prompts are read and a scorer is started."""
+    """The error comes before prompts are read and a scorer is started."""
     assert train.main(["--config", "configs/geneval.py", f"--config.output_dir={tmp_path / 'run'}"]) == 2
     said = capsys.readouterr().err
     assert "models/URSA-1.7B-IBQ512: no such folder" in said

@@ -1,4 +1,4 @@
-"""The README's commands in the order of the page, but for those of the published recipes."""
+"""The README's commands run in the order of the page, except those of the published recipes."""
 
 import json
 import urllib.request
@@ -17,20 +17,20 @@ pytestmark = pytest.mark.timeout(1800)
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    with stage(tmp_path_factory.mktemp("readme")) as made:
-        yield made
+    with stage(tmp_path_factory.mktemp("readme")) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
 def said(user: Stage) -> dict[str, str]:
-    """What each command wrote to standard output."""
+    """The standard output of each command."""
     return play_page(user, "README")
 
 
 def of(said: dict[str, str], *parts: str) -> str:
-    """What the one command with all these parts wrote."""
-    (found,) = (text for command, text in said.items() if all(part in command for part in parts))
-    return found
+    """Return the output of the one command that contains all these parts."""
+    (output,) = (text for command, text in said.items() if all(part in command for part in parts))
+    return output
 
 
 def summary(user: Stage, folder: str) -> dict:
@@ -38,7 +38,7 @@ def summary(user: Stage, folder: str) -> dict:
 
 
 def test_trainings_come_to_their_end(said: dict[str, str], user: Stage) -> None:
-    """The first command of the README, the way to continue, several processes, an adapter, and a reward by OCR."""
+    """These are the README's first command, a resumed run, several processes, an adapter, and a reward by OCR."""
     assert summary(user, "shapes")["iterations"] == 2
     assert set(summary(user, "shapes")["by_steps"]) == {"10", "25"}
     assert summary(user, "together")["iterations"] == 1
@@ -62,7 +62,7 @@ def test_pictures_and_their_scores(said: dict[str, str], user: Stage) -> None:
     assert 0.5 < scores["scorers"]["jpeg"]["values"]["jpeg_kilobytes"]["mean"]["value"] < 3
 
 
-def test_a_checkpoint_is_described_and_compared(said: dict[str, str]) -> None:
+def test_a_released_model_is_described_and_compared(said: dict[str, str]) -> None:
     described = of(said, "udm_grpo.convert info udm_grpo/assets/ursa-shapes")
     assert "alpha: 0.9\n" in described
     assert "parameters: 857728\n" in described
@@ -85,7 +85,7 @@ def test_a_server_by_itself(said: dict[str, str]) -> None:
 
 
 def test_the_demo_page_is_served(said: dict[str, str]) -> None:
-    """tests/scripts/test_demo.py draws with it."""
+    """tests/scripts/test_demo.py tests the page itself."""
     address = next(word for word in of(said, "scripts.demo").split() if word.startswith("http"))
     with urllib.request.urlopen(address, timeout=60) as page:
         assert b"gradio" in page.read()

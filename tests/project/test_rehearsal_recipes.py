@@ -1,4 +1,4 @@
-"""Each published recipe from its downloads to its scores, by the commands of its page and of the README."""
+"""Each published recipe runs from its downloads to its scores, by the commands of its page and of the README."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,9 @@ pytestmark = pytest.mark.timeout(1800)
 
 @pytest.fixture
 def user(tmp_path: Path):
-    with stage(tmp_path) as made:
-        made.quick = True
-        yield made
+    with stage(tmp_path) as opened:
+        opened.quick = True
+        yield opened
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -1,4 +1,4 @@
-"""The stand-ins for what users have on disk can be read by what the recipes read them with."""
+"""The code that the recipes use can read the stand-ins for downloaded files."""
 
 import json
 import os
@@ -18,12 +18,12 @@ from udm_grpo.data.prompts import read_prompts
 from udm_grpo.pipeline import load_pipeline
 
 RELEASE = os.environ.get("UDM_GRPO_RELEASE", "")
-"""A folder with prompt files of the public release, under their own names; tested where it is named."""
+"""A folder with the public release's prompt files under their own names; their test is skipped without it."""
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Several threads on models this small only wait for each other where the cores are busy."""
+    """Use one thread: on models this small, several threads mostly wait for each other on busy cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,7 +46,7 @@ def test_the_base_has_320_text_tokens_and_tokens_of_16_pixels(folder: Path) -> N
     assert (ids[0, -5:] != 0).all()
     image = pipeline.generate(["a photo of a red circle"], steps=2, height=32, width=48)[0]
     assert pipeline.encode(image[None] / np.float32(127.5) - 1).shape == (1, 2, 3)
-    assert image.std() > 5  # random, but not one grey
+    assert image.std() > 5  # random, but not uniformly grey
 
 
 def test_a_training_checkpoint_is_a_transformer_alone(folder: Path) -> None:
@@ -64,16 +64,16 @@ def test_a_training_checkpoint_is_a_transformer_alone(folder: Path) -> None:
 
 
 def test_genevals_judge_finds_objects(folder: Path) -> None:
-    """Under both names of the detector, the one of the download and the one without its date."""
+    """The detector is read under both names, that of the download and the one without its date."""
     models = folder / "models"
     image = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
-    found = []
+    counts = []
     for detector in (standins.DETECTOR, standins.DOWNLOADED_DETECTOR):
         clip = str(models / "clip-vit-large-patch14")
         scorer = GenevalScorer(str(models / detector), clip, device="cpu", any_size=True)
-        (seen,) = scorer.detector.detect(image)
-        found.append({name: len(several) for name, several in seen.items()})
-    assert found[0] == found[1] != {}
+        (objects,) = scorer.detector.detect(image)
+        counts.append({name: len(several) for name, several in objects.items()})
+    assert counts[0] == counts[1] != {}
 
 
 @pytest.mark.parametrize("name", ["clip-vit-large-patch14", "PickScore_v1"])
@@ -85,9 +85,9 @@ def test_a_clip_of_transformers_is_read(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "open_clip_pytorch_model.bin"])
 def test_a_clip_of_open_clip_is_its_configuration_and_its_tensors(tmp_path: Path, file: str) -> None:
-    made = make_open_clip(tmp_path / "vit_large_patch14_clip_224.openai", file)
-    assert sorted(path.name for path in made.iterdir()) == sorted(["open_clip_config.json", file])
-    tensors = torch.load(made / file, weights_only=True)
+    clip = make_open_clip(tmp_path / "vit_large_patch14_clip_224.openai", file)
+    assert sorted(path.name for path in clip.iterdir()) == sorted(["open_clip_config.json", file])
+    tensors = torch.load(clip / file, weights_only=True)
     assert tensors["visual.conv1.weight"].shape == (64, 3, 8, 8)
     assert tensors.keys() == open_clip_tensors(0).keys()
 
@@ -100,7 +100,7 @@ def test_every_prompt_file_is_read(folder: Path) -> None:
 
 @pytest.mark.skipif(not RELEASE, reason="UDM_GRPO_RELEASE names no folder with the release's prompt files")
 def test_the_releases_own_files_have_the_forms_of_the_stand_ins(folder: Path) -> None:
-    """The same keys with values of the same kinds, entry by entry."""
+    """Every entry has the same keys with values of the same types."""
     pairs = {
         "geneval_evaluation_metadata.jsonl": "geneval/evaluation_metadata.jsonl",
         "geneval_prompts.json": "geneval/prompts.json",
@@ -109,9 +109,9 @@ def test_the_releases_own_files_have_the_forms_of_the_stand_ins(folder: Path) ->
         "pickscore_test.txt": "pickscore/test.txt",
     }
     for theirs, ours in pairs.items():
-        real, made = (entries(path) for path in (Path(RELEASE) / theirs, folder / "data" / ours))
+        real, standin = (entries(path) for path in (Path(RELEASE) / theirs, folder / "data" / ours))
         assert len(real) >= 500
-        assert {_form(entry) for entry in real} == {_form(entry) for entry in made}
+        assert {_form(entry) for entry in real} == {_form(entry) for entry in standin}
 
 
 def entries(path: Path) -> list:
@@ -122,7 +122,7 @@ def entries(path: Path) -> list:
 
 
 def _form(entry: object) -> object:
-    """The kind of an entry: its keys, theirs, and what kinds of values they have."""
+    """Return the form of an entry: its keys, recursively, and the types of its values."""
     if isinstance(entry, dict):
         return tuple(sorted((name, _form(value)) for name, value in entry.items()))
     if isinstance(entry, list):
