@@ -1,4 +1,4 @@
-"""Too little disk for a checkpoint: an error before anything is loaded, or before a save, and what to free."""
+"""Tests of too little disk space for a checkpoint: refused before loading or saving, with advice on what to free."""
 
 import collections
 import json
@@ -26,7 +26,7 @@ Usage = collections.namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def disk(monkeypatch):
-    """A function that sets how many bytes every disk has free."""
+    """Return a function that sets how many bytes every disk reports as free."""
 
     def set_free(free, total=10**15):
         monkeypatch.setattr(shutil, "disk_usage", lambda _path: Usage(total, total - free, free))
@@ -35,12 +35,12 @@ def disk(monkeypatch):
 
 
 def sizes(folder):
-    """The abstract transformer of a folder."""
+    """Return the abstract parameters of the transformer in a folder."""
     return transformer.abstract(TransformerConfig.from_json(json.loads((folder / "config.json").read_text())))
 
 
 def needs(config, whole):
-    """What needed_bytes says of a run of one device."""
+    """Return the result of needed_bytes for a run on one device, and the abstract state."""
     mesh = meshes.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     state = abstract_state(optimizer_of(config), whole, config.optimizer.ema_decay > 0, mesh)
     return needed_bytes(config, state, whole, Path(config.output_dir) / "checkpoints"), state
@@ -89,7 +89,7 @@ def test_a_run_that_may_fill_the_disk_is_warned_of(tmp_path, disk, capsys):
     config.output_dir = str(tmp_path / "run")
     whole = sizes(ASSETS / "ursa-shapes" / "transformer")
     (size, further), state = needs(config, whole)
-    # Parameters, two moments and the reference in float32, and a few scalars; keep is 2, so three at a time.
+    # Parameters, two moments and the reference in float32, and a few scalars; keep is 2, so three exist at a time.
     assert size == pytest.approx(4 * tree_bytes(whole), rel=1e-4)
     exported = files_bytes(ASSETS / "ursa-shapes" / "transformer")
     assert further == 2 * size + exported
@@ -112,4 +112,4 @@ def test_the_published_recipe_needs_what_its_page_says():
     config = geneval.get_config()
     (size, further), _ = needs(config, sizes(ASSETS / "ursa-1.7b-ibq512" / "transformer"))
     assert size == pytest.approx(32e9, rel=0.02)
-    assert further == 2 * size  # and the export, as large as the folder that is not here
+    assert further == 2 * size  # the export adds nothing, since the model folder is not here

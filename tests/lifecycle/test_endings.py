@@ -1,4 +1,4 @@
-"""What is saved when a run ends before its time: evaluations in part, and the last whole iteration."""
+"""Tests of what is saved when a run ends early: partial evaluations and the last complete iteration."""
 
 import json
 from concurrent.futures import Future
@@ -31,7 +31,7 @@ PROMPTS = PromptSet(tuple(f"prompt {i}" for i in range(7)), ({},) * 7, ("a", "b"
 
 
 class Client:
-    """Scores an image by its first byte; fails at the batch with a number, and asks to stop at another."""
+    """Scores an image by its first byte; fails at batch `fail_at`, and requests a stop at batch `stop_at`."""
 
     def __init__(self, asked: Interruption, fail_at: int = -1, stop_at: int = -1):
         self.asked, self.fail_at, self.stop_at, self.images = asked, fail_at, stop_at, list[int]()
@@ -51,7 +51,7 @@ class Client:
 
 
 def a_run(output: Path, batch: int, fail_at: int = -1, stop_at: int = -1) -> Any:
-    """A run whose pictures show their number, times a number of the prompt."""
+    """Return a run whose images encode their index."""
     asked = Interruption()
     config = RunConfig(evaluation=EvaluationConfig(images_per_prompt=2, extremes=2))
 
@@ -82,14 +82,14 @@ def a_run(output: Path, batch: int, fail_at: int = -1, stop_at: int = -1) -> Any
 
 def result_of(run: Any, name: str = "extremes.png") -> tuple[dict[str, Any], list[Any]]:
     file = run.output / name
-    found = evaluate(run, {}, 7, 10, 0, file)
-    return found, [(cell.caption, cell.details) for cell in read_grid(file)]
+    metrics = evaluate(run, {}, 7, 10, 0, file)
+    return metrics, [(cell.caption, cell.details) for cell in read_grid(file)]
 
 
 @pytest.mark.parametrize("end", ["stop", "failure"])
 @pytest.mark.parametrize("batch", [3, 4])
 def test_an_evaluation_continues_where_it_was_ended(tmp_path, end, batch):
-    """With the result of one that was not, in batches of any size; only the rest of the images is scored."""
+    """The result equals that of an uninterrupted one, for any batch size, and only the remaining images are scored."""
     expected = result_of(a_run(tmp_path / "whole", 5))
     output = tmp_path / "parts"
     if end == "stop":
@@ -130,13 +130,13 @@ def test_a_part_is_read_as_it_was_written_and_only_for_the_same_evaluation(tmp_p
     file = part_file(tmp_path, 4, 25)
     assert read_part(file, identity) == Part()
     write_part(file, identity, part)
-    found = read_part(file, identity)
-    assert found.done == 2
-    assert {name: values.tolist() for name, values in found.columns.items()} == {
+    back = read_part(file, identity)
+    assert back.done == 2
+    assert {name: values.tolist() for name, values in back.columns.items()} == {
         name: values.tolist() for name, values in part.columns.items()
     }
-    np.testing.assert_array_equal(found.best[0].image, judged.image)
-    assert (found.best[0].prompt, found.best[0].raw, found.worst) == ("Ähre", {"raw": 1.0}, ())
+    np.testing.assert_array_equal(back.best[0].image, judged.image)
+    assert (back.best[0].prompt, back.best[0].raw, back.worst) == ("Ähre", {"raw": 1.0}, ())
     assert read_part(file, {**identity, "step": 5}) == Part()
     for damage in (file.read_bytes()[:-30], b"", b"x" * 100):
         file.write_bytes(damage)
@@ -146,7 +146,7 @@ def test_a_part_is_read_as_it_was_written_and_only_for_the_same_evaluation(tmp_p
 
 
 class Checkpoints:
-    """Remembers what is saved."""
+    """Records which steps are saved."""
 
     def __init__(self, failure: Exception | None = None):
         self.failure, self.saved, self.finished = failure, list[int](), 0
@@ -164,7 +164,7 @@ class Checkpoints:
 def ended(
     tmp_path: Path, step: int, *, saved: int | None = None, base: bool = True, failure: Exception | None = None
 ) -> tuple[list[int], str]:
-    """The steps that are saved after an error, and what is said."""
+    """Return the steps saved after an error, and the messages."""
     run: Any = SimpleNamespace(
         config=RunConfig(),
         checkpoints=Checkpoints(failure),
@@ -192,7 +192,7 @@ def test_the_last_whole_iteration_is_saved_after_an_error(tmp_path):
     assert ended(tmp_path, 0, base=False)[0] == [0]
     saved, said = ended(tmp_path, 7, failure=OSError("no space"))
     assert saved == []
-    assert "the 7 whole iterations could not be saved: no space" in said
+    assert "the 7 complete iterations could not be saved: no space" in said
 
 
 def test_a_state_that_an_update_has_used_up_is_not_saved(tmp_path):

@@ -1,4 +1,4 @@
-"""What may change when a run continues, and what may not: every field, the contents of every file, no place."""
+"""Tests of what may change on resume and what may not: every field, and files by content, not by location."""
 
 import copy
 import json
@@ -28,13 +28,13 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def fingerprint_of(config: RunConfig) -> dict[str, Any]:
-    """As a start makes it, from the files that the configuration names."""
+    """Return the fingerprint that a start computes from the files that the configuration names."""
     trained = config.model.transformer or None
-    checkpoint = load_folder(config.model.path, read_transformer=False, transformer_weights=trained)
+    released = load_folder(config.model.path, read_transformer=False, transformer_weights=trained)
     sets = (
         read_prompts(file, key=config.prompts.prompt_key) for file in (config.prompts.train, config.prompts.heldout)
     )
-    return fingerprint(config, checkpoint, *sets)
+    return fingerprint(config, released, *sets)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def saved() -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The names that a refusal gives."""
+    """Return the field names in the error that refuses the resume."""
     try:
         check_continues({"fingerprint": saved}, now)
     except CheckpointError as error:
@@ -53,7 +53,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def flipped(name: str, value: Any) -> Any:
-    """Another value of the same type."""
+    """Return another value of the same type."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
@@ -69,7 +69,7 @@ def flipped(name: str, value: Any) -> Any:
 
 
 def with_field(config: RunConfig, name: str, value: Any) -> RunConfig:
-    """A copy of a configuration with another value of a field."""
+    """Return a copy of a configuration with another value of one field."""
     changed = copy.deepcopy(config)
     node: Any = changed
     *parts, last = name.split(".")
@@ -80,7 +80,7 @@ def with_field(config: RunConfig, name: str, value: Any) -> RunConfig:
 
 
 def configurations() -> Iterator[RunConfig]:
-    """The smoke run, and one of whose conditions all are the other way."""
+    """Yield the smoke run, and one for which every condition in free_fields is the opposite."""
     yield CONFIG
     other = copy.deepcopy(CONFIG)
     other.optimizer.schedule, other.checkpoint.keep_best, other.lora.rank = "constant", True, 4
@@ -89,19 +89,19 @@ def configurations() -> Iterator[RunConfig]:
 
 @pytest.mark.parametrize("config", [*configurations()], ids=["smoke", "other"])
 def test_every_field_is_refused_by_name_or_listed_as_free(config: RunConfig) -> None:
-    checkpoint = load_folder(config.model.path, read_transformer=False)
+    released = load_folder(config.model.path, read_transformer=False)
     sets = [read_prompts(file) for file in (config.prompts.train, config.prompts.heldout)]
-    before, free = fingerprint(config, checkpoint, *sets), free_fields(config)
+    before, free = fingerprint(config, released, *sets), free_fields(config)
     values = field_values(config)
     assert len(values) > 90
     for name, value in values:
         if FREE.get(name) == PLACE:
             continue  # see below
-        found = differences(before, fingerprint(with_field(config, name, flipped(name, value)), checkpoint, *sets))
+        names = differences(before, fingerprint(with_field(config, name, flipped(name, value)), released, *sets))
         if is_free(name, free):
-            assert found == [], name
+            assert names == [], name
         else:
-            assert [part for part in found if part == name or part.startswith(f"{name}.")], f"{name}: {found}"
+            assert [part for part in names if part == name or part.startswith(f"{name}.")], f"{name}: {names}"
 
 
 def test_all_free_fields_exist_and_the_readme_lists_them() -> None:
@@ -172,15 +172,15 @@ def test_prompts_count_by_what_they_hold(saved: dict[str, Any], tmp_path: Path, 
 
 
 def test_a_scorers_options_count_unless_they_are_places_or_how_it_is_run(tmp_path: Path) -> None:
-    def options(**given: str) -> dict[str, Any]:
-        return with_options(given)["rewards"]["scorers"]["g"]["options"]
+    def options(**values: str) -> dict[str, Any]:
+        return with_options(values)["rewards"]["scorers"]["g"]["options"]
 
-    def with_options(given: dict[str, str], *addresses: str) -> dict[str, Any]:
+    def with_options(values: dict[str, str], *addresses: str) -> dict[str, Any]:
         config = copy.deepcopy(CONFIG)
-        config.rewards.scorers["g"] = ScorerConfig(scorer="geneval", options=given, addresses=addresses)
-        return fingerprint(config, checkpoint, *sets)
+        config.rewards.scorers["g"] = ScorerConfig(scorer="geneval", options=values, addresses=addresses)
+        return fingerprint(config, released, *sets)
 
-    checkpoint = load_folder(CONFIG.model.path, read_transformer=False)
+    released = load_folder(CONFIG.model.path, read_transformer=False)
     sets = [read_prompts(CONFIG.prompts.train)] * 2
     for folder in ("one", "two", "three"):
         (tmp_path / folder).mkdir()

@@ -1,4 +1,4 @@
-"""Which signals ask a run to stop, and which it survives."""
+"""Tests of which signals ask a run to stop and which it survives."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ import hashlib
 from udm_grpo.lifecycle.interruption import interruption
 with interruption() as asked:
     print("ready", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # the main thread runs none of Python's handlers in here
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # meanwhile the main thread runs no Python signal handlers
 """
 
 COMMAND = """
@@ -60,11 +60,11 @@ def test_a_terminal_that_has_gone_does_not_end_a_run(capsys):
     with interruption() as asked:
         os.kill(os.getpid(), signal.SIGHUP)
         assert not asked.requested
-    assert "SIGHUP: the terminal has gone; the run continues" in capsys.readouterr().err
+    assert "SIGHUP: the terminal was closed; the run continues" in capsys.readouterr().err
 
 
 def test_what_was_ignored_from_the_start_stays_ignored():
-    """As `nohup` and a shell's background jobs have it."""
+    """`nohup` and background jobs of a shell start processes with ignored signals."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with interruption():
@@ -74,7 +74,7 @@ def test_what_was_ignored_from_the_start_stays_ignored():
 
 
 def test_the_second_ctrl_c_ends_the_process_at_once():
-    """Also while the main thread is busy for long, as in a compilation."""
+    """It does so even while the main thread is busy for a long time, such as in a compilation."""
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         [sys.executable, "-c", WAITING],
@@ -91,7 +91,7 @@ def test_the_second_ctrl_c_ends_the_process_at_once():
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=20)[1]
     assert process.returncode == AT_ONCE_STATUS == 130
-    assert "Ctrl-C again ends it at once" in said
+    assert "press Ctrl-C again to exit" in said
     assert "Traceback" not in said
 
 
@@ -108,7 +108,7 @@ def interrupted(program: str, delay: float = 0.5) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_the_imports_is_heard_after_them(number, tmp_path):
-    """With the status that a scheduler waits for, and before anything is written."""
+    """The run exits with the status that the scheduler expects, before anything is written."""
     words = [sys.executable, "-m", "udm_grpo.train", "--config", SMOKE, f"--config.output_dir={tmp_path / 'run'}"]
     words.append("--config.checkpoint.stopped_status=75")
     status, said = signalled_in_imports(words, number)
@@ -139,7 +139,7 @@ def test_ctrl_c_ends_a_command_without_a_traceback():
 
 
 def test_a_run_that_is_over_keeps_its_exit_status():
-    """Also while the interpreter ends, when Python no longer calls handlers of its own."""
+    """It does so even during interpreter shutdown, when Python no longer calls its handlers."""
     done = interrupted(OVER, delay=0.2)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -1,4 +1,4 @@
-"""A start or resume that is refused leaves output_dir byte for byte as it was, for whatever reason it is refused."""
+"""Tests that a refused start or resume leaves output_dir byte for byte as it was, whatever the reason."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ RESUME = "checkpoint.resume=latest"
 
 @pytest.fixture
 def older(tmp_path: Path) -> Path:
-    """The folder of an older run that has a checkpoint, whose arrays are no model's."""
+    """Return the folder of an older run with a checkpoint whose arrays fit no model."""
     output = write_run(tmp_path / "run")
     config = parse(SMOKE)
     train_set, heldout = (read_prompts(file) for file in (config.prompts.train, config.prompts.heldout))
@@ -49,7 +49,7 @@ def refused(output: Path, *overrides: str) -> int:
         ((RESUME, "evaluation.steps=(10,25)"), "evaluation.steps"),
         ((RESUME, "evaluation.final_prompts=13"), "evaluation.final_prompts: saved 12, now 13"),
         ((RESUME, "iterations=5"), "iterations: saved 4, now 5"),
-        ((RESUME,), "is a checkpoint of another model"),  # so the fingerprint is the same
+        ((RESUME,), "is a checkpoint of another model"),  # the fingerprint is the same
         (("checkpoint.resume=/nowhere",), "no such folder"),
         (("rollout.group_size=1",), "rollout.group_size is 1"),
         (("model.path=/nowhere",), "no such folder"),
@@ -67,7 +67,7 @@ def test_a_refused_start_changes_nothing(older: Path, capsys, overrides: tuple[s
 
 
 def test_places_and_the_way_a_scorer_is_run_may_change(older: Path, tmp_path: Path, capsys) -> None:
-    """The start is refused only later, by the arrays of a checkpoint that are no model's."""
+    """The start is refused only later, because the arrays of the checkpoint fit no model."""
     model = shutil.copytree(parse(SMOKE).model.path, tmp_path / "moved")
     prompts = shutil.copy(parse(SMOKE).prompts.train, tmp_path / "moved.jsonl")
     moved = shutil.move(older, tmp_path / "elsewhere")

@@ -1,4 +1,4 @@
-"""Whose files these are: run ids, what a fresh start sets aside, and which weights count as a run's best."""
+"""Tests of run ids, of what a fresh start sets aside, and of which weights count as a run's best."""
 
 import contextlib
 import json
@@ -51,7 +51,7 @@ def test_everything_of_an_older_run_is_set_aside_as_a_run_of_its_own(tmp_path: P
     assert names(run) == {"notes.txt", "older"}
     assert names(run / "older" / "1") == before
     assert read_run(run / "older" / "1").summary is not None
-    assert f"what an older run left in {run} is now in {run / 'older' / '1'}" in capsys.readouterr().err
+    assert str(run / "older" / "1") in capsys.readouterr().err
     set_aside_older(config_in(run), run, None)  # nothing is left to be moved
     assert names(run / "older") == {"1"}
     write_json(run / "config.json", {})
@@ -59,7 +59,7 @@ def test_everything_of_an_older_run_is_set_aside_as_a_run_of_its_own(tmp_path: P
 
 
 def test_all_that_the_readme_says_a_run_leaves_is_set_aside() -> None:
-    """But parts of an evaluation, which know their run: a start without a checkpoint continues with them."""
+    """Parts of an evaluation stay: they record their run, and a start without a checkpoint continues with them."""
     table = manual().split("| in `output_dir` | |")[1].split("\n\n")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     said = {name.rstrip("/") for row in rows for name in re.findall(r"`([^`]+)`", row)}
@@ -101,7 +101,7 @@ def test_a_model_or_prompts_that_the_run_would_move_away_are_refused(tmp_path: P
     config = config_in(tmp_path)
     config.model.path, config.prompts.train = str(tmp_path / "export"), str(tmp_path / "pictures" / "x.txt")
     config.prompts.heldout = str(tmp_path / "mine.txt")
-    with pytest.raises(ConfigError, match=r"(?s)model\.path is .*export, which is among.*prompts\.train is") as refused:
+    with pytest.raises(ConfigError, match=r"(?s)model\.path is .*export, .*prompts\.train is .*x\.txt, ") as refused:
         check_inputs_stay(config, tmp_path)
     assert "heldout" not in str(refused.value)
 
@@ -139,11 +139,11 @@ def test_a_report_leaves_out_what_is_of_another_run(tmp_path: Path) -> None:
     shutil.copy(other / "summary.json", run)
     shutil.copy(other / "before_after.png", run)
     shutil.copy(other / "pictures" / "000004.png", run / "pictures")
-    found = read_run(run)
-    assert found.summary is None
-    assert 4 not in found.pictures
-    assert found.before_after is None
-    assert [note.split(":")[0].split(" is ")[0] for note in found.notes] == ["summary.json", "pictures"]
+    contents = read_run(run)
+    assert contents.summary is None
+    assert 4 not in contents.pictures
+    assert contents.before_after is None
+    assert [note.split(":")[0].split(" is ")[0] for note in contents.notes] == ["summary.json", "pictures"]
 
 
 def test_a_picture_bears_the_run_that_drew_it(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_picture_bears_the_run_that_drew_it(tmp_path: Path) -> None:
 
 
 class Branch:
-    """A run as far as its best weights go: its folder, its position, and weights of one number."""
+    """The parts of a run that matter for its best weights: folder, position, and weights with a single value."""
 
     def __init__(self, output: Path, identity: Identity, keep: int = 2):
         self.run: Any = SimpleNamespace(
@@ -162,7 +162,7 @@ class Branch:
         self.position = Position(0, 0.0, {}, None)
 
     def look(self, step: int, score: float) -> None:
-        """An evaluation on the way that finds the best so far, and the checkpoint after it."""
+        """Save the best weights so far, as after an evaluation, and then a checkpoint."""
         save_best(self.run, step, {"w": jnp.full(2, step, jnp.float32)}, score)
         self.position = Position(step, 0.0, {}, score)
         self.checkpoint(step)
@@ -190,7 +190,7 @@ def test_the_best_is_that_of_the_position_not_the_newest_in_the_folder(tmp_path:
     shutil.copytree(other.run.checkpoints.folder / "best" / "1-step-1", here.run.checkpoints.folder / "best/7-step-1")
     assert here.best() == 1
     here.position = Position(1, 0.0, {}, None)
-    assert here.best() == -1, "a run that has found none yet ends with its last weights"
+    assert here.best() == -1, "a run without best weights ends with its last weights"
 
 
 def test_a_best_of_an_abandoned_branch_never_wins(tmp_path: Path) -> None:

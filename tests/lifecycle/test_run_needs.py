@@ -1,4 +1,4 @@
-"""The doctor of a whole run: what it misses, where, and the commands that leave it there."""
+"""Tests of the doctor of a whole run: what it reports as missing, and the commands that it suggests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RECIPES = ("geneval", "pickscore", "ocr")
 
 
 def files_of(name: str) -> list[str]:
-    """What a recipe reads: its start model, its prompts, its scorer's weights."""
+    """Return the files that a recipe reads: its start model, its prompts, its scorer's weights."""
     config = parse(["--config", f"configs/{name}.py"])
     options = [value for scorer in config.rewards.scorers.values() for value in scorer.options.values()]
     return [config.model.path, config.prompts.train, config.prompts.heldout, *options]
@@ -36,11 +36,11 @@ def test_the_page_of_a_recipe_has_the_command_for_every_file_that_it_reads(name,
     monkeypatch.chdir(tmp_path)  # nothing is here yet
     for place in files_of(name):
         *before, last = (shlex.split(line) for line in fixes(place, place, page))
-        made = output_of(last)
-        assert made is not None
-        assert place == made or place.startswith((f"{made}/", f"{made}:"))
-        made_before = [output_of(command) for command in before]
-        assert all(Path(word).parts[0] != "downloads" or word in made_before for word in last)
+        output = output_of(last)
+        assert output is not None
+        assert place == output or place.startswith((f"{output}/", f"{output}:"))
+        earlier_outputs = [output_of(command) for command in before]
+        assert all(Path(word).parts[0] != "downloads" or word in earlier_outputs for word in last)
 
 
 def test_commands_are_moved_to_where_the_configuration_reads():
@@ -55,7 +55,7 @@ def test_commands_are_moved_to_where_the_configuration_reads():
 
 
 def run_doctor(capsys, *words: str) -> tuple[int, dict[str, str], str]:
-    """(exit status, verdict of everything looked at, all that was printed)."""
+    """Return (exit status, verdict by check, everything that was printed)."""
     status = doctor.main(list(words))
     said = capsys.readouterr()
     heads = (line.rpartition(": ") for line in said.out.splitlines() if line.endswith((": ready", ": NOT READY")))
@@ -66,9 +66,9 @@ def test_an_empty_folder_lacks_all_files_of_a_recipe(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "environ", os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
     machine(tmp_path, 2)
-    status, found, said = run_doctor(capsys, "--config", "configs/geneval.py", "--config.model.path=/nowhere/big")
+    status, verdicts, said = run_doctor(capsys, "--config", "configs/geneval.py", "--config.model.path=/nowhere/big")
     assert status == 1
-    assert [name for name, verdict in found.items() if verdict == "NOT READY"] == [
+    assert [name for name, verdict in verdicts.items() if verdict == "NOT READY"] == [
         "model.path /nowhere/big",
         "prompts.train data/geneval:train",
         "prompts.heldout data/geneval:test",
@@ -83,31 +83,31 @@ def test_an_empty_folder_lacks_all_files_of_a_recipe(tmp_path, monkeypatch, caps
 
 
 def test_a_folder_that_holds_all_files_is_ready(tmp_path, monkeypatch, capsys):
-    """Tiny random weights get the test images wrong, which is a warning by the field that says so."""
+    """Tiny random weights get the test images wrong, which check_example=false turns into a warning."""
     standins.make_ursa(tmp_path / "models" / standins.URSA)
     make_folder(tmp_path / "models" / "PickScore_v1", make_config("gelu"))
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     monkeypatch.chdir(tmp_path)
     prompts = [f"--config.prompts.{name}=prompts.txt" for name in ("train", "heldout")]
     words = ("--config", "configs/pickscore.py", *prompts, "--config.rewards.scorers.pickscore.check_example=false")
-    status, found, said = run_doctor(capsys, *words)
+    status, verdicts, said = run_doctor(capsys, *words)
     assert status == 0, said
-    assert set(found.values()) == {"ready"}
+    assert set(verdicts.values()) == {"ready"}
     assert "weights: loaded" in said
     assert "only a warning, because check_example is off" in said
 
 
 def test_a_run_that_needs_no_download_is_ready(capsys):
-    status, found, said = run_doctor(capsys, *SHAPES)
+    status, verdicts, said = run_doctor(capsys, *SHAPES)
     assert status == 0, said
     assert "test images: as expected" in said
-    assert found["scorer shapes"] == "ready"
+    assert verdicts["scorer shapes"] == "ready"
 
 
 def test_gpus_that_are_not_there_are_said(capsys):
-    status, found, said = run_doctor(capsys, *SHAPES, "--config.rewards.scorers.shapes.devices=97")
+    status, verdicts, said = run_doctor(capsys, *SHAPES, "--config.rewards.scorers.shapes.devices=97")
     assert status == 1
-    assert found["GPUs"] == "NOT READY"
+    assert verdicts["GPUs"] == "NOT READY"
     assert "names GPU 97" in said
 
 
@@ -116,8 +116,8 @@ def test_servers_are_called(tmp_path, monkeypatch, capsys):
     scorer = "--config.rewards.scorers.shapes"
     with helpers.running_server("Echo", f"unix:{tmp_path}/s", "--option", "delay=0.01") as (_, address):
         words = (f"{scorer}.scorer=bridge_scorers:Echo", f"{scorer}.addresses={address}")
-        status, found, said = run_doctor(capsys, *SHAPES, *words)
-        assert (status, found["scorer shapes"]) == (0, "ready")
+        status, verdicts, said = run_doctor(capsys, *SHAPES, *words)
+        assert (status, verdicts["scorer shapes"]) == (0, "ready")
         assert f"{address}: serving" in said
         assert "delay is '0.01' at the server" in said
         status, _, said = run_doctor(capsys, *SHAPES, *words, f"{scorer}.scorer=jpeg")
@@ -140,7 +140,7 @@ def test_packages_of_the_trainer_are_looked_for_first(monkeypatch, capsys):
 
 
 def test_gpus_need_jax_for_them(tmp_path):
-    """As on a machine with NVIDIA GPUs where only JAX for the CPU is installed."""
+    """A machine with NVIDIA GPUs where only JAX for the CPU is installed is not ready."""
     environment = machine(tmp_path, 1)
     gpus = run_needs.visible_gpus(environment)
     (finding,) = run_needs._jax(gpus, environment)

@@ -1,1 +1,1 @@
-"""A run from its start to its end: identity, what may change when it continues, signals, endings."""
+"""The lifecycle of a run: its identity, what may change on resume, signals, and how it ends."""

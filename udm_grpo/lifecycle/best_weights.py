@@ -1,7 +1,7 @@
-"""The best weights of a run by its held-out score: saved on the way, carried along on resume, exported at the end.
+"""The best weights of a run by held-out score: saved during training, carried over on resume, exported at the end.
 
-The run's position says what the best score so far is. The checkpoint that holds those weights is the one whose own
-metadata say so (run, fingerprint, step and score); what else is in the folder, as of an abandoned branch, never counts.
+The run's position records the best score so far. The checkpoint with those weights is identified by its own metadata
+(run, fingerprint, step and score); anything else in the folder, such as checkpoints of an abandoned branch, is ignored.
 """
 
 import contextlib
@@ -20,19 +20,19 @@ from udm_grpo.run import Position, Run, begin
 
 
 def judged(state: TrainState) -> Params:
-    """Return the weights that are evaluated: the moving average if there is one."""
+    """Return the weights to evaluate: the moving average if there is one, else the parameters."""
     return state.params if state.ema is None else state.ema
 
 
 def save_best(run: Run, step: int, params: Params, score: float) -> None:
-    """Begin to save the best weights so far."""
+    """Start saving the best weights so far."""
     run.checkpoints.begin_best(step, {"params": params}, run.identity.saved_with(score=score))
 
 
 def best_or_last(run: Run, state: TrainState, position: Position) -> Params:
-    """Return what the run ends with: the best weights if they are kept and there are any, else the last ones.
+    """Return the final weights of the run: the best ones if they are kept and there are any, else the last ones.
 
-    Raises CheckpointError if the best ones are not where they were saved.
+    Raises CheckpointError if the best weights are not where they were saved.
     """
     last = judged(state)
     if not run.config.checkpoint.keep_best or position.best is None:
@@ -41,39 +41,39 @@ def best_or_last(run: Run, state: TrainState, position: Position) -> Params:
 
 
 def carried(run: Run, abstract: TrainState, position: Position | None) -> tuple[int, Params] | None:
-    """Return (step, best weights) that a resumed run takes from where its checkpoint is, None if it has its own.
+    """Return (step, best weights) to copy from the folder that the run resumes from; None if it already has its own.
 
-    Raises CheckpointError if they are not there: the run's result would silently be another.
+    Raises CheckpointError if they are missing: the run's result would silently differ.
     """
     if position is None or position.best is None or not run.config.checkpoint.keep_best:
         return None
     assert run.identity.resume is not None
-    found = _find(folder_of(run.identity.resume), run.identity.meta, position)
+    path = _find(folder_of(run.identity.resume), run.identity.meta, position)
     if run.identity.here and run.identity.meta.get("run") == run.identity.id:
         return None
-    return step_of_best(absolute(found)), _read(found, judged(abstract))
+    return step_of_best(absolute(path)), _read(path, judged(abstract))
 
 
 def _find(folder: str, same: Mapping[str, Any], position: Position) -> str:
-    """Return the checkpoint with the best weights at a position of the run that `same` describes."""
-    found = hosts.from_primary(lambda: _matching(folder, same, position))
-    if found is None:
+    """Return the checkpoint with the best weights at this position of the run that `same` describes."""
+    path = hosts.from_primary(lambda: _matching(folder, same, position))
+    if path is None:
         raise CheckpointError(
             f"checkpoint.keep_best: the best weights so far, with the held-out score {position.best:.6g}, are not in "
-            f"{folder}/best. Bring that folder back beside the checkpoints, or resume from another checkpoint."
+            f"{folder}/best. Restore that folder next to the checkpoints, or resume from another checkpoint."
         )
-    return found
+    return path
 
 
 def _matching(folder: str, same: Mapping[str, Any], position: Position) -> str | None:
-    wanted = [json.dumps(same.get(name), sort_keys=True) for name in ("run", "fingerprint")]
+    expected = [json.dumps(same.get(name), sort_keys=True) for name in ("run", "fingerprint")]
     for _, path in sorted(committed_best(absolute(folder)), reverse=True):
         try:
             meta = read_meta(path)
         except CheckpointError:
-            continue  # it may be of an abandoned branch; if not, the caller says what is missing
+            continue  # it may belong to an abandoned branch; if not, the caller reports what is missing
         named = [json.dumps(meta.get(name), sort_keys=True) for name in ("run", "fingerprint")]
-        if named == wanted and step_of_best(path) <= position.step and meta.get("score") == position.best:
+        if named == expected and step_of_best(path) <= position.step and meta.get("score") == position.best:
             return str(path)
     return None
 
@@ -85,7 +85,7 @@ def _read(path: str, like: Params) -> Params:
 
 
 def take_over(run: Run, abstract: TrainState, position: Position | None, stack: contextlib.ExitStack) -> Run:
-    """`run.begin`, with the best weights brought along from the folder that the run resumes from, if it was another."""
+    """Call `run.begin`, and copy the best weights over if the run resumes from another folder."""
     brought = carried(run, abstract, position)
     run = begin(run, position, stack)
     if brought is not None and position is not None and position.best is not None:

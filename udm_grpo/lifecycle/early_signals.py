@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop while its modules are imported, which takes seconds: noted, and heard afterwards."""
+"""Record stop signals that arrive during the imports of a run, which take seconds, and hand them over afterwards."""
 
 import os
 import signal
@@ -8,20 +8,20 @@ from typing import Any
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Signals that ask a run to stop."""
 AT_ONCE_STATUS = 128 + signal.SIGINT
-"""Exit status after a second Ctrl-C, as shells give it."""
+"""Exit status after a second Ctrl-C, by the convention of shells."""
 _noted: list[int] = []
 _before: dict[int, Any] = {}
 
 
 def note_signals() -> None:
-    """Note these signals from here on, but for those that were ignored when the process started."""
+    """Start recording stop signals, except those that were ignored when the process started."""
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:
             _before[number] = signal.signal(number, _note)
 
 
 def heard() -> str:
-    """Stop noting, and return the name of the first signal that came; "" if none did."""
+    """Stop recording, and return the name of the first signal received; "" if there was none."""
     for number, handler in _before.items():
         default = number == signal.SIGINT and handler == signal.SIG_DFL
         signal.signal(number, signal.default_int_handler if default else handler)

@@ -1,4 +1,4 @@
-"""How a run ends before its time: asked to stop or because of an error, its last whole iteration is saved first."""
+"""Early endings of a run, by a stop request or an error: its last complete iteration is saved first."""
 
 import sys
 from dataclasses import dataclass
@@ -18,26 +18,26 @@ from udm_grpo.shared_rewards import ScoringFailedError
 
 @dataclass
 class Standing:
-    """The last whole iteration of a run; replaced by the next one when that is whole."""
+    """The last complete iteration of a run; replaced when the next one is complete."""
 
     state: TrainState
-    """An update uses its arrays up; then there is nothing here that could be saved."""
+    """An update consumes its arrays (buffer donation); from then on nothing here can be saved."""
     position: Position
     saved: int | None
-    """Iterations of the newest checkpoint, if there is one."""
+    """Iteration of the newest checkpoint, if there is one."""
 
 
 def stopped_early(asked: Interruption) -> dict[str, Any]:
-    """Return the summary of a run that was asked to stop before anything was made that could be saved."""
+    """Return the summary of a run that was asked to stop before there was anything to save."""
     who = _who(asked)
     if hosts.is_primary():
-        text = f"stopped by {who} before the first iteration; nothing was there to be saved"
+        text = f"stopped by {who} before the first iteration; there was nothing to save"
         print(text, file=sys.stderr, flush=True)
     return {"iterations": 0, "seconds": 0.0, "stopped": True}
 
 
 def stop(run: Run, reports: Reports, reference: Params, standing: Standing) -> dict[str, Any]:
-    """Save a run that was asked to stop, and return how far it came."""
+    """Save a run that was asked to stop, and return its summary."""
     _save(run, reference, standing)
     position = standing.position
     reports.progress.message(
@@ -48,10 +48,10 @@ def stop(run: Run, reports: Reports, reference: Params, standing: Standing) -> d
 
 
 def save_after(error: Exception, run: Run, reports: Reports, reference: Params, standing: Standing) -> None:
-    """Save the last whole iteration because of an error, which the caller raises again; say what became of it.
+    """Save the last complete iteration after an error, which the caller raises again, and report the outcome.
 
-    Not after a DivergedError, whose numbers nobody wants; with several processes only after an error that all of them
-    have at the same point: of a scorer, or of what a process does by itself (see `Interruption.held`).
+    Nothing is saved after a DivergedError, whose numbers are useless. With several processes, it is saved only after
+    errors that all of them raise at the same point: of a scorer, or those that `Interruption.held` collects.
     """
     together = jax.process_count() == 1 or isinstance(error, ScoringFailedError) or run.asked.failed_together
     if isinstance(error, DivergedError) or not together:
@@ -63,7 +63,7 @@ def save_after(error: Exception, run: Run, reports: Reports, reference: Params, 
     try:
         _save(run, reference, standing)
     except Exception as problem:
-        reports.progress.message(f"warning: the {step} whole iterations could not be saved: {problem}")
+        reports.progress.message(f"warning: the {step} complete iterations could not be saved: {problem}")
         return
     reports.progress.message(
         f"{step} of {run.config.iterations} iterations are saved; resume with --config.checkpoint.resume=latest"
@@ -75,12 +75,12 @@ def _save(run: Run, reference: Params, standing: Standing) -> None:
         save(run, standing.state, reference, standing.position)
         standing.saved = standing.position.step
     run.checkpoints.finish()
-    hosts.any_process(False)  # process 0 makes the checkpoint valid last; nobody leaves before
+    hosts.any_process(False)  # process 0 commits the checkpoint last; the others wait for it
 
 
 def _who(asked: Interruption) -> str:
-    """Return the signal that asked the run to stop, of the first process that got one.
+    """Return the name of the signal that asked the first such process to stop.
 
-    All processes call this alike.
+    All processes must call this.
     """
     return next(filter(None, hosts.gather(asked.by)), "a signal")

@@ -1,7 +1,7 @@
-"""Which run this is: its id, which every file that it writes bears, and the checkpoint that it resumes from.
+"""The identity of a run: its id, which is in every file that it writes, and the checkpoint that it resumes from.
 
-A fresh start makes a new id. A run that resumes from a checkpoint of its own output_dir keeps its id; one that resumes
-in another folder is a branch with an id of its own.
+A fresh start gets a new id. A run that resumes from a checkpoint in its own output_dir keeps its id; one that resumes
+into another folder is a branch with an id of its own.
 """
 
 import os
@@ -23,19 +23,19 @@ class Identity:
     """A run, and where it comes from."""
 
     id: str
-    """In every file that the run writes, except in exports, which are the same for the same weights."""
+    """Is in every file that the run writes, except in exports, which are identical for identical weights."""
     fingerprint: Mapping[str, Any]
-    """What decides the run's numbers; the same wherever it continues."""
+    """What determines the run's numbers; the same wherever it continues."""
     resume: str | None = None
-    """The checkpoint that it resumes from; None: it begins anew."""
+    """The checkpoint that it resumes from; None for a fresh start."""
     here: bool = False
-    """Whether that is a checkpoint of its own output_dir, whose other files are then its own, too."""
+    """Whether that checkpoint is in its own output_dir, whose other files then belong to the run, too."""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """What that checkpoint says of itself."""
+    """The metadata of that checkpoint."""
 
     @property
     def origin(self) -> dict[str, Any] | None:
-        """What a branch says of the run that it comes from: its id and the checkpoint; None for any other run."""
+        """The id and the checkpoint of the run that a branch comes from; None for any other run."""
         if self.resume is None or self.here:
             return None
         return {"run": self.meta.get("run"), "checkpoint": self.resume}
@@ -46,12 +46,12 @@ class Identity:
 
 
 def new_id() -> str:
-    """Return an id that no other run has; ids sort by the time of their start."""
+    """Return a unique id; ids sort by start time."""
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}"
 
 
 def check_continues(meta: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless a checkpoint's run, perhaps of an earlier version, is the one of `fingerprint`."""
+    """Raise CheckpointError unless a checkpoint, perhaps of an earlier version, is of the run with this fingerprint."""
     if "fingerprint" not in meta:
         check_same_run(meta, fingerprint)
     saved, now = comparable(meta["fingerprint"], fingerprint)
@@ -59,15 +59,15 @@ def check_continues(meta: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> 
 
 
 def identify(config: RunConfig, checkpoints: Checkpoints, fingerprint: Mapping[str, Any]) -> Identity:
-    """Find what the run resumes from; raises CheckpointError if that is missing, damaged or of another run."""
-    found = hosts.from_primary(lambda: _resume(config, checkpoints))
-    if found is None:
+    """Find the checkpoint to resume from; raises CheckpointError if it is missing, damaged or of another run."""
+    checkpoint = hosts.from_primary(lambda: _resume(config, checkpoints))
+    if checkpoint is None:
         return Identity(hosts.from_primary(new_id), fingerprint)
-    meta = read_meta(found)
+    meta = read_meta(checkpoint)
     check_continues(meta, fingerprint)
-    here = _same_place(folder_of(found), str(checkpoints.folder))
+    here = _same_place(folder_of(checkpoint), str(checkpoints.folder))
     known = meta.get("run") if here else None  # checkpoints of earlier versions have none
-    return Identity(known or hosts.from_primary(new_id), fingerprint, found, here, meta)
+    return Identity(known or hosts.from_primary(new_id), fingerprint, checkpoint, here, meta)
 
 
 def folder_of(checkpoint: str) -> str:
@@ -76,8 +76,8 @@ def folder_of(checkpoint: str) -> str:
 
 
 def _resume(config: RunConfig, checkpoints: Checkpoints) -> str | None:
-    found = resolve_resume(config.checkpoint.resume, checkpoints.folder)
-    return None if found is None else str(found)
+    path = resolve_resume(config.checkpoint.resume, checkpoints.folder)
+    return None if path is None else str(path)
 
 
 def _same_place(one: str, other: str) -> bool:

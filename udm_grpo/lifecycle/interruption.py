@@ -1,15 +1,15 @@
-"""What a run does with signals: which ask it to stop, which it survives, and how it hears of them.
+"""Signal handling of a run: which signals ask it to stop, which it survives, and how it receives them.
 
 | signal | sent by | what happens |
 |---|---|---|
 | SIGTERM | a preemption, a scheduler's time limit, `kill` | the run stops with everything saved |
-| SIGUSR1 | a scheduler's early notice (`sbatch --signal=USR1@300`) | the same |
+| SIGUSR1 | a scheduler's advance warning (`sbatch --signal=USR1@300`) | the same |
 | SIGINT, the first | Ctrl-C | the same |
-| SIGINT, the second | Ctrl-C | the process ends at once, with status 130 |
-| SIGHUP | a terminal that has gone, a dropped ssh connection | the run continues |
+| SIGINT, the second | Ctrl-C | the process exits immediately, with status 130 |
+| SIGHUP | a closed terminal, a dropped ssh connection | the run continues |
 
 A signal that was ignored when the process started (`nohup`, a shell's background job) stays ignored. The main thread
-may be inside of a compilation or a computation for minutes, so a thread of its own reads the signals and answers.
+may be busy with a compilation or a computation for minutes, so a separate thread reads the signals and responds.
 """
 
 import contextlib
@@ -30,38 +30,38 @@ from udm_grpo.multihost import hosts
 
 SURVIVED = (signal.SIGHUP,)
 MAX_TEXT = 4000
-"""Characters of an error that the other processes are told."""
+"""Maximum length, in characters, of an error message sent to the other processes."""
 
 
 class StopRequestedError(Exception):
-    """The run was asked to stop and nothing is under way that would be lost."""
+    """The run was asked to stop, and no work in progress would be lost."""
 
 
 class OtherProcessError(UserError, RuntimeError):
-    """Another process of this run has failed in what it does by itself, and says so at a point that all reach."""
+    """Another process of this run has failed in work that it does alone, reported at a point that all reach."""
 
 
 @dataclass
 class Interruption:
-    """Whether this process was asked to stop, and by which signal, or has failed in what it does by itself."""
+    """Whether this process was asked to stop, and by which signal, or has failed in work that it does alone."""
 
     requested: bool = False
     by: str = ""
     problem: Exception | None = None
-    """What `held` has caught."""
+    """The first error that `held` has caught."""
     failed_together: bool = False
-    """Whether `check` has raised a problem, in all processes at the same point."""
+    """Whether `check` has raised a problem in all processes at the same point."""
 
     def check(self) -> None:
-        """Raise, in all processes alike, StopRequestedError if any was asked to stop, or what `held` has caught.
+        """Raise, in all processes, StopRequestedError if any was asked to stop, or the error that `held` has caught.
 
-        Where that was in other processes only, an OtherProcessError says what and in which.
+        A process that has no error of its own raises an OtherProcessError with those of the others.
         """
         if not hosts.any_process(self.requested or self.problem is not None):
             return
         problem = self.problem
-        told = hosts.gather(None if problem is None else f"{type(problem).__name__}: {str(problem)[:MAX_TEXT]}")
-        lines = [f"process {process}: {text}" for process, text in enumerate(told) if text is not None]
+        texts = hosts.gather(None if problem is None else f"{type(problem).__name__}: {str(problem)[:MAX_TEXT]}")
+        lines = [f"process {process}: {text}" for process, text in enumerate(texts) if text is not None]
         if not lines:
             raise StopRequestedError
         self.failed_together = True
@@ -69,9 +69,10 @@ class Interruption:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep an error of what a process does by itself, such as writing files, until all of them `check`.
+        """Hold back an error in work that one process does alone, such as writing files, until all processes `check`.
 
-        The others meanwhile compute, and would wait for a process that has left. With one process it is raised at once.
+        Meanwhile the others compute, and would wait forever for a process that has exited. With a single process the
+        error is raised immediately.
         """
         try:
             yield
@@ -81,16 +82,16 @@ class Interruption:
             self.problem = self.problem or error
 
     def request(self, number: int) -> None:
-        """Note a signal that asks the run to stop."""
+        """Record a signal that asks the run to stop."""
         self.requested, self.by = True, self.by or signal.Signals(number).name
 
 
 @contextlib.contextmanager
 def interruption() -> Iterator[Interruption]:
-    """Listen to the signals of the table above for the length of the block."""
+    """Handle the signals of the table above within the block."""
     asked = Interruption()
     if threading.current_thread() is not threading.main_thread():
-        yield asked  # only the main thread may take signals
+        yield asked  # only the main thread may set signal handlers
         return
 
     def note(number: int, _frame: FrameType | None) -> None:
@@ -116,9 +117,9 @@ def interruption() -> Iterator[Interruption]:
 
 
 def ignore_stopping() -> None:
-    """Ignore what asks a run to stop, from here to the end of the process.
+    """Ignore stop signals until the process exits.
 
-    For a run that is over: until the interpreter has ended, such a signal would still change the exit status.
+    For a run that is over: while the interpreter shuts down, such a signal would still change the exit status.
     """
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
@@ -129,15 +130,15 @@ def _listen(reader: socket.socket, asked: Interruption) -> None:
     while numbers := reader.recv(64):
         for number in numbers:
             if number in SURVIVED:
-                _say(f"{signal.Signals(number).name}: the terminal has gone; the run continues")
+                _say(f"{signal.Signals(number).name}: the terminal was closed; the run continues")
             elif number not in STOPPING:
                 continue
             elif number == signal.SIGINT and interrupted:
-                _say("second Ctrl-C: ended at once; the last checkpoint stays")
+                _say("second Ctrl-C: exiting immediately; the last checkpoint is kept")
                 os._exit(AT_ONCE_STATUS)
             else:
                 if not announced or number == signal.SIGINT:
-                    more = " (Ctrl-C again ends it at once)" if number == signal.SIGINT else ""
+                    more = " (press Ctrl-C again to exit immediately)" if number == signal.SIGINT else ""
                     _say(f"{signal.Signals(number).name}: stopping as soon as everything can be saved{more}")
                 asked.request(number)
                 announced, interrupted = True, interrupted or number == signal.SIGINT

@@ -1,7 +1,7 @@
-"""The folder of a run: looked at before anything is loaded, and written only once everything has agreed to the start.
+"""The output folder of a run: checked before anything is loaded, and written only once the start has succeeded.
 
 A start that is refused (settings that do not fit a checkpoint, a scorer that cannot load, damaged weights) leaves the
-folder as it was, so that the files in it continue describing the run that made them.
+folder as it was, so that the files in it still describe the run that wrote them.
 """
 
 import contextlib
@@ -25,25 +25,25 @@ from udm_grpo.lifecycle.interruption import Interruption
 from udm_grpo.multihost import hosts
 
 SEEN_WITHIN_S = 20.0
-"""How long a file of process 0 may take to show on the other hosts."""
+"""Seconds that a file written by process 0 may take to become visible on the other hosts."""
 
 
 def output_path(config: RunConfig) -> Path:
-    """Return the run's folder; for a run in a bucket, the local folder that stands for it in this process."""
+    """Return the run's folder; for a run in a bucket, this process's local staging folder."""
     if is_bucket(config.output_dir):
         return staging(config.output_dir, jax.process_index())
     return Path(config.output_dir)
 
 
 def checkpoints_place(config: RunConfig) -> str:
-    """Return the path or the address of the folder of the run's checkpoints."""
+    """Return the path or address of the run's folder of checkpoints."""
     if is_bucket(config.output_dir):
         return f"{config.output_dir.rstrip('/')}/checkpoints"
     return str(output_path(config) / "checkpoints")
 
 
 def check_output(config: RunConfig) -> None:
-    """Raise ConfigError or PlaceError if output_dir cannot be written, as far as can be told without writing there."""
+    """Raise ConfigError or PlaceError if output_dir is not writable, as far as can be told without writing to it."""
     if is_bucket(config.output_dir):
         exists(config.output_dir)
         return
@@ -52,19 +52,19 @@ def check_output(config: RunConfig) -> None:
     if not nearest.is_dir():
         raise ConfigError(f"output_dir is {output}, but {nearest} is a file; name a folder.")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir is {output}, but nothing can be written in {nearest}; name another folder.")
+        raise ConfigError(f"output_dir is {output}, but {nearest} is not writable; name another folder.")
 
 
 def check_inputs_stay(config: RunConfig, output: Path) -> None:
-    """Raise ConfigError for a model or prompts inside of what the run writes, and so replaces or sets aside."""
+    """Raise ConfigError if the model or prompts are among the files that the run would replace or set aside."""
     if is_bucket(config.output_dir):
         return
     named = {"model.path": config.model.path, "model.transformer": config.model.transformer}
     named |= {"prompts.train": config.prompts.train, "prompts.heldout": config.prompts.heldout}
     written = [Path(os.path.realpath(output / name)) for name in RUN_FILES]
     lines = [
-        f"{field} is {text}, which is among what this run writes into output_dir; copy it elsewhere, or name another "
-        "output_dir."
+        f"{field} is {text}, which is among the files that this run writes into output_dir; copy it elsewhere, or "
+        "name another output_dir."
         for field, text in named.items()
         if text and any(Path(os.path.realpath(text)).is_relative_to(place) for place in written)
     ]
@@ -73,22 +73,22 @@ def check_inputs_stay(config: RunConfig, output: Path) -> None:
 
 
 def lock_for_all(folder: str) -> contextlib.AbstractContextManager[Any]:
-    """Hold the lock of an output folder, in process 0 for all of them; see `folder_lock.locked`."""
+    """Hold the lock of an output folder, in process 0 on behalf of all processes; see `folder_lock.locked`."""
     return lock_output(folder) if hosts.is_primary() else contextlib.nullcontext()
 
 
 def lock_for_run(folder: str, asked: Interruption, stack: contextlib.ExitStack) -> None:
-    """`lock_for_all` until `stack` closes; raises StopRequestedError in all processes if one is asked to stop."""
+    """Hold `lock_for_all` until `stack` closes; raises StopRequestedError in all processes if one is asked to stop."""
     if hosts.is_primary():
-        with contextlib.suppress(WaitStoppedError):  # the check below tells all of them
+        with contextlib.suppress(WaitStoppedError):  # the check below raises in all processes
             stack.enter_context(lock_output(folder, lambda: asked.requested))
     asked.check()
 
 
 def claim_output(config: RunConfig, stack: contextlib.ExitStack) -> Mirror | None:
-    """Make the run's folder, which is only checked for being shared; returns what mirrors it to a bucket, in process 0.
+    """Create the run's folder and check that all processes share it; return its bucket mirror in process 0, if any.
 
-    Raises ConfigError if a process does not see in the folder what process 0 writes; then it is as it was.
+    Raises ConfigError, leaving no new folders, if a process does not see what process 0 writes there.
     """
     output = output_path(config)
     if is_bucket(config.output_dir):
@@ -104,16 +104,16 @@ def claim_output(config: RunConfig, stack: contextlib.ExitStack) -> Mirror | Non
                 folder.rmdir()
         raise ConfigError(
             f"output_dir {output} is not the same folder for all: process(es) {', '.join(map(str, blind))} do not see "
-            "there what process 0 writes; name a folder that all hosts share."
+            "what process 0 writes there; name a folder that all hosts share."
         )
     return None
 
 
 def set_aside_older(config: RunConfig, output: Path, own_step: int | None) -> None:
-    """Move what an older run left in the folder to its `older`, and say so; for process 0.
+    """Move the files of an older run in this folder into its subfolder `older`, and say so; for process 0 only.
 
-    own_step: where the run resumes from if the folder is its own; then only the results of an earlier end are moved,
-    unless the run is at that end still.
+    own_step: the step that the run resumes from if the folder is its own; then only the final results of an earlier
+    end are moved, unless the run is still at that end.
     """
     address = config.output_dir.rstrip("/") if is_bucket(config.output_dir) else ""
     if own_step is None:
@@ -123,11 +123,11 @@ def set_aside_older(config: RunConfig, output: Path, own_step: int | None) -> No
     else:
         moved = set_aside(output, address, RESULTS)
     if moved:
-        print(f"what an older run left in {config.output_dir} is now in {moved}", file=sys.stderr)
+        print(f"moved the files of an older run in {config.output_dir} to {moved}", file=sys.stderr)
 
 
 def _iterations(summary: Path) -> int | None:
-    """Return how many iterations a summary is of; None if there is none, or a damaged one."""
+    """Return the iterations that a summary records; None if it is missing or damaged."""
     try:
         return dict(json.loads(summary.read_bytes())).get("iterations")
     except (OSError, ValueError, TypeError):
@@ -135,7 +135,7 @@ def _iterations(summary: Path) -> int | None:
 
 
 def _blind(output: Path) -> list[int]:
-    """Return the processes that do not see a file that process 0 makes in the folder for a moment."""
+    """Return the processes that do not see a temporary file that process 0 creates in the folder."""
     mark = output / hosts.from_primary(lambda: f".seen-{uuid.uuid4().hex}")
     if hosts.is_primary():
         mark.touch()

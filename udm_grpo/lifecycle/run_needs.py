@@ -1,4 +1,4 @@
-"""What a configured run needs, looked at one by one for `udm_grpo.doctor`."""
+"""Check everything that a configured run needs, one by one, for `udm_grpo.doctor`."""
 
 import importlib.metadata
 import importlib.util
@@ -28,7 +28,7 @@ CALL_S = 10.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a run needs: whether it is there, and lines about it."""
+    """The result of one check: what was checked, whether it is ready, and lines of explanation."""
 
     what: str
     ready: bool
@@ -37,18 +37,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class Needs:
-    """A run that is looked at."""
+    """A run to check."""
 
     config: RunConfig
     usual: RunConfig
-    """The same without settings of the command line: what the page's commands make files for."""
+    """The same without overrides of the command line, as the page's commands assume."""
     page: list[list[str]]
-    """Commands of the recipe's page."""
+    """Commands on the recipe's page."""
     environment: Mapping[str, str]
 
 
 def report(words: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Print what the run of this command line needs; return the exit status of `udm_grpo.doctor`."""
+    """Print the checks of the run that this command line describes; return the exit status of `udm_grpo.doctor`."""
     try:
         config = parse(words)
         validate(config)
@@ -82,7 +82,7 @@ def _page(file: str) -> list[list[str]]:
 
 
 def findings(needs: Needs) -> Iterator[Finding]:
-    """Yield everything that the run needs, the cheap first."""
+    """Yield the result of every check, the cheap ones first."""
     config, usual = needs.config, needs.usual
     length = config.model.text_length or None
     yield _file(
@@ -107,13 +107,13 @@ def findings(needs: Needs) -> Iterator[Finding]:
         yield Finding("GPUs", False, (str(error),))
         return
     yield Finding("GPUs", True, lines or (f"no scorer names devices; {gpus}",))
-    for name, given in scorers.items():
+    for name, scorer in scorers.items():
         usual_options = usual.rewards.scorers[name].options if name in usual.rewards.scorers else {}
-        yield _remote(name, given) if given.addresses else _local(name, given, usual_options, gpus, needs)
+        yield _remote(name, scorer) if scorer.addresses else _local(name, scorer, usual_options, gpus, needs)
 
 
 def _file(what: str, place: str, usual: str, needs: Needs, read: Callable[[], object]) -> Finding:
-    """Whether a file or folder of the trainer can be read."""
+    """Check that a file or folder of the trainer can be read."""
     try:
         read()
     except (UserError, OSError) as error:
@@ -123,47 +123,47 @@ def _file(what: str, place: str, usual: str, needs: Needs, read: Callable[[], ob
 
 
 def _jax(gpus: Gpus, environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether JAX can use the GPUs that are here."""
+    """Check that JAX can use this machine's GPUs."""
     if gpus.ids and uses_gpus(environment):
-        found = any(importlib.util.find_spec(plugin) for plugin in PLUGINS)
+        installed = any(importlib.util.find_spec(plugin) for plugin in PLUGINS)
         version = importlib.metadata.version("jax")
-        fix = f"JAX here computes on the CPU only; fix: {sys.executable} -m pip install 'jax[cuda13]=={version}'"
-        yield Finding("JAX on NVIDIA GPUs", found, () if found else (fix,))
+        fix = f"this JAX computes on the CPU only; fix: {sys.executable} -m pip install 'jax[cuda13]=={version}'"
+        yield Finding("JAX on NVIDIA GPUs", installed, () if installed else (fix,))
 
 
-def _local(name: str, given: ScorerConfig, usual: Mapping[str, str], gpus: Gpus, needs: Needs) -> Finding:
-    """Whether a scorer can be started, by rewards_bridge's own doctor under the scorer's interpreter."""
+def _local(name: str, scorer: ScorerConfig, usual: Mapping[str, str], gpus: Gpus, needs: Needs) -> Finding:
+    """Check that a scorer can be started, by rewards_bridge's own doctor under the scorer's interpreter."""
     lines = []
-    for option, place in given.options.items():
+    for option, place in scorer.options.items():
         commands = fixes(place, usual.get(option, ""), needs.page)
         if commands and not Path(place).exists():
             lines.append(f"options.{option}: {place} is missing")
             lines += [f"fix: {command}" for command in commands]
-    config = bridge_configs(name, given, None)[0]
-    limits = [f"--memory={memory:.1f}"] if (memory := _memory_gib(given, gpus)) is not None else []
+    config = bridge_configs(name, scorer, None)[0]
+    limits = [f"--memory={memory:.1f}"] if (memory := _memory_gib(scorer, gpus)) is not None else []
     if lines:
         limits.append("--no-load")
-    if not given.check_example:
+    if not scorer.check_example:
         limits.append("--no-check-example")
     ready, said = examine(config, limits)
     return Finding(f"scorer {name}", ready and not lines, (*lines, said))
 
 
-def _memory_gib(given: ScorerConfig, gpus: Gpus) -> float | None:
-    """Return the memory that one process of the scorer may take; None where nobody says."""
-    if not given.devices:
+def _memory_gib(scorer: ScorerConfig, gpus: Gpus) -> float | None:
+    """Return the memory in GiB that one process of the scorer may use; None if it is unknown."""
+    if not scorer.devices:
         return None
-    if CPU in given.devices:
+    if CPU in scorer.devices:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    found = [gpus.memory.get(gpus.index(gpu)) for gpu in given.devices]
-    sizes = [size for size in found if size is not None]
-    return min(sizes) * (given.memory_fraction or 1.0) / 2**30 if sizes else None
+    capacities = [gpus.memory.get(gpus.index(gpu)) for gpu in scorer.devices]
+    sizes = [size for size in capacities if size is not None]
+    return min(sizes) * (scorer.memory_fraction or 1.0) / 2**30 if sizes else None
 
 
-def _remote(name: str, given: ScorerConfig) -> Finding:
-    """Whether the servers of a scorer answer, hold it and judge their test images rightly."""
+def _remote(name: str, scorer: ScorerConfig) -> Finding:
+    """Check that the servers of a scorer answer, serve this scorer and score their test images correctly."""
     ready, lines = True, []
-    for config in bridge_configs(name, given, None):
+    for config in bridge_configs(name, scorer, None):
         try:
             with RewardsClient(replace(config, start_timeout_s=CALL_S, max_restarts=0)) as client:
                 lines += [f"{config.address}: serving", *(f"warning: {text}" for text in client.warnings())]

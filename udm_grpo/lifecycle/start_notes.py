@@ -1,4 +1,4 @@
-"""What a run says at its start: how it fits its devices (kernel, padding, parameters left whole), doubtful prompts."""
+"""Notes printed at the start of a run: its fit to the devices (kernel, padding, unsharded parameters), odd prompts."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -20,11 +20,11 @@ from udm_grpo.run import Run, trained
 from udm_grpo.scoring.scorer_notes import note_warnings
 
 MIN_BYTES = 2**20
-"""Parameters that stay whole and are smaller than this are not worth a word."""
+"""Unsharded parameters smaller than this are not reported."""
 
 
 def start_notes(config: RunConfig, sizes: TransformerConfig, whole: Params, mesh: Mesh) -> list[str]:
-    """Lines for people on what was chosen for these devices; `whole` is the model's parameters, perhaps abstract.
+    """Return lines on what was chosen for these devices; `whole` is the model's parameters, possibly abstract.
 
     Raises ConfigError for an attention kernel that the devices cannot run.
     """
@@ -42,32 +42,30 @@ def start_notes(config: RunConfig, sizes: TransformerConfig, whole: Params, mesh
 
 
 def prompt_notes(run: Run) -> list[str]:
-    """Return one warning of all that is doubtful about the run's prompts, kept for its report; none if nothing is.
+    """Return one warning on everything that is doubtful about the run's prompts; an empty list if nothing is.
 
-    Process 0 alone looks. It writes into the run's folder.
+    Only process 0 checks. It also writes the warnings into the run's folder, for the report.
     """
     if not hosts.is_primary():
         return []
-    found = set_warnings(run.train, run.heldout, run.config.rollout.prompts)
-    found += cut_warnings(run.train, run.heldout, run.released.tokenizer)
-    found += special_warnings(run.train, run.heldout, run.released.tokenizer)
-    found += _scorer_notes(run)
-    write_warnings(run.output, run.identity.id, found)
-    return ["\n  ".join(["warning: the prompts:", *found])] if found else []
+    lines = set_warnings(run.train, run.heldout, run.config.rollout.prompts)
+    lines += cut_warnings(run.train, run.heldout, run.released.tokenizer)
+    lines += special_warnings(run.train, run.heldout, run.released.tokenizer)
+    lines += _scorer_notes(run)
+    write_warnings(run.output, run.identity.id, lines)
+    return ["\n  ".join(["warning: the prompts:", *lines])] if lines else []
 
 
 def _scorer_notes(run: Run) -> list[str]:
-    """Return what the scorers say of the prompts: which they cut, and which they may understand otherwise than was
-    meant.
-    """
-    found = []
+    """Return the scorers' notes on the prompts: which they truncate, and which they may misunderstand."""
+    lines = []
     try:
         for name, prompts in zip(NAMES, (run.train, run.heldout), strict=True):
             notes = run.client.notes(prompts.prompts, prompts.metadata)
-            found += note_warnings(name, len(prompts), notes, partial(places, prompts))
-    except BridgeError as error:  # not worth ending a training, and the other processes do not ask
-        found.append(f"the scorers could not say which prompts they cut or find ambiguous: {error}")
-    return found
+            lines += note_warnings(name, len(prompts), notes, partial(places, prompts))
+    except BridgeError as error:  # no reason to end the training, and the other processes do not ask
+        lines.append(f"the scorers could not say which prompts they cut or find ambiguous: {error}")
+    return lines
 
 
 def _padding(config: RunConfig, sizes: BatchSizes, mesh: Mesh) -> list[str]:
@@ -77,13 +75,13 @@ def _padding(config: RunConfig, sizes: BatchSizes, mesh: Mesh) -> list[str]:
     return [
         f"batches for {meshes.batch_shards(mesh)} devices: {sizes.rollout} images of a rollout, {sizes.update} states "
         f"of an update and {sizes.evaluation} images of an evaluation at a time; an iteration draws {sizes.drawn} "
-        f"images for {sizes.images} and trains on {sizes.trained} states for {sizes.states}, the rest is padding and "
-        "counts for nothing"
+        f"images for {sizes.images} and trains on {sizes.trained} states for {sizes.states}; the rest is padding "
+        "without any effect"
     ]
 
 
 def _left_whole(leaves: Sequence[Undivided], width: int, total: int, what: str) -> list[str]:
-    """Return a line a parameter; `width` bytes a number of the parameter, `total` with all that is kept beside it."""
+    """Return a line per unsharded parameter; `width`: its bytes per number, `total`: with everything kept beside it."""
     large = [leaf for leaf in leaves if leaf.numbers * width > MIN_BYTES]
     return [
         f"{leaf.path} {list(leaf.shape)} stays whole on every device, {_bytes(leaf.numbers * total)} {what}: "
