@@ -1,7 +1,7 @@
-"""Checkpoints when things go wrong: kills and full disks in the middle of a save, leftovers, damaged files.
+"""Tests of checkpoints under faults: a kill or a full disk during a save, leftovers, damaged files.
 
-Run as a program (`python test_checkpoint_faults.py SAVE_FOREVER folder`, ...) this file is also the other process
-of its own tests: one that is killed while it saves, one whose disk is full.
+Run as a program (`python test_checkpoint_faults.py SAVE_FOREVER folder`, ...), this file is also the other process
+of its own tests: one that is killed while it saves, or one whose disk is full.
 """
 
 import contextlib
@@ -39,9 +39,8 @@ def test_leftovers_of_interrupted_saves_do_not_count_and_are_cleared(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     state = {"x": jnp.ones(4)}
     checkpoints.save(1, state, {})
-    shutil.copytree(
-        tmp_path / "00000001", tmp_path / "00000002"
-    )  # as a killed deletion leaves it, or a save to a bucket
+    # What a killed deletion leaves behind, or a killed save to a bucket.
+    shutil.copytree(tmp_path / "00000001", tmp_path / "00000002")
     (tmp_path / "00000002" / "commit_success.txt").unlink()
     shutil.copytree(tmp_path / "00000001", tmp_path / "00000003.orbax-checkpoint-tmp")
     shutil.copytree(tmp_path / "00000001", tmp_path / "mine")
@@ -104,14 +103,14 @@ def test_every_kind_of_damage_is_found_and_the_one_before_is_taken(tmp_path, cap
 
 
 def test_a_checkpoint_without_a_list_of_its_files_is_read(tmp_path):
-    """As versions before this one saved them, and as a kill right after the commit leaves one."""
+    """Earlier versions saved checkpoints without a list, and a kill right after the commit leaves one without."""
     checkpoints, state = Checkpoints(tmp_path, keep=2), {"x": jnp.arange(1000)}
     (checkpoints.save(1, state, {}) / CONTENTS).unlink()
     assert_same(checkpoints.restore(1, state)[0], state)
 
 
 def test_a_process_killed_while_saving_leaves_the_last_good_checkpoint(tmp_path):
-    """Kill a process that saves without pause at random moments; each next process continues in the same folder."""
+    """Kill a process that saves continuously at random moments; the next process continues in the same folder."""
     checkpoints = Checkpoints(tmp_path, keep=2)
     seen = interrupted = rounds = 0
     delays = random.Random(0)
@@ -119,7 +118,7 @@ def test_a_process_killed_while_saving_leaves_the_last_good_checkpoint(tmp_path)
         rounds += 1
         process = run_file(__file__, "SAVE_FOREVER", str(tmp_path))
         assert process.stdout.readline() == "saving\n"
-        time.sleep(delays.uniform(0.05, 0.8) * (1 + rounds / 4))  # longer and longer, for a slow machine
+        time.sleep(delays.uniform(0.05, 0.8) * (1 + rounds / 4))  # increasing delays, for slow machines
         process.send_signal(signal.SIGKILL)
         process.communicate()
         interrupted += any(".orbax-checkpoint-tmp" in path.name for path in tmp_path.glob("**/*"))
@@ -152,12 +151,12 @@ def save_forever(folder: str) -> None:
     while True:
         step += 1
         checkpoints.save_best(step, make_large_state(step), {"step": step})
-        checkpoints.begin(step, make_large_state(step), {"step": step})  # written while the next one is made
+        checkpoints.begin(step, make_large_state(step), {"step": step})  # written while the next state is computed
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[bool]:
-    """Mount a disk of 1 MiB at the folder for the length of the block; yield False where that is not allowed."""
+    """Mount a disk of 1 MiB at the folder within the block; yield False where mounting is not allowed."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
     mounted = shutil.which("mount") is not None and subprocess.run(mount, capture_output=True).returncode == 0
@@ -170,7 +169,7 @@ def small_disk(folder: Path) -> Iterator[bool]:
 
 @pytest.mark.parametrize("limit", ["disk", "file size"])
 def test_a_full_disk_is_a_clear_error_and_the_last_good_checkpoint_stays(tmp_path, limit):
-    """With a disk of 1 MiB where mounting is allowed; otherwise, and a second time anyway, by a limit on file sizes."""
+    """The disk is a mount of 1 MiB where that is allowed; otherwise, and in the second case, file size is limited."""
     with small_disk(tmp_path / "disk") as mounted:
         folder = tmp_path / "disk" / "checkpoints"
         mode = "FULL_DISK" if limit == "disk" and mounted else "FILE_LIMIT"
@@ -189,13 +188,12 @@ def full_disk(folder: str, file_limit: bool) -> None:
     small = {"x": jnp.full((9,), 1.0)}
     checkpoints.save(1, small, {})
     if file_limit:
-        signal.signal(
-            signal.SIGXFSZ, signal.SIG_IGN
-        )  # writes then fail with EFBIG, as they do with ENOSPC on a full disk
+        # Writes then fail with EFBIG, as they fail with ENOSPC on a full disk.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
     for save in (checkpoints.save, checkpoints.save_best):
         try:
-            # As if there had been room when the save began, and other programs took it.
+            # As if there had been enough space when the save began, and other programs used it up.
             with mock.patch("udm_grpo.checkpoints.checkpoint.save_problem", return_value=""):
                 save(2, {"x": jax.random.normal(jax.random.key(0), (2**19,))}, {})
         except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""Checkpoints in folders with odd names, read back before they count, and what resume does about damaged ones."""
+"""Tests of checkpoints in folders with special characters, of verification after a save, and of resuming after damage."""
 
 import gc
 import os
@@ -14,13 +14,13 @@ from udm_grpo.checkpoints.checkpoint import CheckpointError, Checkpoints, Damage
 from udm_grpo.checkpoints.checkpoint_fallback import restore_or_older
 from udm_grpo.files import durable
 
-# Where a file is damaged, Orbax leaves a task of its event loop behind.
+# If a file is damaged, Orbax leaves a pending task in its event loop.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(autouse=True)
 def collected():
-    """Let what Orbax left behind complain in the test that it is of."""
+    """Collect garbage, so that Orbax's leftovers are reported in the test that caused them."""
     yield
     gc.collect()
 
@@ -50,9 +50,9 @@ def test_any_name_of_a_folder_can_be_saved_in_and_resumed_from(tmp_path, name):
         checkpoints.save(step, {**STATE, "step": jnp.int32(step)}, {"step": step})
     checkpoints.save_best(2, STATE, {})
     assert checkpoints.steps() == [2]
-    found = resolve_resume("latest", folder)
-    assert found == folder / "00000002"
-    state, meta = restore(found, STATE)
+    newest = resolve_resume("latest", folder)
+    assert newest == folder / "00000002"
+    state, meta = restore(newest, STATE)
     assert (state["step"], meta) == (2, {"step": 2})
     assert restore(checkpoints.best(), STATE)[0]["step"] == 4
     for number in (1, 2):
@@ -65,7 +65,7 @@ def test_any_name_of_a_folder_can_be_saved_in_and_resumed_from(tmp_path, name):
 
 
 def test_a_pattern_in_a_name_does_not_reach_another_folder(tmp_path):
-    """ "lr=*" matches "lr=1" where a path is taken for a pattern."""
+    """ "lr=*" would match "lr=1" if the path were used as a pattern."""
     for name, value in (("lr=1", 1.0), ("lr=*", 2.0)):
         Checkpoints(tmp_path / name, keep=1).save(1, {"x": jnp.full(3, value), name: jnp.zeros(2)}, {})
     back, _ = restore(tmp_path / "lr=*" / "00000001", {"x": jnp.zeros(3), "lr=*": jnp.zeros(2)})
@@ -117,7 +117,7 @@ def test_what_cannot_be_read_back_does_not_count_and_deletes_nothing(tmp_path, m
 
 
 def test_everything_is_on_the_disk_before_an_older_checkpoint_goes(tmp_path, monkeypatch):
-    """With a full or failing disk, fsync is what says so; the older checkpoint must still be there then."""
+    """A full or failing disk may be reported by fsync only; the older checkpoint must still exist then."""
     synced = []
     fsync = os.fsync
 
@@ -146,8 +146,8 @@ def test_latest_goes_back_past_a_damaged_checkpoint_and_says_so(tmp_path, capsys
     {**DAMAGES, "some values": damage_largest}[damage](tmp_path / "00000002")
     checked = []
     for resume in ("latest", str(tmp_path)):
-        found = resolve_resume(resume, tmp_path)
-        state, meta = restore_or_older(found, STATE, resume, checked.append)
+        newest = resolve_resume(resume, tmp_path)
+        state, meta = restore_or_older(newest, STATE, resume, checked.append)
         assert (state["step"], meta) == (1, {"step": 1})
         said = capsys.readouterr().err
         assert "00000002 is damaged: " in said

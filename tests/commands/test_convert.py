@@ -140,7 +140,7 @@ def test_the_best_one(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert equal(golden, tmp_path / "checkpoints" / "best" / "1-step-7")
     words = ("--base", golden, "--output", tmp_path / "out", "--weights", "ema")
     text = say(capsys, "to-pytorch", "--checkpoint", tmp_path / "checkpoints" / "best", *words)
-    assert "holds no ema: found params, wanted state/ema/; use --weights params" in text
+    assert "contains no ema: found params, expected state/ema/; use --weights params" in text
 
 
 def test_info_of_a_released_folder(capsys: pytest.CaptureFixture[str]):
@@ -241,9 +241,9 @@ def test_errors(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "is of another model than": (*base, SHAPES, "--output", free),
         "wrong shape: lm_head.weight is (256, 64), expected (256, 128)": (*base, SHAPES, "--output", free),
         "nowhere: no such folder": (*base, tmp_path / "nowhere", "--output", free),
-        "nowhere does not exist; wanted a run's": ("info", tmp_path / "nowhere"),
-        "taken holds no complete checkpoint": ("info", taken),
-        "is a released folder; wanted": ("to-pytorch", "--checkpoint", SHAPES, "--base", SHAPES, "--output", free),
+        "nowhere does not exist; expected a run's": ("info", tmp_path / "nowhere"),
+        "taken contains no complete checkpoint": ("info", taken),
+        "is a released folder; expected": ("to-pytorch", "--checkpoint", SHAPES, "--base", SHAPES, "--output", free),
         "problem(s)": ("rewrite", "--base", orbax, "--dtype", "float16", "--output", free),
         "convert them with to-pytorch first": ("verify", golden, orbax, "--forward"),
         "one of the arguments --output --transformer-only --adapter is required": (*base, golden),

@@ -311,10 +311,10 @@ def test_the_best_adapter(finished: Path, tmp_path: Path, capsys) -> None:
     assert digest_of(sample.open_run(str(tmp_path), "best").released) == digest_of(exported)
     best = tmp_path / "checkpoints" / "best"
     assert call("verify", best, SHAPES) == 2
-    assert "holds an adapter without its base; use to-pytorch with --base first" in capsys.readouterr().err
+    assert "contains an adapter without its base; use to-pytorch with --base" in capsys.readouterr().err
     saved.save_best(3, {"params": params}, {})
     assert call("to-pytorch", "--checkpoint", best, "--base", SHAPES, "--output", tmp_path / "x") == 2
-    assert "its meta does not say of which alpha" in capsys.readouterr().err
+    assert "its meta lacks the adapter's alpha" in capsys.readouterr().err
 
 
 def test_conversions_that_cannot_be(finished: Path, tmp_path: Path, capsys) -> None:

@@ -1,1 +1,1 @@
-"""The checkpoints of training, on Orbax: saved, found again, read."""
+"""Training checkpoints on Orbax: save, find and read them."""

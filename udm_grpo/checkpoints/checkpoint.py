@@ -1,22 +1,22 @@
-"""Checkpoints on Orbax: save, restore onto any devices, and find the point from which a run continues.
+"""Checkpoints on Orbax: save, restore onto any devices, and find the point from which a run resumes.
 
     checkpoints/00000040/           one folder per saved step, eight digits
-    checkpoints/best/1-step-40/     a slot of its own, which `keep` does not count
+    checkpoints/best/1-step-40/     the slot for the best weights, which `keep` does not count
 
-What a caller may rely on:
-* A checkpoint counts only once Orbax has committed it. What a killed or failed save leaves behind is never listed, and
-  the next save clears it away. Older checkpoints go only after the new one is committed, synced to the disk and opened
-  again: what cannot be read back is an error, and nothing is deleted for it.
-* A state is stored as a flat {"params/layers/q": array} of its leaves and comes back in the structure of the abstract
-  state given to `restore`, bit for bit, dtypes included, on the shardings given there: no flax or optax type is stored.
-* `meta` is any JSON dictionary. What makes two runs the same run goes under "fingerprint" (see `check_same_run`).
+Guarantees:
+* A checkpoint counts only once Orbax has committed it. Leftovers of a killed or failed save are never listed, and the
+  next save removes them. Older checkpoints are deleted only after the new one is committed, synced to the disk and
+  reopened: if it cannot be read back, an error is raised and nothing is deleted.
+* A state is stored as a flat {"params/layers/q": array} of its leaves. `restore` returns it in the structure of the
+  abstract state, bit for bit, dtypes included, on the shardings given there: no flax or optax type is stored.
+* `meta` is any JSON dictionary. What identifies a run goes under "fingerprint" (see `check_same_run`).
 
-Orbax writes and reads the arrays; its CheckpointManager and preservation policies do not decide what stays, for they
-choose by step and metric alone: here a checkpoint goes only after a newer one was read back, the best weights have a
-slot that a run resumed from an earlier step does not inherit, and what another run left is set aside, never deleted.
+Orbax writes and reads the arrays. Its CheckpointManager and preservation policies are not used, since they select by
+step and metric alone: here a checkpoint is deleted only after a newer one was read back, the best weights have a slot
+that a run resumed from an earlier step does not inherit, and files of another run are set aside, never deleted.
 
-`begin` copies the state and writes it while the caller continues; `finish` waits for it, and `save` is both. With
-several processes all of them call these and `restore` alike, and all see the same folder.
+`begin` copies the state and writes it while the caller continues; `finish` waits for it, and `save` does both. With
+several processes, all of them must call these and `restore`, and all must see the same folder.
 """
 
 import contextlib
@@ -72,12 +72,12 @@ class _Pending:
 
     path: epath.Path
     leaves: dict[str, jax.ShapeDtypeStruct]
-    """What is saved, by name."""
+    """The saved leaves, by name."""
     sample: dict[str, np.ndarray]
-    """A small one of the arrays, to be compared with what is read back."""
+    """One small array, to be compared with what is read back."""
     response: ocp.AsyncResponse[None]
     after: Callable[[], None]
-    """What to do once it is good."""
+    """Called once the checkpoint is good."""
 
 
 class Checkpoints:
@@ -88,7 +88,7 @@ class Checkpoints:
 
     def __init__(self, folder: PathLike, keep: int):
         if keep < 1:
-            raise ValueError(f"checkpoints to keep must be at least 1, found {keep}")
+            raise ValueError(f"the number of checkpoints to keep must be at least 1, found {keep}")
         self.folder, self.keep = absolute(folder), keep
         self._written: set[int] = set()
         self._pending: _Pending | None = None
@@ -107,23 +107,23 @@ class Checkpoints:
         return max(committed_best(self.folder), default=(0, None))[1]
 
     def path(self, step: int) -> epath.Path:
-        """Return the folder of this step's checkpoint, whether it exists or not."""
+        """Return the folder of this step's checkpoint, which need not exist."""
         return self.folder / f"{step:08d}"
 
     def save(self, step: int, state: State, meta: Mapping[str, Any]) -> epath.Path:
-        """`begin` to save, and `finish`; return the checkpoint's folder."""
+        """Save the state (`begin`, then `finish`); return the checkpoint's folder."""
         self.begin(step, state, meta)
         self.finish()
         return self.path(step)
 
     def begin(self, step: int, state: State, meta: Mapping[str, Any]) -> None:
-        """Begin to save the state as this step's checkpoint; once it is good, all but the newest `keep` are deleted.
+        """Start saving the state as this step's checkpoint; once it is good, all but the newest `keep` are deleted.
 
-        Returns when the state has been copied: what becomes of its arrays then does not matter. Waits for a save that
-        has begun before. Saving a step again that this object has saved does nothing: a step of a run has one state.
+        Returns when the state has been copied, so its arrays may then be donated. Waits first for a save already in
+        progress. Does nothing if this object has saved the step before: a step of a run has only one state.
 
-        Raises CheckpointError for leaves whose numbers are not finite, when there is too little disk or saving fails in
-        another way (earlier checkpoints stay as they are), and when an earlier run's checkpoint of this step exists;
+        Raises CheckpointError for leaves with non-finite numbers, when there is too little disk space or saving fails
+        in another way (earlier checkpoints stay as they are), and when an earlier run's checkpoint of this step exists;
         TypeError for leaves that are not arrays.
         """
         self.finish()
@@ -132,7 +132,7 @@ class Checkpoints:
             return
         if jax.process_index() == 0 and step in self.steps():
             advice = "resume from it, call set_aside_after, or choose another folder"
-            raise CheckpointError(f"{path} exists already, from an earlier run; {advice}")
+            raise CheckpointError(f"{path} already exists, from an earlier run; {advice}")
 
         def keep_newest() -> None:
             self._written.add(step)
@@ -143,16 +143,16 @@ class Checkpoints:
         self._begin(path, step, state, meta, keep_newest)
 
     def save_best(self, step: int, state: State, meta: Mapping[str, Any]) -> epath.Path:
-        """`begin_best`, and `finish`; return the checkpoint's folder."""
+        """Save the state as the best one (`begin_best`, then `finish`); return the checkpoint's folder."""
         path = self.begin_best(step, state, meta)
         self.finish()
         return path
 
     def begin_best(self, step: int, state: State, meta: Mapping[str, Any]) -> epath.Path:
-        """Begin to save the state in the slot for the best one.
+        """Start saving the state in the slot for the best one.
 
-        Once it is good, those before are deleted, except what a run would need that resumes from a kept checkpoint: the
-        newest of its step or before.
+        Once it is good, earlier best ones are deleted, except those needed to resume from a kept checkpoint: for each,
+        the newest best one of its step or before.
         """
         self.finish()
         before = committed_best(self.folder)
@@ -163,7 +163,7 @@ class Checkpoints:
         return path
 
     def finish(self) -> None:
-        """Wait until what has begun is good; raises CheckpointError if it cannot be."""
+        """Wait until the save in progress is complete and verified; raises CheckpointError if that fails."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -180,14 +180,14 @@ class Checkpoints:
         pending.after()
 
     def restore(self, path_or_step: PathLike | int, abstract_state: State) -> tuple[State, dict[str, Any]]:
-        """Return (state, meta) of one of these checkpoints by its step, or of any by its folder; see `restore`."""
+        """Return (state, meta) of a checkpoint, by its step here or by its folder anywhere; see `restore`."""
         path = self.path(path_or_step) if isinstance(path_or_step, int) else path_or_step
         return restore(path, abstract_state)
 
     def set_aside_after(self, step: int) -> list[epath.Path]:
         """Rename all checkpoints newer than `step` so that they no longer count; return their new folders.
 
-        For a run that resumes from an earlier point (or, with step -1, begins anew) in a folder that holds later ones.
+        For a run that resumes from an earlier point (or, with step -1, starts over) in a folder with later checkpoints.
         Best ones of later steps are renamed, too.
         """
         set_best_aside_after(self.folder, step)
@@ -209,7 +209,7 @@ class Checkpoints:
         forms = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
         size, sample = _size(forms), sample_of(leaves)
         clear_leftovers(path.parent)
-        # Process 0 alone asks: the others might do so while it writes already.
+        # Only process 0 checks: the others might do so while it is already writing.
         problem = "" if jax.process_index() or is_remote(path) else save_problem(Path(path), size)
         if problem:
             raise CheckpointError(problem)
@@ -233,16 +233,16 @@ class Checkpoints:
             text += f"; the disk has {shutil.disk_usage(self.folder).free / 2**20:,.1f} MiB free"
         latest = max((step for step in self.steps() if self.path(step) != path), default=None)
         kept = "There is no checkpoint yet" if latest is None else f"The last good checkpoint is {self.path(latest)}"
-        return f"{text}. {kept}; nothing was deleted.\n  Make room if the disk is full, then resume with resume=latest."
+        return f"{text}. {kept}; nothing was deleted.\n  If the disk is full, free some space; then use resume=latest."
 
 
 def _read_back(saved: _Pending) -> None:
-    """Raise CheckpointError unless a checkpoint holds what was saved: the form of every array, and a small one.
+    """Raise CheckpointError unless a checkpoint has the shapes and dtypes that were saved, and the sample's values.
 
-    Of several processes none reads an array, which would take all of them at a time when one may have failed.
+    With several processes no array is read, since all would have to take part when one of them may have failed.
     """
-    found, _ = read_header(saved.path)
-    lines = differences(found, saved.leaves, partial=False)
+    stored, _ = read_header(saved.path)
+    lines = differences(stored, saved.leaves, partial=False)
     if not lines and saved.sample and jax.process_count() == 1:
         with reading(saved.path, partial=True):
             loaded = ocp.load(plain(saved.path), {name: np.empty_like(value) for name, value in saved.sample.items()})

@@ -1,9 +1,9 @@
 """Size and SHA-256 of every file of a checkpoint: written when it is saved, compared before it is restored.
 
-Orbax notices a file that is missing or cut, but not numbers that a failing disk or a bad copy has changed: arrays are
-stored without check sums. With this list every kind of damage is found in the same way, and by all processes alike,
-since each compares a share of the files before any of them begins to restore. Buckets keep check sums of their own;
-checkpoints there have no list, and neither have those of earlier versions: what Orbax notices is all that is seen then.
+Orbax detects a missing or truncated file, but not numbers that a failing disk or a bad copy has changed, because arrays
+are stored without checksums. With this list every kind of damage is detected in the same way and by all processes,
+since each compares a share of the files before any of them restores. Buckets have their own checksums; checkpoints in
+buckets have no list, nor do those of earlier versions: for these only what Orbax detects is reported.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from udm_grpo.multihost import hosts
 
 CONTENTS = "contents.json"
 READERS = 4
-"""Files that are read at a time; hashing lets other threads run."""
+"""Files that are read in parallel; hashing releases the GIL."""
 
 
 def write_contents(folder: epath.Path) -> None:
@@ -38,9 +38,9 @@ def write_contents(folder: epath.Path) -> None:
 
 
 def damaged_files(folder: epath.Path) -> list[str]:
-    """Return a line for each file of a checkpoint that is not as it was saved; none where it has no list.
+    """Return a line for each file of a checkpoint that differs from what was saved; none if it has no list.
 
-    All processes call this alike, and all get the same lines.
+    All processes must call this, and all get the same lines.
     """
     if is_remote(folder) or not hosts.from_primary((folder / CONTENTS).exists):
         return []
@@ -58,7 +58,7 @@ def _own_share(root: Path) -> list[str]:
 
 
 def _change(path: Path, name: str, saved: Mapping[str, Any]) -> str:
-    """Return what has become of a file, or nothing if it is as it was saved."""
+    """Return how a file differs from what was saved; "" if it does not."""
     try:
         size = path.stat().st_size
         if size != saved["bytes"]:

@@ -1,4 +1,4 @@
-"""Goes back to an older checkpoint where the newest one turns out to be damaged while it is read."""
+"""Fall back to an older checkpoint when the newest one turns out to be damaged."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -14,13 +14,13 @@ from udm_grpo.checkpoints.checkpoint_reading import DamagedError, newest_readabl
 def restore_or_older(
     path: PathLike, abstract_state: State, resume: str, check: Callable[[Mapping[str, Any]], None]
 ) -> tuple[State, dict[str, Any]]:
-    """Return (state, meta) of a checkpoint or, with a warning, of the newest older one beside it that is whole.
+    """Return (state, meta) of a checkpoint or, with a warning, of the newest intact older one in the same folder.
 
-    resume: what the user asked for; a checkpoint that it names itself is the only one that will do. check: raises where
-    the meta of a checkpoint is not of this run; every one that is tried is checked first.
+    resume: the user's setting; if it names this checkpoint itself, no other one is tried. check: raises if the meta of
+    a checkpoint is not of this run; it is called for every checkpoint before that is restored.
 
-    Raises what `check` and `restore` raise. Of several processes all go back alike, since each knows of the damage that
-    another has found.
+    Raises what `check` and `restore` raise. All processes fall back together, since each learns of the damage that
+    another has detected.
     """
     path = absolute(path)
     while True:
@@ -37,9 +37,9 @@ def restore_or_older(
 
 
 def restore_newest(folder: PathLike, abstract_state: State) -> tuple[State, dict[str, Any]] | None:
-    """Return (state, meta) of the newest checkpoint in a folder that is whole; None if there is none at all.
+    """Return (state, meta) of the newest intact checkpoint in a folder; None if there are no checkpoints.
 
-    Warns of each newer one that is damaged. Raises CheckpointError if all are.
+    Warns about each newer one that is damaged. Raises CheckpointError if all are.
     """
     newest = newest_readable(absolute(folder))
     return None if newest is None else restore_or_older(newest, abstract_state, "latest", lambda meta: None)

@@ -1,6 +1,6 @@
-"""Which folders are complete checkpoints, on local disks and in buckets; moving and deleting them.
+"""Find, move and delete complete checkpoints, on local disks and in buckets.
 
-A checkpoint counts once Orbax has committed it, which a file in it says.
+A checkpoint counts once Orbax has committed it, which is marked by a file in it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from udm_grpo.files.places import with_home
 PathLike = str | os.PathLike[str]
 
 COMMITTED = "commit_success.txt"
-"""What Orbax writes into a checkpoint last, on local disks and in buckets alike."""
+"""The file that Orbax writes into a checkpoint last, on local disks and in buckets."""
 
 
 def is_committed(path: epath.Path) -> bool:
@@ -35,12 +35,12 @@ def committed_steps(folder: epath.Path) -> list[int]:
 def committed_best(folder: epath.Path) -> list[tuple[int, epath.Path]]:
     """Return (number, folder) of each good checkpoint in the slot for the best one: more than one only after a kill."""
     slot = folder / "best"
-    found = [(re.fullmatch(r"(\d+)-step-\d+", entry.name), entry) for entry in slot.iterdir()] if slot.is_dir() else []
-    return [(int(match[1]), entry) for match, entry in found if match and is_committed(entry)]
+    names = [(re.fullmatch(r"(\d+)-step-\d+", entry.name), entry) for entry in slot.iterdir()] if slot.is_dir() else []
+    return [(int(match[1]), entry) for match, entry in names if match and is_committed(entry)]
 
 
 def drop_superseded(folder: epath.Path) -> None:
-    """Delete best checkpoints that neither the run nor any of its kept checkpoints would continue with."""
+    """Delete best checkpoints that neither the run nor a resume from one of its kept checkpoints would use."""
     best = [path for _, path in sorted(committed_best(folder))]
     needed = set(best[-1:])
     for step in committed_steps(folder):
@@ -51,7 +51,7 @@ def drop_superseded(folder: epath.Path) -> None:
 
 
 def set_best_aside_after(folder: epath.Path, step: int) -> None:
-    """Rename best checkpoints of later steps so that they no longer count; a step that was renamed before goes."""
+    """Rename best checkpoints of later steps so that they no longer count, replacing ones renamed earlier."""
     for _, path in committed_best(folder):
         if step_of_best(path) > step and jax.process_index() == 0:
             target = path.parent / f"{path.name}.aside"
@@ -65,7 +65,7 @@ def step_of_best(path: epath.Path) -> int:
 
 
 def clear_leftovers(folder: epath.Path) -> None:
-    """Delete what killed or failed saves and deletions left in the folder."""
+    """Delete the leftovers of killed or failed saves and deletions in the folder."""
     for entry in list(folder.iterdir()) if folder.is_dir() else []:
         ours = re.fullmatch(r"(\d{8}|\d+-step-\d+)(\.orbax-checkpoint-tmp.*)?", entry.name)
         if ours and (ours[2] or not (entry / COMMITTED).exists()):
@@ -76,19 +76,19 @@ def remove(path: epath.Path) -> None:
     """Delete a checkpoint so that it stops counting at once, even if the deletion is interrupted."""
     if jax.process_index() != 0:
         return
-    with contextlib.suppress(OSError):  # a leftover does no harm, and the next save tries again
+    with contextlib.suppress(OSError):  # a leftover is harmless, and the next save tries again
         (path / COMMITTED).unlink(missing_ok=True)
         path.rmtree(missing_ok=True)
 
 
 def absolute(path: PathLike) -> epath.Path:
-    """Return an absolute path, or an address as it is."""
+    """Return an absolute path; addresses are returned unchanged."""
     text = os.fspath(path)
     return epath.Path(text if is_remote(text) else Path(with_home("the folder", text)).absolute())
 
 
 def unused_aside(path: epath.Path) -> epath.Path:
-    """Return the name that a checkpoint gets when it is set aside: NAME.aside-1, -2, ..., the first that is free."""
+    """Return the path that a checkpoint gets when it is set aside: NAME.aside-1, -2, ..., the first unused one."""
     there = {entry.name for entry in path.parent.iterdir()}
     number = 1
     while f"{path.name}.aside-{number}" in there:
@@ -97,9 +97,9 @@ def unused_aside(path: epath.Path) -> epath.Path:
 
 
 def move(path: epath.Path, target: epath.Path) -> None:
-    """Rename a checkpoint so that it never counts under both names, also if this is interrupted.
+    """Rename a checkpoint so that it never counts under both names, even if this is interrupted.
 
-    A bucket has no renaming: its objects are copied one by one, the one that commits the checkpoint last.
+    Buckets cannot rename: the objects are copied one by one, the one that commits the checkpoint last.
     """
     if not is_remote(path):
         path.rename(target)

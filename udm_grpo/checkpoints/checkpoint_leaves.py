@@ -1,4 +1,4 @@
-"""The leaves of a state by name: which can be saved, what they are to be restored as, and how two states differ."""
+"""The leaves of a state by name: which can be saved, what they are restored as, and how two states differ."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,20 +6,20 @@ from typing import Any
 import jax
 import numpy as np
 
-MAX_SHOWN = 5  # differences of a kind that an error spells out; further ones are counted
+MAX_SHOWN = 5  # differences of one kind that an error lists; the rest are only counted
 SAMPLE_BYTES = 1 << 10
 State = Any  # a pytree of arrays
 
 
 def savable_leaves(state: State) -> dict[str, Any]:
-    """Return the leaves to save by name; raise TypeError listing those that are not arrays."""
+    """Return the leaves to save, by name; raise TypeError listing those that cannot be saved."""
     leaves = by_name(state)
     wrong = []
     for name, leaf in leaves.items():
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
             wrong.append(f"{name} is {type(leaf).__name__}: store it as np.int32(...) or np.float32(...), or in meta")
         elif jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            wrong.append(f"{name} is a random key: store jax.random.key_data of it, or make it from the seed")
+            wrong.append(f"{name} is a random key: store its jax.random.key_data, or recreate it from the seed")
         elif leaf.size == 0:
             wrong.append(f"{name} has no elements, shape {leaf.shape}: leave it out")
     if wrong:
@@ -28,9 +28,9 @@ def savable_leaves(state: State) -> dict[str, Any]:
 
 
 def sample_of(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return a small one of some leaves as a copy on the host, by its name; none if it is spread over processes.
+    """Return {name: copy on the host} of one small leaf; empty if it is sharded over processes.
 
-    It is the smallest of those of SAMPLE_BYTES or more, which have files of their own, or else the largest.
+    It is the smallest leaf of at least SAMPLE_BYTES, which has a file of its own, or else the largest leaf.
     """
     large = [name for name, leaf in leaves.items() if leaf.nbytes >= SAMPLE_BYTES]
     name = min(large, key=lambda name: leaves[name].nbytes, default="")
@@ -42,7 +42,7 @@ def sample_of(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def abstract_leaves(state: State) -> dict[str, Any]:
-    """Return what Orbax is to make of each leaf, by name."""
+    """Return the abstract array that Orbax is to restore for each leaf, by name."""
     leaves = by_name(state)
     for name, leaf in leaves.items():
         if isinstance(leaf, np.ndarray | np.generic):
@@ -51,7 +51,7 @@ def abstract_leaves(state: State) -> dict[str, Any]:
             sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             leaves[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         else:
-            advice = "give a jax.ShapeDtypeStruct or an array"
+            advice = "pass a jax.ShapeDtypeStruct or an array"
             raise TypeError(f"{name} of the abstract state is {type(leaf).__name__}: {advice}")
     return leaves
 
@@ -62,24 +62,26 @@ def by_name(tree: Any, separator: str = "/", is_leaf: Callable[[Any], bool] | No
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
         name = jax.tree_util.keystr(path, simple=True, separator=separator)
         if name in named:
-            raise ValueError(f"two leaves are both named {name}: rename one of the keys on the way to them")
+            raise ValueError(f"two leaves are both named {name}: rename one of the keys in their paths")
         named[name] = leaf
     return named
 
 
-def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any], partial: bool) -> list[str]:
-    """Return a line for each way in which the leaves differ, by names, shapes and dtypes."""
-    here, there = ({name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in side.items()} for side in (wanted, saved))
+def differences(saved: Mapping[str, Any], expected: Mapping[str, Any], partial: bool) -> list[str]:
+    """Return a line for each kind of difference between the leaves: names, shapes and dtypes."""
+    here, there = (
+        {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in side.items()} for side in (expected, saved)
+    )
     kinds = {
-        "wanted but not in it": [name for name in here if name not in there],
-        "in it but not wanted": [name for name in there if name not in here and not partial],
-        "of another form": [
-            f"{name} is {there[name]}, wanted {form}" for name, form in here.items() if there.get(name, form) != form
+        "missing": [name for name in here if name not in there],
+        "unexpected": [name for name in there if name not in here and not partial],
+        "of another shape or dtype": [
+            f"{name} is {there[name]}, expected {form}" for name, form in here.items() if there.get(name, form) != form
         ],
     }
     return [f"{len(names)} {kind}: {'; '.join(some(names))}" for kind, names in kinds.items() if names]
 
 
 def some(items: list[str]) -> list[str]:
-    """Return the first few of some lines, and how many more there are."""
+    """Return the first MAX_SHOWN lines, and one with the number of further ones."""
     return items[:MAX_SHOWN] + ([f"... and {len(items) - MAX_SHOWN} more"] if len(items) > MAX_SHOWN else [])

@@ -1,4 +1,4 @@
-"""Reads the checkpoints of training: which one a run resumes from, what is in it, and whether it is of that run."""
+"""Read training checkpoints: select the one to resume from, load it, and check that it is of the same run."""
 
 import contextlib
 import json
@@ -18,9 +18,9 @@ from udm_grpo.checkpoints.checkpoint_leaves import State, abstract_leaves, by_na
 from udm_grpo.checkpoints.checkpoint_storage import plain
 from udm_grpo.files.finite import named, nonfinite
 
-FORMAT = 1  # of what is inside a checkpoint; goes up when old ones can no longer be read
+FORMAT = 1  # version of a checkpoint's contents; increased when old ones can no longer be read
 MANIFEST = "state/manifest.ocdbt"
-"""Where Orbax keeps, in a checkpoint, which file holds which array."""
+"""The file in which Orbax records where each array of a checkpoint is stored."""
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -28,41 +28,42 @@ class CheckpointError(UserError, RuntimeError):
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint that was complete once cannot be read; of several processes all find the same."""
+    """A checkpoint that was once complete cannot be read; with several processes, all of them raise this."""
 
 
 def restore(path: PathLike, abstract_state: State, partial: bool = False) -> tuple[State, dict[str, Any]]:
     """Return (state, meta) of the checkpoint in this folder, in the structure and on the shardings of abstract_state.
 
     Leaves of abstract_state: jax.ShapeDtypeStruct with a sharding (without one: the first device) or a jax.Array give
-    a jax.Array; a NumPy array or scalar gives the same. With `partial`, what else is in the checkpoint is left unread.
+    a jax.Array; a NumPy array or scalar gives the same. With `partial`, other leaves of the checkpoint are not read.
 
-    Raises CheckpointError if there is no good checkpoint, if it is another model's (which names, shapes and dtypes
-    differ: the first few of each kind and how many), and DamagedError if its files are damaged or numbers in it are not
-    finite.
+    Raises CheckpointError if there is no good checkpoint or if it is of another model (listing which names, shapes and
+    dtypes differ), and DamagedError if its files are damaged or numbers in it are not finite.
     """
     path = absolute(path)
     saved, meta = read_header(path)
-    wanted = abstract_leaves(abstract_state)
-    found = differences(saved, wanted, partial)
-    if found:
-        advice = "Give the configuration it was made with, or resume=none to begin anew."
-        raise CheckpointError("\n  ".join([f"{path} is a checkpoint of another model:", *found, advice]))
+    expected = abstract_leaves(abstract_state)
+    if lines := differences(saved, expected, partial):
+        advice = "Use the configuration it was saved with, or resume=none to start over."
+        raise CheckpointError("\n  ".join([f"{path} is a checkpoint of another model:", *lines, advice]))
     if lines := damaged_files(path):
         raise DamagedError(f"{path} is damaged: {'; '.join(some(lines))}\n  Resume from another checkpoint.")
-    loaded = _load(path, wanted, partial)
+    loaded = _load(path, expected, partial)
     if bad := nonfinite(loaded):
-        raise DamagedError(f"{path}: NaN or infinite numbers in {named(bad)}. Give an earlier checkpoint.")
+        raise DamagedError(f"{path}: NaN or infinite numbers in {named(bad)}. Resume from an earlier checkpoint.")
     scalars = [isinstance(leaf, np.generic) for leaf in jax.tree.leaves(abstract_state)]
-    leaves = [loaded[name][()] if scalar else loaded[name] for name, scalar in zip(wanted, scalars, strict=True)]
+    leaves = [loaded[name][()] if scalar else loaded[name] for name, scalar in zip(expected, scalars, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), meta
 
 
-def _load(path: epath.Path, wanted: Mapping[str, Any], partial: bool) -> Mapping[str, Any]:
-    """Return the arrays by name; raises DamagedError, where other processes may go on waiting a CheckpointError."""
+def _load(path: epath.Path, abstract: Mapping[str, Any], partial: bool) -> Mapping[str, Any]:
+    """Return the arrays by name.
+
+    Raises DamagedError; with several processes a CheckpointError, since the others may still be waiting.
+    """
     try:
         with reading(path, partial):
-            return ocp.load(plain(path), wanted)
+            return ocp.load(plain(path), abstract)
     except DamagedError as error:
         if jax.process_count() > 1:
             raise CheckpointError(str(error)) from error
@@ -75,11 +76,11 @@ def read_meta(path: PathLike) -> dict[str, Any]:
 
 
 def resolve_resume(resume: str, folder: PathLike) -> epath.Path | None:
-    """Return the checkpoint to resume from, or None to begin anew.
+    """Return the checkpoint to resume from, or None for a fresh start.
 
-    resume: "none"; "latest", the newest good one in `folder`, None if there is none yet; or a path, to a checkpoint or
-    to a folder of checkpoints (a run's folder too), whose newest is taken. A damaged newest one is passed over with a
-    warning. CheckpointError if the path has none, or only damaged ones.
+    resume: "none"; "latest", the newest good one in `folder`, None if there is none yet; or the path of a checkpoint or
+    of a folder of checkpoints (or of a run), whose newest is used. Damaged newest ones are skipped with a warning.
+    Raises CheckpointError if the path has no checkpoints, or only damaged ones.
     """
     if resume == "none":
         return None
@@ -87,21 +88,21 @@ def resolve_resume(resume: str, folder: PathLike) -> epath.Path | None:
         return newest_readable(absolute(folder))
     path = absolute(resume)
     if not path.exists():
-        raise CheckpointError(f"resume={resume}: no such folder. Give latest, none, or a checkpoint's folder")
+        raise CheckpointError(f"resume={resume}: no such folder. Use latest, none, or a checkpoint's folder")
     if is_committed(path):
         return path
     newest = newest_readable(path) or newest_readable(path / "checkpoints")
     if newest is None:
         advice = f"A checkpoint is a folder such as {path / '00000040'} with {COMMITTED} in it"
-        raise CheckpointError(f"resume={resume}: neither a complete checkpoint nor a folder of some. {advice}")
+        raise CheckpointError(f"resume={resume}: neither a complete checkpoint nor a folder of checkpoints. {advice}")
     return newest
 
 
 def newest_readable(folder: epath.Path, before: int | None = None) -> epath.Path | None:
-    """Return the newest checkpoint in a folder that can be opened, None if there is none at all.
+    """Return the newest checkpoint in a folder that can be opened; None if there are no checkpoints.
 
-    Newer ones that are damaged are passed over with a warning each. before: a step that it has to be older than.
-    Raises CheckpointError if there are only damaged ones.
+    Damaged newer ones are skipped, with a warning for each. before: consider only steps before this one. Raises
+    CheckpointError if there are only damaged ones.
     """
     steps = [step for step in committed_steps(folder) if before is None or step < before]
     for step in reversed(steps):
@@ -109,12 +110,12 @@ def newest_readable(folder: epath.Path, before: int | None = None) -> epath.Path
         try:
             read_header(path)
         except DamagedError as error:
-            older = "the checkpoint before it is tried instead" if step > steps[0] else "there is none before it"
-            print(f"warning: {error}\n  {older[0].upper()}{older[1:]}.", file=sys.stderr)
+            older = "The checkpoint before it is tried instead" if step > steps[0] else "There is none before it"
+            print(f"warning: {error}\n  {older}.", file=sys.stderr)
         else:
             return path
     if steps:
-        advice = "restore a copy of one of them, or begin anew with resume=none in another output_dir"
+        advice = "restore a copy of one of them, or start over with resume=none in another output_dir"
         raise CheckpointError(f"all {len(steps)} checkpoints in {folder} are damaged; {advice}.")
     return None
 
@@ -122,7 +123,7 @@ def newest_readable(folder: epath.Path, before: int | None = None) -> epath.Path
 def check_same_run(meta: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
     """Raise CheckpointError listing every field in which meta["fingerprint"] differs from this run's fingerprint."""
     if "fingerprint" not in meta:
-        raise CheckpointError("the checkpoint's meta has no fingerprint, so it cannot be told which run it belongs to")
+        raise CheckpointError("the checkpoint's meta has no fingerprint, so the run that it belongs to is unknown")
     sides = (as_json(meta["fingerprint"]), as_json(fingerprint))
     saved, now = (by_name(side, separator=".", is_leaf=lambda leaf: leaf is None) for side in sides)
     lines = []
@@ -131,34 +132,32 @@ def check_same_run(meta: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> N
         if was != is_now:
             lines.append(f"{name}: saved {was}, now {is_now}")
     if lines:
-        advice = "Set these fields back, or begin anew with resume=none in another output_dir."
+        advice = "Restore these values, or start over with resume=none in another output_dir."
         raise CheckpointError("\n  ".join(["the checkpoint is of a run with another configuration:", *lines, advice]))
 
 
 def read_header(path: epath.Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """Return what is known of each saved leaf (shape, dtype) by name, and the meta dictionary."""
+    """Return the metadata of each saved leaf (shape, dtype) by name, and the meta dictionary."""
     if not is_committed(path):
         raise CheckpointError(f"{path} is not a complete checkpoint" + ("" if path.exists() else " (no such folder)"))
     with reading(path):
         if not ocp.is_orbax_checkpoint(plain(path)):
-            raise ValueError("Orbax does not take it for a checkpoint")
-        if not (path / MANIFEST).read_bytes():  # looked at first, since TensorStore complains of it by the screen
+            raise ValueError("Orbax does not recognize it as a checkpoint")
+        if not (path / MANIFEST).read_bytes():  # checked first, since TensorStore's own error fills the screen
             raise ValueError(f"{MANIFEST} is empty")
         header = ocp.metadata(plain(path))
         if not header.metadata:
             raise ValueError("the arrays cannot be read")
     ours = header.custom_metadata
     if not isinstance(ours, dict) or "format" not in ours:
-        raise DamagedError(
-            f"{path} is damaged: it says neither its format nor its meta\n  Resume from another checkpoint."
-        )
+        raise DamagedError(f"{path} is damaged: it has neither a format nor a meta\n  Resume from another checkpoint.")
     if ours["format"] != FORMAT:
-        raise CheckpointError(f"{path} is an Orbax checkpoint, but not one of this program in format {FORMAT}")
+        raise CheckpointError(f"{path} is an Orbax checkpoint in format {ours['format']}, expected format {FORMAT}")
     return header.metadata, ours["meta"]
 
 
 def orbax_context(partial: bool = False) -> ocp.Context:
-    """Return the settings that Orbax saves and loads with; `partial`: it need not load everything."""
+    """Return the settings with which Orbax saves and loads; `partial`: allow loading only some of the leaves."""
     context = ocp.Context()
     context.async_options.create_directories_asynchronously = False  # otherwise a failed save leaves threads waiting
     context.array.saving.use_compression = False  # weights hardly shrink (8 %), and saving takes three times as long
@@ -168,7 +167,7 @@ def orbax_context(partial: bool = False) -> ocp.Context:
 
 @contextlib.contextmanager
 def reading(path: epath.Path, partial: bool = False) -> Iterator[None]:
-    """Turn whatever reading a checkpoint raises into a DamagedError that names it."""
+    """Turn any error within the block into a DamagedError that names the checkpoint."""
     try:
         with orbax_context(partial):
             yield
@@ -177,14 +176,14 @@ def reading(path: epath.Path, partial: bool = False) -> Iterator[None]:
 
 
 def as_json(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Return meta as it will be read back (tuples as lists); raise CheckpointError if JSON cannot hold it."""
+    """Return meta as it will be read back (tuples as lists); raise CheckpointError if it is not plain JSON."""
     try:
         return json.loads(json.dumps(dict(meta), allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"meta must be plain JSON (numbers other than NaN, texts, lists): {error}") from None
+        raise CheckpointError(f"meta must be plain JSON (finite numbers, strings, lists): {error}") from None
 
 
 def first_line(error: Exception) -> str:
     """Return an error's type and the readable part of its message."""
-    text = str(error).split(" [tensorstore_spec=")[0]  # which continues for a screen
+    text = str(error).split(" [tensorstore_spec=")[0]  # the rest fills a screen
     return f"{type(error).__name__}: {text.strip()[:600]}"

@@ -1,8 +1,8 @@
-"""What the storage library leaves to us: odd characters in paths, and what survives a loss of power.
+"""What Orbax and TensorStore do not handle: special characters in paths, and durability after a power loss.
 
-Orbax searches folders by patterns that include the whole path, so `[`, `*` and the like anywhere in it find nothing or
-another run's files, and TensorStore takes no path that is not UTF-8 or looks like an address. Such a path is handed to
-them through a symbolic link of a plain name; the files themselves lie where they were asked for.
+Orbax searches folders with glob patterns that include the whole path, so `[`, `*` and the like anywhere in it match
+nothing or another run's files, and TensorStore rejects paths that are not UTF-8 or look like an address. Such paths are
+passed through a symbolic link with a plain name; the files themselves are written where the caller asked.
 """
 
 import atexit
@@ -28,7 +28,7 @@ def is_remote(path: epath.Path | str) -> bool:
 
 
 def plain(path: epath.Path) -> epath.Path:
-    """Return a path to the same place that the storage library reads literally; its parent folder must exist."""
+    """Return a path to the same location that Orbax and TensorStore take literally; its parent folder must exist."""
     if is_remote(path) or not _is_odd(os.fspath(path)):
         return path
     if _is_odd(path.name):
@@ -37,9 +37,9 @@ def plain(path: epath.Path) -> epath.Path:
 
 
 def make_durable(folder: epath.Path) -> None:
-    """Write a folder's files, the folders in it and its own entry to the disk, so that a loss of power leaves them.
+    """Sync a folder's files, its subfolders and its own entry to the disk, so that they survive a power loss.
 
-    Does nothing in a bucket, which answers only once an object is safe. Raises OSError if the disk fails.
+    Does nothing in a bucket, which responds only once an object is stored. Raises OSError if the disk fails.
     """
     if is_remote(folder):
         return
@@ -56,7 +56,7 @@ def _is_odd(text: str) -> bool:
 
 
 def _link(target: str) -> Path:
-    """Return a symbolic link of a plain name to a folder; it lives as long as this process."""
+    """Return a symbolic link with a plain name to a folder; it exists as long as this process."""
     link = _links() / hashlib.sha256(os.fsencode(target)).hexdigest()[:16]
     with contextlib.suppress(FileExistsError):
         link.symlink_to(target, target_is_directory=True)
@@ -65,7 +65,7 @@ def _link(target: str) -> Path:
 
 @functools.cache
 def _links() -> Path:
-    """Return this process's own folder for links, in the first temporary folder that has a plain name."""
+    """Return this process's folder for links, in the first writable temporary folder with a plain name."""
     for parent in (tempfile.gettempdir(), "/dev/shm", "/tmp", "/var/tmp"):
         if _is_odd(parent) or not os.access(parent, os.W_OK):
             continue
@@ -74,5 +74,5 @@ def _links() -> Path:
         return folder
     raise OSError(
         "checkpoints in a folder with one of *?[]\\ in its path need a temporary folder for a link; set TMPDIR to a "
-        "folder that can be written, or choose another output folder."
+        "writable folder without such characters, or choose another output folder."
     )
