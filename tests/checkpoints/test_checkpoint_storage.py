@@ -1,4 +1,4 @@
-"""Tests of checkpoints in folders with special characters, of verification after a save, and of resuming after damage."""
+"""Tests of checkpoints in folders with special characters, of checks after a save, and of resuming after damage."""
 
 import gc
 import os

@@ -55,7 +55,7 @@ class Training:
         settings = self.meta.get("fingerprint", {}).get("lora")
         if settings is None:
             raise WeightsError(
-                f"{self.path} contains an adapter, but its meta does not record its alpha; save it again"
+                f"{self.path} contains an adapter, but its meta lacks the adapter's alpha; save it again"
             )
         return LoraConfig(settings["rank"], settings["alpha"], tuple(settings["targets"]))
 

@@ -1,4 +1,4 @@
-"""What the diffusion asks of a model; it knows nothing else about it."""
+"""The interface through which the diffusion code uses a model."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -14,13 +14,13 @@ class Denoiser(Protocol):
 
     @property
     def tokens(self) -> int:
-        """N, the tokens of an image."""
+        """N, the number of tokens of an image."""
         ...
 
     def features(
         self, params: Params, prompt_ids: Int[Array, "b l"], image_ids: Int[Array, "b n"]
     ) -> Float[Array, "b n d"]:
-        """Return what `logits` needs of every image token."""
+        """Return the input of `logits` for every image token."""
         ...
 
     def logits(self, params: Params, features: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
@@ -28,9 +28,9 @@ class Denoiser(Protocol):
         ...
 
     def with_head(self, params: Params) -> Params:
-        """Return the parameters prepared for `logits` of many chunks."""
+        """Return the parameters, prepared for calling `logits` on many chunks."""
         ...
 
     def in_chunks(self, fn: Callable[[Any], Any], images: Any) -> Any:
-        """Apply `fn` to some images at a time along the first axis of every array."""
+        """Apply `fn` to a few images at a time, along the first axis of every array."""
         ...

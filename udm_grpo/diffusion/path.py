@@ -1,7 +1,7 @@
 """The probability path from uniform noise to a clean image, and the jump process that follows it.
 
-Two families: the metric path, which moves through codes that look alike (URSA), and the mixture path, which keeps or
-replaces a token. Everything here works on R independent tokens; callers bound R, for arrays of shape (R, V) exist.
+Two families: the metric path, which moves through similar-looking codes (URSA), and the mixture path, which keeps or
+replaces a token. All functions work on R independent tokens; callers bound R, since arrays of shape (R, V) occur.
 """
 
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ DEFAULT_EPS = 1e-5
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ProbabilityPath:
-    """p_t(x | x_1). With `alpha` a number: the metric path softmax_x(-beta_t d(x, x_1)); with None: the mixture path.
+    """p_t(x | x_1): the metric path softmax_x(-beta_t d(x, x_1)) if `alpha` is a number, the mixture path if None.
 
     d is the squared L2 distance of codebook rows and beta_t = c (t / (1 - t))^alpha.
 
@@ -28,13 +28,13 @@ class ProbabilityPath:
     """
 
     codebook: Float[Any, "v e"]
-    """L2-normalised rows; an array, or only its shape where programs are compiled without running."""
+    """L2-normalised rows; an array, or only its shape if programs are compiled without being run."""
     alpha: float | None = field(metadata={"static": True})
     c: float = field(metadata={"static": True})
 
     @property
     def codes(self) -> int:
-        """V."""
+        """V, the number of codes."""
         return self.codebook.shape[0]
 
     @property
@@ -46,16 +46,16 @@ class ProbabilityPath:
 def make_path(
     codebook: Float[Array, "v e"], alpha: float | None, c: float, eps: float = DEFAULT_EPS
 ) -> ProbabilityPath:
-    """Return a path over the codes of `codebook`, whose rows are normalised here (norm clipped below at `eps`)."""
+    """Return a path over the codes of `codebook`, whose rows this normalises (norms are at least `eps`)."""
     rows = jnp.asarray(codebook, jnp.float32)
     norm = jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), eps)
     return ProbabilityPath(codebook=rows / norm, alpha=alpha, c=c)
 
 
 def level(path: ProbabilityPath, t: Any) -> Any:
-    """How far the path has come at time t in [0, 1): beta_t on the metric path, t on the mixture path.
+    """Return the progress of the path at time t in [0, 1): beta_t on the metric path, t on the mixture path.
 
-    Works on NumPy (then in its precision) and JAX arrays alike.
+    Accepts NumPy arrays (computing in their precision) and JAX arrays.
     """
     if path.alpha is None:
         return t
@@ -73,7 +73,7 @@ def rate(path: ProbabilityPath, t: Any) -> Any:
 
 
 def distances(path: ProbabilityPath, x_1: Int[Array, " r"]) -> Float[Array, "r v"]:
-    """d(x, x_1) for every code x: squared L2 distances of the normalised rows, in float32."""
+    """Return d(x, x_1) for every code x: squared L2 distances of the normalised rows, in float32."""
     rows = path.codebook[x_1]
     product = jnp.matmul(rows, path.codebook.T, precision=jax.lax.Precision.HIGHEST)
     square = jnp.sum(path.codebook**2, axis=-1)
@@ -81,7 +81,7 @@ def distances(path: ProbabilityPath, x_1: Int[Array, " r"]) -> Float[Array, "r v
 
 
 def noise_log_weights(path: ProbabilityPath, x_1: Int[Array, " r"], at: Float[Array, " r"]) -> Float[Array, "r v"]:
-    """log p_t(x | x_1) up to a constant of the row, for `at` = level(t) of each token."""
+    """Return log p_t(x | x_1) up to a constant per row, for `at` = level(t) of each token."""
     if path.alpha is not None:
         return -at[:, None] * distances(path, x_1)
     other = (1 - at) / path.codes
@@ -92,16 +92,16 @@ def noise_log_weights(path: ProbabilityPath, x_1: Int[Array, " r"], at: Float[Ar
 def add_noise(
     path: ProbabilityPath, x_1: Int[Array, " r"], at: Float[Array, " r"], u: Float[Array, "r 2"]
 ) -> Int32[Array, " r"]:
-    """Return the forward process x_t ~ p_t(. | x_1), by uniform numbers `u`; `at` = level(t) of each token."""
+    """Draw from the forward process x_t ~ p_t(. | x_1), with uniform numbers `u`; `at` = level(t) of each token."""
     return categorical(noise_log_weights(path, x_1, at), u)
 
 
 def velocity(
     path: ProbabilityPath, z: Int[Array, " r"], x_1: Int[Array, " r"], at: Float[Array, " r"], slope: Float[Array, " r"]
 ) -> Float[Array, "r v"]:
-    """u_t(x, z | x_1): how fast a token at z jumps to x, 0 at x = z. `at` = level(t), `slope` = rate(t) of each token.
+    """Return u_t(x, z | x_1), the rate of jumps from z to x, 0 at x = z; `at` = level(t), `slope` = rate(t) per token.
 
-    Written out for reading and tests; the sampler needs only its sums (`exit_rate`).
+    Written out for reference and tests; the sampler needs only its sums (`exit_rate`).
 
     Source: arXiv 2412.03487, kinetic optimal velocity.
     """
@@ -116,7 +116,7 @@ def velocity(
 def exit_rate(
     path: ProbabilityPath, z: Int[Array, " r"], x_1: Int[Array, " r"], at: Float[Array, " r"], slope: Float[Array, " r"]
 ) -> tuple[Float[Array, " r"], Float[Array, "r v"]]:
-    """lambda = sum over x != z of u_t(x, z | x_1), and the log-weights of where a jump goes.
+    """Return (lambda = sum over x != z of u_t(x, z | x_1), log-weights of a jump's target).
 
     -beta d <= 0 with equality at x_1, so both sums are safe without a softmax: lambda = beta' S / Z with
     Z = sum exp(-beta d) and S = sum exp(-beta d) max(d(z, x_1) - d, 0), in float32.
@@ -142,14 +142,14 @@ def step(
 ) -> Int32[Array, " r"]:
     """Move each token from z by one time step: it jumps with probability 1 - exp(-dt lambda), else it stays.
 
-    `at` = level(t), `slope` = rate(t); `u` are uniform numbers, column 0 for whether and 1, 2 for where.
+    `at` = level(t), `slope` = rate(t); `u` are uniform numbers: column 0 decides whether to jump, 1 and 2 where to.
 
     Source: URSA, arXiv 2510.24717, sampler.
     """
     every = jnp.ones(z.shape, jnp.float32)
     total, log_weights = exit_rate(path, z, x_1, at * every, slope * every)
     jumps = (u[:, 0] < -jnp.expm1(-dt * total)) & (total > 0)
-    # A row that cannot jump may have no finite weight; staying is then its only entry.
+    # A row that cannot jump may have no finite weight; then staying gets the only one.
     stays = jnp.arange(path.codes)[None, :] == z[:, None]
     target = categorical(jnp.where((total > 0)[:, None], log_weights, jnp.where(stays, 0.0, -jnp.inf)), u[:, 1:])
     return jnp.where(jumps, target, z.astype(jnp.int32))

@@ -12,7 +12,7 @@ from udm_grpo.diffusion.path import ProbabilityPath
 from udm_grpo.diffusion.schedule import pretraining_time
 
 EMPTY_PROMPT_PROBABILITY = 0.1
-"""How many prompts are replaced by the empty one, so that the model also learns the unconditional law."""
+"""Fraction of prompts replaced by the empty one, so that the model also learns the unconditional law."""
 
 
 def cross_entropy(
@@ -22,7 +22,7 @@ def cross_entropy(
     noisy: Int[Array, "b n"],
     clean: Int[Array, "b n"],
 ) -> Float[Array, ""]:
-    """Mean cross-entropy (nats) of the clean codes given the noisy ones, over all tokens."""
+    """Return the mean cross-entropy (nats) of the clean codes given the noisy ones, over all tokens."""
     logits = network.logits(params, network.features(params, prompt_ids, noisy))
     log_p = jax.nn.log_softmax(logits, axis=-1)
     return -jnp.mean(jnp.take_along_axis(log_p, clean[:, :, None], axis=-1))
@@ -36,7 +36,7 @@ def corrupt(
     clean: Int[Array, "b n"],
     key: Key[Array, ""],
 ) -> tuple[Int[Array, "b l"], Int[Array, "b n"]]:
-    """(prompts, 10 % of them empty; images noised to a random time each)."""
+    """Return (prompts, 10 % of them replaced by the empty one; images, each noised to a random time)."""
     drop_key, time_key, noise_key = jax.random.split(key, 3)
     B, N = clean.shape
     dropped = jax.random.bernoulli(drop_key, EMPTY_PROMPT_PROBABILITY, (B, 1))

@@ -1,4 +1,4 @@
-"""The denoising rollout: one `lax.scan` from uniform codes to an image, whose outputs are the trajectory."""
+"""The denoising rollout: a `lax.scan` from uniform codes to an image, whose outputs are the trajectory."""
 
 from dataclasses import dataclass
 
@@ -17,35 +17,35 @@ from udm_grpo.diffusion.schedule import timesteps
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """The shape of a rollout; static under jit."""
+    """The settings of a rollout; static under jit."""
 
     steps: int = 10
-    """T."""
+    """T, the number of steps."""
     shift: float = 1.0
     """s of the schedule."""
     guidance_scale: float = 1.0
-    """g; 1 is CFG-free."""
+    """g of classifier-free guidance (CFG); 1 turns it off."""
     guidance_trunc: float = 0.9
-    """Guidance acts while t_k is below this."""
+    """Guidance is applied while t_k is below this."""
     keep_trajectory: bool = False
     """Whether to return x_k and x_1 of every step, for the ablations."""
 
     def first_step(self, path: ProbabilityPath) -> int:
-        """0, or 1 where step 0 cannot change a token and its prediction is not asked for."""
+        """Return 0, or 1 if step 0 cannot change a token and its prediction is not requested."""
         return 1 if path.still_at_zero and not self.keep_trajectory and self.steps > 1 else 0
 
     def guided(self) -> np.ndarray:
-        """bool[T]: the steps at which guidance acts."""
+        """Return the steps at which guidance is applied, bool[T]."""
         return (timesteps(self.steps, self.shift) < self.guidance_trunc) & (self.guidance_scale > 1)
 
 
 def image_keys(key: Key[Array, ""], image_index: Int[Array, " b"]) -> Key[Array, " b"]:
-    """Return a key for each image by its global index, so that no draw depends on micro-batches or devices."""
+    """Return a key for each image from its global index, so that no draw depends on micro-batches or devices."""
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(image_index)
 
 
 def start_tokens(path: ProbabilityPath, keys: Key[Array, " b"], tokens: int) -> Int32[Array, "b n"]:
-    """Uniform random codes."""
+    """Draw uniform random codes."""
     return jax.vmap(lambda key: jax.random.randint(key, (tokens,), 0, path.codes, jnp.int32))(keys)
 
 
@@ -56,9 +56,9 @@ def sample_step(
     times: dict[str, Array],
     u: Float[Array, "r 5"],
 ) -> tuple[Int32[Array, " r"], Int32[Array, " r"]]:
-    """One step of the sampler for R tokens: (next codes, the x_1 drawn), given logits of x_1.
+    """Return (next codes, drawn x_1) after one step of the sampler for R tokens, given logits of x_1.
 
-    `times` holds scalars level, rate, dt and last (bool): the last step's output is x_1 itself.
+    `times` contains the scalars level, rate, dt and last (bool): the last step returns x_1 itself.
     """
     x_1 = categorical(logits, u[:, :2])
     moved = paths.step(path, z, x_1, times["level"], times["rate"], times["dt"], u[:, 2:])
@@ -66,7 +66,7 @@ def sample_step(
 
 
 def step_times(path: ProbabilityPath, plan: RolloutPlan) -> dict[str, np.ndarray]:
-    """level, rate, dt, last and index of each of the T steps, from float64."""
+    """Return level, rate, dt, last and index of each of the T steps, computed in float64."""
     t = timesteps(plan.steps, plan.shift)
     return {
         "level": np.asarray(paths.level(path, t), np.float32),
@@ -89,7 +89,7 @@ def denoise(
     times: dict[str, Array],
     guided: bool,
 ) -> tuple[Int32[Array, "b n"], Int32[Array, "b n"]]:
-    """One step for B images: the features of every token, then logits and draws of some images at a time."""
+    """Run one step for B images: features of all tokens, then logits and draws for a few images at a time."""
     params = network.with_head(params)
     step_keys = jax.vmap(lambda key: jax.random.fold_in(key, times["index"] + 1))(keys)
     u = jax.vmap(lambda key: uniforms(key, x.shape[1], 5))(step_keys)
@@ -123,8 +123,9 @@ def rollout(
 ) -> Rollout:
     """Denoise B images from uniform codes in T steps.
 
-    `image_index` names the images across micro-batches, devices and hosts; with `key` it decides every draw. On the
-    metric path nothing moves at t = 0, so step 0 is skipped unless its prediction is asked for: T - 1 forward passes.
+    `image_index` identifies the images across micro-batches, devices and hosts; with `key` it determines every draw. On
+    the metric path nothing moves at t = 0, so step 0 is skipped unless its prediction is requested: T - 1 forward
+    passes.
 
     Source: URSA, arXiv 2510.24717; UDM-GRPO, arXiv 2604.18518.
     """
@@ -135,7 +136,7 @@ def rollout(
     times = {name: value[first:] for name, value in step_times(path, plan).items()}
     guided = plan.guided()[first:]
     parts = []
-    # Times only rise, so the guided steps come first: at most two scans, each with one forward pass in its body.
+    # Times increase, so the guided steps come first: at most two scans, each with one kind of step as its body.
     for flag in (True, False):
         mine = guided == flag
         if not mine.any():

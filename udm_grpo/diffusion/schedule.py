@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 
 def timesteps(steps: int, shift: float) -> np.ndarray:
-    """Return the times t_k, k = 0..T-1, of a rollout with T = `steps`: f64[T], rising from 0.
+    """Return the times t_k, k = 0..T-1, of a rollout with T = `steps`: f64[T], increasing from 0.
 
     sigma_k = 1 - k/T and t_k = 1 - s*sigma_k / (1 + (s - 1)*sigma_k) with s = `shift`.
 

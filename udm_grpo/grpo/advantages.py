@@ -8,10 +8,10 @@ STD_EPS = 1e-4
 
 
 def advantages(score: Float[Array, "p g"], clip: float, global_std: bool = False) -> Float[Array, "p g"]:
-    """How much better each image is than its prompt's group: (r - mean_group) / (std + 1e-4), clipped to +-`clip`.
+    """Return each image's advantage over its prompt's group: (r - mean_group) / (std + 1e-4), clipped to +-`clip`.
 
-    std is the group's population standard deviation, or with `global_std` that of all P*G scores. In a dead group,
-    whose scores are all equal, every advantage is exactly 0, however their mean rounds.
+    std is the population standard deviation of the group or, with `global_std`, of all P*G scores. In a dead group,
+    whose scores are all equal, every advantage is exactly 0, regardless of how the mean rounds.
 
     Source: UDM-GRPO, arXiv 2604.18518.
     """

@@ -21,9 +21,7 @@ def token_mean_logps(
     noisy: Int32[Array, "s n"],
     action: Int32[Array, "s n"],
 ) -> tuple[Float[Array, " s"], Float[Array, " s"]]:
-    """(mean over the N tokens of log p(action | noisy), mean entropy), one number each an image.
-
-    A mean, not a sum.
+    """Return (mean, not sum, over the N tokens of log p(action | noisy), mean entropy), one number each per state.
 
     Source: UDM-GRPO, arXiv 2604.18518.
     """
@@ -32,9 +30,9 @@ def token_mean_logps(
 
 
 def mean(x: Float[Array, " s"], weight: Float[Array, " s"] | None = None) -> Float[Array, ""]:
-    """Return the sum of the states whose weight is not 0, over the number of all states.
+    """Return the weighted sum over the states, divided by the number of all states.
 
-    What a state of weight 0 holds has no part in it, not even if it is not finite, and gets no gradient.
+    Values of states with weight 0 are ignored, even if they are not finite, and get no gradient.
     """
     return jnp.mean(x) if weight is None else jnp.sum(jnp.where(weight > 0, weight * x, 0.0)) / x.shape[0]
 
@@ -46,8 +44,7 @@ def policy_loss(
     clip_range: float,
     weight: Float[Array, " s"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Return (the clipped surrogate -mean min(A r, A clip(r, 1 - eps, 1 + eps)), the fraction of ratios outside the
-    clip).
+    """Return (clipped surrogate -mean min(A r, A clip(r, 1 - eps, 1 + eps)), fraction of ratios outside the clip).
 
     r = exp(logp - old_logp).
 
@@ -72,47 +69,47 @@ def k3(
 
 @dataclass(frozen=True)
 class UDMGRPO:
-    """The objective of UDM-GRPO; see objective.py for what each method is for.
+    """The objective of UDM-GRPO; objective.py documents the methods.
 
     Source: arXiv 2604.18518.
     """
 
     trajectory: TrajectoryPlan
     clip_range: float = 1e-4
-    """eps of the ratio's clip."""
+    """eps, at which the ratio is clipped."""
     kl_weight: float = 0.05
-    """beta of the KL term."""
+    """beta, the weight of the KL term."""
     advantage_clip: float = 5.0
     """Advantages are clipped to +- this."""
     global_std: bool = False
-    """Whether the std of all scores divides an advantage, instead of the group's."""
+    """Whether advantages are divided by the std of all scores instead of the group's."""
     keeps_old: bool = False
-    """Whether there are several optimizer steps a rollout, whose ratios are to the policy before the first."""
+    """Whether a rollout has several optimizer steps, whose ratios are relative to the policy before the first."""
 
     @classmethod
     def from_config(cls, config: RunConfig, shift: float, rows: int) -> "UDMGRPO":
-        """Return the objective of a run, by its `grpo` section."""
-        given = config.grpo
+        """Return the objective that the `grpo` section of a config describes."""
+        settings = config.grpo
         return cls(
             trajectory=TrajectoryPlan(
                 steps=config.rollout.steps,
                 shift=shift,
-                trained_steps=given.trained_steps,
-                window_starts=given.window_starts,
-                trajectory=given.trajectory,
-                action=given.action,
+                trained_steps=settings.trained_steps,
+                window_starts=settings.window_starts,
+                trajectory=settings.trajectory,
+                action=settings.action,
                 rows=rows,
             ),
-            clip_range=given.clip_range,
-            kl_weight=given.kl_weight,
-            advantage_clip=given.advantage_clip,
-            global_std=given.global_std,
-            keeps_old=given.optimizer_steps > 1,
+            clip_range=settings.clip_range,
+            kl_weight=settings.kl_weight,
+            advantage_clip=settings.advantage_clip,
+            global_std=settings.global_std,
+            keeps_old=settings.optimizer_steps > 1,
         )
 
     @property
     def needs_rollout(self) -> bool:
-        """Whether rollouts have to keep what they met at every step: for the ablations."""
+        """Whether rollouts must keep x_k and x_1 of every step, for the ablations."""
         return self.trajectory.needs_rollout
 
     def states(
@@ -124,8 +121,9 @@ class UDMGRPO:
     def freeze(
         self, network: Network, policy: Params, reference: Params, samples: Samples
     ) -> dict[str, Float[Array, " m"]]:
-        """Return `ref_logp`, token-mean log-probabilities under the start model, and with several optimizer steps
-        `old_logp`, those under the policy that drew the images.
+        """Return token-mean log-probabilities under the start model, `ref_logp`.
+
+        With several optimizer steps, also return `old_logp`, those under the policy that drew the images.
         """
         models = {"ref_logp": reference} | ({"old_logp": policy} if self.keeps_old else {})
         states = (samples.prompt_ids, samples.noisy, samples.action)
@@ -138,14 +136,14 @@ class UDMGRPO:
     def loss(
         self, network: Network, params: Params, samples: Samples
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """(policy loss + beta KL, metrics) over S training states, each a mean over them; see `mean` for weights.
+        """Return (policy loss + beta KL, metrics), all means over S training states; see `mean` for weights.
 
-        Without `old_logp` (one update a rollout) the old policy is this one: the ratio is 1 and only its gradient acts.
+        Without `old_logp` (one update per rollout) the old policy is the current one: the ratio is 1, with a gradient.
         """
         logp, entropy = token_mean_logps(network, params, samples.prompt_ids, samples.noisy, samples.action)
         old_logp = samples.frozen.get("old_logp", jax.lax.stop_gradient(logp))
         advantage, ref_logp, weight = samples.advantage, samples.frozen["ref_logp"], samples.weight
-        if weight is not None:  # in the gradient, 0 times what is not finite would not be 0
+        if weight is not None:  # in the gradient, 0 times a non-finite value would not be 0
             advantage = jnp.where(weight > 0, advantage, 0.0)
             old_logp, ref_logp = (jnp.where(weight > 0, x, jax.lax.stop_gradient(logp)) for x in (old_logp, ref_logp))
         policy, clip_fraction = policy_loss(logp, old_logp, advantage, self.clip_range, weight)

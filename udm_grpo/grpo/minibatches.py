@@ -1,7 +1,7 @@
 """Disjoint minibatches of a rollout: every optimizer step trains on all K states of its own images.
 
-Advantages and old log-probabilities are those of the whole rollout, computed before the first step. Images are drawn
-individually, not as whole groups: each step then sees nearly all prompts, as PPO and the public release have it.
+Advantages and old log-probabilities are computed for the whole rollout before the first step. Images are drawn
+individually, not as whole groups, so that each step sees nearly all prompts, as in PPO and the public release.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from udm_grpo.model.chunks import pad_rows
 
 
 def split_images(key: Key[Array, ""], images: int, minibatches: int) -> Int32[Array, "m i"]:
-    """Return the numbers of the images of each minibatch: a random partition of all B into M equal parts, M * I = B."""
+    """Return the image indices of each minibatch: a random partition of all B into M equal parts, M * I = B."""
     order = jax.random.permutation(key, jnp.arange(images, dtype=jnp.int32))
     return order.reshape(minibatches, images // minibatches)
 
@@ -23,7 +23,7 @@ def split_images(key: Key[Array, ""], images: int, minibatches: int) -> Int32[Ar
 def of_images(samples: Samples, chosen: Int[Array, " i"], images: int, states: int, rows: int) -> Samples:
     """Return the states of `chosen` images among the K*B = `states` of a rollout of B = `images`, padded to `rows`.
 
-    What fills up the rows repeats the last state with weight 0.
+    Padding repeats the last state with weight 0.
     """
     K = states // images
     index = (jnp.arange(K, dtype=jnp.int32)[:, None] * images + chosen[None, :]).reshape(-1)

@@ -17,10 +17,10 @@ def learning_rate(
     milestones: tuple[int, ...] = (),
     milestone_factor: float = 0.1,
 ) -> optax.Schedule:
-    """Return the rate of each update 0 .. total-1: a linear warm-up from 0 over `warmup` updates, then by `schedule`.
+    """Return the rate of updates 0 .. total-1: linear warm-up from 0 over `warmup` updates, then `schedule`.
 
-    "constant"; "cosine", down to final_fraction * peak at the end; "multistep", times milestone_factor at each
-    milestone (counted from the first update). Raises ValueError for another name.
+    Schedules: "constant"; "cosine", decaying to final_fraction * peak at the end; "multistep", multiplied by
+    milestone_factor at each milestone (counted from the first update). Raises ValueError for any other name.
     """
     if schedule == "constant":
         main = optax.constant_schedule(peak)
@@ -33,7 +33,7 @@ def learning_rate(
         raise ValueError(f"schedule is {schedule!r}; it must be constant, cosine or multistep.")
     if warmup == 0:
         return main
-    # The first update already moves: rate peak/warmup, not 0.
+    # The first update already has the rate peak/warmup, not 0.
     ramp = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
     return optax.join_schedules([ramp, main], [warmup])
 
@@ -41,7 +41,7 @@ def learning_rate(
 def adamw(
     rate: optax.Schedule, beta1: float, beta2: float, weight_decay: float, max_grad_norm: float
 ) -> optax.GradientTransformation:
-    """Clip to `max_grad_norm`, then decoupled-decay Adam (eps 1e-8) on every parameter.
+    """Return clipping to `max_grad_norm`, then Adam with decoupled weight decay (eps 1e-8) on every parameter.
 
     Source: AdamW, arXiv 1711.05101.
     """
@@ -52,7 +52,7 @@ def adamw(
 
 
 def unless(skipped: Bool[Array, ""], new: Any, old: Any) -> Any:
-    """Return `new`, or `old` bit for bit where the step is skipped; no branch, so nothing more is held in memory."""
+    """Return `new`, or `old` bit for bit if the step is skipped; without a branch, which would need more memory."""
     return jax.tree.map(lambda after, before: jnp.where(skipped, before, after), new, old)
 
 
@@ -65,9 +65,9 @@ def step(
 ) -> tuple[Any, optax.OptState, Float[Array, ""]]:
     """Return (parameters after one step, the optimizer's next state, the gradients' global norm).
 
-    A step is skipped where `skipped` says so and where the norm is not finite. Parameters and state are then what they
-    were, the optimizer's counts included: Adam's bias correction belongs to its moments, and the schedule counts the
-    steps that were made, so that a warm-up is not used up by steps that were not.
+    A step is skipped if `skipped` is true or the norm is not finite. Parameters and state then stay unchanged, the
+    optimizer's counts included: Adam's bias correction belongs to its moments, and the schedule counts only steps that
+    were made, so that skipped steps do not use up the warm-up.
     """
     norm = optax.tree.norm(gradients)
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float32 to the power of its int32 count

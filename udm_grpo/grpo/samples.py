@@ -1,4 +1,4 @@
-"""The training states of a rollout, from its images to the part of one optimizer step; any objective's."""
+"""The training states of a rollout, from its images to the states of one optimizer step, for any objective."""
 
 from dataclasses import replace
 
@@ -25,9 +25,9 @@ def prepare(
     rolled: Rollout,
     key: Key[Array, ""],
 ) -> Samples:
-    """Training states of a rollout with what their objective freezes: all that an update needs but the scores.
+    """Return the training states of a rollout with the objective's frozen values: all an update needs but the scores.
 
-    Images past the B of an iteration have no states; states past their S are copies of the last one, of weight 0.
+    Padding images beyond the B of an iteration have no states; padding states are copies of the last, of weight 0.
     """
     B, S = sizes.images, sizes.trained
     image_index = jnp.arange(prompt_ids.shape[0], dtype=jnp.int32)
@@ -51,7 +51,7 @@ def prepare(
 
 
 def judged(objective: Objective, sizes: BatchSizes, samples: Samples, score: Float[Array, "p g"]) -> Samples:
-    """Return the training states with what each image counts, repeated over the K steps."""
+    """Return the training states with the weight of each image, repeated over the K steps."""
     repeated = jnp.tile(objective.weights(score).reshape(-1), sizes.states // sizes.images)
     return replace(samples, advantage=pad_rows(repeated, sizes.trained))
 
@@ -64,7 +64,7 @@ def of_step(
     score: Float[Array, "p g"],
     images: Int[Array, " i"] | None,
 ) -> Samples:
-    """Return the judged states of one optimizer step, of all images or of `images` i32[B/M]."""
+    """Return the weighted states of one optimizer step, of all images or of `images` i32[B/M]."""
     samples = judged(objective, sizes, samples, score)
     if images is None:
         return samples

@@ -1,4 +1,4 @@
-"""The states an update trains on: which steps, what the model sees there, and which action it is judged by."""
+"""The states that an update trains on: which steps, the model's input at each, and the action whose log-prob counts."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from udm_grpo.model.chunks import map_chunks
 
 @dataclass(frozen=True)
 class TrajectoryPlan:
-    """How training states are made; static under jit."""
+    """How training states are constructed; static under jit."""
 
     steps: int
     """T of the rollout."""
@@ -29,15 +29,15 @@ class TrajectoryPlan:
     window_starts: int = 3
     """The window's first step is drawn uniformly from [0, window_starts)."""
     trajectory: str = "forward"
-    """"forward" (the method): x_k is the final image noised to t_k; "rollout" (ablation): x_k as the rollout met it."""
+    """"forward" (the method): x_k is the final image noised to t_k; "rollout" (ablation): the rollout's own x_k."""
     action: str = "clean"
     """"clean" (the method): the rollout's final tokens; "intermediate" (ablation): the x_1 drawn at step k."""
     rows: int = 4
-    """Images that are noised at a time."""
+    """Images to noise at a time."""
 
     @property
     def needs_rollout(self) -> bool:
-        """Whether the rollout has to keep what it met at every step."""
+        """Whether the rollout must keep x_k and x_1 of every step."""
         return self.trajectory == "rollout" or self.action == "intermediate"
 
 
@@ -55,7 +55,7 @@ def noised(
     step: Int[Array, ""],
     keys: Key[Array, " b"],
 ) -> Int32[Array, "b n"]:
-    """x_k ~ p_t(. | clean) for every image, its draws decided by its own key and the step."""
+    """Draw x_k ~ p_t(. | clean) for every image; the draws depend only on its own key and the step."""
     tokens = clean.shape[1]
     u = jax.vmap(lambda key: uniforms(jax.random.fold_in(key, step), tokens, 2))(keys)
 
@@ -71,7 +71,7 @@ def trajectory(
 ) -> Trajectory:
     """Return the K training states of each of B images.
 
-    Raises ValueError when an ablation needs the rollout's own trajectory and it was not kept.
+    Raises ValueError if an ablation needs the rollout's own trajectory and it was not kept.
 
     Source: UDM-GRPO, arXiv 2604.18518 (clean action, forward trajectory, reduced step).
     """

@@ -19,7 +19,7 @@ from udm_grpo.model.network import Network
 
 
 def cast(params: Params, dtype: Any) -> Params:
-    """Return the parameters in the dtype they compute in."""
+    """Return the parameters in the dtype used for computation."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
@@ -31,11 +31,10 @@ def accumulated_gradients(
     micro_batch: int,
     base: Params | None = None,
 ) -> tuple[Params, dict[str, Float[Array, ""]]]:
-    """(float32 gradients, metrics), averaged over S samples that are worked through `micro_batch` at a time.
+    """Return (float32 gradients, metrics), averaged over S samples that are processed `micro_batch` at a time.
 
-    With weights, the average is over the samples whose weight is 1.
-
-    With `base`, which stays as it is, `params` is an adapter of it.
+    With weights, the average is over the samples whose weight is 1. With `base`, which stays frozen, `params` is an
+    adapter of it.
     """
 
     def loss(weights: Params, part: Samples) -> tuple[Array, dict[str, Array]]:
@@ -55,18 +54,18 @@ def accumulated_gradients(
     if samples.weight is None:
         count = total // size
         return jax.tree.map(lambda g: g / count, gradients), jax.tree.map(jnp.mean, metrics)
-    # Each chunk's mean counts its padding as zeros: in all, so many chunks are full.
+    # Each chunk's mean counts its padding as zeros, so divide by the number of full chunks that the weights amount to.
     full = jnp.sum(samples.weight) / size
     return jax.tree.map(lambda g: g / full, gradients), jax.tree.map(lambda m: jnp.sum(m) / full, metrics)
 
 
 @dataclass(frozen=True)
 class EmaPlan:
-    """How the moving average of the weights follows them; static under jit."""
+    """Settings of the moving average of the weights; static under jit."""
 
     decay: float = 0.0
     every: int = 1
-    """Optimizer steps from one update of the average to the next."""
+    """Optimizer steps between updates of the average."""
 
 
 def moved_average(plan: EmaPlan, ema: Params, params: Params, step: Int32[Array, ""]) -> Params:
@@ -81,7 +80,7 @@ def moved_average(plan: EmaPlan, ema: Params, params: Params, step: Int32[Array,
 
 
 def has_signal(samples: Samples) -> Bool[Array, ""]:
-    """Return whether any state has an advantage: without one, only the KL term and rounding would move the weights."""
+    """Return whether any advantage is not 0; otherwise only the KL term and rounding would change the weights."""
     weight = jnp.float32(1) if samples.weight is None else samples.weight
     return jnp.any(jnp.where(weight > 0, samples.advantage, 0.0) != 0)
 
@@ -93,11 +92,11 @@ def apply_gradients(
     gradients: Params,
     signal: Bool[Array, ""],
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """Return (next state, metrics) of one optimizer step on the master weights and, when due, of their average.
+    """Return (next state, metrics) of one optimizer step on the master weights and, when due, on their average.
 
-    Without `signal`, or where the gradients' norm is not finite, the step is skipped: the state stays what it was bit
-    for bit, with the counts that the schedule, Adam's bias correction and the average go by. Metrics: `grad_norm`,
-    before clipping; `skipped`, 1 for a skipped step; `weight_max`, the largest absolute weight afterwards.
+    Without `signal`, or if the gradients' norm is not finite, the step is skipped: the state stays the same bit for
+    bit, including the counts for the schedule, Adam's bias correction and the average. Metrics: `grad_norm`, before
+    clipping; `skipped`, 1 for a skipped step; `weight_max`, the largest absolute weight afterwards.
     """
     params, opt_state, norm = optimizer_step(optimizer, gradients, state.opt_state, state.params, ~signal)
     skipped = ~signal | ~jnp.isfinite(norm)
@@ -119,11 +118,11 @@ def update(
     base: Params | None = None,
     factor: float = 1.0,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """(next state, metrics): gradients in `compute_dtype` on one copy of the weights, the step on float32 masters.
+    """Return (next state, metrics): gradients on a copy of the weights in `compute_dtype`, the step on float32 masters.
 
     `optimizer` clips the gradients itself. A step without any advantage (all groups dead) or with a gradient norm that
     is not finite is skipped; see `apply_gradients`. With `base`, frozen weights in `compute_dtype`, the state is that
-    of an adapter which counts `factor` times.
+    of an adapter that is scaled by `factor`.
 
     Source: UDM-GRPO, arXiv 2604.18518.
     """

@@ -1,4 +1,4 @@
-"""Which attention kernel a run uses: what model.attention=auto stands for on its devices, and what they cannot run."""
+"""Choose the attention kernel of a run: what model.attention=auto means on its devices, and what they cannot run."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 from udm_grpo.config import ConfigError, ModelConfig
 
 MIN_CAPABILITY = (8, 0)
-"""Compute capability from which cuDNN has fused attention: Ampere (A100, RTX 30) and later."""
+"""Minimum compute capability for cuDNN's fused attention: Ampere (A100, RTX 30) and later."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """A kernel, and why it was chosen."""
+    """A kernel and the reason for choosing it."""
 
     name: str
     """One of ATTENTION_IMPLEMENTATIONS in model/transformer.py."""
@@ -19,9 +19,9 @@ class Attention:
 
 
 def choose(model: ModelConfig, device: Any) -> Attention:
-    """Return the kernel for devices of one kind; raises ConfigError where the one that is asked for cannot run on them.
+    """Return the kernel for devices of one kind; raises ConfigError if they cannot run the configured one.
 
-    auto: cudnn on NVIDIA GPUs in bfloat16, splash on TPUs, xla elsewhere and where those cannot run.
+    auto: cudnn on NVIDIA GPUs in bfloat16, splash on TPUs, xla elsewhere and if those cannot run.
     """
     obstacles = {
         "cudnn": _cudnn_obstacle(model, device),

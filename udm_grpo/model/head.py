@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens by the head, with a gradient that keeps no logits."""
+"""Log-probabilities of tokens from the head, with a gradient that stores no logits."""
 
 from functools import partial
 from typing import Any
@@ -25,11 +25,11 @@ def head_logps(
     rows: int,
     execution: Execution = ONE_DEVICE,
 ) -> tuple[Float[Array, "s n"], Float[Array, "s n"]]:
-    """(log softmax(hidden @ kernel)[action], entropy) of every token, `rows` images at a time.
+    """Return (log softmax(hidden @ kernel)[action], entropy) of every token, `rows` images at a time.
 
-    No logits are kept for the backward pass, which computes them again chunk by chunk and sums the kernel's gradient
-    in float32. Where a batch is spread over devices, each sums its own part of that gradient, and the parts are
-    brought together once. The entropy is a metric: no gradient flows through it.
+    No logits are stored for the backward pass, which recomputes them chunk by chunk and sums the kernel's gradient in
+    float32. If a batch is spread over devices, each sums its own part of that gradient, and the parts are reduced once.
+    The entropy is a metric: no gradient flows through it.
     """
     return _head_logps_forward(hidden, kernel, action, rows, execution)[0]
 

@@ -1,6 +1,6 @@
-"""The model as everything else sees it: pure functions of its parameters; one record of all that is static about it.
+"""The interface of the model: pure functions of its parameters, on a dataclass of everything that is static.
 
-Another model takes part by another class with these methods.
+To use another model, write another class with these methods.
 """
 
 from collections.abc import Callable
@@ -24,16 +24,16 @@ class Network:
     """(h, w), the token grid of an image."""
     execution: Execution = ONE_DEVICE
     rows: int = 4
-    """Images whose logits exist at a time."""
+    """Number of images whose logits are in memory at a time."""
 
     @property
     def tokens(self) -> int:
-        """N, the tokens of an image."""
+        """N, the number of tokens of an image."""
         return self.grid[0] * self.grid[1]
 
     @property
     def codes(self) -> int:
-        """V, the visual codes."""
+        """V, the number of visual codes."""
         return self.config.lm_head_size
 
     def features(
@@ -41,13 +41,13 @@ class Network:
     ) -> Float[Array, "b n d"]:
         """Return the trunk's output at the rows that predict the N image tokens, in the dtype of `params`.
 
-        Raises ValueError where the images do not have the tokens of the grid.
+        Raises ValueError if the number of tokens per image does not match the grid.
         """
         hidden = hidden_states(self.config, params, prompt_ids, image_ids, self.grid, self.execution)
         return image_rows(hidden, self.tokens)
 
     def logits(self, params: Params, features: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
-        """Return float32 logits over the V codes; give features in chunks, for V is wide."""
+        """Return float32 logits over the V codes; pass features in chunks, since V is large."""
         return head(params, features)
 
     def log_probs(
@@ -57,19 +57,19 @@ class Network:
         noisy: Int[Array, "b n"],
         action: Int[Array, "b n"],
     ) -> tuple[Float[Array, "b n"], Float[Array, "b n"]]:
-        """(log p(action | noisy), entropy) of every token, float32; the gradient keeps no logits."""
+        """Return (log p(action | noisy), entropy) of every token in float32; the gradient stores no logits."""
         features = self.features(params, prompt_ids, noisy)
         kernel = self.execution.with_head(params)["lm_head"]["kernel"]
         return head_logps(features, kernel, action, self.rows, self.execution)
 
     def with_head(self, params: Params) -> Params:
-        """Return the parameters with the head brought together once, for `logits` of many chunks."""
+        """Return the parameters with the head gathered once, for calling `logits` on many chunks."""
         return self.execution.with_head(params)
 
     def in_chunks(self, fn: Callable[[Any], Any], images: Any) -> Any:
-        """Apply `fn` to `rows` images at a time along the first axis of every array; it treats them independently."""
+        """Apply `fn`, which must treat images independently, to `rows` images at a time along the first axis."""
         return map_chunks(fn, images, self.rows)
 
     def spread(self, batch: Array) -> Array:
-        """Keep a batch spread over its devices."""
+        """Constrain a batch to stay spread over its devices."""
         return self.execution.spread(batch)

@@ -1,4 +1,4 @@
-"""The sizes that the config.json of a part may ask for; a hostile or damaged one ends here, not in memory."""
+"""Limits for the sizes in config.json, so that a malicious or damaged file is an error before memory is allocated."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ MAX_SIZES = {
     "lm_vocab_size": 2**24,
     "lm_head_size": 2**24,
 }
-"""Largest value of each field; the released model has 28 layers of 2048."""
+"""Largest value of each field; the released model has 28 layers of width 2048."""
 
 MAX_VQ_SIZES = {
     "in_channels": 64,
@@ -24,13 +24,13 @@ MAX_VQ_SIZES = {
     "num_vq_embeddings": 2**24,
     "vq_embed_dim": 2**12,
 }
-"""Largest value of each field of an image tokenizer, of lists in each place; released: at most 131,072 codes."""
+"""Largest value of each field of an image tokenizer, in lists of each element; released: at most 131,072 codes."""
 MAX_RESOLUTIONS = 10
-"""Of an image tokenizer: 512 pixels a token along each axis. Released ones have 5."""
+"""Largest number of resolutions of an image tokenizer: 512 pixels per token along each axis. Released ones have 5."""
 
 
 def check_vq_sizes(config: Mapping[str, Any]) -> None:
-    """Raise ValueError naming the fields of a vae/config.json that no image tokenizer has."""
+    """Raise ValueError naming the fields of a vae/config.json that are too large for any image tokenizer."""
     wrong = []
     for name, most in MAX_VQ_SIZES.items():
         values = config[name] if isinstance(config[name], tuple) else (config[name],)
@@ -43,12 +43,12 @@ def check_vq_sizes(config: Mapping[str, Any]) -> None:
 
 
 def _shown(number: int) -> str:
-    """Return a number for an error; one of thousands of digits, which Python does not print, by its length."""
+    """Return a number for an error message; a huge one, which Python refuses to print, by its length."""
     return f"{number}" if number.bit_length() < 128 else f"a number of {number.bit_length()} bits"
 
 
 def check_sizes(config: Mapping[str, Any]) -> None:
-    """Raise ValueError naming the fields that no model has: they would take all memory, or forever."""
+    """Raise ValueError naming the fields with impossible values, which would exhaust memory or take forever."""
     wrong = []
     for name, most in MAX_SIZES.items():
         size = config[name]

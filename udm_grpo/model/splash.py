@@ -1,4 +1,4 @@
-"""Attention by JAX's splash kernel, for TPUs: no array of scores is ever written to memory."""
+"""Attention with JAX's splash kernel, for TPUs: attention scores are never written to memory."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jaxtyping import Array, Float
 
 LANES = 128
-"""The kernel wants sequences of a multiple of this."""
+"""The kernel requires sequence lengths that are multiples of this."""
 MAX_BLOCK = 512
-"""Rows of a block at most; not tuned."""
+"""Maximum rows of a block; not tuned."""
 
 
 def attend(
@@ -22,10 +22,10 @@ def attend(
     batch: Any = None,
     interpret: bool = False,
 ) -> Float[Array, "b s heads c"]:
-    """softmax(q k / sqrt(c)) v over the first `rows` keys (None: all); query head i reads head i // (heads / kv).
+    """Return softmax(q k / sqrt(c)) v over the first `rows` keys (None: all); head i reads kv head i // (heads / kv).
 
     The sequence is padded to a multiple of LANES, and only padding is masked. `batch` is the sharding of the first
-    axis: the compiler cannot divide a kernel by itself. `interpret` runs it without a TPU, slowly.
+    axis, needed because the compiler cannot partition a kernel. `interpret` runs it without a TPU, slowly.
 
     Source: jax.experimental.pallas.ops.tpu.splash_attention.
     """
@@ -61,7 +61,7 @@ def _attend(q: Array, k: Array, v: Array, rows: int, interpret: bool) -> Array:
         ),
         interpret=interpret,
     )
-    # Padded queries see what others see, and are dropped; padded keys are another segment, which nobody sees.
+    # Padded queries attend like the others and are dropped; padded keys form another segment, attended to by no query.
     padding = (np.arange(padded) >= rows).astype(np.int32)
     segments = splash_attention_kernel.SegmentIds(q=jnp.zeros(padded, jnp.int32), kv=jnp.asarray(padding))
     ready = (

@@ -1,8 +1,8 @@
-"""URSA's transformer: a Qwen3 trunk that attends in both directions, over [text, BOV, image tokens].
+"""URSA's transformer: a Qwen3 trunk with bidirectional attention over [text, BOV, image tokens].
 
 Flax modules describe one block; `nnx.split` is called once, and from then on parameters are a plain nested dict whose
-block leaves carry the layers on axis 0, so that a `lax.scan` runs through the depth and compile time does not grow
-with it.
+block leaves are stacked over the layers on axis 0, so that a `lax.scan` runs over the layers and compile time does not
+grow with their number.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ from udm_grpo.model.sizes import check_sizes
 RMS_NORM_EPS = 1e-6
 """Fixed by the checkpoint format."""
 ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn", "splash")
-"""What `Execution.attention` may name: plain XLA anywhere, cuDNN's flash attention on NVIDIA GPUs (bfloat16), JAX's
-splash kernel on TPUs."""
+"""Values of `Execution.attention`: plain XLA anywhere, cuDNN's flash attention on NVIDIA GPUs (bfloat16), JAX's splash
+kernel on TPUs."""
 REMAT_POLICIES = ("none", "dots", "full")
 ADAPTER = ("lora_a", "lora_b")
-"""The leaves beside the kernel of a linear map that has a low-rank adapter."""
+"""The additional leaves of a linear map that has a low-rank adapter."""
 
 RotaryTable = tuple[Any, Any]
 
@@ -51,28 +51,28 @@ class TransformerConfig:
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> "TransformerConfig":
-        """Read the sizes from the parsed config.json; raises ValueError naming what is missing or cannot be."""
+        """Read the sizes from the parsed config.json; raises ValueError naming fields that are missing or invalid."""
         missing = [field.name for field in fields(cls) if field.name not in config]
         if missing:
             raise ValueError(f"transformer config.json lacks {', '.join(missing)}; found {', '.join(sorted(config))}.")
         check_sizes(config)
-        made = cls(**{field.name: config[field.name] for field in fields(cls)})
-        if made.vocab_size != made.lm_vocab_size + made.lm_head_size:
+        sizes = cls(**{field.name: config[field.name] for field in fields(cls)})
+        if sizes.vocab_size != sizes.lm_vocab_size + sizes.lm_head_size:
             raise ValueError(
-                f"transformer config.json: vocab_size is {made.vocab_size}, but lm_vocab_size + lm_head_size is "
-                f"{made.lm_vocab_size} + {made.lm_head_size}."
+                f"transformer config.json: vocab_size is {sizes.vocab_size}, but lm_vocab_size + lm_head_size is "
+                f"{sizes.lm_vocab_size} + {sizes.lm_head_size}."
             )
-        if made.num_attention_heads % made.num_key_value_heads:
+        if sizes.num_attention_heads % sizes.num_key_value_heads:
             raise ValueError(
-                f"transformer config.json: num_attention_heads {made.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {made.num_key_value_heads}."
+                f"transformer config.json: num_attention_heads {sizes.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {sizes.num_key_value_heads}."
             )
-        return made
+        return sizes
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How the trunk is computed; changes speed and memory, never the result beyond rounding."""
+    """How the trunk is computed; affects speed and memory, never the result beyond rounding."""
 
     attention: str = "xla"
     """One of ATTENTION_IMPLEMENTATIONS."""
@@ -81,33 +81,33 @@ class Execution:
     batch: Any = None
     """Sharding of arrays whose first axis is the batch; None leaves it to the compiler."""
     head: Any = None
-    """Sharding of the head's kernel while logits are computed; None leaves it as it lies."""
+    """Sharding of the head's kernel while logits are computed; None leaves it unchanged."""
     layers: Any = None
-    """A function that prepares the parameters of all blocks for the loop over them; None leaves them as they lie."""
+    """Function that prepares the parameters of all blocks for the loop over them; None leaves them unchanged."""
     shards: int = 1
-    """Devices that a batch is spread over."""
+    """Number of devices that a batch is spread over."""
     multiple: int = 1
-    """The sequence is padded at the embedding to a multiple of this, by rows that no row attends to; they are dropped
-    at the end. 1, or 2 for "cudnn", whose gradient JAX refuses for an odd number of rows."""
+    """The sequence is padded at the embedding to a multiple of this, with rows that no row attends to and that are
+    dropped at the end. 1, or 2 for "cudnn", whose gradient JAX refuses for an odd number of rows."""
 
     def padded_rows(self, rows: int) -> int:
-        """Rows of the sequence as the trunk sees it."""
+        """Return the rows of the sequence inside the trunk."""
         multiple = max(self.multiple, 2 if self.attention == "cudnn" else 1)
         return -(-rows // multiple) * multiple
 
     def spread(self, x: Array) -> Array:
-        """Keep a batch spread over its devices: left alone, the compiler may spread the width like the weights'."""
+        """Constrain a batch to stay spread over its devices: the compiler might shard the width like the weights'."""
         return x if self.batch is None else jax.lax.with_sharding_constraint(x, self.batch)
 
     def with_head(self, params: Params) -> Params:
-        """Return the parameters with the head's kernel brought together once, instead of for every chunk of rows."""
+        """Return the parameters with the head's kernel gathered once, instead of for every chunk of rows."""
         if self.head is None:
             return params
         return {**params, "lm_head": jax.lax.with_sharding_constraint(params["lm_head"], self.head)}
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm, in float32 up to the multiplication by the scale."""
+    """Root-mean-square norm, computed in float32 except for the multiplication by the scale."""
 
     def __init__(self, size: int):
         self.scale = nnx.Param(jnp.ones(size))
@@ -124,7 +124,7 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
     """A matrix product over the last axis, all other axes merged first.
 
-    As one product of two matrices rather than of three axes the gradient runs 1.3 times as fast on CPU.
+    As a single product of two matrices instead of one over three axes, the gradient runs 1.3 times as fast on CPU.
     """
 
     def __init__(self, d_in: int, d_out: int, rngs: nnx.Rngs):
@@ -137,7 +137,7 @@ class Linear(nnx.Module):
 
 
 class AdaptedLinear(Linear):
-    """A linear map and a low-rank one beside it: x W + (x A) B; any factor is in B."""
+    """A linear map plus a low-rank one, x W + (x A) B; any factor is contained in B."""
 
     def __init__(self, d_in: int, d_out: int, rank: int, rngs: nnx.Rngs):
         super().__init__(d_in, d_out, rngs)
@@ -158,9 +158,9 @@ def attend(
     execution: Execution,
     rows: int | None = None,
 ) -> Float[Array, "b s heads c"]:
-    """softmax(q k / sqrt(c)) v over the first `rows` keys (None: all); query head i reads head i // (heads / kv).
+    """Return softmax(q k / sqrt(c)) v over the first `rows` keys (None: all); head i reads kv head i // (heads / kv).
 
-    "xla" is written out here, with float32 softmax: it runs anywhere, also backward in bfloat16.
+    "xla" is written out here, with float32 softmax: it runs anywhere, including backward in bfloat16.
     """
     rows = q.shape[1] if rows is None else rows
     if execution.attention == "cudnn":
@@ -169,7 +169,7 @@ def attend(
             q,
             k,
             v,
-            # Padded queries are computed like the others, so that what they hold is finite.
+            # Padded queries are computed like the others, so that their values are finite.
             query_seq_lengths=jnp.full(q.shape[0], q.shape[1], jnp.int32) if padded else None,
             key_value_seq_lengths=jnp.full(q.shape[0], rows, jnp.int32) if padded else None,
             implementation="cudnn",
@@ -191,7 +191,7 @@ def attend(
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention without a mask: left padding takes part like any token."""
+    """Grouped-query attention without a mask: left padding is attended to like any token."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         width = config.hidden_size
@@ -205,7 +205,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b s d"], rope: RotaryTable, execution: Execution, rows: int | None = None
     ) -> Float[Array, "b s d"]:
-        """Attend over the first `rows` of the sequence; None: over all of it."""
+        """Attend to the first `rows` of the sequence (None: all)."""
         B, S, _ = x.shape
         q = rotate(self.q_norm(self.q(x).reshape(B, S, -1, HEAD_DIM)), rope)
         k = rotate(self.k_norm(self.k(x).reshape(B, S, -1, HEAD_DIM)), rope)
@@ -223,7 +223,7 @@ class MLP(nnx.Module):
         self.down = Linear(config.intermediate_size, config.hidden_size, rngs)
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        """Apply to every token on its own."""
+        """Apply the MLP to every token independently."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
@@ -239,14 +239,14 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "b s d"], rope: RotaryTable, execution: Execution, rows: int | None = None
     ) -> Float[Array, "b s d"]:
-        """Residual attention, then residual MLP."""
+        """Apply residual attention, then the residual MLP."""
         x = x + self.attn(self.input_norm(x), rope, execution, rows)
         return x + self.mlp(self.post_norm(x))
 
 
 @functools.lru_cache(maxsize=16)
 def _block_graph(config: TransformerConfig, adapted: tuple[tuple[str, str], ...] = ()) -> nnx.GraphDef:
-    """Return the graph of a block in which the linear maps (part, name) carry an adapter; of no shapes."""
+    """Return the graph of a block whose linear maps (part, name) have an adapter; it does not depend on shapes."""
 
     def make() -> Block:
         block = Block(config, nnx.Rngs(0))
@@ -258,13 +258,13 @@ def _block_graph(config: TransformerConfig, adapted: tuple[tuple[str, str], ...]
 
 
 def _adapted(layers: Params) -> tuple[tuple[str, str], ...]:
-    """(part, name) of the linear maps that carry an adapter."""
+    """Return (part, name) of the linear maps that have an adapter."""
     parts = ((part, name, leaves) for part in ("attn", "mlp") for name, leaves in layers[part].items())
     return tuple((part, name) for part, name, leaves in parts if ADAPTER[0] in leaves)
 
 
 def init(config: TransformerConfig, key: Array) -> Params:
-    """Fresh float32 parameters: normal(0.02) matrices, unit norms."""
+    """Return new float32 parameters: normal(0.02) matrices, unit norms."""
     embed_key, head_key, *layer_keys = jax.random.split(key, 2 + config.num_hidden_layers)
     layers = [nnx.to_pure_dict(nnx.state(Block(config, nnx.Rngs(layer_key)))) for layer_key in layer_keys]
     return {
@@ -278,7 +278,7 @@ def init(config: TransformerConfig, key: Array) -> Params:
 def abstract(config: TransformerConfig) -> Params:
     """Return the parameter tree as float32 `jax.ShapeDtypeStruct`.
 
-    One block is traced for all, since 28 take seconds.
+    A single block is traced for all layers, since tracing 28 takes seconds.
     """
     tree = jax.eval_shape(lambda: init(dataclasses.replace(config, num_hidden_layers=1), jax.random.key(0)))
     layers = config.num_hidden_layers
@@ -346,5 +346,5 @@ def image_rows(hidden: Float[Array, "b s d"], tokens: int) -> Float[Array, "b n 
 
 
 def head(params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
-    """Logits over the V codes, accumulated and returned in float32."""
+    """Return logits over the V codes, accumulated in float32."""
     return jnp.matmul(hidden, params["lm_head"]["kernel"], preferred_element_type=jnp.float32)

@@ -1,1 +1,1 @@
-"""Small worlds that a laptop trains on: their prompts, pictures and base checkpoints."""
+"""Small worlds that a laptop can train on: their prompts, images and base models."""

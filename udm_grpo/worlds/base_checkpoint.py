@@ -1,8 +1,8 @@
-"""The stages by which the base checkpoint of a small world is made from nothing, whatever that world shows.
+"""Pre-train the base model of a small world from scratch, whatever that world shows.
 
-The tokenizer learns pictures, the pictures become image tokens under captions of which some are wrong, and the
-transformer learns those. Seeded; every stage leaves its result in the output folder and a killed run resumes from the
-last one, to the same end. The worlds: scripts/pretrain_shapes.py, scripts/pretrain_signs.py.
+The image tokenizer is trained on images, these are encoded to tokens with captions of which some are wrong, and the
+transformer is trained on both. Everything is seeded; each stage saves its result in the output folder, and a killed run
+resumes from the last one with the same final result. Worlds: scripts/pretrain_shapes.py, scripts/pretrain_signs.py.
 """
 
 import json
@@ -38,29 +38,29 @@ from udm_grpo.released.weights import ReleasedModel, Scheduler, save_folder
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 Metadata = dict[str, Any]
-"""What a world knows of a prompt; the words are under "prompt"."""
+"""What a world records about a prompt; its text is under "prompt"."""
 
 
 @dataclass(frozen=True)
 class World:
-    """What the stages need to know of a world. Pictures are u8[B,H,W,3]."""
+    """What the stages need to know about a world. Images are u8[B,H,W,3]."""
 
     name: str
-    """As in assets/ursa-NAME."""
+    """NAME in assets/ursa-NAME."""
     train: Sequence[Metadata]
-    """Prompts that may be trained on."""
+    """Training prompts."""
     heldout: Sequence[Metadata]
     """Prompts kept for evaluation; their words are in the vocabulary."""
     varied_pictures: Callable[[int, np.random.Generator], np.ndarray]
-    """That many pictures for the tokenizer."""
+    """Return that many images for the tokenizer."""
     sample: Callable[[int, np.random.Generator], list[Metadata]]
-    """That many training prompts for the transformer."""
+    """Return that many training prompts for the transformer."""
     pictures: Callable[[Sequence[Metadata], np.random.Generator], np.ndarray]
-    """A picture of each prompt, for the transformer."""
+    """Return an image of each prompt, for the transformer."""
     corrupt: Callable[[Metadata, np.random.Generator], Metadata]
-    """A caption that is wrong in one element."""
+    """Return a caption that is wrong in one element."""
     word_splitter: pre_tokenizers.PreTokenizer
-    """Prompt -> words, each of which gets a token."""
+    """Splits a prompt into words, each of which gets a token."""
     vq_config: dict[str, Any]
     """The image tokenizer, as in the released vae/config.json."""
     path: Scheduler
@@ -68,34 +68,34 @@ class World:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long each stage takes, and how wrong the captions are; the numbers are those of the shapes world."""
+    """The length of each stage and the share of wrong captions; the defaults are those of the shapes world."""
 
     pool: int = 20_000
-    """Pictures that the tokenizer sees."""
+    """Images for training the tokenizer."""
     continuous_updates: int = 700
-    """Tokenizer updates before the codebook is set."""
+    """Tokenizer updates before the codebook is initialized."""
     codebook_batches: int = 30
-    """Hundreds of pictures whose latents the codebook is set from."""
+    """Batches of 100 images whose latents initialize the codebook."""
     quantized_updates: int = 2_500
-    """Tokenizer updates with codes."""
+    """Tokenizer updates with the codebook."""
     tokenizer_batch: int = 32
     tokenizer_rate: float = 2e-3
     tokenizer_decay: int = 0
-    """Updates with codes over which the rate falls by a cosine, if not over all of them."""
+    """Updates with the codebook over which the rate decays by a cosine; 0: over all of them."""
     pictures: int = 40_000
-    """Pictures that the transformer sees."""
+    """Images for training the transformer."""
     wrong_captions: float = 0.1
-    """Share of captions that are wrong in one element."""
+    """Fraction of captions that are wrong in one element."""
     updates: int = 4_000
     """Transformer updates."""
     batch: int = 64
     learning_rate: float = 3e-3
     shift: float = 3.0
-    """Warp of pre-training times: half of them below t = 0.25, where only the words say what to draw."""
+    """Warp of pre-training times: half of them are below t = 0.25, where only the prompt determines what to draw."""
 
 
 def vq_config(codes: int, width_of_a_code: int) -> dict[str, Any]:
-    """Return an image tokenizer of stride 8 with that many codes of that width."""
+    """Return the config of an image tokenizer of stride 8 with this number and width of codes."""
     return {
         "_quantizer_name": "VQuantizer",
         "attn_down_block": False,
@@ -112,12 +112,12 @@ def vq_config(codes: int, width_of_a_code: int) -> dict[str, Any]:
 
 
 def as_pixels(images: np.ndarray) -> np.ndarray:
-    """u8[B,H,W,3] -> f32 in [-1, 1]."""
+    """Convert u8[B,H,W,3] to f32 in [-1, 1]."""
     return images.astype(np.float32) / 127.5 - 1
 
 
 class TokenizerTraining:
-    """The tokenizer's two phases over one random stream, whose state is saved with the weights."""
+    """The tokenizer's two training phases over one random stream, whose state is saved with the weights."""
 
     def __init__(self, world: World, plan: Plan, output: Path):
         self.plan, self.output = plan, output
@@ -126,11 +126,11 @@ class TokenizerTraining:
         self.pool = world.varied_pictures(plan.pool, self.rng)
 
     def batch(self, count: int) -> jax.Array:
-        """Return the next pictures f32[count,H,W,3] of the stream."""
+        """Return the next images f32[count,H,W,3] of the stream."""
         return jnp.asarray(as_pixels(self.pool[self.rng.integers(0, len(self.pool), count)]))
 
     def phase(self, name: str, params: Params, updates: int, quantized: bool) -> Params:
-        """Train for `updates`, from the phase's last saved state if there is one."""
+        """Train for `updates` in all, starting from the phase's last saved state if there is one."""
         peak, decay = self.plan.tokenizer_rate, (self.plan.tokenizer_decay if quantized else 0) or updates
         schedule = optax.warmup_cosine_decay_schedule(0, peak, min(50, decay // 2), decay, peak * 0.05)
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, 0.9, 0.95, weight_decay=1e-4))
@@ -149,7 +149,7 @@ class TokenizerTraining:
             logs, saves = update % 100 == 0 or done == updates, done % 250 == 0 or done == updates
             if logs or saves:
                 values = {key: float(value) for key, value in metrics.items()}
-                check_finite(f"{name} update", done, values, "Lower the tokenizer's learning rate and begin anew.")
+                check_finite(f"{name} update", done, values, "Lower the tokenizer's learning rate and start over.")
             if logs:
                 row = {"phase": name, "update": done, **{key: round(value, 4) for key, value in values.items()}}
                 print(row, flush=True)
@@ -160,14 +160,14 @@ class TokenizerTraining:
         return params
 
     def codebook(self, params: Params) -> np.ndarray:
-        """Codes f32[V,e] from the latents of the plan's pictures, by spherical k-means."""
+        """Return codes f32[V,e], computed from the latents of the plan's images by spherical k-means."""
         encode = compiled.tokenizer_latents(self.config)
         latents = [np.asarray(encode(params, self.batch(100))) for _ in range(self.plan.codebook_batches)]
         points = np.concatenate(latents).reshape(-1, self.config.vq_embed_dim)
         return spherical_k_means(points, self.config.num_vq_embeddings, self.rng)
 
     def run(self) -> Params:
-        """Both phases, with the codebook set between them."""
+        """Run both phases, initializing the codebook between them; return the parameters."""
         params = self.phase("continuous", vq.init(self.config, jax.random.key(0)), self.plan.continuous_updates, False)
         if Checkpoints(self.output / "tokenizer_quantized", keep=2).latest() is None:
             params["codebook"] = {"embedding": jnp.asarray(self.codebook(params))}
@@ -175,7 +175,7 @@ class TokenizerTraining:
 
 
 def spherical_k_means(points: np.ndarray, k: int, rng: np.random.Generator, rounds: int = 25) -> np.ndarray:
-    """k centres of length 1 of points f32[M,e] of length 1: seeded as k-means++, then Lloyd's rounds by angle."""
+    """Return k unit-length centres of unit-length points f32[M,e]: k-means++ seeding, then Lloyd rounds by angle."""
     centres = points[rng.permutation(len(points))[:1]]
     distance = 2 - 2 * points @ centres[0]
     for _ in range(k - 1):
@@ -192,20 +192,22 @@ def spherical_k_means(points: np.ndarray, k: int, rng: np.random.Generator, roun
 
 
 def write_tokens(world: World, plan: Plan, params: Params, file: Path) -> None:
-    """Render, encode and caption the transformer's training pictures: tokens.npz with prompts and images."""
+    """Render, encode and caption the transformer's training images; write prompts and images to tokens.npz."""
     rng = np.random.default_rng(1)
-    wanted = world.sample(plan.pictures, rng)
+    prompts = world.sample(plan.pictures, rng)
     encode, _ = compiled.tokenizer_codec(vq.VQConfig.from_json(world.vq_config))
     ids = []
     for at in range(0, plan.pictures, 500):
-        images = world.pictures(wanted[at : at + 500], rng)
+        images = world.pictures(prompts[at : at + 500], rng)
         ids.append(np.asarray(encode(params, jnp.asarray(as_pixels(images)))))
-    captions = [world.corrupt(metadata, rng) if rng.random() < plan.wrong_captions else metadata for metadata in wanted]
+    captions = [
+        world.corrupt(metadata, rng) if rng.random() < plan.wrong_captions else metadata for metadata in prompts
+    ]
     np.savez_compressed(file, prompts=[caption["prompt"] for caption in captions], images=np.concatenate(ids))
 
 
 def write_text_tokenizer(folder: Path, texts: Iterable[str], splitter: pre_tokenizers.PreTokenizer) -> list[str]:
-    """Return a tokenizer, padding on the left, with one token for each word of the texts; return its vocabulary."""
+    """Write a left-padding tokenizer with one token for each word of the texts; return its vocabulary."""
     split = [[word for word, _ in splitter.pre_tokenize_str(text)] for text in texts]
     words = ["[PAD]", "[UNK]", "[BOV]", *sorted({word for text in split for word in text})]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
@@ -253,7 +255,7 @@ def fresh_checkpoint(world: World, params: Params) -> ReleasedModel:
 
 
 def write_prompts(folder: Path, train: Sequence[Metadata], heldout: Sequence[Metadata]) -> None:
-    """Write the two prompt sets, one JSON object a line: train.jsonl and heldout.jsonl."""
+    """Write the two prompt sets, train.jsonl and heldout.jsonl, with one JSON object per line."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, prompts in (("train", train), ("heldout", heldout)):
         lines = [json.dumps(metadata) for metadata in prompts]
@@ -261,7 +263,7 @@ def write_prompts(folder: Path, train: Sequence[Metadata], heldout: Sequence[Met
 
 
 def install(world: World, output: Path, assets: Path = ASSETS) -> None:
-    """Put the checkpoint, the prompt sets and the logs into the package."""
+    """Copy the model, the prompt sets and the logs into the package."""
     target = assets / f"ursa-{world.name}"
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(output / "base" / "checkpoint", target)
@@ -273,22 +275,22 @@ def install(world: World, output: Path, assets: Path = ASSETS) -> None:
 
 
 def make_base(world: World, plan: Plan, output: Path) -> None:
-    """Every stage that is not done yet; the checkpoint ends in output/base/checkpoint."""
+    """Run every stage that is not finished yet; the resulting model is in output/base/checkpoint."""
     output.mkdir(parents=True, exist_ok=True)
     params = TokenizerTraining(world, plan, output).run()
     tokens = output / "tokens.npz"
     if not tokens.exists():
         write_tokens(world, plan, params, tokens)
     save_folder(fresh_checkpoint(world, params), output / "start")
-    given = pretrain.PretrainPlan(plan.updates, plan.batch, plan.learning_rate, shift=plan.shift)
-    pretrain.pretrain_folder(output / "start", tokens, output / "base", given)
+    settings = pretrain.PretrainPlan(plan.updates, plan.batch, plan.learning_rate, shift=plan.shift)
+    pretrain.pretrain_folder(output / "start", tokens, output / "base", settings)
 
 
 def command_line(world: World, plan: Plan, argv: Sequence[str] | None) -> int:
     """Run the command line of a world's script; return the exit status."""
-    parser = Parser(description=f"Make the base checkpoint of the {world.name} world.")
-    parser.add_argument("--output", required=True, help="folder for the checkpoint, its logs and its saved states")
-    parser.add_argument("--install", action="store_true", help="put the result into udm_grpo/assets")
+    parser = Parser(description=f"Pre-train the base model of the {world.name} world.")
+    parser.add_argument("--output", required=True, help="folder for the model, its logs and its saved states")
+    parser.add_argument("--install", action="store_true", help="copy the result into udm_grpo/assets")
     prepare()
     arguments = local_args(parser, argv)
     output = Path(arguments.output)

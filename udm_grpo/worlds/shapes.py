@@ -1,14 +1,14 @@
 """The prompts of the shapes world: GenEval's grammar over four shapes and six colours.
 
-It stands in for COCO and a large image model in the embedded default: the same six tags, wording and metadata as
-GenEval (djghosh13/geneval, prompts/create_prompts.py), but pictures of 32x32 pixels that a small model can learn on a
+The embedded default uses it in place of COCO and a large image model: the same six tags, wording and metadata as
+GenEval (djghosh13/geneval, prompts/create_prompts.py), but images of 32x32 pixels, which a small model can learn on a
 CPU.
 
     rng = np.random.default_rng(0)
     metadata = sample_prompts(train_prompts(), 128, rng)
     images = render_batch([scene_for(m, rng) for m in metadata])  # shapes_scenes.py: u8[128, 32, 32, 3]
 
-The judge (rewards_bridge/scorers/shapes.py) shares nothing with this file but the words for classes and colours.
+The scorer (rewards_bridge/scorers/shapes.py) shares only the words for classes and colours with this file.
 """
 
 import itertools
@@ -30,17 +30,17 @@ COUNTS = (2, 3, 4)
 TAGS = geneval.TAGS
 
 RL_TAG_WEIGHTS = RATIO
-"""How often each tag is drawn for RL batches: the published ratio."""
+"""Relative frequency of each tag in RL batches: the published ratio."""
 
 PRETRAIN_TAG_WEIGHTS = {"position": 4, "counting": 3, "color_attr": 4, "colors": 2, "two_object": 2, "single_object": 1}
-"""How often each tag is drawn for pre-training: all six occur, those with more to learn more often."""
+"""Relative frequency of each tag in pre-training: all six occur, harder ones more often."""
 
 
 # ---------------------------------------------------------------- prompts
 
 
 def all_prompts() -> list[Metadata]:
-    """Every prompt of the world once, by tag in the order of TAGS: 4 + 12 + 12 + 24 + 48 + 360 = 460."""
+    """Return every prompt of the world once, by tag in the order of TAGS: 4 + 12 + 12 + 24 + 48 + 360 = 460."""
     pairs = list(itertools.permutations(CLASSES, 2))
     prompts = [geneval.single_object(name) for name in CLASSES]
     prompts += [geneval.two_object(a, b) for a, b in pairs]
@@ -76,10 +76,10 @@ _HELD_OUT_COMBINATIONS = {
 
 
 def combination(metadata: Metadata) -> tuple[Any, ...]:
-    """Return what a prompt asks for, whatever its wording.
+    """Return what a prompt asks for, independent of its wording.
 
-    Twins share it: "a circle and a star" and "a star and a circle"; "a circle left of a star" and "a star right of a
-    circle"; the same two coloured objects in either order.
+    Equivalent prompts share it: "a circle and a star" and "a star and a circle"; "a circle left of a star" and "a star
+    right of a circle"; the same two coloured objects in either order.
     """
     tag, include = metadata["tag"], metadata["include"]
     if tag == "counting":
@@ -95,7 +95,7 @@ def combination(metadata: Metadata) -> tuple[Any, ...]:
 
 
 def is_held_out(metadata: Metadata) -> bool:
-    """Return whether a prompt's combination is kept for evaluation: about a fifth of every tag, everywhere the same."""
+    """Return whether a prompt's combination is kept for evaluation: about a fifth of every tag, a fixed split."""
     key = combination(metadata)
     if key[0] != "color_attr":
         return key in _HELD_OUT_COMBINATIONS
@@ -105,19 +105,19 @@ def is_held_out(metadata: Metadata) -> bool:
 
 
 def train_prompts() -> list[Metadata]:
-    """Return the prompts that may be trained on; every word of the world occurs in them."""
+    """Return the training prompts; every word of the world occurs in them."""
     return [metadata for metadata in all_prompts() if not is_held_out(metadata)]
 
 
 def heldout_prompts() -> list[Metadata]:
-    """Return the prompts kept for evaluation: no combination of theirs, in either wording, is in train_prompts()."""
+    """Return the prompts kept for evaluation; none of their combinations, in any wording, is in train_prompts()."""
     return [metadata for metadata in all_prompts() if is_held_out(metadata)]
 
 
 def sample_prompts(
     prompts: Sequence[Metadata], n: int, rng: np.random.Generator, weights: dict[str, int] | None = None
 ) -> list[Metadata]:
-    """Draws n prompts with replacement: first the tag by its weight (RL_TAG_WEIGHTS unless told), then one of that tag.
+    """Draw n prompts with replacement: first a tag by weight (default: RL_TAG_WEIGHTS), then a prompt with that tag.
 
     Raises ValueError if none of the prompts has a tag of positive weight.
     """
@@ -148,7 +148,7 @@ def _elements(metadata: Metadata) -> tuple[Any, ...]:
 
 @cache
 def _wrong_captions() -> dict[str, list[Metadata]]:
-    """For every prompt, the training prompts of its tag that differ from it in exactly one element."""
+    """Return, for every prompt, the training prompts of its tag that differ from it in exactly one element."""
     train = [(metadata, _elements(metadata)) for metadata in train_prompts()]
     wrong: dict[str, list[Metadata]] = {}
     for metadata in all_prompts():
@@ -165,8 +165,8 @@ def _wrong_captions() -> dict[str, list[Metadata]]:
 def corrupt_caption(metadata: Metadata, rng: np.random.Generator) -> Metadata:
     """Return a training prompt of the same tag that is wrong in one element: another class, colour, count or relation.
 
-    A picture of the one never satisfies the other. It is always a training prompt, so that a held-out wording is not
-    seen by way of a wrong caption. Used to make a base model that is imperfect in an honest way.
+    An image of one never satisfies the other. The result is always a training prompt, so that held-out wordings do not
+    leak through wrong captions. Wrong captions are used to get a base model that is genuinely imperfect.
     """
     candidates = _wrong_captions()[metadata["prompt"]]
     return candidates[int(rng.integers(len(candidates)))]

@@ -1,7 +1,7 @@
-"""Scenes of the shapes world that satisfy a prompt, and their pictures.
+"""Scenes of the shapes world that satisfy a prompt, and their images.
 
-Two layouts: "free" puts objects anywhere they fit, "anchored" near fixed places, which a small model can learn in
-minutes. The image tokenizer and the judge's tests see the free one, the transformer the anchored one.
+Two layouts: "free" places objects anywhere they fit, "anchored" near fixed positions, which a small model can learn in
+minutes. The image tokenizer and the scorer's tests use the free layout, the transformer the anchored one.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ import numpy as np
 from udm_grpo.worlds.shapes import CLASSES, COLORS, RELATIONS, Metadata
 
 GRID = 32.0
-"""The side of a scene: places and sizes are in pixels of a 32x32 picture, whatever size is rendered."""
+"""Side of a scene: positions and sizes are in pixels of a 32x32 image, whatever size is rendered."""
 
-_GAP = 2.0  # least clear ground between two objects
-_BORDER = 1.0  # least clear ground around the picture
-_SIZES = {1: (13.0, 20.0), 2: (11.0, 14.0), 3: (10.0, 12.0), 4: (10.0, 12.0)}  # side of an object by how many there are
+_GAP = 2.0  # minimum distance between two objects
+_BORDER = 1.0  # minimum distance between objects and the edge of the image
+_SIZES = {1: (13.0, 20.0), 2: (11.0, 14.0), 3: (10.0, 12.0), 4: (10.0, 12.0)}  # side of an object, by object count
 _ANCHORED_SIZES = {1: (13.0, 18.0), 2: (10.5, 12.4), 3: (10.0, 12.0), 4: (10.0, 12.0)}
-_NEAR, _MIDDLE, _FAR = 8.0, 16.0, 24.0  # the places that anchored objects are near
-_JITTER = {1: 2.0, 2: 0.8, 3: 0.8, 4: 0.8}  # how near, by how many objects there are
+_NEAR, _MIDDLE, _FAR = 8.0, 16.0, 24.0  # coordinates of the anchors
+_JITTER = {1: 2.0, 2: 0.8, 3: 0.8, 4: 0.8}  # maximum distance from the anchor along an axis, by object count
 _PALETTE = {
     "red": (214, 40, 44),
     "yellow": (238, 200, 30),
@@ -32,7 +32,7 @@ _PALETTE = {
 
 @dataclass(frozen=True)
 class Shape:
-    """One object: its class and colour words, the centre and side of its bounding square, and its shade."""
+    """One object: its class and colour words, the centre and side of its bounding square, and its exact colour."""
 
     name: str
     color: str
@@ -44,32 +44,31 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture: a plain ground of one grey level (0..255) and the objects on it."""
+    """The content of an image: a plain background of one grey level (0..255) and the objects on it."""
 
     ground: float
     shapes: tuple[Shape, ...]
 
 
 def scene_for(metadata: Metadata, rng: np.random.Generator, layout: str = "free") -> Scene:
-    """Return a random scene that truly satisfies a prompt and holds nothing else; the same generator state, the same
-    scene.
+    """Return a random scene that satisfies a prompt and contains nothing else; the generator state determines it.
 
-    Colours and places that the prompt leaves open are random. Raises ValueError for a prompt outside this world, and
-    for a layout that is neither "free" nor "anchored".
+    Colours and positions that the prompt leaves open are random. Raises ValueError for a prompt outside this world, and
+    for a layout other than "free" or "anchored".
     """
     if layout not in ("free", "anchored"):
         raise ValueError(f"layout is {layout!r}; it must be free or anchored")
-    wanted: list[tuple[str, str | None]] = []
+    objects: list[tuple[str, str | None]] = []
     relation = None
     for part in metadata["include"]:
         if part["class"] not in CLASSES:
             raise ValueError(f"the shapes world has the classes {CLASSES}, the prompt asks for {part['class']!r}")
-        wanted += [(part["class"], part.get("color"))] * part["count"]
+        objects += [(part["class"], part.get("color"))] * part["count"]
         if "position" in part:
             relation = part["position"][0]
-    count = len(wanted)
+    count = len(objects)
     if count not in _SIZES:
-        raise ValueError(f"a scene holds 1 to 4 objects, {metadata['prompt']!r} asks for {count}")
+        raise ValueError(f"a scene has 1 to 4 objects, but {metadata['prompt']!r} asks for {count}")
     low, high = (_SIZES if layout == "free" else _ANCHORED_SIZES)[count]
     sizes = rng.uniform(low, high, count).tolist()
     if layout == "anchored":
@@ -81,7 +80,7 @@ def scene_for(metadata: Metadata, rng: np.random.Generator, layout: str = "free"
     else:
         centers = _quadrant_centers(sizes, rng)
     shapes = []
-    for (name, color), (x, y), size in zip(wanted, centers, sizes, strict=True):
+    for (name, color), (x, y), size in zip(objects, centers, sizes, strict=True):
         word = COLORS[int(rng.integers(len(COLORS)))] if color is None else color
         shapes.append(Shape(name, word, x, y, size, _shade(word, rng)))
     return Scene(ground=float(rng.uniform(218.0, 236.0)), shapes=tuple(shapes))
@@ -100,10 +99,10 @@ def _uniform_center(size: float, rng: np.random.Generator) -> tuple[float, float
 
 
 def _two_centers(sizes: list[float], relation: str | None, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Centres of the reference object and of the object that is RELATION it; a free pair if relation is None.
+    """Return the centres of the reference object and of the one that is RELATION it; any pair if relation is None.
 
-    The pair is apart along one axis (the relation's, or a random one); what is left of that side is split at random
-    into before, between and after. Across, both are anywhere, for a relation as long as it is plain to see.
+    The pair is separated along one axis (the relation's, or a random one); the remaining length is split at random into
+    before, between and after. Across that axis both are anywhere, provided that a given relation is unambiguous.
     """
     if relation is None:
         relation = RELATIONS[int(rng.integers(4))]
@@ -125,13 +124,13 @@ def _two_centers(sizes: list[float], relation: str | None, rng: np.random.Genera
 
 
 def _is_plain(along: float, across: float, sizes: float) -> bool:
-    """GenEval's position rule wants 0.5 along one axis; here at least 0.65, at most 0.35 along the other."""
+    """Return whether a relation is unambiguous: at least 0.65 along its axis (GenEval: 0.5), at most 0.35 across."""
     distance = float(np.hypot(along, across))
     return abs(along) - 0.1 * sizes >= 0.65 * distance and abs(across) - 0.1 * sizes <= 0.35 * distance
 
 
 def _quadrant_centers(sizes: list[float], rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Centres of three or four objects, each anywhere in a quarter of the picture of its own."""
+    """Return centres of three or four objects, each anywhere in its own quarter of the image."""
     centers = []
     for quadrant, size in zip(rng.permutation(4).tolist(), sizes, strict=False):
         low, high = _BORDER + size / 2, GRID / 2 - _GAP / 2 - size / 2
@@ -141,9 +140,9 @@ def _quadrant_centers(sizes: list[float], rng: np.random.Generator) -> list[tupl
 
 
 def _anchored_centers(count: int, relation: str | None, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Centres near fixed places: the middle, two beside or above each other, or three or four quarters.
+    """Return centres near fixed positions: the middle, two beside or above each other, or three or four quarters.
 
-    A pair whose relation is left open stands side by side in the order of naming, as captions are mostly read.
+    A pair whose relation is left open is placed side by side, left to right in the order of the prompt.
     """
     if count == 1:
         places = [(_MIDDLE, _MIDDLE)]
@@ -159,20 +158,20 @@ def _anchored_centers(count: int, relation: str | None, rng: np.random.Generator
     return [(x + dx, y + dy) for (x, y), (dx, dy) in zip(places, jitter, strict=True)]
 
 
-_SUPERSAMPLING = 4  # samples a pixel along each side, at 32x32
+_SUPERSAMPLING = 4  # samples per pixel along each side, at 32x32
 
 
 def _star_half_planes() -> list[tuple[float, float, float]]:
     """Return the five lines of a pentagram with its point up, scaled to a box of width 2 and centred in that box."""
     radius = 1.0 / np.sin(np.deg2rad(72.0))
     angles = np.deg2rad(90.0 + 72.0 * np.arange(5))
-    drop = radius * (1.0 - np.cos(np.deg2rad(36.0))) / 2  # the box's centre lies above the pentagon's
+    drop = radius * (1.0 - np.cos(np.deg2rad(36.0))) / 2  # the box's centre is above the pentagon's
     inner = radius * np.cos(np.deg2rad(72.0))
     return [(np.cos(a), -np.sin(a), inner - drop * np.sin(a)) for a in angles]
 
 
-# A polygon is where at least `needed` of its half-planes a*x + b*y <= c hold, in a box [-1, 1]^2 with y down. A convex
-# one needs all of them; a five-pointed star is where four of the five lines of the pentagram hold.
+# A polygon is the set of points in the box [-1, 1]^2, y down, at which at least `needed` of its half-planes
+# a*x + b*y <= c hold: all of them for a convex one, four of the pentagram's five for a five-pointed star.
 _POLYGONS: dict[str, tuple[list[tuple[float, float, float]], int]] = {
     "square": ([(1.0, 0.0, 1.0), (-1.0, 0.0, 1.0), (0.0, 1.0, 1.0), (0.0, -1.0, 1.0)], 4),
     "triangle": ([(0.0, 1.0, 1.0), (2.0, -1.0, 1.0), (-2.0, -1.0, 1.0)], 3),
@@ -181,7 +180,7 @@ _POLYGONS: dict[str, tuple[list[tuple[float, float, float]], int]] = {
 
 
 def _inside(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which points of the grid x[W] by y[H] lie in a shape that fills the box [-1, 1]^2: bool[H, W]."""
+    """Return which points of the grid x[W] by y[H] are in a shape that fills the box [-1, 1]^2: bool[H, W]."""
     if name == "circle":
         return (y * y)[:, None] + x * x <= 1.0
     half_planes, needed = _POLYGONS[name]
@@ -191,7 +190,7 @@ def _inside(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def render(scene: Scene, size: int = 32) -> np.ndarray:
-    """Draws a scene, edges anti-aliased: u8[size, size, 3]."""
+    """Render a scene with anti-aliased edges: u8[size, size, 3]."""
     scale = size / GRID
     canvas = np.full((size, size, 3), scene.ground, dtype=np.float32)
     n = max(2, round(_SUPERSAMPLING / scale)) if scale > 1 else _SUPERSAMPLING
@@ -210,5 +209,5 @@ def render(scene: Scene, size: int = 32) -> np.ndarray:
 
 
 def render_batch(scenes: Sequence[Scene], size: int = 32) -> np.ndarray:
-    """Draws scenes: u8[B, size, size, 3]."""
+    """Render scenes: u8[B, size, size, 3]."""
     return np.stack([render(scene, size) for scene in scenes])

@@ -1,13 +1,13 @@
-"""The prompts and pictures of the signs world: one to three digits on a plain ground, to be read by a text reader.
+"""The prompts and images of the signs world: one to three digits on a plain background, to be read by OCR.
 
-It stands in for posters and shop signs where the reward is OCR: prompts as `a sign that says "427"`, pictures of 32x64
-pixels that a small model can learn on a CPU. Digits only: at this size the reader gets all of them right.
+A small replacement for posters and shop signs with an OCR reward: prompts such as `a sign that says "427"` and images
+of 32x64 pixels, which a small model can learn on a CPU. Digits only: at this size OCR reads all of them correctly.
 
     rng = np.random.default_rng(0)
     metadata = sample_prompts(train_prompts(), 128, rng)
     images = render_batch([sign_for(m, rng) for m in metadata])  # u8[128, 32, 64, 3]
 
-The judge (rewards_bridge/scorers/ocr.py) shares nothing with this file.
+The scorer (rewards_bridge/scorers/ocr.py) shares nothing with this file.
 """
 
 import importlib.metadata
@@ -26,20 +26,20 @@ from udm_grpo.worlds.shapes import Metadata
 
 DIGITS = "0123456789"
 TAGS = ("one", "two", "three")
-"""Tag of a prompt: how many digits its text has."""
+"""The tag of a prompt is the number of digits of its text."""
 
 RL_TAG_WEIGHTS = {"three": 6, "two": 3, "one": 1}
-"""How often each tag is drawn for RL batches: the longer a text, the more of it can go wrong."""
+"""Relative frequency of each tag in RL batches: longer texts offer more to get wrong."""
 
 PRETRAIN_TAG_WEIGHTS = {"three": 6, "two": 3, "one": 1}
-"""How often each tag is drawn for pre-training: in the end those with more strings need more pictures."""
+"""Relative frequency of each tag in pre-training: tags with more texts need more images."""
 
 HEIGHT, WIDTH = 32, 64
-"""Of a picture, in pixels."""
+"""Size of an image, in pixels."""
 
 PLACES = {"one": (32,), "two": (24, 40), "three": (16, 32, 48)}
-"""Where the centre of each character stands, in pixels from the left. A place is 16 pixels wide: two columns of image
-tokens, and no character straddles a third."""
+"""Centre of each character, in pixels from the left. A place is 16 pixels wide: two columns of image tokens, and no
+character extends into a third."""
 
 FONTS = (
     ("font-manrope==0.0.2", "font_manrope/files/Manrope-Bold.ttf"),
@@ -47,10 +47,10 @@ FONTS = (
     ("font-source-serif-pro==0.0.1", "font_source_serif_pro/files/SourceSerifPro-Bold.ttf"),
     ("font-fredoka-one==0.0.4", "font_fredoka_one/files/FredokaOne-Regular.ttf"),
 )
-"""(package, its font file): a geometric and a humanist sans, a serif and a rounded one, all under the SIL OFL 1.1."""
+"""(package, its font file): a geometric and a humanist sans, a serif and a rounded font, all under the SIL OFL 1.1."""
 
 INKS = ((20, 20, 20), (20, 40, 140))
-"""RGB of black and blue, both dark: the reader wants contrast."""
+"""RGB of black and blue, both dark, since OCR needs contrast."""
 
 GROUNDS = ((250, 250, 250), (250, 242, 220))
 """RGB of white and cream. Few, so that image tokens are spent on digits."""
@@ -65,33 +65,33 @@ def prompt_of(text: str) -> Metadata:
 
 
 def all_prompts() -> list[Metadata]:
-    """Every prompt of the world once, by tag in the order of TAGS: 10 + 100 + 1000 = 1110."""
+    """Return every prompt of the world once, by tag in the order of TAGS: 10 + 100 + 1000 = 1110."""
     lengths = range(1, len(TAGS) + 1)
     return [prompt_of("".join(text)) for length in lengths for text in itertools.product(DIGITS, repeat=length)]
 
 
 def is_held_out(metadata: Metadata) -> bool:
-    """Return whether this prompt's text is kept for evaluation: a fifth of every tag, the same everywhere.
+    """Return whether this prompt's text is kept for evaluation: a fifth of every tag, a fixed split.
 
-    The held-out single digits (3 and 8) are trained on where they stand in the middle of three, at the same place.
+    The held-out single digits (3 and 8) occur in training as the middle one of three, at the same place.
     """
     return sum(rank * int(digit) for rank, digit in enumerate(metadata["text"], 1)) % 5 == 3
 
 
 def train_prompts() -> list[Metadata]:
-    """Return the prompts that may be trained on; every digit occurs in them at every place of a picture."""
+    """Return the training prompts; every digit occurs in them at every place of an image."""
     return [metadata for metadata in all_prompts() if not is_held_out(metadata)]
 
 
 def heldout_prompts() -> list[Metadata]:
-    """Return the prompts kept for evaluation: no text of theirs is in train_prompts()."""
+    """Return the prompts kept for evaluation; none of their texts is in train_prompts()."""
     return [metadata for metadata in all_prompts() if is_held_out(metadata)]
 
 
 def sample_prompts(
     prompts: Sequence[Metadata], n: int, rng: np.random.Generator, weights: dict[str, int] | None = None
 ) -> list[Metadata]:
-    """Draws n prompts with replacement: first the tag by its weight (RL_TAG_WEIGHTS unless told), then one of that tag.
+    """Draw n prompts with replacement: first a tag by weight (default: RL_TAG_WEIGHTS), then a prompt with that tag.
 
     Raises ValueError if none of the prompts has a tag of positive weight.
     """
@@ -99,9 +99,9 @@ def sample_prompts(
 
 
 def corrupt_caption(metadata: Metadata, rng: np.random.Generator) -> Metadata:
-    """Return a training prompt whose text is as long and differs in exactly one digit.
+    """Return a training prompt whose text has the same length and differs in exactly one digit.
 
-    It is always a training prompt, so that a held-out text is not seen by way of a wrong caption.
+    It is always a training prompt, so that held-out texts do not leak through wrong captions.
     """
     text = metadata["text"]
     others = [
@@ -114,30 +114,30 @@ def corrupt_caption(metadata: Metadata, rng: np.random.Generator) -> Metadata:
     return candidates[int(rng.integers(len(candidates)))]
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 @dataclass(frozen=True)
 class Sign:
-    """All that a picture shows; lengths in pixels, colours RGB."""
+    """The content of an image; lengths in pixels, colours in RGB."""
 
     text: str
     font: int
     """Index into FONTS."""
     height: float
-    """Of a digit."""
+    """Height of a digit."""
     slant: float
-    """Pixels to the right for each pixel up."""
+    """Pixels to the right per pixel up."""
     dx: float
-    """Right of the fixed place, the whole text alike."""
+    """Shift of the whole text to the right of its place."""
     dy: float
-    """Below the middle."""
+    """Shift of the whole text below the middle."""
     ink: tuple[int, int, int]
     ground: tuple[int, int, int]
 
 
 def sign_for(metadata: Metadata, rng: np.random.Generator) -> Sign:
-    """Return a sign that shows what the prompt asks for; font, size, slant, colours and jitter are drawn from rng."""
+    """Return a sign that satisfies the prompt; font, size, slant, colours and jitter are drawn from rng."""
     ground = GROUNDS[int(rng.integers(len(GROUNDS)))]
     brighter = int(rng.integers(-4, 5))
     return Sign(
@@ -152,52 +152,52 @@ def sign_for(metadata: Metadata, rng: np.random.Generator) -> Sign:
     )
 
 
-_SUPERSAMPLING = 4  # samples a pixel along each side
+_SUPERSAMPLING = 4  # samples per pixel along each side
 _NOMINAL = 100  # font size, in samples, at which heights are measured
 
 
 def font_file(index: int) -> Path:
-    """Return the file of FONTS[index]; RuntimeError with the command that installs its package, if that is missing."""
+    """Return the file of FONTS[index]; raise RuntimeError with the install command if its package is missing."""
     package, file = FONTS[index]
     name, _, version = package.partition("==")
     try:
         distribution = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
-        found = "is not installed"
+        problem = "is not installed"
     else:
         path = Path(str(distribution.locate_file(file)))
         if distribution.version == version and path.is_file():
             return path
-        found = f"is there as {distribution.version}" + ("" if path.is_file() else ", without it")
+        problem = f"is installed as {distribution.version}" + ("" if path.is_file() else ", without that file")
     raise RuntimeError(
-        f"the font {file} comes from {package}, which {found}: {sys.executable} -m pip install {package}"
+        f"the font {file} comes from {package}, which {problem}; fix: {sys.executable} -m pip install {package}"
     )
 
 
 @cache
 def _font(index: int, size: float) -> ImageFont.FreeTypeFont:
-    # Basic layout: Pillow's other engine depends on what the machine has.
+    # Basic layout, because Pillow's other engine depends on what is installed.
     return ImageFont.truetype(str(font_file(index)), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @cache
 def _nominal_height(index: int) -> float:
-    """Height of a digit (8, the tallest of most fonts) at the nominal font size."""
+    """Return the height of a digit (8, the tallest in most fonts) at the nominal font size."""
     _, top, _, bottom = _font(index, _NOMINAL).getbbox("8", anchor="ls")
     return bottom - top
 
 
 @cache
 def _glyph(digit: str, index: int, size: float) -> tuple[float, float]:
-    """Offset of a digit's middle from the place it is drawn at with anchor "ls", in samples: (x, y)."""
+    """Return the offset (x, y) of a digit's middle from its anchor "ls", in samples."""
     left, top, right, bottom = _font(index, size).getbbox(digit, anchor="ls")
     return (left + right) / 2, (top + bottom) / 2
 
 
 def render(sign: Sign) -> np.ndarray:
-    """Draws a sign, edges anti-aliased: u8[32, 64, 3]; RuntimeError if the font's package is missing."""
+    """Render a sign with anti-aliased edges: u8[32, 64, 3]; raise RuntimeError if the font's package is missing."""
     n = _SUPERSAMPLING
-    size = round(sign.height * n / _nominal_height(sign.font) * _NOMINAL)  # whole, so that few fonts are kept
+    size = round(sign.height * n / _nominal_height(sign.font) * _NOMINAL)  # whole, so that few fonts are cached
     font = _font(sign.font, size)
     mask = Image.new("L", (WIDTH * n, HEIGHT * n), 0)
     middle = HEIGHT / 2 + sign.dy
@@ -206,7 +206,7 @@ def render(sign: Sign) -> np.ndarray:
         x, y = _glyph(digit, sign.font, size)
         ImageDraw.Draw(glyph).text(((place + sign.dx) * n - x, middle * n - y), digit, 255, font, anchor="ls")
         mask.paste(255, (0, 0), glyph)
-    # Upright samples that each slanted one is read from: x + slant * (y - middle), so that places stay where they are.
+    # Each slanted sample is read from an upright one at x + slant * (y - middle), so that the middle stays in place.
     shear = (1.0, sign.slant, -sign.slant * middle * n, 0.0, 1.0, 0.0)
     mask = mask.transform(mask.size, Image.Transform.AFFINE, shear, Image.Resampling.BILINEAR)
     coverage = np.asarray(mask.reduce(n), dtype=np.float32)[:, :, None] / 255.0
@@ -215,5 +215,5 @@ def render(sign: Sign) -> np.ndarray:
 
 
 def render_batch(signs: Sequence[Sign]) -> np.ndarray:
-    """Draws signs: u8[B, 32, 64, 3]."""
+    """Render signs: u8[B, 32, 64, 3]."""
     return np.stack([render(sign) for sign in signs])
