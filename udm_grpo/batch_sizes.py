@@ -1,7 +1,7 @@
-"""How many images and states are worked through together: what the configuration asks for, fitted to the mesh.
+"""Fit the configured batch sizes, of images and of training states, to the mesh.
 
-A batch is spread evenly over the devices, so its size is a multiple of their number. Where the configured sizes are
-none, rows are added at the end: images that are drawn and dropped, and training states of weight 0.
+A batch is spread evenly over the devices, so its size is a multiple of their number. If the configured size is not,
+rows are added at the end: images that are drawn and dropped, and training states of weight 0.
 """
 
 from jax.sharding import Mesh
@@ -12,12 +12,11 @@ from udm_grpo.config import RunConfig
 
 
 def micro_batch(total: int, asked: int, shards: int) -> int:
-    """Return the rows that `shards` devices work through together, of `total` rows of which `asked` were asked for at a
-    time.
+    """Return how many of `total` rows `shards` devices process at a time, if `asked` is the configured number.
 
-    `asked` itself where it fits: where it divides `total` and `shards` divides it. Otherwise the multiple of `shards`
-    next to it, below or above, that needs less padding in all (the smaller one if both need the same), evened out over
-    the micro-batches.
+    This is `asked` if that divides `total` and `shards` divides it. Otherwise it is the next multiple of `shards` below
+    or above, whichever needs less padding in all (the smaller one if both need the same), evened out over the
+    micro-batches.
     """
     asked = min(asked, total)
     below, above = max(asked // shards * shards, shards), padded(asked, shards)

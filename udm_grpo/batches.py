@@ -1,4 +1,4 @@
-"""The records that pass between the stages of one iteration, and their sizes.
+"""The records passed between the stages of one iteration, and their sizes.
 
 P  prompts of an iteration          K  trained steps of a trajectory
 G  images of a prompt (its group)   T  steps of a rollout
@@ -22,12 +22,12 @@ Params = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rollout:
-    """What a rollout leaves behind; the trajectory only for the ablations that train on it."""
+    """The result of a rollout; the trajectory is kept only for the ablations that train on it."""
 
     clean: Int32[Array, "b n"]
     """The final tokens, the clean action of UDM-GRPO."""
     visited: Int32[Array, "t b n"] | None = None
-    """x_k, the codes that step k started from."""
+    """x_k, the codes at the beginning of step k."""
     predicted: Int32[Array, "t b n"] | None = None
     """The x_1 drawn at step k."""
 
@@ -38,28 +38,28 @@ class Trajectory:
     """The states of K steps that an update trains on."""
 
     noisy: Int32[Array, "k b n"]
-    """x_k, what the model sees."""
+    """x_k, the input of the model."""
     action: Int32[Array, "k b n"]
-    """y, what its log-probability is taken of."""
+    """y, the tokens whose log-probability is used."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Samples:
-    """Training states with everything their loss needs, the K steps and B images merged into one axis S = K*B.
+    """Training states with everything that their loss needs; the K steps and B images form one axis S = K*B.
 
-    Where the devices do not divide S, states are added at the end whose weight is 0.
+    If the number of devices does not divide S, padding states with weight 0 are appended.
     """
 
     prompt_ids: Int32[Array, "s l"]
     noisy: Int32[Array, "s n"]
     action: Int32[Array, "s n"]
     advantage: Float[Array, " s"]
-    """What the objective made of the scores; 0 until they are there."""
+    """The objective's weights of the images; 0 until the scores have arrived."""
     frozen: dict[str, Float[Array, "s ..."]]
-    """What else the objective's loss needs, by name, computed before the first update of this rollout."""
+    """Further inputs of the objective's loss, by name, computed before the first update of this rollout."""
     weight: Float[Array, " s"] | None = None
-    """1 for a state of the rollout, 0 for one that only fills up the devices; None: there are none of those."""
+    """1 for a state of the rollout, 0 for padding; None if there is no padding."""
 
 
 @jax.tree_util.register_dataclass
@@ -71,9 +71,9 @@ class TrainState:
     """float32 master weights of the transformer."""
     opt_state: optax.OptState
     ema: Params | None
-    """Exponential moving average of `params`, if asked for."""
+    """Exponential moving average of `params`, if enabled."""
     step: Int32[Array, ""]
-    """Optimizer updates made so far."""
+    """Number of optimizer updates so far."""
 
 
 def padded(size: int, multiple: int) -> int:
@@ -83,32 +83,32 @@ def padded(size: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """The batches of an iteration and of an evaluation, over all devices together."""
+    """The batch sizes of an iteration and of an evaluation, over all devices together."""
 
     images: int
-    """B, images of an iteration."""
+    """B, the images of an iteration."""
     rollout: int
-    """Images that are rolled out and decoded together."""
+    """Images that are rolled out and decoded at a time."""
     states: int
-    """S = K*B, training states of an iteration."""
+    """S = K*B, the training states of an iteration."""
     minibatches: int
-    """Parts of the B images, each for an optimizer step of its own."""
+    """M, the parts of the B images, each with its own optimizer step."""
     update: int
-    """States whose gradients are taken together."""
+    """States whose gradients are computed at a time."""
     evaluation: int
-    """Images of an evaluation that are drawn together."""
+    """Images of an evaluation that are drawn at a time."""
 
     @property
     def drawn(self) -> int:
-        """Images that are drawn for an iteration: the B, then the padding of the last micro-batch."""
+        """Images drawn for an iteration: B, plus the padding of the last micro-batch."""
         return padded(self.images, self.rollout)
 
     @property
     def trained(self) -> int:
-        """States of an iteration: the S, then padding of weight 0."""
+        """States of an iteration: S, plus padding of weight 0."""
         return padded(self.states, self.update)
 
     @property
     def stepped(self) -> int:
-        """States of one optimizer step: those of its images, then padding of weight 0."""
+        """States of one optimizer step: those of its images, plus padding of weight 0."""
         return padded(self.states // self.minibatches, self.update)

@@ -1,4 +1,4 @@
-"""The one place that jits: pure stages in, compiled stages with shardings and donation out."""
+"""The only file that calls jit: pure stages in, compiled stages with shardings and donation out."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,7 +36,7 @@ RolloutStep = Callable[[Params, Array, Array, Array, Array], Rollout]
 
 @dataclass(frozen=True)
 class Plans:
-    """Everything about a run's stages that is static under jit."""
+    """Everything in a run's stages that is static under jit."""
 
     network: Network
     vq: vq.VQConfig
@@ -51,24 +51,24 @@ class Steps:
 
     plans: Plans
     sizes: BatchSizes
-    """The batches that the stages take: m images are `rollout` or `evaluation`, B are `drawn`, S are `trained`."""
+    """Batch sizes of the stages: m is `rollout` or `evaluation`, B is `drawn`, S is `trained`."""
     rollout: RolloutStep
     """(compute params, prompt_ids i32[m,L], empty_ids i32[L], image_index i32[m], key) -> Rollout, in T steps."""
     rollout_in: Callable[[int], RolloutStep]
-    """The same for another T, without guidance or trajectory: for evaluation."""
+    """The same for another T, without guidance or trajectory, for evaluation."""
     decode: Callable[[Params, Array], UInt8[Array, "m hh ww 3"]]
-    """(tokenizer params, ids i32[m,N]) -> pictures."""
+    """(tokenizer params, ids i32[m,N]) -> images."""
     prepare: Callable[[Params, Params, Array, Rollout, Array], Samples]
     """(policy, reference, prompt_ids i32[B,L], rollout of B images, key) -> training states, advantages still 0."""
     update: Callable[..., tuple[TrainState, Metrics]]
     """One optimizer step: (state, training states, score f32[P,G], reference, images i32[B/M]) -> next state, metrics.
 
-    The old state is donated. The reference is the base of an adapter and used for nothing else. With minibatches, the
-    step trains on the states of these images.
+    The old state is donated. The reference is used only as the base of an adapter. With minibatches, the step trains on
+    the states of these images.
     """
     compute_copy: Callable[..., Params]
-    """(master weights, reference) -> one copy in the compute dtype; of an adapter, which then has the reference's own
-    arrays beside it."""
+    """(master weights, reference) -> a copy in the compute dtype; for an adapter, only the adapter is copied and the
+    reference's own arrays are used."""
     begin: Callable[[Params], TrainState]
     """Master weights, or an adapter (donated) -> the state before the first update."""
 
@@ -76,27 +76,29 @@ class Steps:
 def make_plans(
     config: RunConfig, transformer: TransformerConfig, vq_config: vq.VQConfig, shift: float, mesh: Mesh
 ) -> Plans:
-    """Return the static plans of a run on `mesh`; `shift` is the checkpoint's.
+    """Return the static plans of a run on `mesh`; `shift` is the released model's.
 
-    Raises ConfigError for an attention kernel that the devices cannot run, and for an objective that is none.
+    Raises ConfigError for an attention kernel that the devices cannot run, and for an invalid objective.
     """
-    given = config.rollout
+    settings = config.rollout
     grid = (config.model.height // vq_config.stride, config.model.width // vq_config.stride)
-    shift = given.shift or shift
+    shift = settings.shift or shift
     rows = config.model.logit_rows * meshes.batch_shards(mesh)
     execution = Execution(choose(config.model, mesh.devices.flat[0]).name, config.model.remat)
     objective = objective_class(config.grpo.objective).from_config(config, shift, rows)
     return Plans(
         network=Network(transformer, grid, execution, rows),
         vq=vq_config,
-        rollout=RolloutPlan(given.steps, shift, given.guidance_scale, given.guidance_trunc, objective.needs_rollout),
+        rollout=RolloutPlan(
+            settings.steps, shift, settings.guidance_scale, settings.guidance_trunc, objective.needs_rollout
+        ),
         objective=objective,
         compute_dtype=jnp.dtype(config.model.dtype),
     )
 
 
 def to_pixels(decoded: Float[Array, "b hh ww 3"]) -> UInt8[Array, "b hh ww 3"]:
-    """Return decoded values, nominally in [-1, 1], as 8-bit pictures."""
+    """Return decoded values, nominally in [-1, 1], as 8-bit images."""
     return jnp.round(jnp.clip((decoded + 1) / 2, 0, 1) * 255).astype(jnp.uint8)
 
 
@@ -115,14 +117,14 @@ def _placed(plans: Plans, mesh: Mesh) -> Plans:
 def build(
     config: RunConfig, plans: Plans, path: ProbabilityPath, optimizer: Optimizer, mesh: Mesh, state: TrainState
 ) -> Steps:
-    """Compile-on-first-use stages of a run on `mesh`; `state` may be abstract and gives the shardings."""
+    """Return the stages of a run on `mesh`, compiled on first use; `state`, possibly abstract, gives the shardings."""
     over_batch, replicated = meshes.over_batch(mesh), meshes.replicated(mesh)
     plans = _placed(plans, mesh)
     state_shardings = meshes.shardings(mesh, state)
     network, objective, sizes = plans.network, plans.objective, batch_sizes(config, mesh)
     factor = lora.factor(config.lora) if config.lora.rank else 1.0
 
-    @cache  # a second evaluation with these steps compiles nothing, nor one whose plan is the rollout's own
+    @cache  # repeated evaluations, and those with the rollout's own plan, are not compiled again
     def rollout_step(plan: RolloutPlan) -> RolloutStep:
         kept: Any = meshes.over_second(mesh) if plan.keep_trajectory else None
         first: Any = over_batch
@@ -154,8 +156,8 @@ def build(
         ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay > 0 else None
         return TrainState(params=params, opt_state=optimizer.init(params), ema=ema, step=jnp.int32(0))
 
-    def prepare_step(path: ProbabilityPath, *given: Any) -> Samples:
-        return prepare(objective, network, sizes, path, *given)
+    def prepare_step(path: ProbabilityPath, *args: Any) -> Samples:
+        return prepare(objective, network, sizes, path, *args)
 
     return Steps(
         plans=plans,
@@ -183,9 +185,9 @@ def _compute_copy(config: RunConfig, dtype: Any, out_shardings: Any) -> Callable
 def tokenizer_step(
     config: vq.VQConfig, optimizer: Optimizer, quantized: bool
 ) -> Callable[[Params, OptState, Array], tuple[Params, OptState, Metrics]]:
-    """One training step of the image tokenizer: (params, opt_state, pixels f32[B,H,W,3]) -> the next, and metrics.
+    """Return a training step of the image tokenizer: (params, opt_state, pixels f32[B,H,W,3]) -> the next, and metrics.
 
-    The codebook is brought back to rows of length 1 after each step.
+    The rows of the codebook are normalised to length 1 after each step.
     """
 
     def step(params: Params, opt_state: OptState, pixels: Array) -> tuple[Params, OptState, Metrics]:
@@ -198,46 +200,46 @@ def tokenizer_step(
 
 
 def tokenizer_latents(config: vq.VQConfig) -> Callable[[Params, Array], Array]:
-    """Pixels f32[B,H,W,3] -> latents of length 1, f32[B,h,w,e]: what the tokenizer's codebook is set from."""
+    """Return pixels f32[B,H,W,3] -> unit-length latents f32[B,h,w,e], which initialize the tokenizer's codebook."""
     return jax.jit(lambda params, pixels: unit(vq.encode_latent(config, params, pixels)))
 
 
 def tokenizer_codec(config: vq.VQConfig) -> tuple[Callable[[Params, Array], Array], Callable[[Params, Array], Array]]:
-    """(encode: pixels f32[B,H,W,3] -> ids i32[B,h,w], decode: ids -> pixels f32[B,H,W,3]), compiled per shape."""
+    """Return (encode: pixels f32[B,H,W,3] -> ids i32[B,h,w], decode: ids -> pixels f32[B,H,W,3])."""
     encode = jax.jit(lambda params, pixels: vq.encode(config, params, pixels))
     decode = jax.jit(lambda params, ids: vq.decode(config, params, ids))
     return encode, decode
 
 
 def image_logits(network: Network) -> Callable[[Params, Array, Array], Float[Array, "b n v"]]:
-    """(params, prompt_ids i32[B,L], image_ids i32[B,N]) -> logits f32[B,N,V], compiled per shape."""
+    """Return (params, prompt_ids i32[B,L], image_ids i32[B,N]) -> logits f32[B,N,V]."""
     return jax.jit(lambda params, *ids: network.logits(params, network.features(params, *ids)))
 
 
 def features(network: Network) -> Callable[[Params, Array, Array], Float[Array, "b n d"]]:
-    """(params, prompt_ids i32[B,L], image_ids i32[B,N]) -> features [B,N,D]: a forward pass without the head."""
+    """Return (params, prompt_ids i32[B,L], image_ids i32[B,N]) -> features [B,N,D], a forward pass without the head."""
     return jax.jit(network.features)
 
 
 def sampler() -> Callable[..., tuple[Int32[Array, " r"], Int32[Array, " r"]]]:
-    """Return `sample_step` by itself: (path, logits f32[R,V], codes i32[R], times, uniform numbers f32[R,5])."""
+    """Return `sample_step` compiled: (path, logits f32[R,V], codes i32[R], times, uniform numbers f32[R,5])."""
     return jax.jit(sample_step)
 
 
 def free_rollout(network: Network, path: ProbabilityPath, plan: RolloutPlan, out_shardings: Any = None) -> RolloutStep:
-    """Return a rollout outside a run: for notebooks and sampling."""
+    """Return a rollout that needs no run, for notebooks and sampling."""
 
-    def step(path: ProbabilityPath, *given: Any) -> Rollout:
-        return rollout(network, path, plan, *given)
+    def step(path: ProbabilityPath, *args: Any) -> Rollout:
+        return rollout(network, path, plan, *args)
 
-    # The path is an argument: closed over, its codebook would be a constant of 134 MB in every program.
+    # The path is an argument: in a closure, its codebook would be a constant of 134 MB in every program.
     return partial(jax.jit(step, out_shardings=out_shardings), path)
 
 
 def pretrain_step(
     network: Network, path: ProbabilityPath, shift: float, optimizer: Optimizer
 ) -> Callable[..., tuple[Params, OptState, Metrics]]:
-    """One pre-training step: (params, opt_state, prompt_ids i32[B,L], empty_ids i32[L], clean i32[B,N], key)."""
+    """Return a pre-training step: (params, opt_state, prompt_ids i32[B,L], empty_ids i32[L], clean i32[B,N], key)."""
 
     def step(
         params: Params, opt_state: OptState, prompt_ids: Array, empty_ids: Array, clean: Array, key: Array

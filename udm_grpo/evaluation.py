@@ -1,4 +1,4 @@
-"""Held-out evaluation and sample pictures, drawn from the same noise each time."""
+"""Held-out evaluation and sample images, drawn from the same noise each time."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,51 +22,50 @@ from udm_grpo.scoring.evaluation_parts import Part, part_file, read_part, write_
 from udm_grpo.scoring.rewards import Rewards
 
 COLUMNS = ("score", "tags", "prompts", "images", "missing", "step", "run", "nonfinite")
-"""Names that an evaluation, and its line in evaluations.jsonl, has of its own."""
+"""Reserved names in the result of an evaluation and in its line in evaluations.jsonl."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A micro-batch of pictures and what they were asked to show."""
+    """A micro-batch of images and the prompts that they are of."""
 
     images: jax.Array
-    """u8[batch, H, W, 3]; of the last micro-batch the tail may be padding."""
+    """u8[batch, H, W, 3]; the tail of the last micro-batch may be padding."""
     first: int
-    """The number of the first of them among all."""
+    """Index of the first image among all."""
     rows: np.ndarray
-    """Which of the prompts each picture is of, without padding."""
+    """Index of the prompt of each image, without padding."""
 
 
 def draw(run: Run, policy: Params, texts: Sequence[str], copies: int, steps: int, first: int = 0) -> Iterator[Drawn]:
-    """Yield `copies` pictures of every prompt in `steps` steps, prompt-major; CFG-free and from the same noise each
-    time.
+    """Yield `copies` images of every prompt in `steps` steps, prompt-major, without CFG, always from the same noise.
 
-    first: the number of the first picture that is drawn; those before it are left out.
+    first: index of the first image to draw; those before it are skipped.
     """
     rollout = run.steps.rollout_in(steps)
     batch = run.steps.sizes.evaluation
-    wanted = np.repeat(np.arange(len(texts)), copies)
-    padded = np.pad(wanted, (0, (first - len(wanted)) % batch), mode="edge")
+    of_image = np.repeat(np.arange(len(texts)), copies)
+    padded = np.pad(of_image, (0, (first - len(of_image)) % batch), mode="edge")
     for at in range(first, len(padded), batch):
         rows = padded[at : at + batch]
         index = hosts.put(np.arange(at, at + batch, dtype=np.int32), meshes.over_batch(run.mesh))
         prompt_ids = run.prompt_ids([texts[row] for row in rows])
         rolled = rollout(policy, prompt_ids, run.empty_ids(), index, run.key(Stage.EVALUATION, 0))
-        yield Drawn(run.steps.decode(run.vq_params, rolled.clean), at, rows[: len(wanted) - at])
+        yield Drawn(run.steps.decode(run.vq_params, rolled.clean), at, rows[: len(of_image) - at])
 
 
 def evaluate(
     run: Run, policy: Params, count: int, steps: int, step: int, extremes: Path | None = None
 ) -> dict[str, Any]:
-    """Means over `count` held-out prompts (all, if there are fewer) after `step` iterations, balanced over tags.
+    """Return means over `count` held-out prompts (or all, if there are fewer) after `step` iterations, tag-balanced.
 
-    {"score": what is optimised, each raw score by its name, "tags": {tag: the same}, "prompts", "images"}. A raw value
-    whose name is one of COLUMNS has "raw/" before it. A value that some images lack is the mean over the others, and
-    "missing" then says how many lack it: {name: images}.
-    extremes: the file for the best and the worst of the images, of those that process 0 scores.
+    {"score": total reward, each raw score by its name, "tags": {tag: the same}, "prompts", "images"}. Raw values whose
+    names are in COLUMNS are prefixed with "raw/". A value that some images lack is the mean over the others, and
+    "missing" gives the number of images that lack it, by name.
+    extremes: the file for the best and worst images among those that process 0 scores.
 
-    Raises StopRequestedError when the run is asked to stop before all images are drawn, and what a scorer raised. The
-    images that are scored by then are kept (see evaluation_parts.py), and the same evaluation continues after them.
+    Raises StopRequestedError if the run is asked to stop before all images are drawn, and what a scorer raised. Images
+    scored by then are saved (see evaluation_parts.py), and the same evaluation continues after them.
     """
     texts, metadata, indices = run.heldout.fixed(min(count, len(run.heldout)), run.config.seed)
     copies = run.config.evaluation.images_per_prompt
@@ -82,10 +81,10 @@ def evaluate(
     stopped = end < total and hosts.any_process(run.asked.requested)
     while end < total and not stopped:
         drawn = next(drawing)
-        asked, about = [texts[row] for row in drawn.rows], [metadata[row] for row in drawn.rows]
-        for ticket in shared_rewards.submit(run.client, drawn.images, drawn.first, asked, about):
+        batch_texts, batch_metadata = [texts[row] for row in drawn.rows], [metadata[row] for row in drawn.rows]
+        for ticket in shared_rewards.submit(run.client, drawn.images, drawn.first, batch_texts, batch_metadata):
             mine = ticket.rows - drawn.first
-            kept.watch(hosts.take(drawn.images, mine), [asked[row] for row in mine], ticket.scores)
+            kept.watch(hosts.take(drawn.images, mine), [batch_texts[row] for row in mine], ticket.scores)
             tickets.append(ticket)
         end += len(drawn.rows)
         stopped = end < total and hosts.any_process(run.asked.requested or shared_rewards.failed(tickets))
@@ -99,7 +98,7 @@ def evaluate(
 
 
 def summarize(columns: Mapping[str, np.ndarray], prompt_tags: Sequence[str], copies: int) -> dict[str, Any]:
-    """Return what `evaluate` returns, of f32[prompts * copies] by name, prompt-major, and the tag of each prompt."""
+    """Return the result of `evaluate` from f32[prompts * copies] by name, prompt-major, and the tag of each prompt."""
     raw = {name: values for name, values in columns.items() if name != "score"}
     scores = {"score": columns["score"], **apart(raw, COLUMNS)}
     tags = np.repeat(prompt_tags, copies)
@@ -117,12 +116,12 @@ class Parts:
 
     run: Run
     step: int
-    """Iterations done."""
+    """Completed iterations."""
     identity: dict[str, Any]
-    """What else, beside the run's fingerprint, makes two evaluations the same."""
+    """What identifies this evaluation in addition to the run's fingerprint."""
 
     def read(self) -> Part:
-        """Return what an earlier start has finished; only process 0 gets the images of it."""
+        """Return the part that an earlier start has finished; only process 0 gets its images."""
         part = read_part(self._file(), self._identity()) if hosts.is_primary() else Part()
         shared = hosts.from_primary(lambda: {name: values.tolist() for name, values in part.columns.items()})
         return replace(part, columns={name: np.asarray(values, np.float32) for name, values in shared.items()})
@@ -130,22 +129,22 @@ class Parts:
     def collect(
         self, known: Part, tickets: Sequence[shared_rewards.Ticket], end: int, kept: Extremes
     ) -> dict[str, np.ndarray]:
-        """Return f32[end] by name: of the images that were known and those of the tickets; all of it is written.
+        """Return f32[end] by name, of the known images and those of the tickets, and write all of it.
 
-        Raises what a scorer raised, when what comes before its batch is written (with one process).
+        Raises what a scorer raised, after writing everything before its batch (with one process).
         """
         if end == known.done:
             return known.columns
         try:
-            found = shared_rewards.collect(tickets, end - known.done, known.done)
+            scored = shared_rewards.collect(tickets, end - known.done, known.done)
         except Exception:
             whole = list(itertools.takewhile(lambda ticket: ticket.scores.exception() is None, tickets))
             if whole and jax.process_count() == 1:
                 end = int(whole[-1].rows[-1]) + 1
-                found = shared_rewards.collect(whole, end - known.done, known.done)
-                self._write(joined(known, found), kept)
+                scored = shared_rewards.collect(whole, end - known.done, known.done)
+                self._write(joined(known, scored), kept)
             raise
-        columns = joined(known, found)
+        columns = joined(known, scored)
         self._write(columns, kept)
         return columns
 
@@ -161,12 +160,12 @@ class Parts:
         return {"fingerprint": self.run.identity.fingerprint, "step": self.step, **self.identity}
 
 
-def joined(known: Part, found: Rewards) -> dict[str, np.ndarray]:
-    """Return the columns of the images that were known and then of those that were scored now, by name."""
-    columns = {"score": found.score, **apart(found.raw, ("score",))}
+def joined(known: Part, scored: Rewards) -> dict[str, np.ndarray]:
+    """Return columns by name, of the known images followed by the newly scored ones."""
+    columns = {"score": scored.score, **apart(scored.raw, ("score",))}
     if not known.done:
         return columns
-    counts = known.done, len(found.score)
+    counts = known.done, len(scored.score)
     sides = [
         [side.get(name, np.full(count, np.nan, np.float32)) for name in {**known.columns, **columns}]
         for side, count in zip((known.columns, columns), counts, strict=True)
@@ -175,9 +174,9 @@ def joined(known: Part, found: Rewards) -> dict[str, np.ndarray]:
 
 
 def pictures(run: Run, policy: Params) -> tuple[np.ndarray, list[str]]:
-    """(u8[n, H, W, 3], captions): one picture of each of the first held-out prompts, always from the same noise.
+    """Return (u8[n, H, W, 3], captions): one image of each of the first held-out prompts, always from the same noise.
 
-    Raises StopRequestedError when the run is asked to stop before they are drawn.
+    Raises StopRequestedError if the run is asked to stop before they are drawn.
     """
     run.asked.check()
     count = min(run.config.evaluation.picture_prompts, len(run.heldout))
@@ -188,24 +187,25 @@ def pictures(run: Run, policy: Params) -> tuple[np.ndarray, list[str]]:
 
 
 def extremes_file(run: Run, step: int) -> Path:
-    """Where the best and the worst images of the evaluation after `step` iterations go."""
+    """Return the file for the best and the worst images of the evaluation after `step` iterations."""
     return run.output / "extremes" / f"{step:06d}.png"
 
 
 def evaluate_all(run: Run, policy: Params, step: int) -> dict[str, Any]:
-    """Return the evaluation at the start and the end: at every number of steps in evaluation.steps, by that number.
+    """Return the evaluation for the start and the end of a run: for every number of steps in evaluation.steps.
 
-    The best and the worst images are those at the first number of steps.
+    The best and the worst images are those for the first number of steps.
     """
-    given, file = run.config.evaluation, extremes_file(run, step)
+    settings, file = run.config.evaluation, extremes_file(run, step)
+    count, first = settings.final_prompts, settings.steps[0]
     return {
-        str(steps): evaluate(run, policy, given.final_prompts, steps, step, file if steps == given.steps[0] else None)
-        for steps in given.steps
+        str(steps): evaluate(run, policy, count, steps, step, file if steps == first else None)
+        for steps in settings.steps
     }
 
 
 def change_in_words(base: dict[str, Any], final: dict[str, Any]) -> str:
-    """Return every mean of two evaluations as in "strict 0.125 -> 0.250", with a dash where only one of them has it."""
+    """Return every mean of two evaluations, such as "strict 0.125 -> 0.250", with a dash if one of them lacks it."""
     names = [name for name, value in {**base, **final}.items() if isinstance(value, float)]
     pairs = {name: ["-" if name not in side else f"{side[name]:.3f}" for side in (base, final)] for name in names}
     return ", ".join(f"{name} {before} -> {after}" for name, (before, after) in pairs.items())

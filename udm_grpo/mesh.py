@@ -1,4 +1,4 @@
-"""The device mesh and the one table that says how parameters lie on it. The only file that names mesh axes."""
+"""The device mesh and the table of how parameters are sharded on it. The only file that names mesh axes."""
 
 import math
 import re
@@ -21,15 +21,15 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"layers/mlp/(gate|up)/kernel$", (None, "fsdp", "tensor")),
     (r"layers/mlp/down/kernel$", (None, "tensor", "fsdp")),
     (r"lm_head/kernel$", ("fsdp", "tensor")),
-    # Of an adapter, the side that its linear map splits over tensor or fsdp is split alike; the rank is whole.
+    # Each side of an adapter is split like that of its linear map, over tensor or fsdp; the rank is not split.
     (r"layers/(attn/[qkv]|mlp/(gate|up))/lora_a$", (None, "fsdp", None)),
     (r"layers/(attn/[qkv]|mlp/(gate|up))/lora_b$", (None, None, "tensor")),
     (r"layers/(attn/o|mlp/down)/lora_a$", (None, "tensor", None)),
     (r"layers/(attn/o|mlp/down)/lora_b$", (None, None, "fsdp")),
 )
-"""(pattern of a leaf's path, axis of each of its dimensions); what no pattern matches is replicated: norms, and the
-image tokenizer, of which every device decodes its own images. Moments, averages and the reference's copy of a
-parameter end in its path, so they follow the same rules."""
+"""(pattern of a leaf's path, axis of each of its dimensions). Leaves that no pattern matches are replicated: norms, and
+the image tokenizer, with which every device decodes its own images. The paths of a parameter's moments, average and
+reference end in its own path, so they follow the same rules."""
 
 
 class MeshError(UserError, ValueError):
@@ -37,55 +37,54 @@ class MeshError(UserError, ValueError):
 
 
 def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
-    """Return a mesh of axes data, fsdp and tensor; a size of -1 takes the rest of the devices.
+    """Return a mesh with the axes data, fsdp and tensor; an axis of size -1 gets the remaining devices.
 
-    The devices go in the order of their hosts, so a host holds neighbouring rows of a batch: whole groups, wherever the
-    rows of a host are a multiple of the group. Raises MeshError when the sizes do not multiply up to the number of
-    devices.
+    Devices are ordered by host, so that each host has consecutive rows of a batch: complete groups, if the rows per
+    host are a multiple of the group size. Raises MeshError if the product of the sizes is not the number of devices.
     """
     devices = sorted(jax.devices() if devices is None else devices, key=lambda each: (each.process_index, each.id))
-    wanted = [sizes[axis] for axis in AXES]
-    fixed = int(np.prod([size for size in wanted if size != -1]))
-    if -1 in wanted and len(devices) % fixed == 0:
-        wanted = [len(devices) // fixed if size == -1 else size for size in wanted]
-    if -1 in wanted or int(np.prod(wanted)) != len(devices):
+    shape = [sizes[axis] for axis in AXES]
+    fixed = int(np.prod([size for size in shape if size != -1]))
+    if -1 in shape and len(devices) % fixed == 0:
+        shape = [len(devices) // fixed if size == -1 else size for size in shape]
+    if -1 in shape or int(np.prod(shape)) != len(devices):
         hosts = len({device.process_index for device in devices})
         where = f" of {hosts} processes" if hosts > 1 else ""
         raise MeshError(
-            f"mesh {sizes} does not fit {len(devices)} device(s){where}; the sizes must multiply to that number (-1 "
-            "for one of them takes the rest)."
+            f"mesh {sizes} does not fit {len(devices)} device(s){where}; the product of the sizes must be that number "
+            "(one of them may be -1 for the remaining devices)."
         )
-    grid = np.asarray(devices, dtype=object).reshape(wanted)
+    grid = np.asarray(devices, dtype=object).reshape(shape)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Devices that a batch is spread over."""
+    """Return the number of devices that a batch is spread over."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
-    """Return the first axis over data and fsdp."""
+    """Return the sharding of the first axis over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def over_second(mesh: Mesh) -> NamedSharding:
-    """Return the second axis over data and fsdp: a batch under a leading axis of steps."""
+    """Return the sharding of the second axis over data and fsdp, for a batch after a leading axis of steps."""
     return NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
 
 
 def head(mesh: Mesh) -> NamedSharding:
-    """Return the head's kernel [D, V] where logits are computed: split over tensor alone."""
+    """Return the sharding of the head's kernel [D, V] while logits are computed: over tensor only."""
     return NamedSharding(mesh, PartitionSpec(None, "tensor"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the same on every device."""
+    """Return the sharding of arrays that are the same on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def _axes(path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
-    """Return the axis of each dimension by RULES; none for what no pattern matches."""
+    """Return the mesh axis of each dimension by RULES; None for each if no pattern matches."""
     matching = (axes for pattern, axes in RULES if re.search(pattern, path) and len(axes) == len(shape))
     return next(matching, (None,) * len(shape))
 
@@ -95,8 +94,8 @@ def _place(
 ) -> tuple[list[tuple[str, ...]], list[str]]:
     """Return (the axes that each dimension is split over, the axes that split none).
 
-    An axis that does not divide its own dimension takes another one that it divides, the last first: so the axis of the
-    layers, for which all layers have to come together before the first is computed, is the last resort.
+    An axis that does not divide its own dimension splits another one that it divides, tried from the last: splitting
+    the layers, which must then all be gathered before the first is computed, is the last resort.
     """
     placed: list[tuple[str, ...]] = [
         (axis,) if axis is not None and size % sizes[axis] == 0 else () for axis, size in zip(axes, shape, strict=True)
@@ -131,15 +130,15 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 @dataclass(frozen=True)
 class LayersTogether:
-    """Brings blocks that are split along their layers together before a loop over the layers.
+    """Gathers blocks that are split along their layers before a loop over the layers.
 
-    Left alone, the compiler brings all layers together again for each of them.
+    Otherwise the compiler gathers all layers again for each of them.
     """
 
     mesh: Mesh
 
     def __call__(self, layers: Any) -> Any:
-        """Return the parameters of all blocks; leaves that are not split along axis 0 are returned as they are."""
+        """Return the parameters of all blocks; leaves that are not split along axis 0 are returned unchanged."""
 
         def one(path: tuple[Any, ...], leaf: Any) -> Any:
             spec = _spec(f"layers/{_name(path)}", tuple(leaf.shape), self.mesh)
@@ -156,26 +155,24 @@ def _name(path: tuple[Any, ...]) -> str:
 
 @dataclass(frozen=True)
 class Undivided:
-    """A parameter that RULES would split over an axis of the mesh which divides none of its dimensions."""
+    """A parameter that RULES would split over a mesh axis that divides none of its dimensions."""
 
     path: str
     shape: tuple[int, ...]
     axis: str
     size: int
-    """Devices of the mesh along the axis."""
+    """Number of devices along the axis."""
     devices: int
-    """Devices along this axis and data together: what other sizes of the axis have to divide."""
+    """Number of devices along this axis and data together, which other sizes of the axis must divide."""
     numbers: int
-    """Numbers of the parameter that every device holds."""
+    """Number of the parameter's elements on every device."""
     dividing: tuple[int, ...]
-    """Other sizes of the axis, up to one more than there are devices, that would divide it."""
+    """Other sizes of the axis, up to the number of devices plus one, that would divide a dimension."""
 
 
 def undivided(mesh: Mesh, tree: Any) -> list[Undivided]:
-    """Return the leaves of `tree` that stay whole along an axis over which RULES split them, and what would divide
-    them.
-    """
-    found = []
+    """Return the leaves of `tree` that are not split along an axis of RULES, and the sizes that would split them."""
+    leaves = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name, shape = _name(path), tuple(leaf.shape)
         axes = _axes(name, shape)
@@ -184,5 +181,5 @@ def undivided(mesh: Mesh, tree: Any) -> list[Undivided]:
             others = range(2, mesh.size + 2)
             dividing = tuple(size for size in others if axis not in _place(axes, shape, {**mesh.shape, axis: size})[1])
             devices = mesh.shape["data"] * mesh.shape[axis]
-            found.append(Undivided(name, shape, axis, mesh.shape[axis], devices, numbers, dividing))
-    return found
+            leaves.append(Undivided(name, shape, axis, mesh.shape[axis], devices, numbers, dividing))
+    return leaves

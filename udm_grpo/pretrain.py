@@ -2,8 +2,8 @@
 
     python -m udm_grpo.pretrain --checkpoint START --data tokens.npz --output FOLDER --updates 20000
 
-`START` is a folder in the released format (its weights are where training starts), `tokens.npz` holds prompts (text)
-and images i32[M,h,w]. A killed run continues where it stopped, from its last saved state, to the same end.
+`START` is a folder in the released format, whose weights are the starting point; `tokens.npz` contains prompts (text)
+and images i32[M,h,w]. A killed run resumes from its last saved state and gives the same final result.
 """
 
 import json
@@ -39,18 +39,18 @@ from udm_grpo.run import path_of
 
 @dataclass(frozen=True)
 class PretrainPlan:
-    """How long and how fast."""
+    """The settings of a pre-training."""
 
     updates: int
     batch: int = 128
-    """Images an update."""
+    """Images per update."""
     learning_rate: float = 1e-3
     """Peak of a cosine schedule that ends at 2 % of it."""
     warmup: int = 200
-    """Updates."""
+    """Updates of the linear warm-up."""
     weight_decay: float = 0.01
     shift: float = 0.0
-    """s of the warp that times are drawn through; 0: the checkpoint's own."""
+    """s of the warp of random times; 0: the model's own."""
     seed: int = 0
     save_every: int = 1000
     """Updates between saved states."""
@@ -58,7 +58,7 @@ class PretrainPlan:
 
 @dataclass(frozen=True)
 class TokenData:
-    """M pairs; an image may come again under another prompt."""
+    """M pairs; an image may occur again with another prompt."""
 
     prompt_ids: np.ndarray
     """i32[M, L]."""
@@ -69,22 +69,22 @@ class TokenData:
 
 
 def batch_indices(count: int, plan: PretrainPlan, update: int) -> np.ndarray:
-    """Which pairs update `update` sees: a function of the seed and the update alone."""
+    """Return the indices of the pairs in an update, which depend only on the seed and the update."""
     generator = np.random.Generator(np.random.Philox(key=plan.seed, counter=[0, 0, 0, update]))
     return generator.integers(0, count, plan.batch)
 
 
 def pretrain(
-    checkpoint: ReleasedModel,
+    released: ReleasedModel,
     path: ProbabilityPath,
     data: TokenData,
     plan: PretrainPlan,
     states: Checkpoints | None,
     log: Callable[[dict[str, Any]], None],
 ) -> Params:
-    """Train and return the transformer's parameters; with `states`, resume from its newest and save there.
+    """Train and return the transformer's parameters; with `states`, resume from the newest of them and save there.
 
-    `log` gets {"update", "loss"} (mean cross-entropy in nats) every 100 updates. Raises DivergedError, before
+    `log` is called with {"update", "loss"} (mean cross-entropy in nats) every 100 updates. Raises DivergedError, before
     anything is saved, naming the first update whose loss or gradient norm is not finite.
 
     Source: URSA, arXiv 2510.24717.
@@ -92,9 +92,9 @@ def pretrain(
     rate = learning_rate(plan.learning_rate, "cosine", plan.updates, plan.warmup, final_fraction=0.02)
     optimizer = adamw(rate, 0.9, 0.98, plan.weight_decay, 1.0)
     grid = (data.image_ids.shape[1], data.image_ids.shape[2])
-    network = Network(checkpoint.transformer_config, grid)
-    step = compiled.pretrain_step(network, path, plan.shift or checkpoint.scheduler.shift, optimizer)
-    params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), checkpoint.transformer)
+    network = Network(released.transformer_config, grid)
+    step = compiled.pretrain_step(network, path, plan.shift or released.scheduler.shift, optimizer)
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), released.transformer)
     opt_state = optimizer.init(params)
     start = 0
     saved = None if states is None else restore_newest(states.folder, (params, opt_state))
@@ -110,7 +110,7 @@ def pretrain(
         """Check the updates since the last call; return their mean loss (0 if there are none)."""
         rows = jax.device_get(recent)
         for number, row in enumerate(rows, start=done - len(rows) + 1):
-            check_finite("update", number, row, "Lower --learning-rate and begin anew in another folder.")
+            check_finite("update", number, row, "Lower --learning-rate and start over in another folder.")
         recent.clear()
         return sum(float(row["loss"]) for row in rows) / max(len(rows), 1)
 
@@ -129,27 +129,28 @@ def pretrain(
     return params
 
 
-def read_tokens(file: Path, checkpoint: ReleasedModel) -> TokenData:
-    """Read tokens.npz and tokenize its prompts; raises UserError for a file that is no such archive, lacks an
-    array, or holds codes that the checkpoint does not have.
+def read_tokens(file: Path, released: ReleasedModel) -> TokenData:
+    """Read tokens.npz and tokenize its prompts.
+
+    Raises UserError if the file is not a NumPy archive, lacks an array, or contains codes that the model does not have.
     """
     try:
         with np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} is no archive of NumPy arrays ({error}); give a tokens.npz.") from error
+        raise UserError(f"{file} is not an archive of NumPy arrays ({error}); expected a tokens.npz.") from error
     missing = {"prompts", "images"} - arrays.keys()
     if missing:
         raise UserError(f"{file} lacks {', '.join(sorted(missing))}; found {', '.join(arrays)}.")
     prompts, images = arrays["prompts"], arrays["images"].astype(np.int32)
-    codes = checkpoint.transformer_config.lm_head_size
+    codes = released.transformer_config.lm_head_size
     if images.ndim != 3 or len(images) != len(prompts) or images.min() < 0 or images.max() >= codes:
         raise UserError(
             f"{file}: images must be i32[{len(prompts)}, h, w] with codes in [0, {codes}); found shape {images.shape}, "
             f"codes {images.min()} to {images.max()}."
         )
-    ids = checkpoint.tokenizer([str(prompt) for prompt in prompts])
-    return TokenData(prompt_ids=ids, image_ids=images, empty_ids=checkpoint.tokenizer.empty())
+    ids = released.tokenizer([str(prompt) for prompt in prompts])
+    return TokenData(prompt_ids=ids, image_ids=images, empty_ids=released.tokenizer.empty())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,11 +158,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description="Pre-train a transformer on (prompt, image tokens) pairs.")
     parser.add_argument("--checkpoint", required=True, help="folder in the released format to start from")
     parser.add_argument("--data", required=True, help="tokens.npz with prompts and images i32[M,h,w]")
-    parser.add_argument("--output", required=True, help="folder for the trained checkpoint, its log and its states")
+    parser.add_argument("--output", required=True, help="folder for the trained model, its log and its saved states")
     parser.add_argument("--updates", type=int, required=True)
     parser.add_argument("--batch", type=int, default=PretrainPlan.batch)
     parser.add_argument("--learning-rate", type=finite_number, default=PretrainPlan.learning_rate)
-    parser.add_argument("--shift", type=finite_number, default=PretrainPlan.shift, help="0: the checkpoint's own")
+    parser.add_argument("--shift", type=finite_number, default=PretrainPlan.shift, help="0: the model's own")
     parser.add_argument("--seed", type=int, default=0)
     prepare()
     arguments = local_args(parser, argv)
@@ -179,20 +180,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def pretrain_folder(start: str | Path, tokens: Path, output: Path, plan: PretrainPlan) -> None:
-    """Pre-train the checkpoint folder `start` with log, states and result in `output`, which is locked meanwhile.
+    """Pre-train the released folder `start`, with log, states and result in `output`, which is locked meanwhile.
 
     Raises what `load_folder`, `read_tokens`, `pretrain` and the lock raise.
     """
-    checkpoint = load_folder(start)
+    released = load_folder(start)
     with lock_inside(output), open(output / "pretrain.jsonl", "a", encoding="utf-8") as file:
 
         def log(row: dict[str, Any]) -> None:
             print(row, flush=True)
             print(json.dumps(row), file=file, flush=True)
 
-        data, states = read_tokens(tokens, checkpoint), Checkpoints(output / "states", keep=2)
-        params = pretrain(checkpoint, path_of(checkpoint), data, plan, states, log)
-    save_folder(replace(checkpoint, transformer=params), output / "checkpoint")
+        data, states = read_tokens(tokens, released), Checkpoints(output / "states", keep=2)
+        params = pretrain(released, path_of(released), data, plan, states, log)
+    save_folder(replace(released, transformer=params), output / "checkpoint")
 
 
 if __name__ == "__main__":

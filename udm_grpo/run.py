@@ -1,4 +1,4 @@
-"""Puts a run together: checkpoint, mesh, compiled stages, prompt sets, scorer; and where it starts or continues."""
+"""Set up a run: model, mesh, compiled stages, prompt sets, scorers, and where it starts or resumes."""
 
 import contextlib
 import enum
@@ -49,11 +49,11 @@ from udm_grpo.scoring import rewards
 from udm_grpo.scoring.evaluation_parts import remove_parts
 
 MAX_PROBLEMS = 50
-"""Prompts that cannot be scored which an error spells out."""
+"""Maximum number of unscorable prompts that an error lists."""
 
 
 class Stage(enum.IntEnum):
-    """What a random key is for; a key is fold_in(fold_in(root, stage), step)."""
+    """The use of a random key, which is fold_in(fold_in(root, stage), step)."""
 
     ROLLOUT = 0
     STATES = 1
@@ -64,12 +64,12 @@ class Stage(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that does not change while a run continues."""
+    """Everything that stays constant during a run."""
 
     config: RunConfig
     mesh: Mesh
     released: ReleasedModel
-    """The start model as it lies on disk, its transformer only as shapes; the rest goes into the export."""
+    """The start model as on disk, with only the shapes of its transformer; the rest is copied into the export."""
     steps: Steps
     vq_params: Params
     train: PromptSet
@@ -77,13 +77,13 @@ class Run:
     client: Composition
     checkpoints: Checkpoints
     output: Path
-    """The run's folder; for one in a bucket, the local folder that stands for it."""
+    """The run's folder; for a run in a bucket, the local staging folder."""
     identity: Identity
-    """Its id, and what it resumes from."""
+    """Its id and the checkpoint that it resumes from."""
     asked: Interruption
-    """Whether it is to stop."""
+    """Whether it was asked to stop."""
     mirror: Mirror | None = None
-    """Of process 0 of a run in a bucket."""
+    """Mirrors `output` to the bucket; only in process 0 of a run in a bucket."""
 
     def key(self, stage: Stage, step: int) -> Key[Array, ""]:
         """Return the key of a stage at an iteration."""
@@ -91,32 +91,32 @@ class Run:
         return jax.random.fold_in(root, step)
 
     def prompt_ids(self, texts: Sequence[str]) -> Int32[Array, "b l"]:
-        """Token ids of B prompts, spread over the devices; each host makes those of its own rows."""
+        """Return token ids of B prompts, spread over the devices; each host tokenizes its own rows."""
 
         def ids(rows: Sequence[int]) -> np.ndarray:
-            return self.released.tokenizer([texts[row] for row in rows], warn=False)  # start_notes told of all
+            return self.released.tokenizer([texts[row] for row in rows], warn=False)  # start_notes has warned
 
         return hosts.put_rows(ids, len(texts), meshes.over_batch(self.mesh))
 
     def empty_ids(self) -> Int32[Array, " l"]:
-        """Token ids of the empty prompt."""
+        """Return token ids of the empty prompt."""
         return hosts.put(self.released.tokenizer.empty(), meshes.replicated(self.mesh))
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands; stored with every checkpoint."""
+    """The progress of a run; stored with every checkpoint."""
 
     step: int
-    """Iterations done."""
+    """Completed iterations."""
     seconds: float
     """Wall-clock seconds spent in this run so far."""
     base: dict[str, Any]
     """Evaluations of the start model, by number of rollout steps."""
     best: float | None
-    """Best held-out score on the way, if there was an evaluation."""
+    """Best held-out score during training, if there was an evaluation."""
     looked: bool = True
-    """Whether the pictures and the evaluation that are due after this step have been made."""
+    """Whether the sample images and the evaluation that are due after this step are done."""
 
 
 def _prompts(field: str, file: str, weights: dict[str, float], key: str) -> PromptSet:
@@ -126,23 +126,23 @@ def _prompts(field: str, file: str, weights: dict[str, float], key: str) -> Prom
         raise ConfigError(f"{field}: {error}") from error
 
 
-def _check_prompts(client: Composition, field: str, given: PromptSet) -> None:
-    """Ask the scorers about every prompt, so that no run ends at one that cannot be scored."""
-    found = client.check(given.prompts, given.metadata)
-    if not found:
+def _check_prompts(client: Composition, field: str, prompts: PromptSet) -> None:
+    """Check every prompt with the scorers, so that no run fails later at one that cannot be scored."""
+    problems = client.check(prompts.prompts, prompts.metadata)
+    if not problems:
         return
-    lines = [f"prompt {index + 1} ({given.prompts[index]!r}): {text}" for index, text in found.items()]
+    lines = [f"prompt {index + 1} ({prompts.prompts[index]!r}): {text}" for index, text in problems.items()]
     more = [f"and {len(lines) - MAX_PROBLEMS} more"] if len(lines) > MAX_PROBLEMS else []
-    listed = "\n  ".join([f"{field}: {len(lines)} of {len(given)} prompts cannot be scored:", *lines[:MAX_PROBLEMS]])
-    raise ConfigError("\n  ".join([listed, *more, "Mend or remove them, or choose another scorer."]))
+    listed = "\n  ".join([f"{field}: {len(lines)} of {len(prompts)} prompts cannot be scored:", *lines[:MAX_PROBLEMS]])
+    raise ConfigError("\n  ".join([listed, *more, "Correct or remove them, or choose another scorer."]))
 
 
 def check_sizes(config: RunConfig, stride: int) -> None:
-    """Raise ConfigError where the image does not fit the checkpoint."""
+    """Raise ConfigError if the image size is not a multiple of the image tokenizer's stride."""
     model = config.model
     if model.height % stride or model.width % stride:
         raise ConfigError(
-            f"model.height x model.width is {model.height} x {model.width}, but a token of this checkpoint covers "
+            f"model.height x model.width is {model.height} x {model.width}, but a token of this model covers "
             f"{stride} x {stride} pixels; choose multiples of {stride}."
         )
 
@@ -161,78 +161,78 @@ def abstract_state(optimizer: Any, params: Params, ema: bool, mesh: Mesh) -> Tra
 
 
 def trained(config: RunConfig, whole: Params, sizes: TransformerConfig) -> Params:
-    """Return what is trained, perhaps abstract: all weights, or an adapter of them.
+    """Return the trained parameters: `whole`, or an abstract adapter of them.
 
-    Raises ConfigError for a rank too high.
+    Raises ConfigError if the rank is too large.
     """
-    given = config.lora
-    if not given.rank:
+    settings = config.lora
+    if not settings.rank:
         return whole
     try:
-        return lora.abstract(sizes, given.rank, lora.targets(given.targets))
+        return lora.abstract(sizes, settings.rank, lora.targets(settings.targets))
     except ValueError as error:
         raise ConfigError(f"lora.rank does not fit {config.model.path}: {error}.") from None
 
 
-def path_of(checkpoint: ReleasedModel) -> ProbabilityPath:
-    """Return the probability path of a checkpoint."""
-    scheduler = checkpoint.scheduler
-    return make_path(checkpoint.path_codebook, scheduler.alpha, scheduler.c, scheduler.eps)
+def path_of(released: ReleasedModel) -> ProbabilityPath:
+    """Return the probability path of a released model."""
+    scheduler = released.scheduler
+    return make_path(released.path_codebook, scheduler.alpha, scheduler.c, scheduler.eps)
 
 
 def optimizer_of(config: RunConfig) -> Any:
     """Return the optax transformation of a run."""
-    given = config.optimizer
+    settings = config.optimizer
     rate = learning_rate(
-        given.learning_rate,
-        given.schedule,
+        settings.learning_rate,
+        settings.schedule,
         config.iterations * config.grpo.optimizer_steps,
-        given.warmup_updates,
-        given.final_fraction,
-        given.milestones,
-        given.milestone_factor,
+        settings.warmup_updates,
+        settings.final_fraction,
+        settings.milestones,
+        settings.milestone_factor,
     )
-    return adamw(rate, given.beta1, given.beta2, given.weight_decay, given.max_grad_norm)
+    return adamw(rate, settings.beta1, settings.beta2, settings.weight_decay, settings.max_grad_norm)
 
 
 def open_run(config: RunConfig, asked: Interruption, stack: contextlib.ExitStack) -> tuple[Run, TrainState]:
-    """Load and check everything before the first rollout; `stack` closes it. Returns the run and its abstract state.
+    """Load and check everything before the first rollout; return the run, which `stack` closes, and its abstract state.
 
-    Nothing is written: see `begin`. Raises ConfigError, MeshError, and the errors of the files that the config names;
-    StopRequestedError when the run is asked to stop before its scorers are loaded.
+    Writes nothing; see `begin`. Raises ConfigError, MeshError, errors of the files that the config names, and
+    StopRequestedError if the run is asked to stop before its scorers are loaded.
     """
     check_output(config)
     lock_for_run(config.output_dir, asked, stack)
     mesh = meshes.make_mesh(asdict(config.mesh))
     prompt_length = config.model.text_length or None
     trained_weights = config.model.transformer or None
-    checkpoint = load_folder(local(config.model.path), "float32", prompt_length, False, trained_weights)
-    check_sizes(config, checkpoint.vq_config.stride)
-    plans = make_plans(config, checkpoint.transformer_config, checkpoint.vq_config, checkpoint.scheduler.shift, mesh)
+    released = load_folder(local(config.model.path), "float32", prompt_length, False, trained_weights)
+    check_sizes(config, released.vq_config.stride)
+    plans = make_plans(config, released.transformer_config, released.vq_config, released.scheduler.shift, mesh)
     train = _prompts("prompts.train", config.prompts.train, config.prompts.tag_weights, config.prompts.prompt_key)
     heldout = _prompts("prompts.heldout", config.prompts.heldout, {}, config.prompts.prompt_key)
     optimizer = optimizer_of(config)
-    learned = trained(config, checkpoint.transformer, checkpoint.transformer_config)
+    learned = trained(config, released.transformer, released.transformer_config)
     abstract = abstract_state(optimizer, learned, config.optimizer.ema_decay > 0, mesh)
-    check_space(config, abstract, checkpoint.transformer)
+    check_space(config, abstract, released.transformer)
     checkpoints = Checkpoints(checkpoints_place(config), config.checkpoint.keep)
-    identity = identify(config, checkpoints, agreed(fingerprint(config, checkpoint, train, heldout)))
+    identity = identify(config, checkpoints, agreed(fingerprint(config, released, train, heldout)))
     output = output_path(config)
     check_inputs_stay(config, output)
     replicated = meshes.replicated(mesh)
-    path = jax.tree.map(lambda leaf: hosts.put(leaf, replicated), path_of(checkpoint))
+    path = jax.tree.map(lambda leaf: hosts.put(leaf, replicated), path_of(released))
     client = shared_rewards.connect(config.rewards, output / "kept_images", asked, stack)
     rewards.warn_of([client])
     _check_prompts(client, "prompts.train", train)
     _check_prompts(client, "prompts.heldout", heldout)
     client.try_out(train.prompts[0], train.metadata[0], config.model.height, config.model.width)
-    stack.callback(checkpoints.finish)  # what has begun becomes good also if the run fails
+    stack.callback(checkpoints.finish)  # a save in progress is completed even if the run fails
     run = Run(
         config=config,
         mesh=mesh,
-        released=checkpoint,
+        released=released,
         steps=build(config, plans, path, optimizer, mesh, abstract),
-        vq_params=jax.tree.map(lambda leaf: hosts.put(leaf, replicated), checkpoint.vq),
+        vq_params=jax.tree.map(lambda leaf: hosts.put(leaf, replicated), released.vq),
         train=train,
         heldout=heldout,
         client=client,
@@ -245,12 +245,12 @@ def open_run(config: RunConfig, asked: Interruption, stack: contextlib.ExitStack
 
 
 def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position | None]:
-    """(state, reference parameters, position): of the checkpoint to resume from, or fresh with position None.
+    """Return (state, reference parameters, position) of the checkpoint to resume from, or fresh ones and position None.
 
-    Nothing is written: see `begin`.
+    Writes nothing; see `begin`.
 
-    The reference is part of every checkpoint, so that a resumed run keeps the model it started from whatever has
-    become of the folder since. It is also the base of an adapter.
+    The reference is part of every checkpoint, so that a resumed run keeps the model it started from even if the model
+    folder has changed since. It is also the base of an adapter.
     """
     whole = transformer.abstract(run.released.transformer_config)
     reference = jax.tree.map(
@@ -270,10 +270,10 @@ def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position 
 
 
 def begin(run: Run, position: Position | None, stack: contextlib.ExitStack) -> Run:
-    """Take the run's folder over, once everything has agreed to the start: the first thing that is written there.
+    """Take over the run's folder, once nothing can refuse the start any more: the first write into it.
 
-    position: where the run resumes from; None: it begins anew. What an older run left there is set aside: everything,
-    or of this run itself what comes after the position. Raises ConfigError if the processes do not share the folder.
+    position: where the run resumes from; None for a fresh start. Files of an older run are set aside: all of them, or,
+    if it is this run itself, those after the position. Raises ConfigError if the processes do not share the folder.
     """
     run = replace(run, mirror=claim_output(run.config, stack))
     own_step = position.step if position is not None and run.identity.here else None
@@ -305,14 +305,14 @@ def _fresh(run: Run, abstract: TrainState, reference: Params) -> tuple[TrainStat
 
 
 def save(run: Run, state: TrainState, reference: Params, position: Position) -> None:
-    """Begin to save everything an exact resume needs; the writing continues while the run does."""
+    """Start saving everything that an exact resume needs; the run continues while it is written."""
     meta = run.identity.saved_with(position=asdict(position))
     with run.asked.held():
         if run.mirror:
-            run.mirror.push()  # so that what is before the checkpoint is there when it counts
+            run.mirror.push()  # so that earlier files are in the bucket before the checkpoint counts
     run.checkpoints.begin(position.step, {"state": state, "reference": reference}, meta)
 
 
-def exported(checkpoint: ReleasedModel, params: Params) -> ReleasedModel:
-    """Return the start model's folder with other transformer weights in it."""
-    return replace(checkpoint, transformer=params)
+def exported(released: ReleasedModel, params: Params) -> ReleasedModel:
+    """Return the start model with these transformer weights."""
+    return replace(released, transformer=params)

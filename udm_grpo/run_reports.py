@@ -23,14 +23,14 @@ from udm_grpo.run import Position, Run
 from udm_grpo.scoring.rewards import Rewards
 
 ADVICE = (
-    "The checkpoints in {output}/checkpoints are from before. Lower optimizer.learning_rate or raise "
-    "optimizer.warmup_updates, and begin anew."
+    "The checkpoints in {output}/checkpoints precede this. Lower optimizer.learning_rate or raise "
+    "optimizer.warmup_updates, and start over."
 )
-"""What to do about a run that has diverged."""
+"""Advice for a run that has diverged."""
 
 
 SHOWN = ("kl", "entropy")
-"""Metrics of an objective that stand in the progress line where there are any of these; the files hold all of them."""
+"""Metrics shown in the progress line if the objective has them; the files contain all metrics."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Reports:
 
     writer: MetricsWriter
     evaluations: JsonLines | None
-    """Of process 0; the others write nothing."""
+    """Only in process 0; the others write nothing."""
     progress: Progress
     timer: StageTimer
     signal: SignalWatch = field(default_factory=SignalWatch)
@@ -60,7 +60,7 @@ def open_reports(run: Run, position: Position | None, stack: contextlib.ExitStac
     stack.enter_context(writer)
     evaluations = None
     if primary:
-        # What has not been looked at will be: a line on it is of an attempt that was killed.
+        # If this step is still to be evaluated, its line in the file is of an attempt that was killed.
         evaluated = resume_after if position is None else position.step - (not position.looked)
         lines = JsonLines(output / "evaluations.jsonl", evaluated, identity.id)
         evaluations = stack.enter_context(contextlib.closing(lines))
@@ -71,7 +71,7 @@ def open_reports(run: Run, position: Position | None, stack: contextlib.ExitStac
 
 
 def numbers_of(rewards: Rewards, metrics: dict[str, jax.Array]) -> dict[str, float]:
-    """Return the numbers of an iteration that have to be finite: the mean reward, and the objective's metrics."""
+    """Return an iteration's mean reward and its metrics, all of which must be finite."""
     return {
         "reward": float(np.mean(rewards.score)),
         **{name: float(value) for name, value in jax.device_get(metrics).items()},
@@ -81,7 +81,7 @@ def numbers_of(rewards: Rewards, metrics: dict[str, jax.Array]) -> dict[str, flo
 def write_iteration(
     reports: Reports, config: RunConfig, step: int, rewards: Rewards, numbers: Mapping[str, float]
 ) -> None:
-    """Write one iteration's numbers, of `numbers_of` and of the single scores; `step` counts iterations done."""
+    """Log one iteration: the result of `numbers_of` and the individual scores; `step` counts completed iterations."""
     seconds = reports.timer.take()
     raw, lacking = means(rewards.raw), missing(rewards.raw)
     groups = rewards.score.reshape(-1, config.rollout.group_size)
@@ -102,12 +102,12 @@ def write_iteration(
 
 
 def check_diverged(config: RunConfig, step: int, numbers: Mapping[str, float]) -> None:
-    """Raise DivergedError if a number of an iteration is not finite, in all processes alike."""
+    """Raise DivergedError, in all processes, if a number of an iteration is not finite."""
     check_finite("iteration", step, numbers, ADVICE.format(output=config.output_dir))
 
 
 def write_page(reports: Reports, output: Path) -> None:
-    """Write report.html; a run that has ended well does not fail for its report."""
+    """Write report.html; a failure here does not make a completed run fail."""
     try:
         write_report([output], output / NAME)
         reports.progress.message(f"report: {output / NAME}")

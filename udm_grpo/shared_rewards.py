@@ -1,4 +1,4 @@
-"""Pictures to this host's scorers, scores from all hosts."""
+"""Send images to the scorers of this host, and gather the scores of all hosts."""
 
 import contextlib
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from udm_grpo.scoring import rewards
 from udm_grpo.scoring.rewards import Rewards
 
 MAX_TEXT = 4000
-"""Characters of a scorer's error that the other processes are told."""
+"""Maximum length, in characters, of a scorer's error message sent to the other processes."""
 
 
 class ScoringFailedError(BridgeError):
@@ -28,9 +28,9 @@ class ScoringFailedError(BridgeError):
 
 
 def connect(config: RewardsConfig, kept_images: Path, asked: Interruption, stack: contextlib.ExitStack) -> Composition:
-    """Load the scorers as `rewards.connect` does; `stack` closes them.
+    """Load the scorers with `rewards.connect`; `stack` closes them.
 
-    Raises StopRequestedError, in all processes alike, if the run is asked to stop meanwhile.
+    Raises StopRequestedError, in all processes, if the run is asked to stop meanwhile.
     """
     asked.check()
     try:
@@ -44,19 +44,19 @@ def connect(config: RewardsConfig, kept_images: Path, asked: Interruption, stack
 
 @dataclass(frozen=True)
 class Ticket:
-    """Pictures of this host on their way to its scorers."""
+    """Images of this host that were sent to its scorers."""
 
     rows: np.ndarray
-    """Which of all the pictures they are."""
+    """Their indices among all images."""
     scores: "Future[Scores]"
 
 
 def submit(
     client: Composition, images: jax.Array, first: int, texts: Sequence[str], metadata: Sequence[dict[str, Any]]
 ) -> list[Ticket]:
-    """Send this host's rows of the pictures u8[m, H, W, 3], numbers `first` and following; none if it has none.
+    """Send this host's rows of the images u8[m, H, W, 3], whose indices start at `first`; [] if it has none.
 
-    texts, metadata: of the pictures that are scored, the first of the m; the others are padding.
+    texts, metadata: those of the images to score, the first ones of the m; the others are padding.
     """
     rows = hosts.owned_rows(images.sharding, len(images))
     rows = rows[rows < len(texts)]
@@ -67,14 +67,14 @@ def submit(
 
 
 def failed(tickets: Sequence[Ticket]) -> bool:
-    """Return whether the scorers of this host are known to have failed at one of the tickets."""
+    """Return whether the scorers of this host have already failed at one of the tickets."""
     return any(ticket.scores.done() and ticket.scores.exception() is not None for ticket in tickets)
 
 
 def collect(tickets: Sequence[Ticket], count: int, first: int = 0) -> Rewards:
-    """Wait for this host's scores and join those of all hosts, which are of the `count` pictures from `first` on.
+    """Wait for this host's scores and gather those of all hosts, for the `count` images from `first` on.
 
-    Raises what a scorer of this host raised, or, with several processes, ScoringFailedError in all of them.
+    Raises what a scorer of this host raised or, with several processes, ScoringFailedError in all of them.
     """
     rows = np.concatenate([ticket.rows for ticket in tickets]) - first if tickets else np.zeros(0, np.int64)
     columns: dict[str, np.ndarray] = {}
@@ -86,12 +86,12 @@ def collect(tickets: Sequence[Ticket], count: int, first: int = 0) -> Rewards:
     except Exception as error:
         problem = error
     _agree(problem)
-    found = hosts.gather_rows(columns, rows, count)
-    return Rewards(found.pop("score"), {name.removeprefix("raw/"): values for name, values in found.items()})
+    gathered = hosts.gather_rows(columns, rows, count)
+    return Rewards(gathered.pop("score"), {name.removeprefix("raw/"): values for name, values in gathered.items()})
 
 
 def _agree(problem: Exception | None) -> None:
-    """Raise in all processes if there is a problem in one: none may wait for scores that do not come."""
+    """Raise in all processes if one has a problem, so that none waits for scores that never arrive."""
     if jax.process_count() == 1:
         if problem is not None:
             raise problem
@@ -99,4 +99,4 @@ def _agree(problem: Exception | None) -> None:
     texts = hosts.gather(None if problem is None else str(problem)[:MAX_TEXT])
     lines = [f"process {process}: {text}" for process, text in enumerate(texts) if text is not None]
     if lines:
-        raise ScoringFailedError("\n  ".join(["the pictures cannot be scored:", *lines])) from problem
+        raise ScoringFailedError("\n  ".join(["the images cannot be scored:", *lines])) from problem

@@ -3,10 +3,10 @@
     python -m udm_grpo.train --config configs/shapes.py
     python -m udm_grpo.train --config configs/shapes.py:smoke --config.output_dir=outputs/try --config.seed=1
     python -m udm_grpo.train --config configs/shapes.py --config.checkpoint.resume=latest
-    python -m udm_grpo.train --config configs/shapes.py --compile-only       # what it needs; see compile_only.py
+    python -m udm_grpo.train --config configs/shapes.py --compile-only       # memory per device; see compile_only.py
 
-An iteration, as `train` below reads: prompts, rollout, pictures to the scorer, reference log-probabilities while it
-scores, advantages, update(s).
+An iteration (`iterate` below): prompts, rollout, images to the scorers, reference log-probabilities while they score,
+advantages, update(s).
 """
 
 from udm_grpo.lifecycle import early_signals
@@ -59,10 +59,10 @@ from udm_grpo.scoring.rewards import Rewards
 def roll_out(
     run: Run, policy: Params, texts: Sequence[str], step: int
 ) -> tuple[jax.Array, Rollout, list[tuple[int, jax.Array]]]:
-    """Draw an image of each of the B texts in micro-batches, the last of which is filled up with copies of the last.
+    """Draw an image of each of the B texts in micro-batches, padding the last one with copies of the last text.
 
-    Returns the prompt ids and the rollout of all of them, and the pictures of each micro-batch with the number of the
-    first. Waits for nothing: all of it may still be computed.
+    Returns (prompt ids, rollout of all images, [(index of the first image, images) of each micro-batch]). Does not
+    block: all results may still be computing.
     """
     sizes, key = run.steps.sizes, run.key(Stage.ROLLOUT, step)
     drawn = [*texts, *([texts[-1]] * (sizes.drawn - len(texts)))]
@@ -89,26 +89,26 @@ def _joined(parts: Sequence[Rollout]) -> Rollout:
 def iterate(
     run: Run, state: TrainState, reference: Params, step: int, timer: StageTimer
 ) -> tuple[TrainState, Rewards, dict[str, Any]]:
-    """One iteration: rollout, scores, update(s). Returns the next state (the given one is used up), scores, metrics."""
-    given = run.config.rollout
-    prompts, metadata, _ = run.train.batch(step, given.prompts, run.config.seed)
-    of_prompt = np.repeat(np.arange(given.prompts), given.group_size)
-    texts, about = [prompts[row] for row in of_prompt], [metadata[row] for row in of_prompt]
+    """Run one iteration: rollout, scores, update(s). Returns (next state, scores, metrics); `state` is donated."""
+    settings = run.config.rollout
+    prompts, prompt_metadata, _ = run.train.batch(step, settings.prompts, run.config.seed)
+    of_prompt = np.repeat(np.arange(settings.prompts), settings.group_size)
+    texts, metadata = [prompts[row] for row in of_prompt], [prompt_metadata[row] for row in of_prompt]
     policy = run.steps.compute_copy(state.params, reference)
     with timer("rollout"):
         prompt_ids, rolled, pictures = roll_out(run, policy, texts, step)
-        # Queued before the pictures are fetched: the devices go on while the scorers work.
+        # Queued before the images are fetched, so that the devices compute while the scorers work.
         samples = run.steps.prepare(policy, reference, prompt_ids, rolled, run.key(Stage.STATES, step))
         tickets = [
             ticket
             for start, images in pictures
-            for ticket in shared_rewards.submit(run.client, images, start, texts[start:], about[start:])
+            for ticket in shared_rewards.submit(run.client, images, start, texts[start:], metadata[start:])
         ]
     with timer("reference"):
         jax.block_until_ready(samples)
     with timer("reward"):
-        rewards = shared_rewards.collect(tickets, given.prompts * given.group_size)
-    score = hosts.put(rewards.score.reshape(given.prompts, given.group_size), meshes.replicated(run.mesh))
+        rewards = shared_rewards.collect(tickets, settings.prompts * settings.group_size)
+    score = hosts.put(rewards.score.reshape(settings.prompts, settings.group_size), meshes.replicated(run.mesh))
     each = []
     with timer("update"):
         for images in minibatches(run, step):
@@ -119,19 +119,19 @@ def iterate(
 
 
 def minibatches(run: Run, step: int) -> Iterator[jax.Array | None]:
-    """Yield the images i32[B/M] of every optimizer step of an iteration; None for all of them."""
-    given = run.config.grpo
-    if given.minibatches == 1:
-        yield from [None] * given.updates_per_rollout
+    """Yield the image indices i32[B/M] of every optimizer step of an iteration; None for all images."""
+    settings = run.config.grpo
+    if settings.minibatches == 1:
+        yield from [None] * settings.updates_per_rollout
         return
-    for turn in range(given.updates_per_rollout):
+    for turn in range(settings.updates_per_rollout):
         key = jax.random.fold_in(run.key(Stage.MINIBATCHES, step), turn)
-        for images in np.asarray(split_images(key, run.steps.sizes.images, given.minibatches)):
+        for images in np.asarray(split_images(key, run.steps.sizes.images, settings.minibatches)):
             yield hosts.put(images, meshes.replicated(run.mesh))
 
 
 def mean_of(each: Sequence[dict[str, jax.Array]]) -> dict[str, Any]:
-    """Return the metrics of an iteration: of one optimizer step as they are, of several their mean."""
+    """Return the metrics of an iteration: those of its only optimizer step, or the mean over several."""
     if len(each) == 1:
         return each[0]
     steps = jax.device_get(each)
@@ -139,7 +139,7 @@ def mean_of(each: Sequence[dict[str, jax.Array]]) -> dict[str, Any]:
 
 
 def draw_samples(run: Run, reports: Reports, state: TrainState, reference: Params, step: int) -> None:
-    """Write the sample pictures of this moment."""
+    """Draw and write the sample images of this step."""
     images, captions = pictures(run, run.steps.compute_copy(state.params, reference))
     path = run.output / "pictures" / f"{step:06d}.png"
     with run.asked.held():
@@ -151,24 +151,24 @@ def draw_samples(run: Run, reports: Reports, state: TrainState, reference: Param
 def evaluate_on_the_way(
     run: Run, reports: Reports, state: TrainState, reference: Params, position: Position
 ) -> Position:
-    """Evaluate on held-out prompts into evaluations.jsonl; keep the best weights if asked; return the position."""
-    given, step = run.config.evaluation, position.step
+    """Evaluate on held-out prompts, log to evaluations.jsonl, save the best weights if enabled; return the position."""
+    settings, step = run.config.evaluation, position.step
     params = judged(state)
     policy = run.steps.compute_copy(params, reference)
-    found = evaluate(run, policy, given.prompts, given.steps[0], step, extremes_file(run, step))
+    result = evaluate(run, policy, settings.prompts, settings.steps[0], step, extremes_file(run, step))
     with run.asked.held():
         if reports.evaluations:
-            reports.evaluations.append(step, found)
-    means = {name: round(value, 4) for name, value in found.items() if isinstance(value, float)}
-    reports.progress.message(f"held-out after {step} iterations, {given.steps[0]} steps: {means}")
-    if run.config.checkpoint.keep_best and (position.best is None or found["score"] > position.best):
-        position = replace(position, best=found["score"])
-        save_best(run, step, params, found["score"])
+            reports.evaluations.append(step, result)
+    means = {name: round(value, 4) for name, value in result.items() if isinstance(value, float)}
+    reports.progress.message(f"held-out after {step} iterations, {settings.steps[0]} steps: {means}")
+    if run.config.checkpoint.keep_best and (position.best is None or result["score"] > position.best):
+        position = replace(position, best=result["score"])
+        save_best(run, step, params, result["score"])
     return position
 
 
 def evaluate_start(run: Run, reports: Reports, reference: Params, position: Position) -> Position:
-    """Evaluate the start model; return the position."""
+    """Evaluate the start model; return the position with the results."""
     reports.progress.message("evaluating the start model")
     position = replace(position, base=evaluate_all(run, reference, 0))
     with run.asked.held():
@@ -178,21 +178,21 @@ def evaluate_start(run: Run, reports: Reports, reference: Params, position: Posi
 
 
 def look(run: Run, reports: Reports, state: TrainState, reference: Params, position: Position) -> Position:
-    """Draw pictures and evaluate when it is time; after the last iteration `finish` evaluates."""
-    given, step = run.config.evaluation, position.step
+    """Draw sample images and evaluate if they are due; after the last iteration, `finish` evaluates instead."""
+    settings, step = run.config.evaluation, position.step
     if step == 0:
         position = evaluate_start(run, reports, reference, position)
-    if given.picture_every and step % given.picture_every == 0:
+    if settings.picture_every and step % settings.picture_every == 0:
         draw_samples(run, reports, state, reference, step)
-    if given.every and step and step % given.every == 0 and step < run.config.iterations:
+    if settings.every and step and step % settings.every == 0 and step < run.config.iterations:
         position = evaluate_on_the_way(run, reports, state, reference, position)
     if jax.process_count() > 1:
-        run.asked.check()  # what could not be written is looked at again after a resume
+        run.asked.check()  # if writing failed, this is repeated after a resume
     return replace(position, looked=True)
 
 
 def finish(run: Run, reports: Reports, state: TrainState, reference: Params, position: Position) -> dict[str, Any]:
-    """Make the last evaluation, the picture of before and after, the export and summary.json; return the summary."""
+    """Run the last evaluation, write before_after.png, the export and summary.json; return the summary."""
     run.checkpoints.finish()
     params = best_or_last(run, state, position)
     policy = run.steps.compute_copy(params, reference)
@@ -227,12 +227,12 @@ def finish(run: Run, reports: Reports, state: TrainState, reference: Params, pos
 
 
 def train(config: RunConfig) -> dict[str, Any]:
-    """Run a whole training and return its summary; raises ConfigError before anything is started.
+    """Run a complete training and return its summary; raises ConfigError before anything is started.
 
-    Raises DivergedError at the first iteration with a number that is not finite, before anything of it is saved.
+    Raises DivergedError at the first iteration with a number that is not finite, before any of it is saved.
 
-    SIGTERM ends it after the iteration or the evaluation's batch that is being made, with everything saved to continue;
-    interruption.py has the other signals. With several processes all of them call this inside of `distributed.joined`.
+    SIGTERM ends it after the current iteration or evaluation batch, with everything saved that a resume needs;
+    interruption.py lists the other signals. With several processes, all must call this inside `distributed.joined`.
     """
     validate(config)
     began = time.monotonic()
@@ -257,7 +257,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             reports.progress.message(note)
         position = position or Position(step=0, seconds=0.0, base={}, best=None, looked=False)
         standing = Standing(state, position, hosts.from_primary(run.checkpoints.latest))
-        del state  # the standing holds the one reference
+        del state  # `standing` holds the only reference, so that updates can donate it
         try:
             summary = advance(run, reports, reference, standing, began)
         except StopRequestedError:
@@ -271,9 +271,9 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 
 def advance(run: Run, reports: Reports, reference: Params, standing: Standing, began: float) -> dict[str, Any]:
-    """Go on from where the run stands to its end; returns the summary.
+    """Run the remaining iterations and `finish`; return the summary.
 
-    began: when this start did. Raises StopRequestedError once the run is asked to stop and its standing can be saved.
+    began: time of this start. Raises StopRequestedError once the run is asked to stop and `standing` can be saved.
     """
     config, spent = run.config, standing.position.seconds
     if not standing.position.looked:
@@ -305,13 +305,13 @@ def _help(words: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR_STATUS
     print(__doc__)
-    print("The fields, each with its value: the default, or that of the file which --config names.\n")
+    print("The fields, each with its value: the default, or the value in the file that --config names.\n")
     print(fields)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status. A user's mistake is reported in a line, without a traceback."""
+    """Run the command line; return the exit status. User errors are reported in one line, without a traceback."""
     prepare()
     with lasting_streams():
         return _main(argv)

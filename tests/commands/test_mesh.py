@@ -136,7 +136,7 @@ def test_small_parameters_are_not_worth_a_word():
     [
         ({"data": 3, "fsdp": 1, "tensor": 1}, "does not fit 7 device(s)"),
         ({"data": -1, "fsdp": 2, "tensor": 1}, "does not fit 7 device(s)"),
-        ({"data": 7, "fsdp": 1, "tensor": 2}, "the sizes must multiply to that number"),
+        ({"data": 7, "fsdp": 1, "tensor": 2}, "does not fit 7 device(s)"),
     ],
 )
 def test_sizes_that_do_not_multiply_to_the_devices_are_refused(sizes, said):

@@ -1,3 +1,5 @@
+"""Tests of exact draws from categorical distributions."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,19 +21,19 @@ def _histogram(log_weights: np.ndarray, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("codes", [2, 97, TILE, TILE + 1, 1500])
 def test_law(codes: int) -> None:
     log_weights = np.random.default_rng(codes).normal(size=codes) * 1.5
-    wanted = np.exp(log_weights) / np.exp(log_weights).sum() * DRAWS
-    found = _histogram(log_weights, codes)
-    large = wanted >= 5
-    bins = np.append(wanted[large], wanted[~large].sum()), np.append(found[large], found[~large].sum())
+    expected = np.exp(log_weights) / np.exp(log_weights).sum() * DRAWS
+    counts = _histogram(log_weights, codes)
+    large = expected >= 5
+    bins = np.append(expected[large], expected[~large].sum()), np.append(counts[large], counts[~large].sum())
     keep = bins[0] > 0
     assert stats.chisquare(bins[1][keep], bins[0][keep] * bins[1].sum() / bins[0][keep].sum()).pvalue > 1e-3
 
 
 def test_entries_without_weight_are_never_drawn() -> None:
     log_weights = np.full(3 * TILE, -np.inf)
-    log_weights[[5, TILE + 7, 3 * TILE - 4]] = [0.0, 1.0, -1.0]  # the middle tile's end and whole runs are empty
-    found = _histogram(log_weights, 0)
-    assert set(np.flatnonzero(found)) == {5, TILE + 7, 3 * TILE - 4}
+    log_weights[[5, TILE + 7, 3 * TILE - 4]] = [0.0, 1.0, -1.0]  # all other entries are empty
+    counts = _histogram(log_weights, 0)
+    assert set(np.flatnonzero(counts)) == {5, TILE + 7, 3 * TILE - 4}
 
 
 @pytest.mark.parametrize("codes", [4, 2 * TILE])

@@ -1,3 +1,5 @@
+"""Tests of the probability path and its jump process: golden numbers, exact laws and distributions of draws."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +18,11 @@ def _times(path: ProbabilityPath, t: float, rows: int) -> tuple[jnp.ndarray, jnp
     return np.float32(paths.level(path, np.float64(t))) * one, np.float32(paths.rate(path, np.float64(t))) * one
 
 
-def _chi_square(found: np.ndarray, law: np.ndarray) -> float:
-    wanted = law * found.sum()
-    large = wanted >= 5
-    observed = np.append(found[large], found[~large].sum())
-    expected = np.append(wanted[large], wanted[~large].sum())
+def _chi_square(counts: np.ndarray, law: np.ndarray) -> float:
+    mean = law * counts.sum()
+    large = mean >= 5
+    observed = np.append(counts[large], counts[~large].sum())
+    expected = np.append(mean[large], mean[~large].sum())
     keep = expected > 1e-9
     assert observed[~keep].sum() == 0
     return float(stats.chisquare(observed[keep], expected[keep] * observed[keep].sum() / expected[keep].sum()).pvalue)
@@ -48,8 +50,8 @@ def test_mixture_velocity(case: GoldenCase) -> None:
     model = load_model(case)
     mixture = make_path(model.path.codebook, None, 0.0)
     at, slope = _times(mixture, 0.25, 4)
-    found = paths.velocity(mixture, jnp.full(4, -1, jnp.int32), model.ids("x1")[0, :4], at, slope)
-    assert_close(found, case.arrays["mixture_velocity"])
+    u = paths.velocity(mixture, jnp.full(4, -1, jnp.int32), model.ids("x1")[0, :4], at, slope)
+    assert_close(u, case.arrays["mixture_velocity"])
 
 
 @golden_cases()
@@ -59,10 +61,10 @@ def test_noise_histogram(case: GoldenCase) -> None:
     for token, (x_1, hist) in enumerate(zip(case.arrays["noise_x1"], case.arrays["noise_hist"], strict=True)):
         at, _ = _times(model.path, case.arrays["noise_t"], draws)
         start = jnp.full(draws, x_1, jnp.int32)
-        found = paths.add_noise(model.path, start, at, uniforms(jax.random.key(token), draws, 2))
-        found = np.bincount(np.asarray(found), minlength=model.path.codes)
+        noisy = paths.add_noise(model.path, start, at, uniforms(jax.random.key(token), draws, 2))
+        counts = np.bincount(np.asarray(noisy), minlength=model.path.codes)
         law = jax.nn.softmax(paths.noise_log_weights(model.path, start[:1], at[:1]), axis=-1)[0]
-        assert _chi_square(found, np.asarray(law, np.float64)) > 1e-3
+        assert _chi_square(counts, np.asarray(law, np.float64)) > 1e-3
         assert _chi_square(hist, np.asarray(law, np.float64)) > 1e-3
 
 
@@ -82,7 +84,7 @@ def test_endpoints(alpha: float | None) -> None:
 
 @pytest.mark.parametrize("alpha", [0.9, None])
 def test_velocity_moves_the_law_along_the_path(alpha: float | None) -> None:
-    """The continuity equation: d/dt p_t = inflow - outflow of the jump process, for every code."""
+    """The continuity equation holds for every code: d/dt p_t = inflow - outflow of the jump process."""
     path, x_1, t, h = _small_path(alpha), jnp.array([7], jnp.int32), 0.4, 1e-3
 
     def p(time: float) -> np.ndarray:
@@ -117,7 +119,7 @@ def test_nothing_moves_at_time_zero_on_the_metric_path() -> None:
 
 @golden_cases()
 def test_sampler_step_histogram(case: GoldenCase) -> None:
-    """One sampler step against its exact law, and the release's histogram against the same law."""
+    """Draws of one sampler step and the release's histogram both follow the exact law."""
     from udm_grpo.diffusion.rollout import RolloutPlan, sample_step, step_times
 
     model, draws = load_model(case), 20_000
@@ -129,13 +131,13 @@ def test_sampler_step_histogram(case: GoldenCase) -> None:
         law = _step_law(model.path, np.asarray(logits, np.float64), int(z), now)
         u = uniforms(jax.random.key(10 + token), draws, 5)
         rows = jnp.broadcast_to(logits, (draws, logits.shape[0]))
-        found, _ = sample_step(model.path, rows, jnp.full(draws, z, jnp.int32), now, u)
-        assert _chi_square(np.bincount(np.asarray(found), minlength=model.path.codes), law) > 1e-3
+        after, _ = sample_step(model.path, rows, jnp.full(draws, z, jnp.int32), now, u)
+        assert _chi_square(np.bincount(np.asarray(after), minlength=model.path.codes), law) > 1e-3
         assert _chi_square(case.arrays["step_next_hist"][token], law) > 1e-3
 
 
 def _step_law(path: ProbabilityPath, logits: np.ndarray, z: int, now: dict) -> np.ndarray:
-    """sum over x_1 of p(x_1) (stay or jump), in float64."""
+    """Return the sum over x_1 of p(x_1) (stay or jump), in float64."""
     p_1 = np.exp(logits - logits.max())
     p_1 /= p_1.sum()
     x_1 = jnp.arange(path.codes, dtype=jnp.int32)

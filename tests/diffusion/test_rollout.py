@@ -1,3 +1,5 @@
+"""Tests of the rollout: equal to a Python loop, independent of micro-batches, and decided by keys only."""
+
 import dataclasses
 
 import jax
@@ -103,14 +105,14 @@ def test_guidance_only_acts_before_its_end() -> None:
 
 @pytest.mark.parametrize(("alpha", "passes"), [(0.9, 5), (None, 6)])
 def test_forward_passes_of_a_rollout(alpha: float | None, passes: int) -> None:
-    """N - 1 forward passes in an N-step rollout on the metric path; N on the mixture path."""
+    """A rollout of T steps has T - 1 forward passes on the metric path and T on the mixture path."""
     text = str(jax.make_jaxpr(lambda *a: rollout(NETWORK, _path(alpha), PLAN, *a).clean)(*_arguments()))
     assert f"length={passes}" in text
     assert f"length={passes + 1}" not in text
 
 
 def test_perfect_model_denoises() -> None:
-    """With the answer as logits, every token ends at the answer."""
+    """If the logits are the answer, every token ends at the answer."""
     from udm_grpo.diffusion.rollout import sample_step
 
     path, answer = _path(), jnp.arange(40, dtype=jnp.int32)

@@ -1,3 +1,5 @@
+"""Tests of the times of a rollout and of pre-training."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,8 +14,8 @@ def test_times(case: GoldenCase) -> None:
         np.testing.assert_allclose(
             timesteps(steps, case.setup["shift"]), case.arrays[f"schedule_t_{steps}"], atol=1e-12
         )
-    found = pretraining_time(jnp.asarray(case.arrays["pretrain_u"]), case.setup["shift"])
-    assert_close(found, case.arrays["pretrain_t_of_u"])
+    times = pretraining_time(jnp.asarray(case.arrays["pretrain_u"]), case.setup["shift"])
+    assert_close(times, case.arrays["pretrain_t_of_u"])
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])

@@ -1,3 +1,5 @@
+"""Tests of the advantages, the loss, the update and the training states of UDM-GRPO."""
+
 import dataclasses
 from functools import partial
 
@@ -25,7 +27,7 @@ from udm_grpo.model.transformer import init
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
-# The KL of two near models is a small difference of large numbers: float32 log-probabilities of size 5 carry 5e-7 each.
+# The KL of similar models is a small difference of large numbers: float32 errors of log-probabilities near 5 are 5e-7.
 KL_TOLERANCE = 1e-4
 
 
@@ -52,9 +54,9 @@ def test_loss_and_gradients(case: GoldenCase) -> None:
     assert_close(metrics["entropy"], case.arrays["grpo_entropy_image_only"])
     assert_close(metrics["clip_fraction"], case.arrays["grpo_clip_frac"])
     assert_close(optax.tree.norm(gradient), case.arrays["grad_norm"], 1e-4)
-    for name, wanted in case.arrays.items():
+    for name, expected in case.arrays.items():
         if name.startswith("grad/model.layers") or name in ("grad/model.norm.weight", "grad/lm_head.weight"):
-            assert_close(_torch_layout(gradient, name), wanted, 1e-4)
+            assert_close(_torch_layout(gradient, name), expected, 1e-4)
     rows = gradient["embed"]["embedding"][model.config.lm_vocab_size + samples.noisy[0]]
     assert_close(rows, case.arrays["grad/embed_rows_of_noisy_row0"], 1e-4)
 
@@ -77,8 +79,8 @@ def _torch_layout(gradient: dict, name: str) -> jnp.ndarray:
 @pytest.mark.parametrize("global_std", [False, True])
 def test_golden_advantages(case: GoldenCase, global_std: bool) -> None:
     scores = jnp.asarray(case.arrays["adv_scores_images_by_prompts"]).T
-    found = advantages(scores, clip=1e9, global_std=global_std).T
-    assert_close(found, case.arrays[f"adv_global_std_{global_std}"])
+    result = advantages(scores, clip=1e9, global_std=global_std).T
+    assert_close(result, case.arrays[f"adv_global_std_{global_std}"])
 
 
 def test_advantages_by_hand() -> None:
@@ -117,10 +119,10 @@ def test_head_gradient_equals_plain_autodiff() -> None:
         log_p = jax.nn.log_softmax(h @ w, axis=-1)
         return jnp.sum(weight * jnp.take_along_axis(log_p, action[:, :, None], axis=-1)[:, :, 0])
 
-    wanted = jax.grad(plain, (0, 1))(hidden, kernel)
+    expected = jax.grad(plain, (0, 1))(hidden, kernel)
     for rows in (1, 4, 6):
-        found = jax.grad(lambda h, w: jnp.sum(weight * head_logps(h, w, action, rows)[0]), (0, 1))(hidden, kernel)  # noqa: B023
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, wanted)
+        gradient = jax.grad(lambda h, w: jnp.sum(weight * head_logps(h, w, action, rows)[0]), (0, 1))(hidden, kernel)  # noqa: B023
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, expected)
 
 
 def test_head_keeps_no_logits_for_the_backward_pass() -> None:
@@ -144,7 +146,7 @@ def test_one_by_eight_equals_eight_by_one(old: bool) -> None:
 
 @pytest.mark.parametrize("old", [False, True])
 def test_states_of_weight_zero_count_for_nothing(old: bool) -> None:
-    """In loss, gradient and every metric, whatever they hold."""
+    """Loss, gradient and every metric ignore them, whatever their values are."""
     params, samples = init(CONFIG, jax.random.key(0)), random_samples(old=old)
     gradients = jax.jit(accumulated_gradients, static_argnums=(0, 1, 4))
 
@@ -156,13 +158,13 @@ def test_states_of_weight_zero_count_for_nothing(old: bool) -> None:
             full, weight=weight, advantage=advantage, frozen=full.frozen | {"ref_logp": ref_logp}
         )
 
-    wanted, wanted_metrics = gradients(NETWORK, LOSS, params, samples, 4)
-    found, metrics = gradients(NETWORK, LOSS, params, filled_up(samples, 3.0), 6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), found, wanted)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), metrics, wanted_metrics)
+    expected, expected_metrics = gradients(NETWORK, LOSS, params, samples, 4)
+    result, metrics = gradients(NETWORK, LOSS, params, filled_up(samples, 3.0), 6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6), result, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), metrics, expected_metrics)
     rolled = jax.tree.map(lambda leaf: jnp.roll(leaf, 3, axis=0), samples)
     other, other_metrics = gradients(NETWORK, LOSS, params, filled_up(rolled, jnp.nan), 6)
-    jax.tree.map(np.testing.assert_array_equal, (other, other_metrics), (found, metrics))
+    jax.tree.map(np.testing.assert_array_equal, (other, other_metrics), (result, metrics))
 
 
 def test_old_log_probs_move_the_ratio() -> None:
@@ -223,7 +225,7 @@ def test_minibatches_are_a_random_partition_that_the_key_decides() -> None:
 
 
 def test_a_minibatch_has_all_steps_of_its_images_and_padding_of_weight_0() -> None:
-    """Two steps of four images, whose eight states end with padding to nine."""
+    """The rollout has two steps of four images, whose eight states are padded to nine."""
     samples = random_samples(9, old=True)
     samples = dataclasses.replace(samples, weight=jnp.array([1.0] * 8 + [0.0]))
     chosen = jnp.array([3, 1], jnp.int32)
@@ -239,9 +241,9 @@ def test_a_minibatch_has_all_steps_of_its_images_and_padding_of_weight_0() -> No
 
 
 def test_minibatch_steps_are_those_of_a_direct_computation() -> None:
-    """Two passes of two steps: gradients of the loss as written in the paper, old log-probs of the first policy."""
+    """Two passes of two steps use the gradients of the paper's loss, with log-probs of the first policy as old ones."""
     params, samples = init(CONFIG, jax.random.key(0)), random_samples()
-    optimizer = optax.sgd(0.5)  # linear in the gradient: Adam makes large steps of rounding where gradients vanish
+    optimizer = optax.sgd(0.5)  # linear in the gradient: Adam turns rounding errors of zero gradients into large steps
 
     @jax.jit
     def logps(p: dict, part: Samples) -> jax.Array:
@@ -272,7 +274,7 @@ def test_minibatch_steps_are_those_of_a_direct_computation() -> None:
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-5), state.params, expected)
             outside.append(float(jnp.max(jnp.abs(logps(state.params, samples) - samples.frozen["old_logp"]))))
     assert int(state.step) == 4
-    assert min(outside) > 1e-3  # the policy has left the one that drew the images
+    assert min(outside) > 1e-3  # the policy has moved away from the one that drew the images
 
 
 def test_bfloat16_compute_keeps_float32_masters() -> None:
@@ -303,7 +305,7 @@ def _kept_rollout() -> Rollout:
 def test_the_four_trajectories() -> None:
     path = make_path(jnp.asarray(np.random.default_rng(0).normal(size=(40, 6)), jnp.float32), 0.9, 3.0)
     kept, index = _kept_rollout(), jnp.arange(4, dtype=jnp.int32)
-    made = {
+    trajectories = {
         (where, action): trajectory(
             path, TrajectoryPlan(10, 1.0, trajectory=where, action=action, rows=2), kept, index, jax.random.key(1)
         )
@@ -311,18 +313,18 @@ def test_the_four_trajectories() -> None:
         for action in ("clean", "intermediate")
     }
     steps = np.asarray(window(TrajectoryPlan(10, 1.0), jax.random.split(jax.random.key(1))[0]))
-    for (where, action), states in made.items():
-        wanted = np.broadcast_to(kept.clean, (3, 4, 6)) if action == "clean" else np.asarray(kept.predicted)[steps]
-        np.testing.assert_array_equal(states.action, wanted)
+    for (where, action), states in trajectories.items():
+        expected = np.broadcast_to(kept.clean, (3, 4, 6)) if action == "clean" else np.asarray(kept.predicted)[steps]
+        np.testing.assert_array_equal(states.action, expected)
         if where == "rollout":
             np.testing.assert_array_equal(states.noisy, np.asarray(kept.visited)[steps])
-    assert (made["forward", "clean"].noisy != made["rollout", "clean"].noisy).any()
+    assert (trajectories["forward", "clean"].noisy != trajectories["rollout", "clean"].noisy).any()
     with pytest.raises(ValueError, match="keep its trajectory"):
         trajectory(path, TrajectoryPlan(10, 1.0, trajectory="rollout"), Rollout(kept.clean), index, jax.random.key(1))
 
 
 def test_forward_trajectory_follows_the_path() -> None:
-    """Late states are near the clean image, and the draws of an image do not depend on its neighbours."""
+    """Late states are close to the clean image, and the draws of an image do not depend on its neighbours."""
     path = make_path(jnp.asarray(np.random.default_rng(0).normal(size=(40, 6)), jnp.float32), 0.9, 3.0)
     clean = jnp.asarray(np.random.default_rng(6).integers(0, 40, (64, 6)), jnp.int32)
     index = jnp.arange(64, dtype=jnp.int32)

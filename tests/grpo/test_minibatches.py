@@ -1,4 +1,4 @@
-"""Minibatches of a rollout whose states are spread over devices, in a process that has several."""
+"""Tests of minibatches of a rollout whose states are spread over several devices."""
 
 import subprocess
 import sys
@@ -33,9 +33,9 @@ for chosen in parts:
     part = step(spread, jax.device_put(chosen, meshes.replicated(mesh)))
     index = np.concatenate([k * B + chosen for k in range(K)])
     arrays = lambda x: {**x.frozen, "prompts": x.prompt_ids, "x": x.noisy, "y": x.action, "A": x.advantage}
-    for name, found in arrays(part).items():
-        assert found.shape[0] == rows and len(found.sharding.device_set) == devices, name
-        np.testing.assert_array_equal(np.asarray(found)[: len(index)], arrays(samples)[name][index], err_msg=name)
+    for name, array in arrays(part).items():
+        assert array.shape[0] == rows and len(array.sharding.device_set) == devices, name
+        np.testing.assert_array_equal(np.asarray(array)[: len(index)], arrays(samples)[name][index], err_msg=name)
     weight = np.ones(rows) if part.weight is None else np.asarray(part.weight)
     np.testing.assert_array_equal(weight, np.arange(rows) < len(index))
 print(parts.tolist())
@@ -43,11 +43,11 @@ print(parts.tolist())
 
 
 def test_the_parts_are_the_same_on_any_number_of_devices() -> None:
-    found = set()
+    outputs = set()
     for devices in (1, 7):
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment(devices), capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        found.add(done.stdout)
-    assert len(found) == 1
+        outputs.add(done.stdout)
+    assert len(outputs) == 1

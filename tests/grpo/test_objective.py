@@ -1,4 +1,4 @@
-"""The seam of the objectives: the one that grpo/README.md shows trains a run, and what is none is refused."""
+"""Tests of the objective interface: the example in grpo/README.md trains a run, and invalid objectives are refused."""
 
 import ast
 import json
@@ -19,7 +19,7 @@ MAX_LINES = 45
 
 
 def shown() -> str:
-    """The objective that the page shows."""
+    """Return the objective that the page shows."""
     (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
     return block
 
@@ -50,10 +50,11 @@ def test_the_objective_of_the_page_trains(tmp_path: Path) -> None:
 def test_every_objective_has_the_methods() -> None:
     protocol = {name for name in vars(Objective) if not name.startswith("_")}
     assert protocol == set(METHODS)
-    for name, found in OBJECTIVES.items():
-        assert objective_class(name) is found
-        assert all(hasattr(found, method) for method in METHODS), name
-        assert found.from_config(RunConfig(), 1.0, 4) == found.from_config(RunConfig(), 1.0, 4)  # static under jit
+    for name, objective in OBJECTIVES.items():
+        assert objective_class(name) is objective
+        assert all(hasattr(objective, method) for method in METHODS), name
+        first, second = (objective.from_config(RunConfig(), 1.0, 4) for _ in range(2))
+        assert first == second  # static under jit
     (shown_class,) = (node for node in ast.parse(shown()).body if isinstance(node, ast.ClassDef))
     assert {"freeze", "weights", "loss"} <= {
         node.name for node in shown_class.body if isinstance(node, ast.FunctionDef)

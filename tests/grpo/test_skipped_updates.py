@@ -1,4 +1,4 @@
-"""Updates that must not be made: gradients that are not finite, and rollouts in which no image is the better one."""
+"""Tests of skipped updates: gradients that are not finite, and rollouts in which no image is better than another."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ ADAM = adamw(WARM, 0.9, 0.95, 0.1, 1.0)
 
 
 def samples(advantage: float = 1.0) -> Samples:
-    """Eight states whose reference is another model, so that the KL term has a gradient whatever the advantages are."""
+    """Return eight states whose reference is another model, so that the KL term has a gradient for any advantages."""
     rng = np.random.default_rng(3)
     draw = lambda high, *shape: jnp.asarray(rng.integers(0, high, shape), jnp.int32)  # noqa: E731
     signs = jnp.asarray(np.sign(rng.normal(size=8)), jnp.float32)
@@ -54,13 +54,13 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 def counts(state: TrainState) -> list[int]:
-    """Every count of a state: those of Adam and of the schedule, and the updates made."""
+    """Return every counter of a state: those of Adam and of the schedule, and the number of updates."""
     leaves = jax.tree.leaves(state.opt_state)
     return [int(leaf) for leaf in leaves if leaf.dtype == jnp.int32] + [int(state.step)]
 
 
 def test_without_any_advantage_there_is_no_step_and_nothing_counts() -> None:
-    """The KL term alone has a gradient here, and Adam would make a step of full length of it."""
+    """Only the KL term has a gradient here, from which Adam would make a step of full length."""
     one, metrics = step()(first(), samples())
     assert float(metrics["skipped"]) == 0
     assert counts(one) == [1, 1, 1]
@@ -68,7 +68,7 @@ def test_without_any_advantage_there_is_no_step_and_nothing_counts() -> None:
     assert float(metrics["skipped"]) == 1
     assert float(metrics["grad_norm"]) > 1e-3
     assert_same(dead, one)
-    # What comes after is what would have come without the dead rollout: bias correction, warm-up and average too.
+    # The next update is the same as without the dead rollout, including bias correction, warm-up and average.
     assert_same(step()(dead, samples(2.0))[0], step()(one, samples(2.0))[0])
 
 
@@ -81,7 +81,7 @@ def test_an_advantage_of_padding_alone_is_none() -> None:
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_a_step_whose_gradient_is_not_finite_leaves_everything_as_it_was(bad: float) -> None:
-    """The loss is finite in every state but one; the gradient of a weight is a sum over all states."""
+    """The loss is finite in all states but one; the gradient of a weight is a sum over all states."""
     one, _ = step()(first(), samples())
     broken = samples()
     broken = dataclasses.replace(broken, advantage=broken.advantage.at[2].set(bad))
@@ -93,21 +93,21 @@ def test_a_step_whose_gradient_is_not_finite_leaves_everything_as_it_was(bad: fl
 
 
 def test_a_norm_that_overflows_skips_the_step_of_every_optimizer() -> None:
-    """Pre-training and the image tokenizer make their steps by the same function."""
+    """Pre-training and the image tokenizer use the same function for their steps."""
     params = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
     huge = jax.tree.map(lambda leaf: leaf * jnp.float32(1e30), params)
-    made = jax.jit(lambda g: optimizer_step(ADAM, g, ADAM.init(params), params))
-    after, state, norm = made(huge)
+    adam_step = jax.jit(lambda g: optimizer_step(ADAM, g, ADAM.init(params), params))
+    after, state, norm = adam_step(huge)
     assert float(norm) == np.inf
     assert_same((after, state), (params, ADAM.init(params)))
-    after, state, norm = made(params)
+    after, state, norm = adam_step(params)
     assert float(norm) == pytest.approx(7**0.5)
     assert (np.asarray(after["a"]) < 1).all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_the_largest_weight_tells_of_every_number_that_is_not_finite(bad: float) -> None:
-    for size in (3, 1000):  # vectorised code and its rest
+    for size in (3, 1000):  # vectorised code and its remainder loop
         for at in (0, size - 1):
             tree = {"a": jnp.ones(2), "b": jnp.ones(size, jnp.bfloat16).at[at].set(bad)}
             assert not np.isfinite(float(jax.jit(largest)(tree))), (size, at)
@@ -116,7 +116,7 @@ def test_the_largest_weight_tells_of_every_number_that_is_not_finite(bad: float)
 
 
 def test_dead_groups_have_advantages_of_exactly_zero() -> None:
-    """Three equal scores need not have their value as their rounded mean."""
+    """The rounded mean of three equal scores may differ from their value."""
     equal = jnp.broadcast_to(jnp.float32([[0.1], [0.7], [20.3], [-4.0]]), (4, 3))
     alive = jnp.float32([[0.1, 0.2, 0.4]])
     for global_std in (False, True):
@@ -146,7 +146,7 @@ def test_a_warning_comes_after_some_dead_iterations_in_a_row_and_then_ever_more_
 
 
 def test_a_schedule_stands_still_while_steps_are_skipped() -> None:
-    """The second step that is made has the second rate of the warm-up, however many were skipped before."""
+    """The second step that is not skipped has the second rate of the warm-up, however many were skipped before it."""
     sgd = optax.chain(optax.scale_by_schedule(WARM), optax.scale(-1.0))
     params, state = {"a": jnp.zeros(1)}, sgd.init({"a": jnp.zeros(1)})
     gradient = {"a": jnp.ones(1)}

@@ -1,4 +1,4 @@
-"""Which attention kernel a run takes on which devices, what is refused, and rows that are added for a kernel's sake."""
+"""Tests of the choice of an attention kernel by device, of refused kernels, and of padding rows for a kernel."""
 
 from types import SimpleNamespace
 
@@ -33,9 +33,9 @@ AMD = SimpleNamespace(platform="gpu", device_kind="AMD Instinct MI300X", compute
     ],
 )
 def test_auto_takes_the_kernel_of_the_devices(device, dtype, name, reason):
-    found = choose(ModelConfig(dtype=dtype), device)
-    assert found.name == name
-    assert reason in found.reason
+    attention = choose(ModelConfig(dtype=dtype), device)
+    assert attention.name == name
+    assert reason in attention.reason
     assert choose(ModelConfig(attention="xla", dtype=dtype), device).name == "xla"
 
 
@@ -65,7 +65,7 @@ def test_only_cudnn_adds_a_row_and_only_to_odd_sequences():
 
 @pytest.mark.usefixtures("compiled_quickly")
 def test_an_added_row_changes_neither_output_nor_gradient():
-    """As cudnn adds it: the row is there in every layer, and no row attends to it."""
+    """As with cudnn, the row is present in every layer, and no row attends to it."""
     config, grid = TransformerConfig(32, 48, 2, 1, 2, 1e6, 30, 10, 20, 2), (2, 2)
     params = init(config, jax.random.key(0))
     prompts, images = jnp.arange(6, dtype=jnp.int32).reshape(2, 3), jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
@@ -78,10 +78,10 @@ def test_an_added_row_changes_neither_output_nor_gradient():
     padded = Execution(multiple=9)
     assert padded.padded_rows(8) == 9
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
-    (_, wanted), wanted_gradients = gradient(params, Execution())
-    (_, found), gradients = gradient(params, padded)
+    (_, expected), expected_gradients = gradient(params, Execution())
+    (_, result), gradients = gradient(params, padded)
     for one, other in zip(
-        jax.tree.leaves((found, gradients)), jax.tree.leaves((wanted, wanted_gradients)), strict=True
+        jax.tree.leaves((result, gradients)), jax.tree.leaves((expected, expected_gradients)), strict=True
     ):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(other))))
 
@@ -89,16 +89,16 @@ def test_an_added_row_changes_neither_output_nor_gradient():
 def test_added_rows_leave_the_golden_model_as_it_is():
     model = load_model(first_case())
     ids = model.ids("prompt_ids"), model.ids("image_ids")
-    wanted = hidden_states(model.config, model.params, *ids, model.grid)
-    found = hidden_states(model.config, model.params, *ids, model.grid, Execution(multiple=wanted.shape[1] + 1))
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    expected = hidden_states(model.config, model.params, *ids, model.grid)
+    padded = hidden_states(model.config, model.params, *ids, model.grid, Execution(multiple=expected.shape[1] + 1))
+    np.testing.assert_allclose(padded, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_keys_past_the_rows_are_not_seen():
     keys = jax.random.split(jax.random.key(3), 3)
     q, k, v = (jax.random.normal(key, (1, 6, heads, 128)) for key, heads in zip(keys, (2, 1, 1), strict=True))
-    found = attend(q, k, v, Execution(), 5)
-    assert found.shape == q.shape
-    np.testing.assert_allclose(found[:, :5], attend(q[:, :5], k[:, :5], v[:, :5], Execution()), rtol=1e-5, atol=1e-6)
-    assert np.isfinite(found).all()
-    np.testing.assert_array_equal(found, attend(q, k.at[:, 5].set(9.0), v.at[:, 5].set(9.0), Execution(), 5))
+    mixed = attend(q, k, v, Execution(), 5)
+    assert mixed.shape == q.shape
+    np.testing.assert_allclose(mixed[:, :5], attend(q[:, :5], k[:, :5], v[:, :5], Execution()), rtol=1e-5, atol=1e-6)
+    assert np.isfinite(mixed).all()
+    np.testing.assert_array_equal(mixed, attend(q, k.at[:, 5].set(9.0), v.at[:, 5].set(9.0), Execution(), 5))

@@ -1,3 +1,5 @@
+"""Tests of splitting a batch into chunks, and of padding."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,9 +17,9 @@ def test_a_chunk_takes_images_from_everywhere() -> None:
     np.testing.assert_array_equal(split(jnp.arange(6), 2), [[0, 3], [1, 4], [2, 5]])
 
 
-@pytest.mark.parametrize(("batch", "wanted", "size"), [(12, 5, 4), (12, 0, 12), (12, 99, 12), (7, 3, 1)])
-def test_chunk_size_divides(batch: int, wanted: int, size: int) -> None:
-    assert chunk_size(batch, wanted) == size
+@pytest.mark.parametrize(("batch", "limit", "size"), [(12, 5, 4), (12, 0, 12), (12, 99, 12), (7, 3, 1)])
+def test_chunk_size_divides(batch: int, limit: int, size: int) -> None:
+    assert chunk_size(batch, limit) == size
 
 
 @pytest.mark.parametrize("size", [1, 4, 12])
@@ -28,9 +30,9 @@ def test_map_chunks_equals_the_whole(size: int) -> None:
 
 def test_padding_repeats_the_last_row() -> None:
     tree = {"ids": jnp.arange(6).reshape(3, 2), "score": jnp.arange(3.0)}
-    found = pad_rows(tree, 5)
-    np.testing.assert_array_equal(found["ids"], [[0, 1], [2, 3], [4, 5], [4, 5], [4, 5]])
-    np.testing.assert_array_equal(found["score"], [0, 1, 2, 2, 2])
+    padded = pad_rows(tree, 5)
+    np.testing.assert_array_equal(padded["ids"], [[0, 1], [2, 3], [4, 5], [4, 5], [4, 5]])
+    np.testing.assert_array_equal(padded["score"], [0, 1, 2, 2, 2])
     assert pad_rows(tree, 3)["ids"] is tree["ids"]
 
 

@@ -1,7 +1,7 @@
-"""JAX's CUDA compiler, which needs no GPU: does attention by cuDNN train, and does the published update compile?
+"""Tests with JAX's CUDA compiler, which needs no GPU: cuDNN's attention has a gradient, the published update compiles.
 
-Skipped where the plugin is not installed: pip install "jax[cuda13]" (3.8 GB). JAX checks cuDNN's version while it
-traces; without a GPU that is the version of the plugin's own library, so nothing has to be put in its place.
+Skipped if the plugin is not installed: pip install "jax[cuda13]" (3.8 GB). JAX checks cuDNN's version while tracing;
+without a GPU it finds the plugin's own library, so nothing has to be mocked.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 BACKWARD = "__cudnn$fmhaSoftmaxBackward"
-"""What XLA calls for the gradient of cuDNN's attention."""
+"""XLA's name for the gradient of cuDNN's attention."""
 
 
 def test_the_devices_are_described():
@@ -36,7 +36,7 @@ def test_the_devices_are_described():
 
 @pytest.mark.parametrize("text", [6, 7])
 def test_the_gradient_of_odd_and_even_sequences_is_traced(text):
-    """Rows are text + 1 + 4: JAX refuses the gradient of an odd number, one more is added."""
+    """Rows are text + 1 + 4; JAX refuses the gradient for an odd number, so one row is added."""
     config = TransformerConfig(256, 48, 2, 1, 2, 1e6, 30, 10, 20, 2)
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), abstract(config))
     ids = (jax.ShapeDtypeStruct((2, text), jnp.int32), jax.ShapeDtypeStruct((2, 4), jnp.int32))
@@ -45,9 +45,9 @@ def test_the_gradient_of_odd_and_even_sequences_is_traced(text):
         return jnp.sum(hidden_states(config, params, *ids, (2, 2), Execution("cudnn")).astype(jnp.float32))
 
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # inside jax.nn
-        found = str(jax.make_jaxpr(jax.grad(loss))(params, *ids))
-    assert "dot_product_attention_bwd" in found
-    assert f"bf16[2,{text + 5 + (text + 5) % 2},2,128]" in found
+        program = str(jax.make_jaxpr(jax.grad(loss))(params, *ids))
+    assert "dot_product_attention_bwd" in program
+    assert f"bf16[2,{text + 5 + (text + 5) % 2},2,128]" in program
 
 
 @pytest.mark.parametrize("count", [1, 8])

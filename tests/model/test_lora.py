@@ -1,4 +1,4 @@
-"""Low-rank adapters: the numbers, what memory they need, and whole runs that train one."""
+"""Tests of low-rank adapters: their numbers, their memory, and complete runs that train one."""
 
 import dataclasses
 import gc
@@ -49,7 +49,7 @@ RUN = (
 
 
 def drawn(adapter: Params, size: float = 0.1) -> Params:
-    """Numbers in the form of an adapter, B not zero."""
+    """Return an adapter of random numbers, with B not zero."""
     random = np.random.default_rng(1)
     return jax.tree.map(lambda leaf: jnp.asarray(random.normal(0, size, leaf.shape), jnp.float32), adapter)
 
@@ -68,15 +68,15 @@ def test_an_adapter_computes_what_the_merged_weights_do(patterns: tuple[str, ...
     }
     plain = hidden(base)
     assert not any(np.any(leaf) for path, leaf in leaves_by_path(fresh).items() if path.endswith("lora_b"))
-    assert_close(hidden(lora.attach(base, fresh)), np.asarray(plain), 1e-6)  # another program rounds otherwise
+    assert_close(hidden(lora.attach(base, fresh)), np.asarray(plain), 1e-6)  # another program rounds differently
     adapter = drawn(fresh)
     merged = merge_on_host(base, adapter, 0.5)
     assert_close(hidden(lora.attach(base, lora.scaled(adapter, 0.5))), np.asarray(hidden(merged)))
     assert float(jnp.abs(hidden(merged) - plain).max()) > 0.1
     kernels = [tree["layers"]["attn"]["q"]["kernel"][1] for tree in (merged, base)]
     both = adapter["layers"]["attn"]["q"]
-    wanted = np.asarray(kernels[1], np.float64) + 0.5 * np.float64(both["lora_a"][1]) @ np.float64(both["lora_b"][1])
-    np.testing.assert_allclose(kernels[0], wanted, rtol=0, atol=1e-6)
+    expected = np.asarray(kernels[1], np.float64) + 0.5 * np.float64(both["lora_a"][1]) @ np.float64(both["lora_b"][1])
+    np.testing.assert_allclose(kernels[0], expected, rtol=0, atol=1e-6)
     untouched = leaves_by_path(merged).keys() - {
         f"layers/{'/'.join(lora.MAPS[n])}/kernel" for n in lora.targets(patterns)
     }
@@ -85,23 +85,23 @@ def test_an_adapter_computes_what_the_merged_weights_do(patterns: tuple[str, ...
 
 
 def test_gradients_follow_the_chain_rule() -> None:
-    """With W' = W + c A B and G the gradient of W': that of A is c G B^T, that of B is c A^T G."""
+    """If W' = W + c A B and G is the gradient of W', then that of A is c G B^T and that of B is c A^T G."""
     base, samples, c = init(CONFIG, jax.random.key(0)), random_samples(), 4.0
     adapter = drawn(lora.abstract(CONFIG, 3, lora.targets(("*_proj",))))
     merged = jax.tree.map(jnp.asarray, merge_on_host(base, adapter, c))
     again = dataclasses.replace(NETWORK, execution=Execution(remat="full"))
-    whole, wanted_metrics = accumulated_gradients(NETWORK, LOSS, merged, samples, 4)
+    whole, expected_metrics = accumulated_gradients(NETWORK, LOSS, merged, samples, 4)
     optimizer = optax.sgd(1.0)
     state = TrainState(adapter, optimizer.init(adapter), adapter, jnp.int32(0))
-    after, found_metrics = update(again, LOSS, optimizer, EmaPlan(0.75), jnp.float32, 2, state, samples, base, c)
+    after, step_metrics = update(again, LOSS, optimizer, EmaPlan(0.75), jnp.float32, 2, state, samples, base, c)
     for part, name in lora.MAPS.values():
         G, both = whole["layers"][part][name]["kernel"], adapter["layers"][part][name]
         moved = after.params["layers"][part][name]
         transposed = jnp.swapaxes(both["lora_a"], 1, 2), jnp.swapaxes(both["lora_b"], 1, 2)
         assert_close(both["lora_a"] - moved["lora_a"], np.asarray(c * G @ transposed[1]), 2e-4)
         assert_close(both["lora_b"] - moved["lora_b"], np.asarray(c * transposed[0] @ G), 2e-4)
-    np.testing.assert_allclose(found_metrics["loss"], wanted_metrics["loss"], rtol=1e-4, atol=1e-6)
-    # In bfloat16 the same, on a rounded base and exact adapters.
+    np.testing.assert_allclose(step_metrics["loss"], expected_metrics["loss"], rtol=1e-4, atol=1e-6)
+    # The same in bfloat16, with a rounded base and exact adapters.
     narrow, _ = update(
         *(again, LOSS, optimizer, EmaPlan(0.75), jnp.bfloat16, 2, state, samples),
         *(cast(base, jnp.bfloat16), c),
@@ -119,7 +119,7 @@ def test_gradients_follow_the_chain_rule() -> None:
 
 
 def test_an_update_makes_nothing_of_the_bases_size() -> None:
-    """Neither gradients nor copies of the frozen weights, the head's included."""
+    """There are neither gradients nor copies of the frozen weights, including the head's."""
     config = TransformerConfig(64, 96, 1, 1, 2, 1e6, 4106, 10, 4096, 2)
     base = init(config, jax.random.key(0))
     adapter = lora.init(lora.abstract(config, 2, lora.targets(("*_proj",))), jax.random.key(1))
@@ -132,14 +132,14 @@ def test_an_update_makes_nothing_of_the_bases_size() -> None:
             lambda s, x, w: update(network, LOSS, optimizer, EmaPlan(0.9), jnp.float32, 2, s, x, w, 2.0),
             donate_argnums=0,
         )
-        found = step.lower(state, random_samples(), frozen).compile().memory_analysis()
-        return found.temp_size_in_bytes, found.output_size_in_bytes
+        analysis = step.lower(state, random_samples(), frozen).compile().memory_analysis()
+        return analysis.temp_size_in_bytes, analysis.output_size_in_bytes
 
     head = base["lm_head"]["kernel"].nbytes
     temporary, kept = memory(base, None)
-    assert min(temporary, kept) > 2 * head  # what a gradient and a state of that size look like
+    assert min(temporary, kept) > 2 * head  # a gradient and a state of that size
     temporary, kept = memory(adapter, base)
-    assert temporary < 0.8 * head  # some logits of an image, each of them head / 11
+    assert temporary < 0.8 * head  # some arrays of an image's logits, each of size head / 11
     assert kept < 0.2 * head
 
 
@@ -154,22 +154,22 @@ def test_patterns_and_ranks_that_cannot_be() -> None:
 
 
 def live() -> Counter:
-    """Shape -> pieces of memory that arrays of this shape lie in; on CPU several arrays may share one."""
+    """Return the number of buffers that hold arrays of each shape; on CPU several arrays may share one."""
     gc.collect()
     places = {(leaf.shape, leaf.unsafe_buffer_pointer()) for leaf in jax.live_arrays()}
     return Counter(shape for shape, _ in places)
 
 
 class Runs:
-    """Runs in this process that share their compiled stages; what lies on the devices after each iteration is kept."""
+    """Runs in this process that share their compiled stages; the live arrays after each iteration are recorded."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.live: list[tuple[Params, Counter]] = []
-        build, look, made = udm_grpo.run.build, udm_grpo.train.look, []
+        build, look, stages = udm_grpo.run.build, udm_grpo.train.look, []
 
-        def build_once(*given):
-            made.append(made[0] if made else build(*given))
-            return made[-1]
+        def build_once(*args):
+            stages.append(stages[0] if stages else build(*args))
+            return stages[-1]
 
         def look_at(run, reports, state, reference, position):
             self.live.append((reference, live()))
@@ -191,7 +191,7 @@ def runs():
 
 @pytest.fixture(scope="module")
 def before() -> Counter:
-    """Memory that was in use before any run."""
+    """Return the buffers in use before any run."""
     return live()
 
 
@@ -229,11 +229,11 @@ def test_a_run_exports_merged_and_for_peft(finished: Path) -> None:
         assert len(adapter) == 2 * 4 * 7
         for name, tensor in merged.items():
             stem = f"base_model.model.{name.removesuffix('.weight')}"
-            wanted = base[name]
+            expected = base[name]
             if f"{stem}.lora_A.weight" in adapter:
-                wanted = wanted + 4 * adapter[f"{stem}.lora_B.weight"] @ adapter[f"{stem}.lora_A.weight"]
+                expected = expected + 4 * adapter[f"{stem}.lora_B.weight"] @ adapter[f"{stem}.lora_A.weight"]
                 assert np.abs(tensor - base[name]).max() > 1e-4
-            np.testing.assert_allclose(tensor, wanted, rtol=0, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(tensor, expected, rtol=0, atol=1e-6, err_msg=name)
     average, raw = (load_file(finished / f"export{ending}" / WEIGHTS) for ending in ("", "_raw"))
     assert any((average[name] != raw[name]).any() for name in raw)
 
@@ -266,11 +266,11 @@ def call(*words: object) -> int:
 
 
 def test_a_checkpoint_becomes_what_the_run_exports(finished: Path, tmp_path: Path, capsys) -> None:
-    given = ("to-pytorch", "--checkpoint", finished, "--base", SHAPES)
+    words = ("to-pytorch", "--checkpoint", finished, "--base", SHAPES)
     for weights, ending in (("ema", ""), ("params", "_raw")):
         folder, adapter = tmp_path / f"export{ending}", tmp_path / f"export_lora{ending}"
-        assert call(*given, "--weights", weights, "--output", folder) == 0
-        assert call(*given, "--weights", weights, "--adapter", adapter) == 0
+        assert call(*words, "--weights", weights, "--output", folder) == 0
+        assert call(*words, "--weights", weights, "--adapter", adapter) == 0
         for file in (folder / WEIGHTS, adapter / "adapter_model.safetensors", adapter / "adapter_config.json"):
             assert file.read_bytes() == (finished / file.relative_to(tmp_path)).read_bytes()
         assert call("verify", folder, finished, "--weights", weights) == 0
@@ -278,17 +278,17 @@ def test_a_checkpoint_becomes_what_the_run_exports(finished: Path, tmp_path: Pat
     assert call("verify", folder, finished, "--weights", "ema") == 1
     capsys.readouterr()
     assert call("info", finished, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["lora"] == {"rank": 3, "alpha": 12.0, "targets": ["*_proj"]}
-    assert found["parts"]["reference"]["parameters"] == 857728
-    assert found["parts"]["state/params"]["parameters"] == found["parts"]["state/ema"]["parameters"] < 857728 / 10
+    info = json.loads(capsys.readouterr().out)
+    assert info["lora"] == {"rank": 3, "alpha": 12.0, "targets": ["*_proj"]}
+    assert info["parts"]["reference"]["parameters"] == 857728
+    assert info["parts"]["state/params"]["parameters"] == info["parts"]["state/ema"]["parameters"] < 857728 / 10
 
 
 def test_pictures_are_drawn_with_an_adapter(finished: Path, tmp_path: Path, capsys) -> None:
     exported = sample.open_folder(str(finished / "export")).released
     model = sample.open_folder(str(SHAPES), str(finished / "export_lora"))
-    for checkpoint in (model.released, sample.open_run(str(finished)).released):
-        assert digest_of(checkpoint) == digest_of(exported)
+    for released in (model.released, sample.open_run(str(finished)).released):
+        assert digest_of(released) == digest_of(exported)
     raw = sample.open_run(str(finished), weights="params").released
     assert digest_of(raw) == digest_of(sample.open_folder(str(finished / "export_raw")).released)
     assert model.source["adapter"] == str(finished / "export_lora")
@@ -301,7 +301,7 @@ def test_pictures_are_drawn_with_an_adapter(finished: Path, tmp_path: Path, caps
 
 
 def test_the_best_adapter(finished: Path, tmp_path: Path, capsys) -> None:
-    """It is kept without its base, for which the released folder stands in."""
+    """It is saved without its base, which is read from the released folder instead."""
     training = open_training(finished)
     shutil.copy(finished / "config.json", tmp_path)
     params = training.read_part("state/ema/")
@@ -326,14 +326,14 @@ def test_conversions_that_cannot_be(finished: Path, tmp_path: Path, capsys) -> N
         assert "wrong shape: base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight is (3, 128)" in said
     params = jax.tree.map(np.asarray, load_folder(golden).transformer)
     Checkpoints(tmp_path / "whole", keep=1).save(0, {"state": {"params": params}}, {})
-    given = ("to-pytorch", "--checkpoint", tmp_path / "whole", "--base", golden)
-    assert call(*given, "--adapter", tmp_path / "out") == 2
+    words = ("to-pytorch", "--checkpoint", tmp_path / "whole", "--base", golden)
+    assert call(*words, "--adapter", tmp_path / "out") == 2
     assert "trained all weights, not an adapter; use --output" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_eight_devices_train_the_same_adapter(finished: Path, tmp_path: Path) -> None:
-    """By the README's command, in small."""
+    """The README's command is run on a small scale."""
     sizes = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     done = train(tmp_path / "eight", *RUN, "iterations=2", *sizes, devices=8)
     assert done.returncode == 0, done.stderr
@@ -352,16 +352,16 @@ def test_eight_devices_train_the_same_adapter(finished: Path, tmp_path: Path) ->
 
 
 def test_a_rounded_base_is_taken_from_the_folder_it_came_from(tmp_path: Path) -> None:
-    checkpoint = load_folder(SHAPES)
-    whole = jax.tree.map(np.asarray, checkpoint.transformer)
+    released = load_folder(SHAPES)
+    whole = jax.tree.map(np.asarray, released.transformer)
     rounded = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), whole)
-    jax.tree.map(np.testing.assert_array_equal, start_weights(SHAPES, checkpoint.transformer_config, rounded), whole)
-    # Where the folder has changed or gone, what training saw counts.
+    jax.tree.map(np.testing.assert_array_equal, start_weights(SHAPES, released.transformer_config, rounded), whole)
+    # If the folder has changed or is gone, the values seen in training are used.
     rounded["norm"]["scale"] = rounded["norm"]["scale"] * jnp.bfloat16(2)
-    found = start_weights(SHAPES, checkpoint.transformer_config, rounded)
-    np.testing.assert_array_equal(found["norm"]["scale"], np.float32(rounded["norm"]["scale"]))
-    np.testing.assert_array_equal(found["embed"]["embedding"], whole["embed"]["embedding"])
-    gone = start_weights(tmp_path, checkpoint.transformer_config, rounded)
+    weights = start_weights(SHAPES, released.transformer_config, rounded)
+    np.testing.assert_array_equal(weights["norm"]["scale"], np.float32(rounded["norm"]["scale"]))
+    np.testing.assert_array_equal(weights["embed"]["embedding"], whole["embed"]["embedding"])
+    gone = start_weights(tmp_path, released.transformer_config, rounded)
     jax.tree.map(np.testing.assert_array_equal, gone, jax.tree.map(np.asarray, rounded))
     assert unrounded(np.float32([1.001]), np.float32([1.001]).astype(jnp.bfloat16)) == np.float32(1.001)
 

@@ -1,3 +1,5 @@
+"""Tests of the three-axis rotary position embedding."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,20 +10,20 @@ from udm_grpo.model.rope import HEAD_DIM, axis_of_frequency, positions, rotary_t
 
 @golden_cases()
 def test_positions_of_an_image(case: GoldenCase) -> None:
-    found = positions(case.setup["L"], *case.setup["hw"])
-    np.testing.assert_array_equal(found, case.arrays["rope_pos"])
+    at = positions(case.setup["L"], *case.setup["hw"])
+    np.testing.assert_array_equal(at, case.arrays["rope_pos"])
 
 
 @golden_cases()
 def test_positions_of_two_frames(case: GoldenCase) -> None:
-    found = positions(5, 3, 2, frames=2)[5:]
-    np.testing.assert_array_equal(found, case.arrays["rope_pos_2x3x2_shift5"])
+    at = positions(5, 3, 2, frames=2)[5:]
+    np.testing.assert_array_equal(at, case.arrays["rope_pos_2x3x2_shift5"])
 
 
 @golden_cases()
 def test_rotation(case: GoldenCase) -> None:
     turned = rotate(jnp.asarray(case.arrays["rotary_in"]), rotary_table(case.arrays["rotary_pos"], 1e6))
-    # The release writes each turned pair side by side; attention only sees dot products, where the order cancels.
+    # The release interleaves the rotated pairs; attention uses only dot products, which do not depend on the order.
     low, high = jnp.split(turned, 2, axis=-1)
     side_by_side = jnp.stack([low, high], axis=-1).reshape(turned.shape)
     assert_close(side_by_side, case.arrays["rotary_out"])

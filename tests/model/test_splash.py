@@ -1,4 +1,4 @@
-"""JAX's splash kernel, interpreted, against attention written out; forward and backward, with padding."""
+"""Tests of JAX's splash kernel, interpreted, against plain attention, forward and backward, with padding."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from udm_grpo.model.transformer import Execution, attend
 
 @pytest.mark.parametrize("rows", [130, 125])
 def test_splash_is_attention(rows):
-    """Over all keys, and over the first of them only."""
+    """It equals attention over all keys, and over only the first of them."""
     length = 130
     keys = jax.random.split(jax.random.key(3), 4)
     q, weight = (jax.random.normal(key, (1, length, 2, 128)) for key in keys[:2])
@@ -21,10 +21,10 @@ def test_splash_is_attention(rows):
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # inside the kernel
             return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(weight * fn(*x)), (0, 1, 2)))(q, k, v)
 
-    wanted, wanted_gradients = value_and_gradients(lambda *x: attend(*x, Execution("xla"), rows))
-    found, gradients = value_and_gradients(lambda *x: splash.attend(*x, rows, interpret=True))
-    np.testing.assert_allclose(found, wanted, rtol=1e-5)
-    for one, other in zip(gradients, wanted_gradients, strict=True):
+    expected, expected_gradients = value_and_gradients(lambda *x: attend(*x, Execution("xla"), rows))
+    value, gradients = value_and_gradients(lambda *x: splash.attend(*x, rows, interpret=True))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for one, other in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.max(jnp.abs(other))))
 
 

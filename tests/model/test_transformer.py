@@ -1,3 +1,5 @@
+"""Tests of the transformer: golden logits and losses, execution options, and refused sizes."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,8 +39,8 @@ def test_logits(case: GoldenCase) -> None:
 @golden_cases()
 def test_input_ids(case: GoldenCase) -> None:
     model = load_model(case)
-    found = input_ids(model.config, model.ids("prompt_ids"), model.ids("image_ids"))
-    np.testing.assert_array_equal(found, case.arrays["input_ids"])
+    ids = input_ids(model.config, model.ids("prompt_ids"), model.ids("image_ids"))
+    np.testing.assert_array_equal(ids, case.arrays["input_ids"])
 
 
 @golden_cases()
@@ -108,7 +110,7 @@ def test_bad_sizes_are_named() -> None:
 
 
 def test_no_wide_logits_in_the_program() -> None:
-    """The head only sees the N image rows: nothing of shape (B, L+1+N, V) exists."""
+    """The head is applied to the N image rows only: the program has no array of shape (B, L+1+N, V)."""
     config = TransformerConfig(32, 48, 2, 1, 2, 1e6, 10 + 77, 10, 77, 2)
     shape = (jax.ShapeDtypeStruct((3, 5), jnp.int32), jax.ShapeDtypeStruct((3, 4), jnp.int32))
     program = jax.jit(lambda p, a, b: head(p, image_rows(hidden_states(config, p, a, b, (2, 2)), 4))).lower(

@@ -1,4 +1,4 @@
-"""Pre-training continues past a damaged saved state, from the one before, to the same end."""
+"""Tests that pre-training resumes from the previous state if one is damaged, with the same final result."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from udm_grpo.worlds.base_checkpoint import ASSETS, Plan, TokenizerTraining
 
 @pytest.fixture(autouse=True)
 def quick_updates(monkeypatch):
-    """Updates that depend on the state and the batch, and need no compilation: what is tested is what is saved."""
+    """Replace updates by ones that depend on state and batch but need no compilation, since only saving is tested."""
 
     def update(params, opt_state, *batch):
         moved = 1 + sum(float(jnp.sum(array)) for array in batch if array.dtype in (jnp.float32, jnp.int32)) / 1e6
@@ -37,15 +37,15 @@ def damage(checkpoint):
 
 
 def test_the_transformer_goes_back_to_the_state_before_a_damaged_one(tmp_path, capsys):
-    checkpoint = dataclasses.replace(load_folder(ASSETS / "ursa-shapes"), transformer={"x": jnp.ones(3)})
-    ids = checkpoint.tokenizer(["a photo of a red circle"] * 4)
+    released = dataclasses.replace(load_folder(ASSETS / "ursa-shapes"), transformer={"x": jnp.ones(3)})
+    ids = released.tokenizer(["a photo of a red circle"] * 4)
     images = np.arange(4 * 16, dtype=np.int32).reshape(4, 4, 4)
-    data = pretrain.TokenData(prompt_ids=ids, image_ids=images, empty_ids=checkpoint.tokenizer.empty())
+    data = pretrain.TokenData(prompt_ids=ids, image_ids=images, empty_ids=released.tokenizer.empty())
     plan = pretrain.PretrainPlan(updates=3, batch=2, warmup=1, save_every=1)
 
     def train():
         states = Checkpoints(tmp_path, keep=2)
-        return pretrain.pretrain(checkpoint, path_of(checkpoint), data, plan, states, print)
+        return pretrain.pretrain(released, path_of(released), data, plan, states, print)
 
     first = train()
     damage(tmp_path / "00000003")

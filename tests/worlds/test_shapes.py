@@ -1,4 +1,4 @@
-"""The shapes world: GenEval's grammar, the split, and scenes that are what they claim to be."""
+"""Tests of the shapes world: GenEval's grammar, the split, and scenes that satisfy their prompts."""
 
 import itertools
 import json
@@ -85,7 +85,7 @@ def test_metadata_are_json() -> None:
 
 
 def _mirrored(prompt: str) -> str:
-    """The same wish in its other wording, by text alone."""
+    """Return the equivalent prompt in the other wording, derived from the text alone."""
     pair = re.fullmatch(r"a photo of (.+?) (and|left of|right of|above|below) (.+)", prompt)
     if pair is None:
         return prompt
@@ -129,11 +129,11 @@ def test_every_word_and_every_value_is_trained_on() -> None:
 
     assert words(shapes.train_prompts()) == words(shapes.all_prompts())
     unseen = values(shapes.heldout_prompts()) - values(shapes.train_prompts())
-    assert unseen == {("single_object", "class", "square")}  # held out whole, since a class is all that tag has
+    assert unseen == {("single_object", "class", "square")}  # held out entirely, since a class is all that this tag has
 
 
 def test_held_out_prompts_are_these() -> None:
-    """The split is part of every reported number: it may not move unnoticed."""
+    """Every reported number depends on the split, so it must not change unnoticed."""
     held_out = [metadata["prompt"] for metadata in shapes.heldout_prompts() if metadata["tag"] != "color_attr"]
     assert [prompt.removeprefix("a photo of ") for prompt in held_out] == [
         "a square",
@@ -202,7 +202,7 @@ def test_corrupted_captions_are_wrong_in_one_element_and_never_held_out(rng: np.
 
 
 def _holds(relation: str, shape: shapes_scenes.Shape, other: shapes_scenes.Shape) -> bool:
-    """GenEval's position rule on the truth, with margin: 0.6 instead of 0.5."""
+    """Return GenEval's position rule for the true positions, with a margin: 0.6 instead of 0.5."""
     offset = np.array([shape.x - other.x, shape.y - other.y])
     reduced = np.maximum(np.abs(offset) - 0.1 * (shape.size + other.size), 0) * np.sign(offset)
     dx, dy = reduced / np.linalg.norm(offset)
@@ -213,9 +213,9 @@ def _holds(relation: str, shape: shapes_scenes.Shape, other: shapes_scenes.Shape
 def test_scenes_satisfy_their_prompts_and_keep_clear(tag: str, rng: np.random.Generator) -> None:
     for metadata in shapes.sample_prompts(shapes.all_prompts(), 150, rng, {tag: 1}):
         scene = shapes_scenes.scene_for(metadata, rng)
-        wanted = [(part["class"], part.get("color")) for part in metadata["include"] for _ in range(part["count"])]
-        assert len(scene.shapes) == len(wanted)
-        for shape, (name, color) in zip(scene.shapes, wanted, strict=True):
+        objects = [(part["class"], part.get("color")) for part in metadata["include"] for _ in range(part["count"])]
+        assert len(scene.shapes) == len(objects)
+        for shape, (name, color) in zip(scene.shapes, objects, strict=True):
             assert shape.name == name
             assert color in (None, shape.color)
             assert 10 <= shape.size <= 20
@@ -292,7 +292,7 @@ def test_pictures_have_the_size_asked_for(size: int) -> None:
     ("name", "share"), [("circle", np.pi / 4), ("square", 1.0), ("triangle", 0.5), ("star", 1.1226 / 1.9021**2)]
 )
 def test_areas_are_those_of_the_geometry(name: str, share: float) -> None:
-    """The mean of the picture tells the area; edges are anti-aliased, so to about a percent."""
+    """The mean of the image gives the area, to about a percent, since edges are anti-aliased."""
     shape = shapes_scenes.Shape(name, "black", 15.3, 16.4, 18.0, (0.0, 0.0, 0.0))
     image = shapes_scenes.render(shapes_scenes.Scene(ground=200.0, shapes=(shape,)))
     area = (1 - image.mean() / 200.0) * 32 * 32

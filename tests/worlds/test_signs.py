@@ -1,4 +1,4 @@
-"""The signs world: its split, pictures that the reader can read, and the making of its base in small."""
+"""Tests of the signs world: its split, images that OCR can read, and its base pre-training on a small scale."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def test_split_parts_all_texts_with_a_fifth_of_every_tag_held_out() -> None:
 
 
 def test_held_out_texts_are_these() -> None:
-    """The split is part of every reported number: it may not move unnoticed."""
+    """Every reported number depends on the split, so it must not change unnoticed."""
     held_out = [metadata["text"] for metadata in signs.heldout_prompts()]
     assert held_out[:10] == ["3", "8", "04", "09", "11", "16", "23", "28", "30", "35"]
     assert held_out[22:28] == ["001", "006", "012", "017", "023", "028"]
@@ -101,7 +101,7 @@ def drawn(count: int, seed: int) -> tuple[list[dict], list[signs.Sign]]:
 
 
 def ink(sign: signs.Sign) -> np.ndarray:
-    """How much ink lies on each pixel, 0..1: f64[H,W]."""
+    """Return the coverage of each pixel with ink, 0..1: f64[H,W]."""
     away = np.abs(signs.render(sign).astype(float) - sign.ground).sum(-1)
     return away / np.abs(np.subtract(sign.ink, sign.ground)).sum()
 
@@ -125,7 +125,7 @@ def test_signs_vary_in_everything_that_is_drawn() -> None:
 
 @pytest.mark.parametrize("font", range(len(signs.FONTS)))
 def test_digits_stand_at_their_places(font: int) -> None:
-    """Straight from the pixels: each digit's box is centred on its place, and leaves its neighbours theirs."""
+    """In the pixels, each digit's box is centred on its place and does not overlap its neighbours' places."""
     for text in ("0", "47", "358", "191"):
         sign = signs.Sign(text, font, 19.0, 0.0, 0.0, 0.0, (20, 20, 20), (250, 250, 250))
         covered = ink(sign)
@@ -159,7 +159,7 @@ def test_a_missing_font_says_what_installs_it(monkeypatch) -> None:
     monkeypatch.setattr(signs, "FONTS", (("font-of-nobody==1.0", "none.ttf"), ("pillow==0.0.1", "none.ttf")))
     with pytest.raises(RuntimeError, match=r"font-of-nobody==1.0, which is not installed.* -m pip install font-of-nob"):
         signs.font_file(0)
-    with pytest.raises(RuntimeError, match=r"which is there as [0-9.]+, without it.* pip install pillow==0.0.1"):
+    with pytest.raises(RuntimeError, match=r"is installed as [0-9.]+, without that file.* pip install pillow==0.0.1"):
         signs.font_file(1)
 
 
@@ -169,11 +169,11 @@ def test_a_missing_font_says_what_installs_it(monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def scorer(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PADDLE_PDX_CACHE_HOME", str(tmp_path_factory.mktemp("paddle")))  # made at import
+        patch.setenv("PADDLE_PDX_CACHE_HOME", str(tmp_path_factory.mktemp("paddle")))  # created at import
         detection, recognition = ocr_models.make_folders(tmp_path_factory.mktemp("models"))
-        made = OcrScorer(str(detection), str(recognition))
-        yield made
-        made.close()
+        reader = OcrScorer(str(detection), str(recognition))
+        yield reader
+        reader.close()
 
 
 def test_the_reader_reads_what_a_sign_says_and_nothing_else(scorer) -> None:
@@ -204,7 +204,7 @@ def test_digits_and_quotes_are_words(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("compiled_quickly")
 def test_the_base_is_made_in_small_and_goes_on(tmp_path: Path) -> None:
-    """scripts/pretrain_signs.py with every stage cut down; its tokenizer, asked for again, is found done."""
+    """scripts/pretrain_signs.py runs with every stage shortened; run again, the tokenizer is already trained."""
     from udm_grpo.pipeline import load_pipeline
 
     plan = pretrain_signs.Plan(
@@ -218,9 +218,9 @@ def test_the_base_is_made_in_small_and_goes_on(tmp_path: Path) -> None:
         batch=8,
     )
     pretrain_signs.main(["--output", str(tmp_path)], plan)
-    with np.load(tmp_path / "tokens.npz") as made:
-        assert made["images"].shape == (64, 4, 8)
-        assert set(made["prompts"]) <= {metadata["prompt"] for metadata in signs.train_prompts()}
+    with np.load(tmp_path / "tokens.npz") as tokens:
+        assert tokens["images"].shape == (64, 4, 8)
+        assert set(tokens["prompts"]) <= {metadata["prompt"] for metadata in signs.train_prompts()}
     checkpoint = tmp_path / "base" / "checkpoint"
     assert load_pipeline(checkpoint).tokenize(['a sign that says "38"']).shape == (1, len(TOKENS_OF_A_PROMPT))
     assert json.loads((tmp_path / "base" / "pretrain.jsonl").read_text().splitlines()[-1])["update"] == 1
