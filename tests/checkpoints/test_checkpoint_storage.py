@@ -76,7 +76,7 @@ def test_odd_names_without_a_plain_temporary_folder_are_an_error_that_says_so(tm
     monkeypatch.setattr(checkpoint_storage.tempfile, "gettempdir", lambda: str(tmp_path / "[x]"))
     monkeypatch.setattr(checkpoint_storage.os, "access", lambda *_: False)
     checkpoint_storage._links.cache_clear()
-    with pytest.raises(CheckpointError, match="set TMPDIR to a folder"):
+    with pytest.raises(CheckpointError, match="set TMPDIR to a writable folder"):
         Checkpoints(tmp_path / "[x]", keep=1).save(1, STATE, {})
 
 
