@@ -102,6 +102,14 @@ def to_pixels(decoded: Float[Array, "b hh ww 3"]) -> UInt8[Array, "b hh ww 3"]:
     return jnp.round(jnp.clip((decoded + 1) / 2, 0, 1) * 255).astype(jnp.uint8)
 
 
+def for_convolutions(platform: str) -> dict[str, str | bool | int | float] | None:
+    """Return compiler options for a program of convolutions on devices of this platform, or None for the defaults.
+
+    On CPU, YNNPACK, XLA's default, takes 1.7 times as long as Eigen for convolutions; matrix products take equally long.
+    """
+    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"} if platform == "cpu" else None
+
+
 def _placed(plans: Plans, mesh: Mesh) -> Plans:
     """Return the plans with the shardings of activations, blocks and head on `mesh`."""
     execution = replace(
@@ -164,7 +172,7 @@ def build(
         sizes=sizes,
         rollout=rollout_step(plans.rollout),
         rollout_in=evaluation_step,
-        decode=jax.jit(decode, out_shardings=over_batch),
+        decode=jax.jit(decode, out_shardings=over_batch, compiler_options=for_convolutions(mesh.devices.flat[0].platform)),
         prepare=partial(jax.jit(prepare_step, out_shardings=over_batch), path),
         update=jax.jit(update_step, out_shardings=(state_shardings, replicated), donate_argnums=0),
         compute_copy=_compute_copy(config, plans.compute_dtype, state_shardings.params),
@@ -206,8 +214,9 @@ def tokenizer_latents(config: vq.VQConfig) -> Callable[[Params, Array], Array]:
 
 def tokenizer_codec(config: vq.VQConfig) -> tuple[Callable[[Params, Array], Array], Callable[[Params, Array], Array]]:
     """Return (encode: pixels f32[B,H,W,3] -> ids i32[B,h,w], decode: ids -> pixels f32[B,H,W,3])."""
-    encode = jax.jit(lambda params, pixels: vq.encode(config, params, pixels))
-    decode = jax.jit(lambda params, ids: vq.decode(config, params, ids))
+    options = for_convolutions(jax.default_backend())
+    encode = jax.jit(lambda params, pixels: vq.encode(config, params, pixels), compiler_options=options)
+    decode = jax.jit(lambda params, ids: vq.decode(config, params, ids), compiler_options=options)
     return encode, decode
 
 

@@ -296,6 +296,9 @@ class RunConfig:
     """Seed of every random draw of the run."""
     iterations: int = 1000
     """Number of iterations, each a rollout with its update(s)."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the folder `.compiled` beside output_dir, so that the next start is faster. Not for an
+    output_dir in a bucket; JAX_COMPILATION_CACHE_DIR takes precedence."""
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)

@@ -16,6 +16,7 @@ from jax.errors import JaxRuntimeError
 
 from rewards_bridge.errors import UserError
 from udm_grpo.files.places import is_bucket
+from udm_grpo.machine.host_memory import keep_freed_memory, may_have_accelerators
 from udm_grpo.machine.idle_gpus import idle_gpus
 
 SETTINGS: dict[str, Any] = {
@@ -38,12 +39,17 @@ class DeviceError(UserError, OSError):
 
 
 def prepare() -> None:
-    """Let the terminal show any text, and reset JAX settings that would change results, with a warning for each."""
+    """Let the terminal show any text, and reset JAX settings that would change results, with a warning for each.
+
+    Where there are only CPUs, memory that a program has freed is kept for the next one.
+    """
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")  # what a terminal cannot show is shown as \u00e9
     _check_cache()
+    if not may_have_accelerators(jax.config.jax_platforms):
+        keep_freed_memory()
     for name, value in SETTINGS.items():
         current = getattr(jax.config, name, value)
         if current != value and not (value is None and current == "allow"):

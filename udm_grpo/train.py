@@ -40,12 +40,14 @@ from udm_grpo.configuration.config_checks import validate
 from udm_grpo.devices import check_devices, device_errors, prepare
 from udm_grpo.evaluation import change_in_words, evaluate, evaluate_all, extremes_file, pictures
 from udm_grpo.export import digest_exports, export
+from udm_grpo.files.places import is_bucket
 from udm_grpo.grpo.minibatches import split_images
 from udm_grpo.lifecycle import endings
 from udm_grpo.lifecycle.best_weights import best_or_last, judged, save_best, take_over
 from udm_grpo.lifecycle.endings import Standing
 from udm_grpo.lifecycle.interruption import StopRequestedError, ignore_stopping, interruption
 from udm_grpo.lifecycle.start_notes import prompt_notes, start_notes
+from udm_grpo.machine.compiled_programs import kept_programs
 from udm_grpo.machine.gpu_split import reserved
 from udm_grpo.multihost import distributed, hosts
 from udm_grpo.reporting.metrics import StageTimer, check_tools, write_json
@@ -252,6 +254,8 @@ def train(config: RunConfig) -> dict[str, Any]:
             return endings.stopped_early(asked)
         notes = start_notes(config, run.released.transformer_config, run.released.transformer, run.mesh)
         run = take_over(run, abstract, position, stack)
+        if config.compilation_cache and not is_bucket(config.output_dir):
+            stack.enter_context(kept_programs(run.output.parent))
         reports = run_reports.open_reports(run, position, stack)
         for note in [*notes, *prompt_notes(run)]:
             reports.progress.message(note)

@@ -1,5 +1,7 @@
 """Tests of the transformer: golden logits and losses, execution options, and refused sizes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from udm_grpo.model.transformer import (
     abstract,
     head,
     hidden_states,
+    image_features,
     image_rows,
     init,
     input_ids,
@@ -69,6 +72,36 @@ def test_remat_changes_nothing(remat: str) -> None:
     plain = jax.jit(jax.grad(lambda p: _loss(p, Execution())))(params)
     again = jax.jit(jax.grad(lambda p: _loss(p, Execution(remat=remat))))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, again)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_the_last_block_of_image_rows_alone_changes_nothing(remat: str) -> None:
+    """Neither the features nor the gradient, beyond rounding."""
+    params = init(TINY, jax.random.key(0))
+    ids = jnp.arange(6, dtype=jnp.int32).reshape(2, 3), jnp.arange(8, dtype=jnp.int32).reshape(2, 4)
+    weight = jax.random.normal(jax.random.key(1), (2, 4, 32))
+    execution = Execution(remat=remat)
+
+    def whole(params: dict) -> tuple[jax.Array, jax.Array]:
+        features = image_rows(hidden_states(TINY, params, *ids, (2, 2), execution), 4)
+        return jnp.sum(weight * features), features
+
+    def short(params: dict) -> tuple[jax.Array, jax.Array]:
+        features = image_features(TINY, params, *ids, (2, 2), execution)
+        return jnp.sum(weight * features), features
+
+    costs = [jax.jit(fn).lower(params).compile().cost_analysis()["flops"] for fn in (whole, short)]
+    assert costs[1] < 0.85 * costs[0]
+    results = [jax.jit(jax.grad(fn, has_aux=True))(params) for fn in (whole, short)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)
+
+
+@pytest.mark.parametrize(("layers", "loops"), [(28, 1), (8, 0)])
+def test_only_a_deep_model_loops_over_its_blocks(layers: int, loops: int) -> None:
+    config = dataclasses.replace(TINY, num_hidden_layers=layers)
+    ids = [jax.ShapeDtypeStruct((2, length), jnp.int32) for length in (3, 4)]
+    program = jax.jit(lambda params, *ids: image_features(config, params, *ids, (2, 2)))
+    assert program.lower(abstract(config), *ids).as_text().count("stablehlo.while") == loops
 
 
 def test_left_padding_takes_part() -> None:

@@ -45,6 +45,7 @@ FREE = {
     **dict.fromkeys(("model.attention", "model.remat", "model.logit_rows"), ROUNDING),
     **dict.fromkeys(("rollout.micro_batch", "optimizer.micro_batch", "evaluation.batch", "mesh.*"), ROUNDING),
     "distributed.*": "how processes find each other",
+    "compilation_cache": "what the next start need not compile",
     "rewards.trainer_memory_fraction": "memory",
     **{
         f"rewards.scorers.*.{name}": PROCESS

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from udm_grpo.batches import Params
 from udm_grpo.model.chunks import map_chunks
 from udm_grpo.model.head import ONE_DEVICE, head_logps
-from udm_grpo.model.transformer import Execution, TransformerConfig, head, hidden_states, image_rows
+from udm_grpo.model.transformer import Execution, TransformerConfig, head, image_features
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class Network:
 
         Raises ValueError if the number of tokens per image does not match the grid.
         """
-        hidden = hidden_states(self.config, params, prompt_ids, image_ids, self.grid, self.execution)
-        return image_rows(hidden, self.tokens)
+        return image_features(self.config, params, prompt_ids, image_ids, self.grid, self.execution)
 
     def logits(self, params: Params, features: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Return float32 logits over the V codes; pass features in chunks, since V is large."""
