@@ -172,7 +172,9 @@ def build(
         sizes=sizes,
         rollout=rollout_step(plans.rollout),
         rollout_in=evaluation_step,
-        decode=jax.jit(decode, out_shardings=over_batch, compiler_options=for_convolutions(mesh.devices.flat[0].platform)),
+        decode=jax.jit(
+            decode, out_shardings=over_batch, compiler_options=for_convolutions(mesh.devices.flat[0].platform)
+        ),
         prepare=partial(jax.jit(prepare_step, out_shardings=over_batch), path),
         update=jax.jit(update_step, out_shardings=(state_shardings, replicated), donate_argnums=0),
         compute_copy=_compute_copy(config, plans.compute_dtype, state_shardings.params),

@@ -25,10 +25,10 @@ OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 @contextlib.contextmanager
 def kept_programs(outputs: Path) -> Iterator[None]:
-    """For the length of the block, keep what is compiled in `outputs`/.compiled, made if missing, and use what is there.
+    """Within the block, store compiled programs in `outputs`/.compiled, created if missing, and load those stored there.
 
-    Does nothing where JAX_COMPILATION_CACHE_DIR says where it is to be kept. Warns, and keeps nothing, where the folder
-    cannot be made or another user may write to it.
+    Does nothing where JAX_COMPILATION_CACHE_DIR is set. Warns, and stores nothing, where the folder cannot be created or
+    another user may write to it.
     """
     if jax.config.jax_compilation_cache_dir:
         yield
