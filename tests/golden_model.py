@@ -8,7 +8,7 @@ from golden_data import GoldenCase
 
 from udm_grpo.batches import Params
 from udm_grpo.diffusion.path import ProbabilityPath, make_path
-from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.model.execution import TransformerConfig
 from udm_grpo.released.weights import load_folder, load_transformer
 
 

@@ -6,8 +6,8 @@ import numpy as np
 from udm_grpo.batches import Samples
 from udm_grpo.grpo.loss import UDMGRPO
 from udm_grpo.grpo.trajectory import TrajectoryPlan
+from udm_grpo.model.execution import TransformerConfig
 from udm_grpo.model.network import Network
-from udm_grpo.model.transformer import TransformerConfig
 
 CONFIG = TransformerConfig(32, 48, 2, 1, 2, 1e6, 10 + 40, 10, 40, 2)
 NETWORK = Network(CONFIG, (2, 3), rows=2)

@@ -36,7 +36,7 @@ from udm_grpo.files.finite import finite_number
 from udm_grpo.files.folder_lock import lock_beside
 from udm_grpo.files.places import check_flags
 from udm_grpo.machine.progress import progress_bar
-from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.model.execution import TransformerConfig
 from udm_grpo.model.vq.config import VQConfig
 from udm_grpo.pipeline import Pipeline
 from udm_grpo.released.contents import CONFIG_FILES, SCHEDULER_FILE, Scheduler

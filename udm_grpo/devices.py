@@ -48,7 +48,7 @@ def prepare() -> None:
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")  # what a terminal cannot show is shown as \u00e9
     _check_cache()
-    if not may_have_accelerators(jax.config.jax_platforms):
+    if not may_have_accelerators(getattr(jax.config, "jax_platforms", None)):
         keep_freed_memory()
     for name, value in SETTINGS.items():
         current = getattr(jax.config, name, value)

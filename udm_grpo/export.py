@@ -11,7 +11,7 @@ from udm_grpo.files.buckets import local
 from udm_grpo.files.digests import digest_folder
 from udm_grpo.files.set_aside import RESULTS
 from udm_grpo.model import lora
-from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.model.execution import TransformerConfig
 from udm_grpo.multihost import hosts
 from udm_grpo.released.peft_files import merge_on_host, write_adapter
 from udm_grpo.released.weights import PathLike, WeightsError, load_transformer, save_folder, transformer_path

@@ -20,8 +20,8 @@ from udm_grpo.diffusion.path import ProbabilityPath, make_path
 from udm_grpo.diffusion.rollout import RolloutPlan
 from udm_grpo.files import places
 from udm_grpo.files.buckets import local
+from udm_grpo.model.execution import Execution
 from udm_grpo.model.network import Network
-from udm_grpo.model.transformer import Execution
 from udm_grpo.released.weights import PathLike, ReleasedModel, load_folder, save_folder
 
 AnyArray = Array | np.ndarray

@@ -41,7 +41,7 @@ from udm_grpo.lifecycle.output_folder import (
     set_aside_older,
 )
 from udm_grpo.model import lora, transformer
-from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.model.execution import TransformerConfig
 from udm_grpo.multihost import hosts
 from udm_grpo.released.weights import ReleasedModel, load_folder, load_transformer, transformer_path
 from udm_grpo.reporting.metrics import write_json

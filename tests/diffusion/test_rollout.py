@@ -9,8 +9,9 @@ import pytest
 
 from udm_grpo.diffusion.path import ProbabilityPath, make_path
 from udm_grpo.diffusion.rollout import RolloutPlan, denoise, image_keys, rollout, start_tokens, step_times
+from udm_grpo.model.execution import TransformerConfig
 from udm_grpo.model.network import Network
-from udm_grpo.model.transformer import TransformerConfig, init
+from udm_grpo.model.transformer import init
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

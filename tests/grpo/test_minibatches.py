@@ -11,7 +11,7 @@ import jax, jax.numpy as jnp, numpy as np
 from udm_grpo import mesh as meshes
 from udm_grpo.batches import Samples
 from udm_grpo.grpo.minibatches import of_images, split_images
-from udm_grpo.model.transformer import Execution
+from udm_grpo.model.execution import Execution
 
 devices = len(jax.devices())
 mesh = meshes.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})

@@ -18,8 +18,9 @@ from udm_grpo.grpo.optimizer import step as optimizer_step
 from udm_grpo.grpo.trajectory import TrajectoryPlan
 from udm_grpo.grpo.update import EmaPlan, has_signal, update
 from udm_grpo.lifecycle.iteration_checks import WARN_AFTER, DivergedError, SignalWatch, check_finite
+from udm_grpo.model.execution import TransformerConfig
 from udm_grpo.model.network import Network
-from udm_grpo.model.transformer import TransformerConfig, init
+from udm_grpo.model.transformer import init
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

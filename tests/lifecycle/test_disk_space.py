@@ -17,7 +17,7 @@ from udm_grpo.config import ConfigError
 from udm_grpo.files.disk_space import files_bytes, free_bytes, tree_bytes
 from udm_grpo.lifecycle.disk_check import check_space, needed_bytes
 from udm_grpo.model import transformer
-from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.model.execution import TransformerConfig
 from udm_grpo.run import abstract_state, optimizer_of
 
 ASSETS = Path(train.__file__).parent / "assets"

@@ -247,7 +247,7 @@ def test_the_demo_takes_one_gpu_for_its_scorer(tmp_path):
     assert scorer == ScorerConfig("pickscore", 1.0, {"dtype": "bfloat16"}, devices=("auto",), check_example=False)
     assert placed(machine(tmp_path, 2), pickscore=scorer)[0] == {"pickscore": ("1",)}
     assert demo.read_scorer(demo._parser().parse_args(words)).devices == ()
-    with pytest.raises(demo.DemoError, match="--devices is 6,7; one process scores here, so give one GPU"):
+    with pytest.raises(demo.DemoError, match="--devices is 6,7; the demo scores in one process, so name one GPU"):
         demo.read_scorer(demo._parser().parse_args([*words, "--devices", "6,7"]))
 
 

@@ -11,7 +11,9 @@ from golden_model import load_model
 
 from udm_grpo.config import ConfigError, ModelConfig
 from udm_grpo.model.attention import choose
-from udm_grpo.model.transformer import Execution, TransformerConfig, attend, hidden_states, init
+from udm_grpo.model.blocks import attend
+from udm_grpo.model.execution import Execution, TransformerConfig
+from udm_grpo.model.transformer import hidden_states, init
 
 CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
 TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")

@@ -14,7 +14,8 @@ from running import ROOT
 
 from udm_grpo.compile_check import programs, topology
 from udm_grpo.configuration.command_line import parse
-from udm_grpo.model.transformer import Execution, TransformerConfig, abstract, hidden_states
+from udm_grpo.model.execution import Execution, TransformerConfig
+from udm_grpo.model.transformer import abstract, hidden_states
 
 pytestmark = pytest.mark.skipif(
     not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))

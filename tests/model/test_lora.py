@@ -28,8 +28,9 @@ from udm_grpo.configuration.command_line import parse
 from udm_grpo.export import start_weights, unrounded
 from udm_grpo.grpo.update import EmaPlan, accumulated_gradients, cast, update
 from udm_grpo.model import lora
+from udm_grpo.model.execution import Execution, TransformerConfig
 from udm_grpo.model.network import Network
-from udm_grpo.model.transformer import Execution, TransformerConfig, hidden_states, init
+from udm_grpo.model.transformer import hidden_states, init
 from udm_grpo.released.peft_files import merge_on_host
 from udm_grpo.released.weights import load_folder
 from udm_grpo.scoring.sample_settings import digest_of

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from udm_grpo.model import splash
-from udm_grpo.model.transformer import Execution, attend
+from udm_grpo.model.blocks import attend
+from udm_grpo.model.execution import Execution
 
 
 @pytest.mark.parametrize("rows", [130, 125])

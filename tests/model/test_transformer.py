@@ -10,18 +10,9 @@ from golden_data import GoldenCase, assert_close, first_case, golden_cases
 from golden_model import load_model
 
 from udm_grpo.diffusion.pretrain import cross_entropy
+from udm_grpo.model.execution import Execution, TransformerConfig
 from udm_grpo.model.network import Network
-from udm_grpo.model.transformer import (
-    Execution,
-    TransformerConfig,
-    abstract,
-    head,
-    hidden_states,
-    image_features,
-    image_rows,
-    init,
-    input_ids,
-)
+from udm_grpo.model.transformer import abstract, head, hidden_states, image_features, image_rows, init, input_ids
 
 TINY = TransformerConfig(32, 48, 2, 1, 2, 1e6, 30, 10, 20, 2)
 

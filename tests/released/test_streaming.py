@@ -20,7 +20,7 @@ from golden_data import first_case
 
 from udm_grpo import mesh as meshes
 from udm_grpo.model import transformer
-from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.model.execution import TransformerConfig
 from udm_grpo.multihost import hosts
 from udm_grpo.released.weights import load_folder, load_transformer, save_folder
 from udm_grpo.tensor_files import streaming

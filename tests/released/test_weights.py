@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from udm_grpo.batches import Params
 from udm_grpo.model import transformer
+from udm_grpo.model.execution import TransformerConfig
 from udm_grpo.model.vq import codec as vq
 from udm_grpo.released.weights import (
     ReleasedModel,
@@ -208,7 +209,7 @@ def test_a_new_base_names_classes_that_transformers_4_has(tmp_path: Path):
 def test_a_new_checkpoint_is_a_released_one(quantizer: str, dtype: str, tmp_path: Path):
     tokenizer_folder = first_case().checkpoint / "tokenizer"
     words = golden().tokenizer.vocabulary
-    config = transformer.TransformerConfig(32, 48, 2, 1, 2, 10000.0, words + 16, words, 16, 2)
+    config = TransformerConfig(32, 48, 2, 1, 2, 10000.0, words + 16, words, 16, 2)
     vq_config = vq.VQConfig(
         block_out_channels=(32, 64), layers_per_block=1, num_vq_embeddings=16, vq_embed_dim=4, quantizer_name=quantizer
     )

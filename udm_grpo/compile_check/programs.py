@@ -17,7 +17,7 @@ from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.data.tokenizer import MAX_LENGTH, load_tokenizer
 from udm_grpo.diffusion.path import ProbabilityPath
 from udm_grpo.model import lora, transformer
-from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.model.execution import TransformerConfig
 from udm_grpo.model.vq import codec as vq
 from udm_grpo.model.vq.config import VQConfig
 from udm_grpo.released.contents import CONFIG_FILES, Scheduler

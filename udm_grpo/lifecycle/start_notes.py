@@ -14,7 +14,7 @@ from udm_grpo.config import RunConfig
 from udm_grpo.data.prompt_warnings import NAMES, cut_warnings, places, set_warnings, special_warnings, write_warnings
 from udm_grpo.mesh import Undivided
 from udm_grpo.model.attention import choose
-from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.model.execution import TransformerConfig
 from udm_grpo.multihost import hosts
 from udm_grpo.run import Run, trained
 from udm_grpo.scoring.scorer_notes import note_warnings

@@ -25,12 +25,12 @@ OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 @contextlib.contextmanager
 def kept_programs(outputs: Path) -> Iterator[None]:
-    """Within the block, store compiled programs in `outputs`/.compiled, created if missing, and load those stored there.
+    """Within the block, store compiled programs in `outputs`/.compiled and load those that are there.
 
-    Does nothing where JAX_COMPILATION_CACHE_DIR is set. Warns, and stores nothing, where the folder cannot be created or
-    another user may write to it.
+    Does nothing where JAX_COMPILATION_CACHE_DIR is set. Warns, and stores nothing, where the folder cannot be created
+    or another user may write to it.
     """
-    if jax.config.jax_compilation_cache_dir:
+    if getattr(jax.config, "jax_compilation_cache_dir", None):
         yield
         return
     folder = outputs / FOLDER / _kind_of_cpu()

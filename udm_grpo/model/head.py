@@ -8,9 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from udm_grpo.model.chunks import chunk_size, join, split
-from udm_grpo.model.transformer import Execution
-
-ONE_DEVICE = Execution()
+from udm_grpo.model.execution import ONE_DEVICE, Execution
 
 
 def _row_logits(hidden: Float[Array, "r n d"], kernel: Float[Array, "d v"]) -> Float[Array, "r n v"]:

@@ -21,7 +21,8 @@ from jaxtyping import Array, Key
 from udm_grpo.batches import Params
 from udm_grpo.config import LoraConfig
 from udm_grpo.model import transformer
-from udm_grpo.model.transformer import ADAPTER, TransformerConfig
+from udm_grpo.model.execution import TransformerConfig
+from udm_grpo.model.transformer import ADAPTER
 
 MAPS = {
     **{f"{name}_proj": ("attn", name) for name in ("q", "k", "v", "o")},

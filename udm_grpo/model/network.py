@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from udm_grpo.batches import Params
 from udm_grpo.model.chunks import map_chunks
-from udm_grpo.model.head import ONE_DEVICE, head_logps
-from udm_grpo.model.transformer import Execution, TransformerConfig, head, image_features
+from udm_grpo.model.execution import ONE_DEVICE, Execution, TransformerConfig
+from udm_grpo.model.head import head_logps
+from udm_grpo.model.transformer import head, image_features
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,13 @@
 """URSA's transformer: a Qwen3 trunk with bidirectional attention over [text, BOV, image tokens].
 
 Flax modules describe one block; `nnx.split` is called once, and from then on parameters are a plain nested dict whose
-block leaves are stacked over the layers on axis 0, so that in a deep model a `lax.scan` runs over the layers and compile
-time does not grow with their number.
+block leaves are stacked over the layers on axis 0, so that in a deep model a `lax.scan` runs over the layers and
+compile time does not grow with their number.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -18,247 +17,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from udm_grpo.batches import Params
-from udm_grpo.model import splash
-from udm_grpo.model.rope import HEAD_DIM, positions, rotary_table, rotate
-from udm_grpo.model.sizes import check_sizes
+from udm_grpo.model.blocks import ALL_ROWS, AdaptedLinear, Block, RMSNorm
+from udm_grpo.model.execution import ONE_DEVICE, REMAT_POLICIES, Execution, TransformerConfig
+from udm_grpo.model.rope import positions, rotary_table
 
-RMS_NORM_EPS = 1e-6
-"""Fixed by the checkpoint format."""
-ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn", "splash")
-"""Values of `Execution.attention`: plain XLA anywhere, cuDNN's flash attention on NVIDIA GPUs (bfloat16), JAX's splash
-kernel on TPUs."""
-REMAT_POLICIES = ("none", "dots", "full")
 ADAPTER = ("lora_a", "lora_b")
 """The additional leaves of a linear map that has a low-rank adapter."""
-
-RotaryTable = tuple[Any, ...]
-ALL_ROWS = slice(None)
 MAX_UNROLLED = 8
 """Number of layers up to which the blocks are unrolled, and the last one computes the image rows only. A loop over the
 layers copies into and out of stacked arrays, which in a small model takes a third of an update on CPU."""
-
-
-@dataclass(frozen=True)
-class TransformerConfig:
-    """The sizes in transformer/config.json."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    num_hidden_layers: int
-    rope_theta: int | float
-    vocab_size: int
-    lm_vocab_size: int
-    lm_head_size: int
-    bov_token_id: int
-
-    @classmethod
-    def from_json(cls, config: dict[str, Any]) -> "TransformerConfig":
-        """Read the sizes from the parsed config.json; raises ValueError naming fields that are missing or invalid."""
-        missing = [field.name for field in fields(cls) if field.name not in config]
-        if missing:
-            raise ValueError(f"transformer config.json lacks {', '.join(missing)}; found {', '.join(sorted(config))}.")
-        check_sizes(config)
-        sizes = cls(**{field.name: config[field.name] for field in fields(cls)})
-        if sizes.vocab_size != sizes.lm_vocab_size + sizes.lm_head_size:
-            raise ValueError(
-                f"transformer config.json: vocab_size is {sizes.vocab_size}, but lm_vocab_size + lm_head_size is "
-                f"{sizes.lm_vocab_size} + {sizes.lm_head_size}."
-            )
-        if sizes.num_attention_heads % sizes.num_key_value_heads:
-            raise ValueError(
-                f"transformer config.json: num_attention_heads {sizes.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {sizes.num_key_value_heads}."
-            )
-        return sizes
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How the trunk is computed; affects speed and memory, never the result beyond rounding."""
-
-    attention: str = "xla"
-    """One of ATTENTION_IMPLEMENTATIONS."""
-    remat: str = "none"
-    """What the backward pass recomputes: nothing, all but matrix products ("dots"), or whole blocks ("full")."""
-    batch: Any = None
-    """Sharding of arrays whose first axis is the batch; None leaves it to the compiler."""
-    head: Any = None
-    """Sharding of the head's kernel while logits are computed; None leaves it unchanged."""
-    layers: Any = None
-    """Function that prepares the parameters of all blocks for the loop over them; None leaves them unchanged."""
-    shards: int = 1
-    """Number of devices that a batch is spread over."""
-    multiple: int = 1
-    """The sequence is padded at the embedding to a multiple of this, with rows that no row attends to and that are
-    dropped at the end. 1, or 2 for "cudnn", whose gradient JAX refuses for an odd number of rows."""
-
-    def padded_rows(self, rows: int) -> int:
-        """Return the rows of the sequence inside the trunk."""
-        multiple = max(self.multiple, 2 if self.attention == "cudnn" else 1)
-        return -(-rows // multiple) * multiple
-
-    def spread(self, x: Array) -> Array:
-        """Constrain a batch to stay spread over its devices: the compiler might shard the width like the weights'."""
-        return x if self.batch is None else jax.lax.with_sharding_constraint(x, self.batch)
-
-    def with_head(self, params: Params) -> Params:
-        """Return the parameters with the head's kernel gathered once, instead of for every chunk of rows."""
-        if self.head is None:
-            return params
-        return {**params, "lm_head": jax.lax.with_sharding_constraint(params["lm_head"], self.head)}
-
-
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm, computed in float32 except for the multiplication by the scale."""
-
-    def __init__(self, size: int):
-        self.scale = nnx.Param(jnp.ones(size))
-
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        """Normalise the last axis."""
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-        normed = (x32 * jax.lax.rsqrt(mean_square + RMS_NORM_EPS)).astype(x.dtype)
-        scale = self.scale[...]
-        return normed * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
-
-
-class Linear(nnx.Module):
-    """A matrix product over the last axis, all other axes merged first.
-
-    As a single product of two matrices instead of one over three axes, the gradient runs 1.3 times as fast on CPU.
-    """
-
-    def __init__(self, d_in: int, d_out: int, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d_in, d_out)))
-
-    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        """Map every row."""
-        kernel = self.kernel[...]
-        return (x.reshape(-1, kernel.shape[0]) @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
-
-
-class AdaptedLinear(Linear):
-    """A linear map plus a low-rank one, x W + (x A) B; any factor is contained in B."""
-
-    def __init__(self, d_in: int, d_out: int, rank: int, rngs: nnx.Rngs):
-        super().__init__(d_in, d_out, rngs)
-        self.lora_a = nnx.Param(jnp.zeros((d_in, rank)))
-        self.lora_b = nnx.Param(jnp.zeros((rank, d_out)))
-
-    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        """Map every row."""
-        a, b = self.lora_a[...], self.lora_b[...]
-        low = (x.reshape(-1, a.shape[0]) @ a) @ b
-        return super().__call__(x) + low.reshape(*x.shape[:-1], b.shape[1])
-
-
-def attend(
-    q: Float[Array, "b q heads c"],
-    k: Float[Array, "b s kv c"],
-    v: Float[Array, "b s kv c"],
-    execution: Execution,
-    rows: int | None = None,
-) -> Float[Array, "b q heads c"]:
-    """Return softmax(q k / sqrt(c)) v over the first `rows` keys (None: all); head i reads kv head i // (heads / kv).
-
-    "xla" is written out here, with float32 softmax: it runs anywhere, including backward in bfloat16, and is the only
-    one that takes fewer queries than keys.
-    """
-    rows = k.shape[1] if rows is None else rows
-    if execution.attention == "cudnn":
-        padded = rows < q.shape[1]
-        return jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            # Padded queries are computed like the others, so that their values are finite.
-            query_seq_lengths=jnp.full(q.shape[0], q.shape[1], jnp.int32) if padded else None,
-            key_value_seq_lengths=jnp.full(q.shape[0], rows, jnp.int32) if padded else None,
-            implementation="cudnn",
-        )
-    if execution.attention == "splash":
-        return splash.attend(q, k, v, rows, execution.batch)
-    if execution.attention != "xla":
-        raise ValueError(
-            f"attention is {execution.attention!r}; it must be one of {', '.join(ATTENTION_IMPLEMENTATIONS)}."
-        )
-    B, S, heads, c = q.shape
-    kv = k.shape[2]
-    grouped = q.reshape(B, S, kv, heads // kv, c)
-    scores = jnp.einsum("bqkgc,bskc->bkgqs", grouped, k, preferred_element_type=jnp.float32) * c**-0.5
-    if rows < k.shape[1]:
-        scores = jnp.where(jnp.arange(k.shape[1]) < rows, scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgqs,bskc->bqkgc", weights, v).reshape(q.shape)
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention without a mask: left padding is attended to like any token."""
-
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        width = config.hidden_size
-        self.q = Linear(width, config.num_attention_heads * HEAD_DIM, rngs)
-        self.k = Linear(width, config.num_key_value_heads * HEAD_DIM, rngs)
-        self.v = Linear(width, config.num_key_value_heads * HEAD_DIM, rngs)
-        self.o = Linear(config.num_attention_heads * HEAD_DIM, width, rngs)
-        self.q_norm = RMSNorm(HEAD_DIM)
-        self.k_norm = RMSNorm(HEAD_DIM)
-
-    def __call__(
-        self,
-        x: Float[Array, "b s d"],
-        rope: RotaryTable,
-        execution: Execution,
-        rows: int | None = None,
-        queries: slice = ALL_ROWS,
-    ) -> Float[Array, "b q d"]:
-        """Attend from the rows `queries` to the first `rows` of the sequence (None: all)."""
-        B, S, _ = x.shape
-        asking = x[:, queries]
-        q = self.q_norm(self.q(asking).reshape(*asking.shape[:2], -1, HEAD_DIM))
-        q = rotate(q, tuple(part[queries] for part in rope))
-        k = rotate(self.k_norm(self.k(x).reshape(B, S, -1, HEAD_DIM)), rope)
-        v = self.v(x).reshape(B, S, -1, HEAD_DIM)
-        mixed = attend(q, k, v, execution, rows)
-        return self.o(mixed.reshape(*asking.shape[:2], -1))
-
-
-class MLP(nnx.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        self.gate = Linear(config.hidden_size, config.intermediate_size, rngs)
-        self.up = Linear(config.hidden_size, config.intermediate_size, rngs)
-        self.down = Linear(config.intermediate_size, config.hidden_size, rngs)
-
-    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        """Apply the MLP to every token independently."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
-
-
-class Block(nnx.Module):
-    """One pre-norm layer."""
-
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        self.input_norm = RMSNorm(config.hidden_size)
-        self.attn = Attention(config, rngs)
-        self.post_norm = RMSNorm(config.hidden_size)
-        self.mlp = MLP(config, rngs)
-
-    def __call__(
-        self,
-        x: Float[Array, "b s d"],
-        rope: RotaryTable,
-        execution: Execution,
-        rows: int | None = None,
-        queries: slice = ALL_ROWS,
-    ) -> Float[Array, "b q d"]:
-        """Apply residual attention, then the residual MLP; return the rows `queries`."""
-        x = x[:, queries] + self.attn(self.input_norm(x), rope, execution, rows, queries)
-        return x + self.mlp(self.post_norm(x))
 
 
 @functools.lru_cache(maxsize=16)
@@ -328,7 +95,7 @@ def hidden_states(
     prompt_ids: Int[Array, "b l"],
     image_ids: Int[Array, "b n"],
     grid: tuple[int, int],
-    execution: Execution = Execution(),
+    execution: Execution = ONE_DEVICE,
 ) -> Float[Array, "b s d"]:
     """Return the trunk's output at all S = L + 1 + N rows, after the last norm, in the dtype of `params`.
 
@@ -346,7 +113,7 @@ def image_features(
     prompt_ids: Int[Array, "b l"],
     image_ids: Int[Array, "b n"],
     grid: tuple[int, int],
-    execution: Execution = Execution(),
+    execution: Execution = ONE_DEVICE,
 ) -> Float[Array, "b n d"]:
     """Return `hidden_states` at the rows that predict the N image tokens: L .. L + N - 1.
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from udm_grpo.batches import Params
 from udm_grpo.data.tokenizer import PromptTokenizer
-from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.model.execution import TransformerConfig
 from udm_grpo.model.vq.config import VQConfig
 from udm_grpo.released.part_files import open_part
 from udm_grpo.tensor_files.tensor_names import unwrapped_names

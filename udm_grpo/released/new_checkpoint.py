@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from udm_grpo.batches import Params
 from udm_grpo.data.tokenizer import load_tokenizer, tokenizer_class
-from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.model.execution import TransformerConfig
 from udm_grpo.model.vq.config import GROUPS, VQConfig
 from udm_grpo.released.contents import (
     CODEBOOK_NAME,

@@ -15,7 +15,7 @@ from udm_grpo.batches import Params
 from udm_grpo.files.atomic import replacing_folder
 from udm_grpo.files.finite import named, nonfinite
 from udm_grpo.model import lora, transformer
-from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.model.execution import TransformerConfig
 from udm_grpo.released.contents import PathLike, Problems
 from udm_grpo.released.part_files import different_files
 from udm_grpo.released.peft_config import CONFIG_FILE, AdapterConfig, read_config

@@ -20,7 +20,7 @@ from udm_grpo.files.atomic import replacing_folder
 from udm_grpo.files.folder_lock import FolderLockedError
 from udm_grpo.files.places import PlaceError, with_home
 from udm_grpo.model import transformer
-from udm_grpo.model.transformer import TransformerConfig
+from udm_grpo.model.execution import TransformerConfig
 from udm_grpo.model.vq import codec as vq
 from udm_grpo.model.vq.config import VQConfig
 from udm_grpo.released.contents import (

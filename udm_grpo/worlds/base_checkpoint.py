@@ -31,6 +31,7 @@ from udm_grpo.files.folder_lock import lock_inside
 from udm_grpo.files.places import local_args
 from udm_grpo.lifecycle.iteration_checks import check_finite
 from udm_grpo.model import transformer
+from udm_grpo.model.execution import TransformerConfig
 from udm_grpo.model.vq import codec as vq
 from udm_grpo.released.new_checkpoint import new_checkpoint
 from udm_grpo.released.weights import ReleasedModel, Scheduler, save_folder
@@ -231,7 +232,7 @@ def fresh_checkpoint(world: World, params: Params) -> ReleasedModel:
     with tempfile.TemporaryDirectory() as folder:
         texts = [metadata["prompt"] for metadata in (*world.train, *world.heldout)]
         words = write_text_tokenizer(Path(folder), texts, world.word_splitter)
-        config = transformer.TransformerConfig(
+        config = TransformerConfig(
             hidden_size=128,
             intermediate_size=256,
             num_attention_heads=2,
