@@ -82,8 +82,8 @@ def split_names(folder: str | Path) -> list[str]:
 def read_dataset(folder: str | Path, split: str = "") -> tuple[Row, ...]:
     """Return the rows of a split, in order; "" means the only split.
 
-    Raises PromptsError for an unknown split, or if none is named where there are several (it names them), ValueError
-    for damaged files.
+    Raises PromptsError for an unknown split, if none is named where there are several (it names them), and for damaged
+    files.
     """
     names = split_names(folder)
     if not split and len(names) == 1:
@@ -117,6 +117,6 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _damaged(folder: str | Path, error: Exception) -> ValueError:
+def _damaged(folder: str | Path, error: Exception) -> PromptsError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ValueError(f"{folder}: the prepared prompts cannot be read ({reason}); prepare them again")
+    return PromptsError(f"{folder}: the prepared prompts cannot be read ({reason}); prepare them again")
