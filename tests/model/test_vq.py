@@ -25,8 +25,8 @@ def channels_last(array: np.ndarray) -> jax.Array:
 
 @golden_cases()
 def test_encoder_decoder_and_codes_match_the_release(case: GoldenCase):
-    checkpoint = load_folder(case.checkpoint)
-    config, params = checkpoint.vq_config, checkpoint.vq
+    released = load_folder(case.checkpoint)
+    config, params = released.vq_config, released.vq
     ids = jnp.asarray(case.arrays["image_ids"], jnp.int32)
     assert_close(vq.decode(config, params, ids), np.moveaxis(case.arrays["vae_decode"], 1, -1))
     latent = vq.encode_latent(config, params, channels_last(case.arrays["vae_encode_pixels"]))
@@ -52,8 +52,8 @@ def test_every_scalar_code_survives_a_round_trip(config: vq.VQConfig):
     if config is FSQ:
         levels = np.array(quantizers.FSQ_LEVELS)
         half, offset = (levels - 1) * (1 + quantizers.FSQ_EPS) / 2, np.where(levels % 2 == 0, 0.5, 0.0)
-        wanted = np.asarray(vectors, np.float64) * (levels // 2)
-        vectors = jnp.asarray(np.arctanh((wanted + offset) / half) - np.arctanh(offset / half), jnp.float32)
+        scaled = np.asarray(vectors, np.float64) * (levels // 2)
+        vectors = jnp.asarray(np.arctanh((scaled + offset) / half) - np.arctanh(offset / half), jnp.float32)
     np.testing.assert_array_equal(vq.quantize(config, NO_PARAMS, vectors), ids)
 
 
@@ -103,10 +103,10 @@ def test_bfloat16_parameters_give_float32_pixels_near_the_float32_ones():
     params = vq.init(TINY, jax.random.key(3))
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     ids = jnp.arange(12, dtype=jnp.int32).reshape(1, 3, 4)
-    wanted, found = vq.decode(TINY, params, ids), vq.decode(TINY, half, ids)
-    assert found.dtype == jnp.float32
-    assert jnp.abs(found - wanted).max() < 0.1 * jnp.abs(wanted).max()
-    assert vq.encode(TINY, half, wanted).shape == ids.shape
+    expected, result = vq.decode(TINY, params, ids), vq.decode(TINY, half, ids)
+    assert result.dtype == jnp.float32
+    assert jnp.abs(result - expected).max() < 0.1 * jnp.abs(expected).max()
+    assert vq.encode(TINY, half, expected).shape == ids.shape
 
 
 def test_sizes_that_no_image_tokenizer_has_are_named():

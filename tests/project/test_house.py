@@ -268,6 +268,20 @@ def undocumented(body: list[ast.stmt]) -> Iterator[ast.ClassDef | ast.FunctionDe
                 yield from undocumented(node.body)
 
 
+VAGUE = {"given", "found", "made", "wanted", "told", "about"}
+"""Words that say how a value came about and not what it is."""
+
+
+def test_no_name_is_vague():
+    broken = []
+    for path in sources(*PRODUCT, "tests"):
+        for node in ast.walk(tree_of(path)):
+            name = getattr(node, "arg", None) or getattr(node, "id", None) or getattr(node, "name", None)
+            if name in VAGUE:
+                broken.append(f"{path}:{getattr(node, 'lineno', '?')}: {name}")
+    check(broken, "names are nouns of the field, such as args, expected, result, metadata")
+
+
 def test_everything_public_says_what_it_is():
     broken = []
     for path in sources(*PRODUCT):

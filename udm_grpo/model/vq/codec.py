@@ -80,8 +80,8 @@ def encode_latent(config: VQConfig, params: Params, pixels: Float[Array, "b H W 
     """
     height, width = pixels.shape[1:3]
     if height % config.stride or width % config.stride:
-        wanted = f"multiples of {config.stride}, the pixels of a token"
-        raise ValueError(f"image size {height}x{width}: height and width must be {wanted}; resize or crop the images")
+        expected = f"multiples of {config.stride}, the pixels of a token"
+        raise ValueError(f"image size {height}x{width}: height and width must be {expected}; resize or crop the images")
     module = _module(config, params)
     pixels = pixels.astype(params["quant_conv"]["kernel"].dtype)
     return module.quant_conv(module.encoder(pixels))

@@ -49,8 +49,8 @@ class VQConfig:
             raise ValueError(f"LFQuantizer has 2**vq_embed_dim = {2**dim} codes, num_vq_embeddings is {codes}")
         fsq_dim, fsq_codes = len(FSQ_LEVELS), math.prod(FSQ_LEVELS)
         if self.quantizer_name == "FSQuantizer" and (dim, codes) != (fsq_dim, fsq_codes):
-            wanted = f"vq_embed_dim {fsq_dim} and num_vq_embeddings {fsq_codes}"
-            raise ValueError(f"FSQuantizer with levels {FSQ_LEVELS} needs {wanted}, found {dim} and {codes}")
+            expected = f"vq_embed_dim {fsq_dim} and num_vq_embeddings {fsq_codes}"
+            raise ValueError(f"FSQuantizer with levels {FSQ_LEVELS} needs {expected}, found {dim} and {codes}")
 
     @property
     def stride(self) -> int:
@@ -71,9 +71,9 @@ class VQConfig:
                 "URSA-1.7B-IBQ512 and URSA-0.6B-IBQ512"
             )
         fixed = {"_class_name": "AutoencoderVQ", "act_fn": "silu", "norm_num_groups": GROUPS}
-        for key, wanted in fixed.items():
-            if key in raw and raw[key] != wanted:
-                raise ValueError(f"{key} is {raw[key]!r}; only {wanted!r} is supported")
+        for key, expected in fixed.items():
+            if key in raw and raw[key] != expected:
+                raise ValueError(f"{key} is {raw[key]!r}; only {expected!r} is supported")
         names = {field.name: field.name for field in dataclasses.fields(cls)} | {"quantizer_name": "_quantizer_name"}
         values = {name: raw[key] for name, key in names.items() if key in raw}
         if isinstance(values.get("block_out_channels"), list):
@@ -82,6 +82,6 @@ class VQConfig:
             kind = type(getattr(cls, name))
             numbers = value if isinstance(value, tuple) else (value,) if kind is int else ()
             if type(value) is not kind or any(type(number) is not int or number < 1 for number in numbers):
-                wanted = f"{kind.__name__} of integers above 0" if kind is tuple else f"{kind.__name__} above 0"
-                raise ValueError(f"{names[name]} is {value!r:.60}; wanted {wanted}")
+                expected = f"{kind.__name__} of integers above 0" if kind is tuple else f"{kind.__name__} above 0"
+                raise ValueError(f"{names[name]} is {value!r:.60}; expected {expected}")
         return cls(**values)
