@@ -25,6 +25,7 @@ from udm_grpo.grpo.samples import of_step, prepare
 from udm_grpo.grpo.update import EmaPlan, cast, update
 from udm_grpo.model import lora
 from udm_grpo.model.attention import choose
+from udm_grpo.model.chunks import map_chunks
 from udm_grpo.model.execution import Execution, TransformerConfig
 from udm_grpo.model.network import Network
 from udm_grpo.model.vq import codec as vq
@@ -102,12 +103,17 @@ def to_pixels(decoded: Float[Array, "b hh ww 3"]) -> UInt8[Array, "b hh ww 3"]:
     return jnp.round(jnp.clip((decoded + 1) / 2, 0, 1) * 255).astype(jnp.uint8)
 
 
-def for_convolutions(platform: str) -> dict[str, str | bool | int | float] | None:
-    """Return compiler options for a program of convolutions on devices of this platform, or None for the defaults.
+def decoded(
+    config: vq.VQConfig, params: Params, ids: Int32[Array, "b h w"], platform: str, shards: int = 1
+) -> Float[Array, "b hh ww 3"]:
+    """Return float32 pixels of codes on devices of a platform, over `shards` of which the batch is spread.
 
-    On CPU, XLA's default, YNNPACK, takes 1.7 times as long as Eigen for convolutions, and as long for matrix products.
+    On CPU each device decodes one image at a time. A picture is then the same in any batch, since XLA's sums depend on
+    the shapes of a program, and a batch of small pictures takes two thirds of the time, since it stays in the caches.
     """
-    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"} if platform == "cpu" else None
+    if platform != "cpu":
+        return vq.decode(config, params, ids)
+    return map_chunks(lambda part: vq.decode(config, params, part), ids, shards)
 
 
 def _placed(plans: Plans, mesh: Mesh) -> Plans:
@@ -142,7 +148,8 @@ def build(
         return rollout_step(RolloutPlan(steps, plans.rollout.shift))
 
     def decode(params: Params, ids: Int32[Array, "m n"]) -> UInt8[Array, "m hh ww 3"]:
-        return to_pixels(vq.decode(plans.vq, params, ids.reshape(-1, *network.grid)))
+        grids, platform = ids.reshape(-1, *network.grid), mesh.devices.flat[0].platform
+        return to_pixels(decoded(plans.vq, params, grids, platform, network.execution.shards))
 
     def update_step(
         state: TrainState, samples: Samples, score: Array, reference: Params | None = None, images: Array | None = None
@@ -172,9 +179,7 @@ def build(
         sizes=sizes,
         rollout=rollout_step(plans.rollout),
         rollout_in=evaluation_step,
-        decode=jax.jit(
-            decode, out_shardings=over_batch, compiler_options=for_convolutions(mesh.devices.flat[0].platform)
-        ),
+        decode=jax.jit(decode, out_shardings=over_batch),
         prepare=partial(jax.jit(prepare_step, out_shardings=over_batch), path),
         update=jax.jit(update_step, out_shardings=(state_shardings, replicated), donate_argnums=0),
         compute_copy=_compute_copy(config, plans.compute_dtype, state_shardings.params),
@@ -214,11 +219,15 @@ def tokenizer_latents(config: vq.VQConfig) -> Callable[[Params, Array], Array]:
     return jax.jit(lambda params, pixels: unit(vq.encode_latent(config, params, pixels)))
 
 
-def tokenizer_codec(config: vq.VQConfig) -> tuple[Callable[[Params, Array], Array], Callable[[Params, Array], Array]]:
-    """Return (encode: pixels f32[B,H,W,3] -> ids i32[B,h,w], decode: ids -> pixels f32[B,H,W,3])."""
-    options = for_convolutions(jax.default_backend())
-    encode = jax.jit(lambda params, pixels: vq.encode(config, params, pixels), compiler_options=options)
-    decode = jax.jit(lambda params, ids: vq.decode(config, params, ids), compiler_options=options)
+def tokenizer_codec(
+    config: vq.VQConfig, shards: int = 1
+) -> tuple[Callable[[Params, Array], Array], Callable[[Params, Array], Array]]:
+    """Return (encode: pixels f32[B,H,W,3] -> ids i32[B,h,w], decode: ids -> pixels f32[B,H,W,3]).
+
+    shards: devices over which a batch is spread.
+    """
+    encode = jax.jit(lambda params, pixels: vq.encode(config, params, pixels))
+    decode = jax.jit(lambda params, ids: decoded(config, params, ids, jax.default_backend(), shards))
     return encode, decode
 
 

@@ -82,7 +82,7 @@ def drawer(
     plan = RolloutPlan(settings.steps, shift, settings.guidance_scale, settings.guidance_trunc)
     path = jax.device_put(path_of(released), meshes.replicated(mesh))
     rollout = compiled.free_rollout(network, path, plan)
-    decode = compiled.tokenizer_codec(released.vq_config)[1]
+    decode = compiled.tokenizer_codec(released.vq_config, meshes.batch_shards(mesh))[1]
     params = jax.tree.map(lambda leaf: np.asarray(leaf, settings.dtype), released.transformer)
     params = jax.device_put(params, meshes.shardings(mesh, params))
     vq_params = jax.device_put(released.vq, meshes.replicated(mesh))

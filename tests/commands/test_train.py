@@ -275,7 +275,7 @@ def test_of_two_processes_all_save_when_one_cannot_write(alone: Path) -> None:
     assert words[1:3] == ["-m", "udm_grpo.train"]
     processes = together([words[0], "-c", FULL, *words[3:]], output, 2, 4)
     first, second = (process.wait(300) for process in processes)
-    assert (first, second in (1, 2)) == (2, True), logs(output)  # the second may learn of it from their connection
+    assert {first, second} <= {1, 2}, logs(output)  # one may learn of the other's end before it ends by itself
     for log in logs(output):
         assert "No space left on device" in log
         assert "process 0" in log

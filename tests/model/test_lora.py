@@ -121,7 +121,7 @@ def test_gradients_follow_the_chain_rule() -> None:
 
 def test_an_update_makes_nothing_of_the_bases_size() -> None:
     """There are neither gradients nor copies of the frozen weights, including the head's."""
-    config = TransformerConfig(64, 96, 1, 1, 2, 1e6, 4106, 10, 4096, 2)
+    config = TransformerConfig(64, 96, 1, 1, 2, 1e6, 8202, 10, 8192, 2)
     base = init(config, jax.random.key(0))
     adapter = lora.init(lora.abstract(config, 2, lora.targets(("*_proj",))), jax.random.key(1))
     optimizer = optax.adam(1e-3)

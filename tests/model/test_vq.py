@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from golden_data import GoldenCase, assert_close, golden_cases
 
+from udm_grpo import compiled
 from udm_grpo.batches import Params
 from udm_grpo.model.vq import codec as vq
 from udm_grpo.model.vq import quantizers
@@ -152,3 +153,13 @@ def test_config_reads_the_json_names():
     assert config.block_out_channels == (32, 32, 64)
     assert config.stride == 4
     assert config.vq_embed_dim == 8
+
+
+def test_a_picture_is_the_same_in_any_batch():
+    """To the last bit, on CPU: a program's sums depend on its shapes."""
+    params = vq.init(TINY, jax.random.key(0))
+    ids = jax.random.randint(jax.random.key(1), (7, 2, 3), 0, TINY.num_vq_embeddings)
+    decode = compiled.tokenizer_codec(TINY)[1]
+    together = decode(params, ids)
+    for count in (1, 2, 5):
+        np.testing.assert_array_equal(decode(params, ids[-count:]), together[-count:])

@@ -110,7 +110,7 @@ def open_folder_of_its_own(folder: Path) -> None:
     """Test that all processes refuse a run's folder that each has for itself."""
     output_folder.SEEN_WITHIN_S = 0.5
     own = RunConfig(output_dir=str(folder / f"own-{jax.process_index()}"))
-    with pytest.raises(ConfigError, match=r"own-\d is not the same folder for all: process\(es\) 1 do not see there"):
+    with pytest.raises(ConfigError, match=r"own-\d is not the same folder for all: process\(es\) 1 do not see what"):
         output_folder.claim_output(own, contextlib.ExitStack())
     assert not Path(own.output_dir).exists()
     shared = RunConfig(output_dir=str(folder / "shared"))

@@ -107,8 +107,8 @@ def test_unreadable_pictures_are_listed(flat: Path) -> None:
     assert "4 pictures cannot be scored; convert them, or remove them and draw them again:" in said
     for text in (
         "00000_0.png: is damaged",
-        "00001_0.png: is no PNG, JPEG or WebP file: it is empty",
-        "00001_1.png: is no PNG, JPEG or WebP file: it is GIF",
+        "00001_0.png: is not a PNG, JPEG or WebP file: it is empty",
+        "00001_1.png: is not a PNG, JPEG or WebP file: it is GIF",
         "00002_1.png: has the mode CMYK",
     ):
         assert f"\n    {flat / text}" in said

@@ -311,7 +311,7 @@ def test_a_base_alone_says_how_to_get_the_other_and_any_scorer_judges(models, dr
     assert progress == [(0.0, "Base draws"), (0.5, "jpeg scores")]
     assert text.count("jpeg_kilobytes") == 4
     np.testing.assert_array_equal(answer.sides[0].images, drawn["Base"])
-    assert "the rest of them has no effect; shorten them" in answer_html(shown, long)
+    assert "the rest has no effect; shorten them" in answer_html(shown, long)
     assert answer.notes == ()
 
 
