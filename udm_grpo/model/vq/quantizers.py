@@ -4,6 +4,7 @@ Letters: B images, h x w tokens, e channels of a code, V codes. All ids are int3
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,6 @@ def _fsq_basis() -> tuple[int, ...]:
     return tuple(math.prod(FSQ_LEVELS[:index]) for index in range(len(FSQ_LEVELS)))
 
 
-def _row(values: list[int] | list[float] | tuple[int, ...], dtype: jnp.dtype = jnp.int32) -> Array:
+def _row(values: list[int] | list[float] | tuple[int, ...], dtype: Any = jnp.int32) -> Array:
     """Return per-channel constants, shaped to meet [B, h, w, e]."""
     return jnp.array(values, dtype)[None, None, None, :]
