@@ -31,7 +31,7 @@ from udm_grpo.checkpoints.checkpoint import (
     resolve_resume,
     restore,
 )
-from udm_grpo.checkpoints.checkpoint_contents import CONTENTS
+from udm_grpo.checkpoints.checkpoint_contents import CONTENTS, write_contents
 from udm_grpo.checkpoints.checkpoint_fallback import restore_newest
 
 
@@ -100,6 +100,21 @@ def test_every_kind_of_damage_is_found_and_the_one_before_is_taken(tmp_path, cap
     assert newest is not None
     assert_same(newest[0], states[0])
     assert f"Going back to {checkpoints.path(1)}." in capsys.readouterr().err
+
+
+def test_half_a_list_is_never_left(tmp_path, monkeypatch):
+    """A kill while the list is written must not make a complete checkpoint look damaged."""
+    folder = Checkpoints(tmp_path, keep=2).save(1, {"x": jnp.arange(1000)}, {})
+    (folder / CONTENTS).unlink()
+
+    def cut(path: Path, data: str) -> None:
+        path.write_bytes(data.encode()[:40])
+        raise OSError("killed")
+
+    monkeypatch.setattr(Path, "write_text", cut)
+    with pytest.raises(OSError, match="killed"):
+        write_contents(folder)
+    assert not (folder / CONTENTS).exists()
 
 
 def test_a_checkpoint_without_a_list_of_its_files_is_read(tmp_path):

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from etils import epath
 
 from udm_grpo.checkpoints.checkpoint_folders import COMMITTED
 from udm_grpo.checkpoints.checkpoint_storage import is_remote
+from udm_grpo.files.atomic import replace_file
 from udm_grpo.multihost import hosts
 
 CONTENTS = "contents.json"
@@ -34,7 +36,8 @@ def write_contents(folder: epath.Path) -> None:
     names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
     with ThreadPoolExecutor(READERS) as pool:
         files = dict(zip(names, pool.map(lambda name: _form(root / name), names), strict=True))
-    (root / CONTENTS).write_text(json.dumps({"files": files}, indent=0))
+    # As a whole or not at all: half a list would make a complete checkpoint look damaged.
+    replace_file(root / CONTENTS, partial(Path.write_text, data=json.dumps({"files": files}, indent=0)))
 
 
 def damaged_files(folder: epath.Path) -> list[str]:
