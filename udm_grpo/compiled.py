@@ -25,12 +25,22 @@ from udm_grpo.grpo.samples import of_step, prepare
 from udm_grpo.grpo.update import EmaPlan, cast, update
 from udm_grpo.model import lora
 from udm_grpo.model.attention import choose
-from udm_grpo.model.chunks import map_chunks
+from udm_grpo.model.chunks import map_chunks, pad_rows
 from udm_grpo.model.execution import Execution, TransformerConfig
 from udm_grpo.model.network import Network
 from udm_grpo.model.vq import codec as vq
 from udm_grpo.model.vq.loss import tokenizer_loss, unit
 
+CPU_TOKENS = 64
+"""Tokens that a CPU device decodes at a time, or one image: four images of the shapes world."""
+CPU_CHAINS = 4
+"""Independent chains of such images in a program: more take less time to run, and more to compile."""
+MULTITHREADED = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+"""Compiler options with which all cores of a CPU compute a convolution, for training the tokenizer.
+
+XLA (jax 0.10.2) passes convolutions to YNNPACK, which computes each on one core; limited to matrix products, it leaves
+them to Eigen. Eigen's sums depend on the number of threads, so that pictures for scorers are not decoded like this.
+"""
 Metrics = dict[str, Float[Array, ""]]
 RolloutStep = Callable[[Params, Array, Array, Array, Array], Rollout]
 
@@ -108,12 +118,17 @@ def decoded(
 ) -> Float[Array, "b hh ww 3"]:
     """Return float32 pixels of codes on devices of a platform, over `shards` of which the batch is spread.
 
-    On CPU each device decodes one image at a time. A picture is then the same in any batch, since XLA's sums depend on
-    the shapes of a program, and a batch of small pictures takes two thirds of the time, since it stays in the caches.
+    On CPU each device decodes few images at a time, always the same number. A picture is then the same in any batch,
+    since XLA's sums depend on the shapes of a program, and small pictures stay in the caches. XLA computes each
+    convolution on one core (jax 0.10.2), so that small pictures are decoded in several chains, which run in parallel.
     """
     if platform != "cpu":
         return vq.decode(config, params, ids)
-    return map_chunks(lambda part: vq.decode(config, params, part), ids, shards)
+    batch, height, width = ids.shape
+    images = max(1, CPU_TOKENS // (height * width))
+    padded = pad_rows(ids, -(-batch // (shards * images)) * shards * images)
+    chains = CPU_CHAINS if images > 1 else 1
+    return map_chunks(lambda part: vq.decode(config, params, part), padded, shards * images, chains)[:batch]
 
 
 def _placed(plans: Plans, mesh: Mesh) -> Plans:
@@ -187,6 +202,16 @@ def build(
     )
 
 
+@cache
+def _is_known(*options: tuple[str, str]) -> bool:
+    """Return whether this version of XLA has the compiler options."""
+    try:
+        jax.jit(jnp.negative, compiler_options=dict(options)).lower(jax.ShapeDtypeStruct((), jnp.float32)).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
 def _compute_copy(config: RunConfig, dtype: Any, out_shardings: Any) -> Callable[..., Params]:
     if not config.lora.rank:
         whole = jax.jit(partial(cast, dtype=dtype), out_shardings=out_shardings)
@@ -211,7 +236,8 @@ def tokenizer_step(
         params["codebook"] = {"embedding": unit(params["codebook"]["embedding"])}
         return params, opt_state, metrics
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    multithreaded = jax.default_backend() == "cpu" and _is_known(*MULTITHREADED.items())
+    return jax.jit(step, donate_argnums=(0, 1), compiler_options=MULTITHREADED if multithreaded else None)
 
 
 def tokenizer_latents(config: vq.VQConfig) -> Callable[[Params, Array], Array]:

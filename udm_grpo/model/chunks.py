@@ -44,10 +44,13 @@ def chunk_size(batch: int, limit: int) -> int:
     return max(size for size in range(1, limit + 1) if batch % size == 0)
 
 
-def map_chunks(fn: Callable[[Any], Any], tree: Any, size: int) -> Any:
-    """Apply `fn` to chunks of at most `size` along the batch axis in turn; `fn` must treat images independently."""
+def map_chunks(fn: Callable[[Any], Any], tree: Any, size: int, unroll: int = 1) -> Any:
+    """Apply `fn` to chunks of at most `size` along the batch axis in turn; `fn` must treat images independently.
+
+    unroll: chunks in the body of the compiled loop, which a CPU may compute in parallel.
+    """
     batch = jax.tree.leaves(tree)[0].shape[0]
     size = chunk_size(batch, size)
     if size == batch:
         return fn(tree)
-    return join(jax.lax.map(fn, split(tree, size)))
+    return join(jax.lax.scan(lambda _, part: ((), fn(part)), (), split(tree, size), unroll=unroll)[1])
