@@ -165,6 +165,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{name}: {1e3 * report['stages'][-1]['seconds']:.1f} ms", file=sys.stderr, flush=True)
         report["peak_bytes"] = peak_memory()
         _write(args.output, report)
+    _write(args.output, report)
     return report
 
 

@@ -139,6 +139,7 @@ def _placed(plans: Plans, mesh: Mesh) -> Plans:
         head=meshes.head(mesh),
         layers=meshes.LayersTogether(mesh),
         shards=meshes.batch_shards(mesh),
+        added_up=meshes.added_up(mesh),
     )
     return replace(plans, network=replace(plans.network, execution=execution))
 
@@ -177,9 +178,10 @@ def build(
             plans.compute_dtype,
             sizes.update,
             state,
-            of_step(objective, network, sizes, samples, score, images),
+            of_step(objective, network, sizes, samples, score, images, config.grpo.skip_dead_groups),
             reference if config.lora.rank else None,
             factor,
+            config.grpo.skip_dead_groups,
         )
 
     def begin(params: Params) -> TrainState:

@@ -103,6 +103,9 @@ class GRPOConfig:
     """Divide advantages by the standard deviation of all scores of an iteration instead of the group's."""
     kl_weight: float = 0.05
     """beta, the weight of the k3 KL to the start model."""
+    skip_dead_groups: bool = False
+    """Leave groups whose scores are all equal out of the update, which takes less time: their advantage is 0, and
+    they contribute only to the KL term."""
     minibatches: int = 1
     """Disjoint parts of a rollout's images, one optimizer step each; together they are one pass over the rollout. Must
     divide prompts x group_size. The split is random and differs from pass to pass."""

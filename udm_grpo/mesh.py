@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,32 @@ class LayersTogether:
             return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, PartitionSpec(None, *spec[1:])))
 
         return jax.tree_util.tree_map_with_path(one, layers)
+
+
+@dataclass(frozen=True)
+class AddedUp:
+    """Decorates a function of (weights, a batch): every device computes it on its own rows, then results are added up.
+
+    Results are exchanged once, whatever loops the function has. Every device must have the whole weights.
+    """
+
+    mesh: Mesh
+
+    def __call__(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """Return the decorated function."""
+        whole, batch = PartitionSpec(), over_batch(self.mesh).spec
+        return jax.shard_map(
+            lambda weights, own: jax.lax.psum(function(weights, own), batch[0]),
+            mesh=self.mesh,
+            in_specs=(whole, batch),
+            out_specs=whole,
+            check_vma=False,
+        )
+
+
+def added_up(mesh: Mesh) -> AddedUp | None:
+    """Return the decorator if every one of several devices has all parameters, that is if only batches are spread."""
+    return AddedUp(mesh) if mesh.shape["data"] == mesh.size > 1 else None
 
 
 def _name(path: tuple[Any, ...]) -> str:

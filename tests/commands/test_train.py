@@ -309,6 +309,7 @@ def test_every_option_at_once(finished: Path) -> None:
         "grpo.action=intermediate",
         "grpo.updates_per_rollout=2",
         "grpo.minibatches=2",
+        "grpo.skip_dead_groups=True",
         "grpo.clip_range=0.2",
         "grpo.global_std=True",
         "rollout.guidance_scale=2.0",

@@ -115,10 +115,8 @@ def test_collectives_of_a_data_parallel_run():
     assert counts["rollout"] == counts["decode"] == {}
     assert sum(one.bytes for one in counts["reference"].values()) < 1 << 16  # of the random draws of its states
     parameters = stages["update"].present[0]["state"].params
-    layers = device_bytes(parameters["layers"])
-    once, turns = device_bytes(parameters) - layers, 3
-    # Embedding, head and norm are added up in float32 first; the layers are exchanged in bfloat16 for each micro-batch.
-    # Some versions of the compiler gather a few small arrays, too.
+    # Every device adds up the gradients of its states in float32. Some versions of the compiler gather a few small
+    # arrays, too.
+    once = device_bytes(parameters)
     exchanged = sum(one.bytes for one in counts["update"].values())
-    assert counts["update"]["all-reduce"].bytes > once
-    assert exchanged < 1.05 * (once + turns * layers // 2)
+    assert once <= counts["update"]["all-reduce"].bytes <= exchanged < 1.05 * once

@@ -107,6 +107,19 @@ def test_the_command_times_every_stage(
     assert "| update | " in capsys.readouterr().out
 
 
+def test_stages_without_time_are_named(
+    opened: tuple[Setting, Arrays], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(benchmark, "open_setting", lambda *_: opened[0])
+    monkeypatch.setattr(benchmark, "draw_arrays", lambda _: opened[1])
+    monkeypatch.setattr(benchmark, "CEILING_SIDE", {"cpu": 64})
+    file = tmp_path / "report.json"
+    assert benchmark.main(["--minutes", "0", "--stages", "forward,update", "--output", str(file)]) == 0
+    assert "skipped for lack of time: forward, update" in capsys.readouterr().out
+    report = json.loads(file.read_text())
+    assert (report["stages"], report["left_out"]) == ([], ["forward", "update"])
+
+
 def test_what_does_not_fit_is_refused_with_the_arithmetic(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

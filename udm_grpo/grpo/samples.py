@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, Int32, Key
 
 from udm_grpo.batches import BatchSizes, Params, Rollout, Samples
 from udm_grpo.diffusion.path import ProbabilityPath
+from udm_grpo.grpo.live_groups import live_first, marked
 from udm_grpo.grpo.minibatches import of_images
 from udm_grpo.grpo.objective import Objective
 from udm_grpo.model.chunks import map_chunks, pad_rows
@@ -63,10 +64,19 @@ def of_step(
     samples: Samples,
     score: Float[Array, "p g"],
     images: Int[Array, " i"] | None,
+    skip_dead_groups: bool = False,
 ) -> Samples:
-    """Return the weighted states of one optimizer step, of all images or of `images` i32[B/M]."""
+    """Return the weighted states of one optimizer step, of all images or of `images` i32[B/M].
+
+    With `skip_dead_groups`, the states of dead groups have the weight 0; see `live_groups.live_first`.
+    """
     samples = judged(objective, sizes, samples, score)
-    if images is None:
+    if images is None and not skip_dead_groups:
         return samples
-    part = of_images(samples, images, sizes.images, sizes.states, sizes.stepped)
-    return jax.tree.map(network.spread, part)
+    if skip_dead_groups:
+        samples = marked(samples, objective.weights(score), sizes)
+    if images is not None:
+        samples = of_images(samples, images, sizes.images, sizes.states, sizes.stepped)
+    if skip_dead_groups:
+        samples = live_first(samples, sizes.update)
+    return jax.tree.map(network.spread, samples)

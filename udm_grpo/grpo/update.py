@@ -1,6 +1,6 @@
 """One optimizer step from accumulated gradients."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,33 +30,61 @@ def accumulated_gradients(
     samples: Samples,
     micro_batch: int,
     base: Params | None = None,
+    skip_empty: bool = False,
 ) -> tuple[Params, dict[str, Float[Array, ""]]]:
     """Return (float32 gradients, metrics), averaged over S samples that are processed `micro_batch` at a time.
 
-    With weights, the average is over the samples whose weight is 1. With `base`, which stays frozen, `params` is an
-    adapter of it.
+    With weights, the average is over the samples whose weight is 1; with `skip_empty`, chunks without any are not
+    computed. With `base`, which stays frozen, `params` is an adapter of it. If every device has the whole weights, each
+    adds up the gradients of its own samples in float32, and they are exchanged once.
     """
+    size = chunk_size(samples.noisy.shape[0], micro_batch)
+    execution = network.execution
+    if execution.added_up is None:
+        parts = 1
+        sums = _sums(network, objective, params, samples, size, base, skip_empty)
+    else:
+        parts = execution.shards
+        own = replace(network, execution=execution.on_one_device(), rows=max(network.rows // parts, 1))
+
+        def of_device(weights: tuple[Params, Params | None], samples: Samples) -> Any:
+            return _sums(own, objective, weights[0], samples, size // parts, weights[1], skip_empty)
+
+        sums = execution.added_up(of_device)((params, base), samples)
+    # A chunk's mean counts its padding as zeros, so divide by the number of full chunks that the weights amount to.
+    count = samples.noisy.shape[0] // size if samples.weight is None else jnp.sum(samples.weight) / size
+    return jax.tree.map(lambda total: total / (parts * count), sums)
+
+
+def _sums(
+    network: Network,
+    objective: Objective,
+    params: Params,
+    samples: Samples,
+    size: int,
+    base: Params | None,
+    skip_empty: bool,
+) -> tuple[Params, dict[str, Array]]:
+    """Return the gradients and metrics of chunks of `size` samples, added up over the chunks."""
 
     def loss(weights: Params, part: Samples) -> tuple[Array, dict[str, Array]]:
         whole = weights if base is None else lora.attach(base, weights)
         return objective.loss(network, whole, part)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
-    total = samples.noisy.shape[0]
-    size = chunk_size(total, micro_batch)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
 
     def add(carry: Params, part: Samples) -> tuple[Params, dict[str, Array]]:
         (_, metrics), gradients = gradient(params, part)
         return jax.tree.map(lambda a, g: a + g.astype(jnp.float32), carry, gradients), metrics
 
-    gradients, metrics = jax.lax.scan(add, zeros, split(samples, size))
-    if samples.weight is None:
-        count = total // size
-        return jax.tree.map(lambda g: g / count, gradients), jax.tree.map(jnp.mean, metrics)
-    # Each chunk's mean counts its padding as zeros, so divide by the number of full chunks that the weights amount to.
-    full = jnp.sum(samples.weight) / size
-    return jax.tree.map(lambda g: g / full, gradients), jax.tree.map(lambda m: jnp.sum(m) / full, metrics)
+    def add_weighted(carry: Params, part: Samples) -> tuple[Params, dict[str, Array]]:
+        _, like = jax.eval_shape(add, carry, part)
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+        return jax.lax.cond(jnp.any(jnp.asarray(part.weight) > 0), lambda: add(carry, part), lambda: (carry, nothing))
+
+    gradients, metrics = jax.lax.scan(add_weighted if skip_empty else add, zeros, split(samples, size))
+    return gradients, jax.tree.map(partial(jnp.sum, axis=0), metrics)
 
 
 @dataclass(frozen=True)
@@ -117,17 +145,18 @@ def update(
     samples: Samples,
     base: Params | None = None,
     factor: float = 1.0,
+    skip_empty: bool = False,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """Return (next state, metrics): gradients on a copy of the weights in `compute_dtype`, the step on float32 masters.
 
     `optimizer` clips the gradients itself. A step without any advantage (all groups dead) or with a gradient norm that
     is not finite is skipped; see `apply_gradients`. With `base`, frozen weights in `compute_dtype`, the state is that
-    of an adapter that is scaled by `factor`.
+    of an adapter that is scaled by `factor`. With `skip_empty`, micro-batches whose weights are all 0 are not computed.
 
     Source: UDM-GRPO, arXiv 2604.18518.
     """
     scale = partial(lora.scaled, by=factor) if base is not None else lambda params: params
     compute = cast(scale(state.params), compute_dtype)
-    gradients, metrics = accumulated_gradients(network, objective, compute, samples, micro_batch, base)
+    gradients, metrics = accumulated_gradients(network, objective, compute, samples, micro_batch, base, skip_empty)
     state, of_step = apply_gradients(optimizer, average, state, scale(gradients), has_signal(samples))
     return state, metrics | of_step

@@ -67,9 +67,16 @@ class Execution:
     """Function that prepares the parameters of all blocks for the loop over them; None leaves them unchanged."""
     shards: int = 1
     """Number of devices that a batch is spread over."""
+    added_up: Any = None
+    """Decorator for a function of (weights, a batch) that every device computes on its own rows, with all parameters,
+    before the results are added up; None if devices have only parts of the parameters, or there is only one device."""
     multiple: int = 1
     """The sequence is padded at the embedding to a multiple of this, with rows that no row attends to and that are
     dropped at the end. 1, or 2 for "cudnn", whose gradient JAX refuses for an odd number of rows."""
+
+    def on_one_device(self) -> "Execution":
+        """Return the execution of one device's share of a batch, by that device alone."""
+        return Execution(self.attention, self.remat, multiple=self.multiple)
 
     def padded_rows(self, rows: int) -> int:
         """Return the rows of the sequence inside the trunk."""
