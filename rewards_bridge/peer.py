@@ -82,11 +82,12 @@ class Peer:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._failure: tuple[type[LostError], str] | None = None
+        self._has_served = False
         self._process: ScorerProcess | None = None
         self._links: list[Connection] = []
         self._folder = None if config.address else _private_folder()
         try:
-            self.link = self._open()
+            self._start()
         except BaseException:
             self.close()
             raise
@@ -121,6 +122,23 @@ class Peer:
                 self._process.stop(grace_s=0)
             self._replace(kind, problem)
 
+    def _start(self) -> None:
+        """Open the first link. A process that a signal ended is restarted; one that ended by itself would do so again.
+
+        Raises BridgeError.
+        """
+        try:
+            self.link = self._open()
+        except BridgeError as error:
+            if not self._process or (self._process.exit_code(wait_s=0.2) or 0) >= 0 or not self._config.max_restarts:
+                raise
+            self._process.stop(grace_s=0)
+            self._replace(LostError, str(error))
+        self._has_served = True
+
+    def _is_cancelled(self) -> bool:
+        return not self._has_served and self._config.cancelled is not None and self._config.cancelled()
+
     def _replace(self, kind: type[LostError], problem: str) -> None:
         """Open new links until one serves; once no more are allowed, raise kind, now and at every later failure."""
         while True:
@@ -135,6 +153,8 @@ class Peer:
                 self.link = self._open()
                 return
             except BridgeError as error:  # e.g. the previous process has not yet released the device's memory
+                if self._is_cancelled():
+                    raise
                 kind, problem = LostError, str(error)
                 if self._process:
                     self._process.stop(grace_s=0)
@@ -199,7 +219,7 @@ class Peer:
             warnings.append(problem)
         if not self.is_own and reply.HasField("setup"):
             warnings += [f"{config.scorer}{where}: {text}" for text in differences(config.options, reply.setup)]
-        for text in warnings if self.restarts else ():
+        for text in warnings if self._has_served else ():
             if text not in self.warnings:
                 _LOG.warning("%s", text)
         self.warnings = tuple(warnings)
@@ -207,7 +227,7 @@ class Peer:
     def _check_alive(self) -> None:
         if self._closed.is_set():
             raise BridgeError("the client was closed while its scorer started")
-        if self._config.cancelled and not self.restarts and self._config.cancelled():
+        if self._is_cancelled():
             raise BridgeError(f"loading scorer {self._config.scorer!r} was cancelled")
         if self.has_died():
             raise BridgeError(f"scorer {self._config.scorer!r} could not be started: {self.describe_process()}")

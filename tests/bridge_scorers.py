@@ -196,6 +196,18 @@ class WithSecrets(Echo):
         super().__init__()
 
 
+class KilledWhileLoading(Echo):
+    """Is killed while it loads, the first `times` times."""
+
+    def __init__(self, folder: str, times: int = 1) -> None:
+        super().__init__()
+        for number in range(times):
+            flag = Path(folder) / str(number)
+            if not flag.exists():
+                flag.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
 class FailsToLoad:
     """Cannot find its weights."""
 

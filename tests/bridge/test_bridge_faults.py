@@ -208,6 +208,28 @@ def test_a_process_that_cannot_start_says_why(scorer, fields, match):
     assert time.monotonic() - begun < 10
 
 
+def test_a_process_that_is_killed_while_it_loads_is_restarted(tmp_path, caplog):
+    with RewardsClient(helpers.config("KilledWhileLoading", options={"folder": str(tmp_path)})) as client:
+        assert len(client.submit(*helpers.batch(0, 3)).result(20).score) == 3
+    assert "was killed by SIGKILL" in caplog.text
+    assert "restarting it, 1 of 1" in caplog.text
+
+
+def test_one_that_is_killed_again_and_again_says_so(tmp_path):
+    options = {"folder": str(tmp_path), "times": 9}
+    with pytest.raises(BridgeError, match=r"(?s)was killed by SIGKILL.*gave up after 1 restarts"):
+        RewardsClient(helpers.config("KilledWhileLoading", options=options))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_nothing_is_restarted_for_a_run_that_was_asked_to_stop(tmp_path):
+    options = {"folder": str(tmp_path), "times": 9}
+    asked = lambda: (tmp_path / "0").exists()  # noqa: E731
+    with pytest.raises(BridgeError, match=r"cancelled|killed by SIGKILL"):
+        RewardsClient(helpers.config("KilledWhileLoading", options=options, max_restarts=9, cancelled=asked))
+    assert len(list(tmp_path.iterdir())) <= 2
+
+
 @pytest.fixture(scope="module")
 def wrong_client(tmp_path_factory):
     with RewardsClient(helpers.config("Wrong", kept_images=str(tmp_path_factory.mktemp("kept")))) as client:
