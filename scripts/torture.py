@@ -144,16 +144,16 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 
 def _results(file: Path, seed: int) -> list[dict[str, Any]]:
-    """Return the results of earlier calls with this seed, without a line that a kill has truncated."""
-    results = []
+    """Return each trial's last result of earlier calls with this seed, without a line that a kill has truncated."""
+    results = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
             result = json.loads(line)
         except ValueError:
             continue
         if result["seed"] == seed:
-            results.append(result)
-    return results
+            results[result["trial"]] = result
+    return list(results.values())
 
 
 def _line(result: dict[str, Any], trials: int) -> str:
@@ -187,11 +187,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: two uninterrupted runs differ, so nothing can be compared: {'; '.join(problems)}")
         return 1
     file = folder / "results.jsonl"
-    results = _results(file, args.seed)[: args.trials]
+    results = [result for result in _results(file, args.seed) if result["trial"] <= args.trials]
     for result in results:
         print(_line(result, args.trials), flush=True)
+    finished = {result["trial"] for result in results}
     for number, strike in zip(range(1, args.trials + 1), strikes(args.seed), strict=False):
-        if number <= len(results):
+        if number in finished:
             continue
         result = {"seed": args.seed, **run_trial(number, strike, pace, reference, folder)}
         results.append(result)

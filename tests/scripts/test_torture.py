@@ -1,12 +1,15 @@
 """scripts/torture.py: its seeded moments, its comparison of runs, and one trial with real processes."""
 
 import itertools
+import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from scripts import torture
 from scripts.torture import PHASES, SIGNALS, TARGETS, differences, main, strikes
 
 
@@ -29,6 +32,25 @@ def test_every_byte_and_every_line_counts(tmp_path: Path):
     (other / "export" / "more").touch()
     (other / "metrics.jsonl").write_text('{"step": 2}\n')
     assert differences(one, other) == ["export/more is unexpected", "export/weights differs", "metrics.jsonl differs"]
+
+
+def test_the_trials_that_are_missing_are_run_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    numbers = []
+
+    def trial(number, strike, *_):
+        numbers.append(number)
+        return {"trial": number, **asdict(strike), "hit": "", "statuses": [0], "problems": []}
+
+    monkeypatch.setattr(torture, "measure", lambda folder: (folder / "reference", None))
+    monkeypatch.setattr(torture, "run_trial", trial)
+    words = ["--output", str(tmp_path), "--trials", "5", "--seed", "0"]
+    assert main(words) == 0
+    file = tmp_path / "results.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if json.loads(line)["trial"] not in (2, 4)))
+    assert main(words) == 0
+    assert numbers == [1, 2, 3, 4, 5, 2, 4]
+    assert "5 trials, failed: none" in capsys.readouterr().out
 
 
 def test_a_run_that_is_killed_and_resumed_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
