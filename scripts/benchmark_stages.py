@@ -185,10 +185,10 @@ def stages(setting: Setting, arrays: Arrays) -> list[Stage]:
     passes = plans.rollout.steps - plans.rollout.first_step(setting.path)
 
     def update() -> Any:
-        arrays.state, metrics = steps.update(arrays.state, arrays.samples, arrays.score, arrays.policy)
+        arrays.state, metrics = steps.update(arrays.state, arrays.policy, arrays.samples, arrays.score)
         return metrics
 
-    learning = (arrays.state, arrays.samples, arrays.score, arrays.policy)
+    learning = (arrays.state, arrays.policy, arrays.samples, arrays.score)
     return [
         _sampler(setting),
         Stage("forward", lambda: forward(arrays.policy, *few), m, 1, _flops(forward, (arrays.policy, *few))),
@@ -222,7 +222,7 @@ def _iteration(setting: Setting, arrays: Arrays) -> Any:
         pictures.append(steps.decode(arrays.tokenizer, parts[-1]))
     rolled = Rollout(jnp.concatenate(parts))
     samples = steps.prepare(policy, arrays.policy, arrays.prompt_ids, rolled, jax.random.key(8))
-    arrays.state, metrics = steps.update(arrays.state, samples, arrays.score, arrays.policy)
+    arrays.state, metrics = steps.update(arrays.state, policy, samples, arrays.score)
     return pictures, metrics
 
 

@@ -15,7 +15,7 @@ from optax import OptState
 from udm_grpo import mesh as meshes
 from udm_grpo.batch_sizes import batch_sizes
 from udm_grpo.batches import BatchSizes, Params, Rollout, Samples, TrainState
-from udm_grpo.config import RunConfig
+from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.diffusion.path import ProbabilityPath
 from udm_grpo.diffusion.pretrain import pretrain_loss
 from udm_grpo.diffusion.rollout import RolloutPlan, rollout, sample_step
@@ -72,14 +72,16 @@ class Steps:
     prepare: Callable[[Params, Params, Array, Rollout, Array], Samples]
     """(policy, reference, prompt_ids i32[B,L], rollout of B images, key) -> training states, advantages still 0."""
     update: Callable[..., tuple[TrainState, Metrics]]
-    """One optimizer step: (state, training states, score f32[P,G], reference, images i32[B/M]) -> next state, metrics.
+    """One optimizer step: (state, policy, training states, score f32[P,G], images i32[B/M]) -> next state, metrics.
 
-    The old state is donated. The reference is used only as the base of an adapter. With minibatches, the step trains on
-    the states of these images.
+    The old state is donated; the policy is its compute copy. With minibatches, the step trains on the states of these
+    images.
     """
     compute_copy: Callable[..., Params]
-    """(master weights, reference) -> a copy in the compute dtype; for an adapter, only the adapter is copied and the
-    reference's own arrays are used."""
+    """(master weights, reference) -> a copy in the compute dtype, placed as `copies` says; for an adapter, only the
+    adapter is copied and the reference's own arrays are used."""
+    copies: Callable[[Params], Params]
+    """Parameters, possibly abstract -> the sharding of each in a compute copy, such as the reference."""
     begin: Callable[[Params], TrainState]
     """Master weights, or an adapter (donated) -> the state before the first update."""
 
@@ -131,15 +133,28 @@ def decoded(
     return map_chunks(lambda part: vq.decode(config, params, part), padded, shards * images, chains)[:batch]
 
 
-def _placed(plans: Plans, mesh: Mesh) -> Plans:
-    """Return the plans with the shardings of activations, blocks and head on `mesh`."""
+def has_whole_copies(config: RunConfig, mesh: Mesh) -> bool:
+    """Return whether every device has all of the weights in the compute dtype, also for "auto" on a mesh that can.
+
+    Raises ConfigError for "replicated" on a mesh that splits layers.
+    """
+    if config.model.compute_weights == "replicated" and not meshes.can_replicate(mesh):
+        raise ConfigError(
+            f"model.compute_weights is replicated, but mesh.tensor splits each layer over {mesh.shape['tensor']} "
+            "devices; set model.compute_weights=auto or mesh.tensor=1."
+        )
+    return config.model.compute_weights != "sharded" and meshes.can_replicate(mesh)
+
+
+def _placed(plans: Plans, mesh: Mesh, whole: bool) -> Plans:
+    """Return the plans with the shardings of activations, blocks and head on `mesh`; `whole`: of whole copies."""
     execution = replace(
         plans.network.execution,
         batch=meshes.over_batch(mesh),
-        head=meshes.head(mesh),
-        layers=meshes.LayersTogether(mesh),
+        head=None if whole else meshes.head(mesh),
+        layers=None if whole else meshes.LayersTogether(mesh),
         shards=meshes.batch_shards(mesh),
-        added_up=meshes.added_up(mesh),
+        added_up=meshes.added_up(mesh) if whole else None,
     )
     return replace(plans, network=replace(plans.network, execution=execution))
 
@@ -149,10 +164,12 @@ def build(
 ) -> Steps:
     """Return the stages of a run on `mesh`, compiled on first use; `state`, possibly abstract, gives the shardings."""
     over_batch, replicated = meshes.over_batch(mesh), meshes.replicated(mesh)
-    plans = _placed(plans, mesh)
+    whole = has_whole_copies(config, mesh)
+    plans = _placed(plans, mesh, whole)
     state_shardings = meshes.shardings(mesh, state)
     network, objective, sizes = plans.network, plans.objective, batch_sizes(config, mesh)
-    factor = lora.factor(config.lora) if config.lora.rank else 1.0
+    factor = lora.factor(config.lora) if config.lora.rank else None
+    copies = partial(meshes.compute_shardings, mesh, whole=whole)
 
     @cache  # repeated evaluations, and those with the rollout's own plan, are not compiled again
     def rollout_step(plan: RolloutPlan) -> RolloutStep:
@@ -168,18 +185,17 @@ def build(
         return to_pixels(decoded(plans.vq, params, grids, platform, network.execution.shards))
 
     def update_step(
-        state: TrainState, samples: Samples, score: Array, reference: Params | None = None, images: Array | None = None
+        state: TrainState, policy: Params, samples: Samples, score: Array, images: Array | None = None
     ) -> tuple[TrainState, Metrics]:
         return update(
             network,
             objective,
             optimizer,
             EmaPlan(config.optimizer.ema_decay, config.optimizer.ema_every),
-            plans.compute_dtype,
             sizes.update,
             state,
+            policy,
             of_step(objective, network, sizes, samples, score, images, config.grpo.skip_dead_groups),
-            reference if config.lora.rank else None,
             factor,
             config.grpo.skip_dead_groups,
         )
@@ -199,7 +215,8 @@ def build(
         decode=jax.jit(decode, out_shardings=over_batch),
         prepare=partial(jax.jit(prepare_step, out_shardings=over_batch), path),
         update=jax.jit(update_step, out_shardings=(state_shardings, replicated), donate_argnums=0),
-        compute_copy=_compute_copy(config, plans.compute_dtype, state_shardings.params),
+        compute_copy=_compute_copy(config, plans.compute_dtype, copies(state.params)),
+        copies=copies,
         begin=jax.jit(begin, out_shardings=state_shardings, donate_argnums=0),
     )
 

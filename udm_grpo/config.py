@@ -29,6 +29,10 @@ class ModelConfig:
     was written for the devices, else xla."""
     remat: str = "none"
     """What the backward pass recomputes: none, dots (all but matrix products) or full."""
+    compute_weights: str = "auto"
+    """Where policy and reference are in the compute dtype: replicated (all of both on every device, so that images are
+    drawn without any exchange, and gradients are exchanged once), sharded (like the float32 weights, by mesh.fsdp), or
+    auto: replicated if rollout and update fit into the memory of a device, by the compiler."""
     logit_rows: int = 4
     """Images whose logits (N x V each) are in memory at a time, on each device that shares the batch."""
 

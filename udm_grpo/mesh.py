@@ -151,28 +151,53 @@ class LayersTogether:
 
 @dataclass(frozen=True)
 class AddedUp:
-    """Decorates a function of (weights, a batch): every device computes it on its own rows, then results are added up.
+    """Decorates a function of (weights, a batch) that returns (gradients, metrics).
 
-    Results are exchanged once, whatever loops the function has. Every device must have the whole weights.
+    Every device computes it on its own rows, then results are added up: they are exchanged once, whatever loops the
+    function has. Every device must have the whole weights.
     """
 
     mesh: Mesh
 
-    def __call__(self, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        """Return the decorated function."""
+    def __call__(self, function: Callable[[Any, Any], tuple[Any, Any]], learned: Any) -> Callable[[Any, Any], Any]:
+        """Return the decorated function; each device gets the sum of the part of the gradients that RULES give it.
+
+        learned: the parameters that the gradients are of.
+        """
         whole, batch = PartitionSpec(), over_batch(self.mesh).spec
+        parts = jax.tree.map(lambda sharding: sharding.spec, shardings(self.mesh, learned))
+
+        def of_device(weights: Any, own: Any) -> tuple[Any, Any]:
+            gradients, metrics = function(weights, own)
+            return jax.tree.map(self._part, gradients, parts), jax.lax.psum(metrics, batch[0])
+
         return jax.shard_map(
-            lambda weights, own: jax.lax.psum(function(weights, own), batch[0]),
-            mesh=self.mesh,
-            in_specs=(whole, batch),
-            out_specs=whole,
-            check_vma=False,
+            of_device, mesh=self.mesh, in_specs=(whole, batch), out_specs=(parts, whole), check_vma=False
         )
+
+    def _part(self, own: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """Return a device's part of the sum of all devices' arrays."""
+        names = [(name,) if isinstance(name, str) else name or () for name in spec]
+        split = next((at for at, axes in enumerate(names) if "fsdp" in axes), None)
+        if split is None or self.mesh.shape["fsdp"] == 1:
+            return jax.lax.psum(own, ("data", "fsdp"))
+        part = jax.lax.psum_scatter(own, "fsdp", scatter_dimension=split, tiled=True)
+        return jax.lax.psum(part, "data") if self.mesh.shape["data"] > 1 else part
+
+
+def can_replicate(mesh: Mesh) -> bool:
+    """Return whether every device can compute its rows of a batch by itself: no layer is split."""
+    return mesh.shape["tensor"] == 1
 
 
 def added_up(mesh: Mesh) -> AddedUp | None:
-    """Return the decorator if every one of several devices has all parameters, that is if only batches are spread."""
-    return AddedUp(mesh) if mesh.shape["data"] == mesh.size > 1 else None
+    """Return the decorator for several devices that each have the whole weights; None for one device."""
+    return AddedUp(mesh) if mesh.size > 1 else None
+
+
+def compute_shardings(mesh: Mesh, tree: Any, whole: bool) -> Any:
+    """Return the sharding of every leaf of a compute copy: replicated if it is `whole`, else by RULES."""
+    return jax.tree.map(lambda _: replicated(mesh), tree) if whole else shardings(mesh, tree)
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -256,7 +256,7 @@ def start(run: Run, abstract: TrainState) -> tuple[TrainState, Params, Position 
     reference = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, run.steps.plans.compute_dtype, sharding=sharding),
         whole,
-        meshes.shardings(run.mesh, whole),
+        run.steps.copies(whole),
     )
     if run.identity.resume is None:
         return *_fresh(run, abstract, reference), None
@@ -293,11 +293,11 @@ def _fresh(run: Run, abstract: TrainState, reference: Params) -> tuple[TrainStat
     """Return (the state before the first update, the frozen reference), from the start model's folder."""
     config = run.released.transformer_config
     folder = transformer_path(local(run.config.model.path), run.config.model.transformer)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, reference)
     if not run.config.lora.rank:
-        master = load_transformer(folder, config, shardings=shardings)
+        master = load_transformer(folder, config, shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract.params))
         reference = run.steps.compute_copy(master)
         return run.steps.begin(master), reference
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, reference)
     base = load_transformer(folder, config, run.config.model.dtype, shardings)
     drawn = lora.init(abstract.params, run.key(Stage.ADAPTER, 0))
     adapter = jax.tree.map(lambda leaf, like: hosts.put(leaf, like.sharding), drawn, abstract.params)

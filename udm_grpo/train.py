@@ -114,7 +114,9 @@ def iterate(
     each = []
     with timer("update"):
         for images in minibatches(run, step):
-            state, metrics = run.steps.update(state, samples, score, reference, images)
+            if each:
+                policy = run.steps.compute_copy(state.params, reference)
+            state, metrics = run.steps.update(state, policy, samples, score, images)
             each.append(metrics)
         jax.block_until_ready(metrics)
     return state, rewards, mean_of(each)

@@ -85,6 +85,34 @@ def test_a_page_that_can_be_counted_by_hand():
     assert len(totals) == 5
 
 
+SHARD_MAP = """
+%spread (q: f32[3]) -> f32[6] {
+  %q = f32[3] parameter(0)
+  ROOT %also = f32[6] all-gather(%q), channel_id=1, dimensions={0}
+}
+
+ENTRY %main (a: f32[8], b: f32[8], c: f32[3]) -> f32[8] {
+  %a = f32[8] parameter(0)
+  %b = f32[8] parameter(1)
+  %c = f32[3] parameter(2)
+  %one = f32[8] all-reduce(%a), channel_id=1, to_apply=%add
+  %two = f32[8] all-reduce(%b), channel_id=1, to_apply=%add
+  %three = f32[6] all-gather(%c), channel_id=1, dimensions={0}
+  %piece = f32[6] fusion(%c), calls=%spread
+  ROOT %four = f32[2] reduce-scatter(%two), channel_id=1, to_apply=%add
+}
+"""
+
+
+def test_collectives_of_a_shard_map_share_a_channel_and_are_counted_apart():
+    totals = collectives(SHARD_MAP)
+    assert totals == {
+        "all-reduce": Collective(2, 2 * 8 * 4),
+        "all-gather": Collective(1, 6 * 4),
+        "reduce-scatter": Collective(1, 8 * 4),
+    }
+
+
 def test_bytes_of_types():
     assert type_bytes("bf16[32,1345]{1,0:T(8,128)(2,1)}") == 32 * 1345 * 2
     assert type_bytes("(s32[]{:T(128)}, f8e4m3fn[7], pred[5])") == 4 + 7 + 5

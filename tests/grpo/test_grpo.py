@@ -20,7 +20,7 @@ from udm_grpo.grpo.minibatches import of_images, split_images
 from udm_grpo.grpo.optimizer import adamw, learning_rate
 from udm_grpo.grpo.optimizer import step as optimizer_step
 from udm_grpo.grpo.trajectory import TrajectoryPlan, trajectory, window
-from udm_grpo.grpo.update import EmaPlan, accumulated_gradients, update
+from udm_grpo.grpo.update import EmaPlan, accumulated_gradients, cast, update
 from udm_grpo.model.head import head_logps
 from udm_grpo.model.network import Network
 from udm_grpo.model.transformer import init
@@ -186,7 +186,7 @@ def test_update_raises_good_and_lowers_bad() -> None:
     samples = dataclasses.replace(random_samples(2), advantage=jnp.array([1.0, -1.0]))
     optimizer = adamw(optax.constant_schedule(1e-2), 0.9, 0.95, 0.01, 1.0)
     state = TrainState(params, optimizer.init(params), params, jnp.int32(0))
-    step = jax.jit(lambda s, x: update(NETWORK, LOSS, optimizer, EmaPlan(0.9), jnp.float32, 2, s, x))
+    step = jax.jit(lambda s, x: update(NETWORK, LOSS, optimizer, EmaPlan(0.9), 2, s, s.params, x))
     before, _ = token_mean_logps(NETWORK, params, samples.prompt_ids, samples.noisy, samples.action)
     samples = dataclasses.replace(samples, frozen={"ref_logp": before})
     after, metrics = step(state, samples)
@@ -204,7 +204,7 @@ def test_the_average_follows_every_third_step_only() -> None:
     optimizer = adamw(optax.constant_schedule(1e-2), 0.9, 0.95, 0.01, 1.0)
     state = TrainState(params, optimizer.init(params), params, jnp.int32(0))
     plan = EmaPlan(decay=0.5, every=3)
-    step = jax.jit(lambda s: update(NETWORK, LOSS, optimizer, plan, jnp.float32, 8, s, samples)[0])
+    step = jax.jit(lambda s: update(NETWORK, LOSS, optimizer, plan, 8, s, s.params, samples)[0])
     expected = params
     for count in range(1, 8):
         state = step(state)
@@ -260,7 +260,7 @@ def test_minibatch_steps_are_those_of_a_direct_computation() -> None:
         surrogate = jnp.minimum(A * r, A * jnp.clip(r, 1 - LOSS.clip_range, 1 + LOSS.clip_range))
         return jnp.mean(-surrogate + LOSS.kl_weight * (jnp.exp(ref) - ref - 1))
 
-    step = jax.jit(lambda s, x: update(NETWORK, LOSS, optimizer, EmaPlan(), jnp.float32, 2, s, x))
+    step = jax.jit(lambda s, x: update(NETWORK, LOSS, optimizer, EmaPlan(), 2, s, s.params, x))
     state = TrainState(params, optimizer.init(params), None, jnp.int32(0))
     expected, moments, outside = params, state.opt_state, []
     for turn in range(2):
@@ -281,10 +281,10 @@ def test_bfloat16_compute_keeps_float32_masters() -> None:
     params = init(CONFIG, jax.random.key(0))
     optimizer = adamw(optax.constant_schedule(1e-4), 0.9, 0.95, 0.01, 1.0)
     state = TrainState(params, optimizer.init(params), None, jnp.int32(0))
-    step = jax.jit(partial(update, NETWORK, LOSS, optimizer, EmaPlan()), static_argnums=(0, 1))
-    after, metrics = step(jnp.bfloat16, 4, state, random_samples())
+    step = jax.jit(partial(update, NETWORK, LOSS, optimizer, EmaPlan(), 4))
+    after, metrics = step(state, cast(params, jnp.bfloat16), random_samples())
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(after.params))
-    _, exact_metrics = step(jnp.float32, 4, state, random_samples())
+    _, exact_metrics = step(state, params, random_samples())
     np.testing.assert_allclose(metrics["loss"], exact_metrics["loss"], rtol=0.05)
     np.testing.assert_allclose(metrics["grad_norm"], exact_metrics["grad_norm"], rtol=0.1)
 

@@ -47,7 +47,7 @@ def first() -> TrainState:
 
 @functools.cache
 def step() -> Any:
-    return jax.jit(lambda s, x: update(NETWORK, LOSS, ADAM, EmaPlan(0.9), jnp.float32, 8, s, x))
+    return jax.jit(lambda s, x: update(NETWORK, LOSS, ADAM, EmaPlan(0.9), 8, s, s.params, x))
 
 
 def assert_same(one: Any, other: Any) -> None:

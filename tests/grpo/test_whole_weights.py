@@ -1,6 +1,6 @@
 """Gradients of devices that each have the whole weights: the same as of one device, and exchanged once.
 
-Run as a program (`python test_whole_weights.py`), this file prints the differences for the devices of its process.
+Run as a program (`python test_whole_weights.py`), this file prints the differences for eight devices.
 """
 
 import json
@@ -29,6 +29,8 @@ CONFIG = TransformerConfig(32, 48, 2, 1, 2, 1e6, 10 + 40, 10, 40, 2)
 NETWORK = Network(CONFIG, (2, 3), rows=8)
 LOSS = UDMGRPO(TrajectoryPlan(10, 1.0), clip_range=0.2, kl_weight=0.05)
 STATES, MICRO_BATCH = 48, 16
+MESHES = {"4 data": (4, 1), "8 data": (8, 1), "8 fsdp": (1, 8), "2 data, 4 fsdp": (2, 4)}
+"""Name -> numbers of devices that split the batch only, and that split the state, too."""
 
 
 def samples() -> Samples:
@@ -41,14 +43,11 @@ def samples() -> Samples:
     return Samples(draw(10, 4), draw(40, 6), draw(40, 6), advantage, {"ref_logp": ref_logp}, jnp.asarray(weight))
 
 
-def together() -> tuple[Network, Any]:
-    """Return the network on all devices of this process, and its mesh."""
-    mesh = meshes.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+def together(data: int, fsdp: int) -> tuple[Network, Any]:
+    """Return the network on data x fsdp devices of this process, and their mesh."""
+    mesh = meshes.make_mesh({"data": data, "fsdp": fsdp, "tensor": 1}, jax.devices()[: data * fsdp])
     execution = Execution(
-        batch=meshes.over_batch(mesh),
-        head=meshes.head(mesh),
-        shards=meshes.batch_shards(mesh),
-        added_up=meshes.added_up(mesh),
+        batch=meshes.over_batch(mesh), shards=meshes.batch_shards(mesh), added_up=meshes.added_up(mesh)
     )
     return replace(NETWORK, execution=execution), mesh
 
@@ -57,38 +56,52 @@ def norm(tree: Any) -> float:
     return float(np.sqrt(sum(np.square(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(tree))))
 
 
-def differences(dtype: str, weighted: bool) -> dict[str, float]:
-    """Return how far the gradients and metrics of all devices are from those of one in float32, and the exchanges."""
-    network, mesh = together()
-    params, states = init(CONFIG, jax.random.key(0)), samples()
-    states = states if weighted else replace(states, weight=None)
+def minus(one: Any, other: Any) -> Any:
+    return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), one, other)
 
-    def gradients(network: Network, dtype: str) -> Any:
-        return jax.jit(
-            lambda p, x: accumulated_gradients(network, LOSS, cast(p, dtype), x, MICRO_BATCH, skip_empty=weighted)
-        )
 
-    exact, exact_metrics = gradients(NETWORK, "float32")(params, states)
-    alone, _ = gradients(NETWORK, dtype)(params, states)
+def gradients(network: Network, dtype: str, states: Samples) -> Any:
+    skips = states.weight is not None
+    return jax.jit(lambda p, x: accumulated_gradients(network, LOSS, cast(p, dtype), x, MICRO_BATCH, skip_empty=skips))
+
+
+def compared(name: str, dtype: str, params: Any, states: Samples, exact: tuple, alone: tuple) -> dict[str, float]:
+    """Return how far gradients and metrics of a mesh are from those of one device, and how they are exchanged."""
+    network, mesh = together(*MESHES[name])
     placed = jax.device_put(params, meshes.replicated(mesh)), jax.device_put(states, meshes.over_batch(mesh))
-    program = gradients(network, dtype).lower(*placed).compile()
+    program = gradients(network, dtype, states).lower(*placed).compile()
     result, metrics = program(*placed)
-    minus = lambda one, other: norm(jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), one, other))  # noqa: E731
+    shards = jax.tree.map(lambda leaf: leaf.sharding.shard_shape(leaf.shape), result)
+    expected = jax.tree.map(lambda leaf, one: one.shard_shape(leaf.shape), params, meshes.shardings(mesh, params))
     return {
-        "error": minus(result, exact) / norm(exact),
-        "error of one": minus(alone, exact) / norm(exact),
-        "metrics": minus(metrics, exact_metrics) / norm(exact_metrics),
-        "bytes": sum(one.bytes for one in collectives(program.as_text()).values()),
-        "bytes of the gradients": sum(4 * leaf.size for leaf in jax.tree.leaves(params)),
+        "error": norm(minus(result, exact[0])) / norm(exact[0]),
+        "error of one": norm(minus(alone[0], exact[0])) / norm(exact[0]),
+        "metrics": norm(minus(metrics, exact[1])) / norm(exact[1]),
+        "as the state": shards == expected,
+        "bytes": {kind: one.bytes for kind, one in collectives(program.as_text()).items()},
     }
 
 
-@pytest.fixture(name="measured", scope="module", params=[4, 8])
-def fixture_measured(request: pytest.FixtureRequest) -> dict[str, dict[str, float]]:
+def differences() -> dict[str, dict[str, float]]:
+    """Return the comparisons of all meshes in both dtypes; in float32, of states without weights, too."""
+    params, weighted = init(CONFIG, jax.random.key(0)), samples()
+    results = {}
+    for states in (weighted, replace(weighted, weight=None)):
+        exact = gradients(NETWORK, "float32", states)(params, states)
+        for dtype in ("float32", "bfloat16") if states is weighted else ("float32",):
+            alone = exact if dtype == "float32" else gradients(NETWORK, dtype, states)(params, states)
+            for name in MESHES if states is weighted else ("8 fsdp",):
+                label = f"{name}, {dtype}" + ("" if states is weighted else ", no weights")
+                results[label] = compared(name, dtype, params, states, exact, alone)
+    return results
+
+
+@pytest.fixture(name="measured", scope="module")
+def fixture_measured() -> dict[str, dict[str, Any]]:
     done = subprocess.run(
         [sys.executable, __file__],
         cwd=ROOT,
-        env=environment(request.param, quickly=False),
+        env=environment(8, quickly=False),
         capture_output=True,
         text=True,
     )
@@ -96,26 +109,26 @@ def fixture_measured(request: pytest.FixtureRequest) -> dict[str, dict[str, floa
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("weights", ["weighted", "unweighted"])
-def test_they_are_those_of_one_device(measured: dict[str, dict[str, float]], weights: str) -> None:
-    assert measured[f"float32 {weights}"]["error"] < 1e-5
-    assert measured[f"float32 {weights}"]["metrics"] < 1e-5
-    of_16_bits = measured[f"bfloat16 {weights}"]
-    assert of_16_bits["error"] < 1.2 * of_16_bits["error of one"]
+def test_they_are_those_of_one_device(measured: dict[str, dict[str, Any]]) -> None:
+    assert len(measured) == 2 * len(MESHES) + 1
+    for name, each in measured.items():
+        if "float32" in name:
+            assert max(each["error"], each["metrics"]) < 1e-5, name
+        else:
+            assert each["error"] < 1.2 * each["error of one"], name
 
 
-def test_they_are_exchanged_once(measured: dict[str, dict[str, float]]) -> None:
-    for each in measured.values():
-        assert each["bytes of the gradients"] <= each["bytes"] < each["bytes of the gradients"] + 1024
+def test_they_are_exchanged_once_and_lie_where_the_state_does(measured: dict[str, dict[str, Any]]) -> None:
+    """The sum over a part of the state takes a reduce-scatter; its results of 2 x 4 devices are then added up, too."""
+    whole = sum(4 * leaf.size for leaf in jax.tree.leaves(init(CONFIG, jax.random.key(0))))
+    for name, each in measured.items():
+        assert each["as the state"], name
+        moved, split = each["bytes"], "fsdp" in name
+        assert set(moved) == ({"reduce-scatter", "all-reduce"} if split else {"all-reduce"}), name
+        assert whole <= sum(moved.values()) < (1.3 if "2 data" in name else 1.02) * whole, name
+        if split:
+            assert moved["reduce-scatter"] > 0.9 * whole, name
 
 
 if __name__ == "__main__":
-    print(
-        json.dumps(
-            {
-                f"{dtype} {'weighted' if weighted else 'unweighted'}": differences(dtype, weighted)
-                for dtype in ("float32", "bfloat16")
-                for weighted in (True, False)
-            }
-        )
-    )
+    print(json.dumps(differences()))

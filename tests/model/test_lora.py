@@ -94,7 +94,8 @@ def test_gradients_follow_the_chain_rule() -> None:
     whole, expected_metrics = accumulated_gradients(NETWORK, LOSS, merged, samples, 4)
     optimizer = optax.sgd(1.0)
     state = TrainState(adapter, optimizer.init(adapter), adapter, jnp.int32(0))
-    after, step_metrics = update(again, LOSS, optimizer, EmaPlan(0.75), jnp.float32, 2, state, samples, base, c)
+    policy = lora.attach(base, lora.scaled(adapter, c))
+    after, step_metrics = update(again, LOSS, optimizer, EmaPlan(0.75), 2, state, policy, samples, c)
     for part, name in lora.MAPS.values():
         G, both = whole["layers"][part][name]["kernel"], adapter["layers"][part][name]
         moved = after.params["layers"][part][name]
@@ -103,10 +104,8 @@ def test_gradients_follow_the_chain_rule() -> None:
         assert_close(both["lora_b"] - moved["lora_b"], np.asarray(c * transposed[0] @ G), 2e-4)
     np.testing.assert_allclose(step_metrics["loss"], expected_metrics["loss"], rtol=1e-4, atol=1e-6)
     # The same in bfloat16, with a rounded base and exact adapters.
-    narrow, _ = update(
-        *(again, LOSS, optimizer, EmaPlan(0.75), jnp.bfloat16, 2, state, samples),
-        *(cast(base, jnp.bfloat16), c),
-    )
+    policy = cast(policy, jnp.bfloat16)
+    narrow, _ = update(again, LOSS, optimizer, EmaPlan(0.75), 2, state, policy, samples, c)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(narrow.params))
     moved, exactly = (
         np.concatenate(
@@ -126,20 +125,20 @@ def test_an_update_makes_nothing_of_the_bases_size() -> None:
     adapter = lora.init(lora.abstract(config, 2, lora.targets(("*_proj",))), jax.random.key(1))
     optimizer = optax.adam(1e-3)
 
-    def memory(trained: Params, frozen: Params | None) -> tuple[int, int]:
+    def memory(trained: Params, policy: Params, factor: float | None) -> tuple[int, int]:
         state = TrainState(trained, optimizer.init(trained), trained, jnp.int32(0))
         network = Network(config, NETWORK.grid, rows=1)
         step = jax.jit(
-            lambda s, x, w: update(network, LOSS, optimizer, EmaPlan(0.9), jnp.float32, 2, s, x, w, 2.0),
+            lambda s, p, x: update(network, LOSS, optimizer, EmaPlan(0.9), 2, s, p, x, factor),
             donate_argnums=0,
         )
-        analysis = step.lower(state, random_samples(), frozen).compile().memory_analysis()
+        analysis = step.lower(state, policy, random_samples()).compile().memory_analysis()
         return analysis.temp_size_in_bytes, analysis.output_size_in_bytes
 
     head = base["lm_head"]["kernel"].nbytes
-    temporary, kept = memory(base, None)
+    temporary, kept = memory(base, base, None)
     assert min(temporary, kept) > 2 * head  # a gradient and a state of that size
-    temporary, kept = memory(adapter, base)
+    temporary, kept = memory(adapter, lora.attach(base, adapter), 2.0)
     assert temporary < 0.8 * head  # some arrays of an image's logits, each of size head / 11
     assert kept < 0.2 * head
 

@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -54,14 +56,21 @@ def collectives(text: str) -> dict[str, Collective]:
 
     A loop body counts once for each iteration. Their number is taken from the compiler's annotation or from the loop
     counter (i < N, and what the body adds to i); if neither is known, the body counts once. A collective whose pieces
-    the compiler spread over other work counts once, not once for each piece.
+    the compiler spread over other work counts once, not once for each piece: the pieces, in computations of their own,
+    have its channel. All collectives of a shard_map share one channel; those are told apart within a computation.
     """
     entry, computations = _read(text)
+    shared = _shared_channels(computations.values())
     pieces: dict[str, tuple[int, _Operation]] = {}
 
     def visit(name: str, times: int) -> None:
+        seen: Counter[str] = Counter()
         for number, operation in enumerate(computations[name].own):
             key = operation.channel or f"{name} {number} {len(pieces)}"
+            if key in shared:
+                alike = f"{key} {operation.kind} {operation.bytes}"
+                key = f"{alike} {seen[alike]}"
+                seen[alike] += 1
             known = pieces.get(key)
             pieces[key] = (times if known is None else min(times, known[0]), operation)
         for callee, turns in computations[name].calls:
@@ -76,6 +85,12 @@ def collectives(text: str) -> dict[str, Collective]:
         total.count += times
         total.bytes += times * operation.bytes
     return totals
+
+
+def _shared_channels(computations: Iterable[_Computation]) -> set[str]:
+    """Return the channels that several collectives of one computation have."""
+    counts = (Counter(one.channel for one in computation.own if one.channel) for computation in computations)
+    return {channel for count in counts for channel, times in count.items() if times > 1}
 
 
 def type_bytes(text: str) -> int:

@@ -107,12 +107,12 @@ def programs(config: RunConfig, sizes: Sizes, mesh: Mesh) -> dict[str, Program]:
         Rollout(batches["clean"], batches["trajectory"], batches["trajectory"]),
         batches["key"],
     )
-    learned = (samples, batches["score"], held["reference"], batches["images"])
+    learned = (samples, batches["score"], batches["images"])
     stages = (
         program("rollout", steps.rollout, rollout, ("policy",), *drawn),
         program("decode", steps.decode, rollout, ("tokenizer",), batches["rollout clean"]),
         program("reference", steps.prepare, update, ("policy", "reference"), *judged),
-        program("update", steps.update, update, ("state",), *learned),
+        program("update", steps.update, update, ("state", "policy"), *learned),
     )
     return {one.name: one for one in stages}
 
@@ -136,9 +136,10 @@ def _held(config: RunConfig, sizes: Sizes, mesh: Mesh) -> tuple[dict[str, Any], 
         return jax.tree.map(
             lambda leaf, sharding: _spread(leaf.shape, plans.compute_dtype, sharding),
             tree,
-            meshes.shardings(mesh, tree),
+            steps.copies(tree),
         )
 
+    steps = build(config, plans, path, optimizer, mesh, state)
     reference = copy(whole_model)
     held = {
         "state": state,
@@ -147,7 +148,7 @@ def _held(config: RunConfig, sizes: Sizes, mesh: Mesh) -> tuple[dict[str, Any], 
         "tokenizer": jax.tree.map(lambda leaf: _spread(leaf.shape, leaf.dtype, whole), vq.abstract(sizes.vq)),
         "path": path,
     }
-    return held, build(config, plans, path, optimizer, mesh, state)
+    return held, steps
 
 
 def _batches(config: RunConfig, sizes: Sizes, mesh: Mesh, steps: Steps) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def _choices(config: RunConfig, problems: list[str]) -> None:
     _choice(problems, "model.dtype", config.model.dtype, ("float32", "bfloat16"))
     _choice(problems, "model.attention", config.model.attention, ("auto", "xla", "cudnn", "splash"))
     _choice(problems, "model.remat", config.model.remat, ("none", "dots", "full"))
+    _choice(problems, "model.compute_weights", config.model.compute_weights, ("auto", "replicated", "sharded"))
     try:
         objective_class(config.grpo.objective)
     except ConfigError as error:

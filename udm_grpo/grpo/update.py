@@ -36,7 +36,8 @@ def accumulated_gradients(
 
     With weights, the average is over the samples whose weight is 1; with `skip_empty`, chunks without any are not
     computed. With `base`, which stays frozen, `params` is an adapter of it. If every device has the whole weights, each
-    adds up the gradients of its own samples in float32, and they are exchanged once.
+    adds up the gradients of its own samples in float32, and they are exchanged once: they come back split over the
+    devices as the master weights are.
     """
     size = chunk_size(samples.noisy.shape[0], micro_batch)
     execution = network.execution
@@ -50,7 +51,7 @@ def accumulated_gradients(
         def of_device(weights: tuple[Params, Params | None], samples: Samples) -> Any:
             return _sums(own, objective, weights[0], samples, size // parts, weights[1], skip_empty)
 
-        sums = execution.added_up(of_device)((params, base), samples)
+        sums = execution.added_up(of_device, params)((params, base), samples)
     # A chunk's mean counts its padding as zeros, so divide by the number of full chunks that the weights amount to.
     count = samples.noisy.shape[0] // size if samples.weight is None else jnp.sum(samples.weight) / size
     return jax.tree.map(lambda total: total / (parts * count), sums)
@@ -139,24 +140,25 @@ def update(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     average: EmaPlan,
-    compute_dtype: Any,
     micro_batch: int,
     state: TrainState,
+    policy: Params,
     samples: Samples,
-    base: Params | None = None,
-    factor: float = 1.0,
+    factor: float | None = None,
     skip_empty: bool = False,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """Return (next state, metrics): gradients on a copy of the weights in `compute_dtype`, the step on float32 masters.
+    """Return (next state, metrics): gradients of `policy`, the compute copy of the state, the step on float32 masters.
 
     `optimizer` clips the gradients itself. A step without any advantage (all groups dead) or with a gradient norm that
-    is not finite is skipped; see `apply_gradients`. With `base`, frozen weights in `compute_dtype`, the state is that
-    of an adapter that is scaled by `factor`. With `skip_empty`, micro-batches whose weights are all 0 are not computed.
+    is not finite is skipped; see `apply_gradients`. With `factor`, the state is that of an adapter, which the policy
+    has scaled by `factor` and attached to frozen weights. With `skip_empty`, micro-batches whose weights are all 0 are
+    not computed.
 
     Source: UDM-GRPO, arXiv 2604.18518.
     """
-    scale = partial(lora.scaled, by=factor) if base is not None else lambda params: params
-    compute = cast(scale(state.params), compute_dtype)
-    gradients, metrics = accumulated_gradients(network, objective, compute, samples, micro_batch, base, skip_empty)
-    state, of_step = apply_gradients(optimizer, average, state, scale(gradients), has_signal(samples))
+    learned, base = (policy, None) if factor is None else (lora.detach(policy, state.params), policy)
+    gradients, metrics = accumulated_gradients(network, objective, learned, samples, micro_batch, base, skip_empty)
+    if factor is not None:
+        gradients = lora.scaled(gradients, factor)
+    state, of_step = apply_gradients(optimizer, average, state, gradients, has_signal(samples))
     return state, metrics | of_step

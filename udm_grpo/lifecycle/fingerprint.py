@@ -42,7 +42,7 @@ PROCESS = "how the scorer is run, not what it returns"
 FREE = {
     **dict.fromkeys(("output_dir", "checkpoint.resume"), "a location"),
     **dict.fromkeys(("model.path", "model.transformer", "prompts.train", "prompts.heldout"), PLACE),
-    **dict.fromkeys(("model.attention", "model.remat", "model.logit_rows"), ROUNDING),
+    **dict.fromkeys(("model.attention", "model.remat", "model.compute_weights", "model.logit_rows"), ROUNDING),
     **dict.fromkeys(("rollout.micro_batch", "optimizer.micro_batch", "evaluation.batch", "mesh.*"), ROUNDING),
     "distributed.*": "how processes find each other",
     "compilation_cache": "what the next start need not compile",

@@ -96,11 +96,18 @@ def scaled(adapter: Params, by: float) -> Params:
 
 
 def attach(base: Params, adapter: Params) -> Params:
-    """Return the parameters of the adapted transformer, without copying any leaf."""
+    """Return the parameters of the adapted transformer, without copying any leaf; an adapter of `base` is replaced."""
     adapted = dict(base)
     for name, part in adapter.items():
-        adapted[name] = attach(base[name], part) if name in base else part
+        adapted[name] = attach(base[name], part) if name in base and isinstance(part, dict) else part
     return adapted
+
+
+def detach(adapted: Params, adapter: Params) -> Params:
+    """Return the leaves of the adapted parameters that belong to an adapter with the structure of `adapter`."""
+    return {
+        name: detach(adapted[name], part) if isinstance(part, dict) else adapted[name] for name, part in adapter.items()
+    }
 
 
 def merge(base: Params, adapter: Params) -> Params:
