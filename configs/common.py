@@ -11,16 +11,16 @@ from udm_grpo.config import RunConfig
 def published(name: str, group_size: int) -> RunConfig:
     """Return the recipe without its prompts, scorer and evaluation; `group_size` is G.
 
-    Parameters, moments and gradients are sharded over all devices (mesh.fsdp), blocks are recomputed in the backward
-    pass (model.remat), and both micro-batches of 32 give 16 devices 2 images each. configs/compile_table.md lists where
-    that fits; --compile-only checks any other slice.
+    Parameters, moments and gradients are sharded over all devices (mesh.fsdp), and both micro-batches of 32 give 16
+    devices 2 images each. The start of a run chooses where the compute copies are (model.compute_weights) and what the
+    backward pass recomputes (model.remat) by the memory of the devices. configs/compile_table.md lists what that is for
+    several slices; --compile-only says it for any other.
     """
     config = RunConfig(output_dir=f"outputs/{name}", seed=1337, iterations=10_000)
     config.model.path = "models/URSA-1.7B-IBQ512"
     config.model.dtype = "bfloat16"
     config.model.text_length = 320
     config.model.height = config.model.width = 512
-    config.model.remat = "full"
     config.model.logit_rows = 1
     config.rollout.prompts = 16
     config.rollout.group_size = group_size

@@ -10,6 +10,9 @@ from udm_grpo import mesh as meshes
 from udm_grpo.batches import BatchSizes, padded
 from udm_grpo.config import RunConfig
 
+MICRO_BATCH = 32
+"""Rows at a time where the configuration leaves it open and the memory of a device is unknown."""
+
 
 def micro_batch(total: int, asked: int, shards: int) -> int:
     """Return how many of `total` rows `shards` devices process at a time, if `asked` is the configured number.
@@ -32,9 +35,9 @@ def batch_sizes(config: RunConfig, mesh: Mesh) -> BatchSizes:
     states = images * config.grpo.trained_steps
     return BatchSizes(
         images=images,
-        rollout=micro_batch(images, config.rollout.micro_batch, shards),
+        rollout=micro_batch(images, config.rollout.micro_batch or MICRO_BATCH, shards),
         states=states,
         minibatches=config.grpo.minibatches,
-        update=micro_batch(states // config.grpo.minibatches, config.optimizer.micro_batch, shards),
+        update=micro_batch(states // config.grpo.minibatches, config.optimizer.micro_batch or MICRO_BATCH, shards),
         evaluation=max(config.evaluation.batch // shards, 1) * shards,
     )

@@ -97,7 +97,8 @@ def make_plans(
     grid = (config.model.height // vq_config.stride, config.model.width // vq_config.stride)
     shift = settings.shift or shift
     rows = config.model.logit_rows * meshes.batch_shards(mesh)
-    execution = Execution(choose(config.model, mesh.devices.flat[0]).name, config.model.remat)
+    remat = "none" if config.model.remat == "auto" else config.model.remat  # unless it is settled before
+    execution = Execution(choose(config.model, mesh.devices.flat[0]).name, remat)
     objective = objective_class(config.grpo.objective).from_config(config, shift, rows)
     return Plans(
         network=Network(transformer, grid, execution, rows),
@@ -140,8 +141,8 @@ def has_whole_copies(config: RunConfig, mesh: Mesh) -> bool:
     """
     if config.model.compute_weights == "replicated" and not meshes.can_replicate(mesh):
         raise ConfigError(
-            f"model.compute_weights is replicated, but mesh.tensor splits each layer over {mesh.shape['tensor']} "
-            "devices; set model.compute_weights=auto or mesh.tensor=1."
+            f"model.compute_weights is replicated, but mesh.tensor splits each layer ({dict(mesh.shape)}); set "
+            "model.compute_weights=auto or mesh.tensor=1."
         )
     return config.model.compute_weights != "sharded" and meshes.can_replicate(mesh)
 

@@ -27,8 +27,9 @@ class ModelConfig:
     attention: str = "auto"
     """Attention kernel: xla (anywhere), cudnn (NVIDIA GPUs, bfloat16), splash (TPUs), or auto: the one of these that
     was written for the devices, else xla."""
-    remat: str = "none"
-    """What the backward pass recomputes: none, dots (all but matrix products) or full."""
+    remat: str = "auto"
+    """What the backward pass recomputes: none, dots (all but matrix products), full, or auto: as little as fits into
+    the memory of a device, by the compiler; none where its memory is unknown, as on a CPU."""
     compute_weights: str = "auto"
     """Where policy and reference are in the compute dtype: replicated (all of both on every device, so that images are
     drawn without any exchange, and gradients are exchanged once), sharded (like the float32 weights, by mesh.fsdp), or
@@ -80,9 +81,10 @@ class RolloutConfig:
     """Guidance is applied while t_k is below this."""
     shift: float = 0.0
     """s of the schedule; 0: the released model's."""
-    micro_batch: int = 32
+    micro_batch: int = 0
     """Images that are rolled out, decoded and sent to the scorer together, over all devices; batch_sizes.py adjusts it
-    to the number of devices."""
+    to the number of devices. 0: as many as fit, but at most a quarter of an iteration's, so that the first are scored
+    while others are drawn; 32 where the memory of a device is unknown, as on a CPU."""
 
 
 @dataclass
@@ -149,8 +151,9 @@ class OptimizerConfig:
     """lambda."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
-    micro_batch: int = 32
-    """Training states (of the K*B) in one gradient computation, over all devices; the gradients are accumulated."""
+    micro_batch: int = 0
+    """Training states (of the K*B) in one gradient computation, over all devices; the gradients are accumulated. 0: as
+    many as fit; 32 where the memory of a device is unknown, as on a CPU."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the weights; 0: none is kept."""
     ema_every: int = 1

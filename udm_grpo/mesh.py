@@ -185,6 +185,11 @@ class AddedUp:
         return jax.lax.psum(part, "data") if self.mesh.shape["data"] > 1 else part
 
 
+def splits_state(mesh: Mesh) -> bool:
+    """Return whether devices that share a batch split the state, so that each has a part of the weights."""
+    return mesh.shape["fsdp"] > 1
+
+
 def can_replicate(mesh: Mesh) -> bool:
     """Return whether every device can compute its rows of a batch by itself: no layer is split."""
     return mesh.shape["tensor"] == 1

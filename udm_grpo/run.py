@@ -2,7 +2,7 @@
 
 import contextlib
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -195,9 +195,16 @@ def optimizer_of(config: RunConfig) -> Any:
     return adamw(rate, settings.beta1, settings.beta2, settings.weight_decay, settings.max_grad_norm)
 
 
-def open_run(config: RunConfig, asked: Interruption, stack: contextlib.ExitStack) -> tuple[Run, TrainState]:
+Settle = Callable[[RunConfig, ReleasedModel, Mesh], RunConfig]
+"""Returns a configuration in which nothing is left to the memory of the devices."""
+
+
+def open_run(
+    config: RunConfig, asked: Interruption, stack: contextlib.ExitStack, settle: Settle | None = None
+) -> tuple[Run, TrainState]:
     """Load and check everything before the first rollout; return the run, which `stack` closes, and its abstract state.
 
+    settle: called while the scorers load, once everything else is checked; without it, the defaults of `build` hold.
     Writes nothing; see `begin`. Raises ConfigError, MeshError, errors of the files that the config names, and
     StopRequestedError if the run is asked to stop before its scorers are loaded.
     """
@@ -227,6 +234,9 @@ def open_run(config: RunConfig, asked: Interruption, stack: contextlib.ExitStack
     _check_prompts(client, "prompts.heldout", heldout)
     client.try_out(train.prompts[0], train.metadata[0], config.model.height, config.model.width)
     stack.callback(checkpoints.finish)  # a save in progress is completed even if the run fails
+    if settle:
+        config = settle(config, released, mesh)
+        plans = make_plans(config, released.transformer_config, released.vq_config, released.scheduler.shift, mesh)
     run = Run(
         config=config,
         mesh=mesh,

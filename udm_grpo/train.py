@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,20 +35,19 @@ from udm_grpo import mesh as meshes
 from udm_grpo import run_reports, shared_rewards
 from udm_grpo.batches import Params, Rollout, TrainState
 from udm_grpo.compile_check import compile_only
+from udm_grpo.compile_check.run_settings import keep_programs, settle
 from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.configuration.command_line import parse, usage
 from udm_grpo.configuration.config_checks import validate
 from udm_grpo.devices import check_devices, device_errors, prepare
 from udm_grpo.evaluation import change_in_words, evaluate, evaluate_all, extremes_file, pictures
 from udm_grpo.export import digest_exports, export
-from udm_grpo.files.places import is_bucket
 from udm_grpo.grpo.minibatches import split_images
 from udm_grpo.lifecycle import endings
 from udm_grpo.lifecycle.best_weights import best_or_last, judged, save_best, take_over
 from udm_grpo.lifecycle.endings import Standing
 from udm_grpo.lifecycle.interruption import StopRequestedError, ignore_stopping, interruption
 from udm_grpo.lifecycle.start_notes import prompt_notes, start_notes
-from udm_grpo.machine.compiled_programs import kept_programs
 from udm_grpo.machine.gpu_split import reserved
 from udm_grpo.multihost import distributed, hosts
 from udm_grpo.reporting.metrics import StageTimer, check_tools, write_json
@@ -111,7 +111,7 @@ def iterate(
     with timer("reward"):
         rewards = shared_rewards.collect(tickets, settings.prompts * settings.group_size)
     score = hosts.put(rewards.score.reshape(settings.prompts, settings.group_size), meshes.replicated(run.mesh))
-    each = []
+    each: list[dict[str, jax.Array]] = []
     with timer("update"):
         for images in minibatches(run, step):
             if each:
@@ -249,15 +249,14 @@ def train(config: RunConfig) -> dict[str, Any]:
         if hosts.is_primary():
             check_tools(config.logging)
         try:
-            run, abstract = open_run(config, asked, stack)
+            run, abstract = open_run(config, asked, stack, partial(settle, stack))
             state, reference, position = start(run, abstract)
             asked.check()
         except StopRequestedError:
             return endings.stopped_early(asked)
-        notes = start_notes(config, run.released.transformer_config, run.released.transformer, run.mesh)
+        notes = start_notes(run.config, run.released.transformer_config, run.released.transformer, run.mesh)
         run = take_over(run, abstract, position, stack)
-        if config.compilation_cache and not is_bucket(config.output_dir):
-            stack.enter_context(kept_programs(run.output.parent))
+        keep_programs(config, stack)
         reports = run_reports.open_reports(run, position, stack)
         for note in [*notes, *prompt_notes(run)]:
             reports.progress.message(note)

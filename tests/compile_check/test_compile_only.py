@@ -16,8 +16,10 @@ from pages import manual
 from running import ROOT
 
 from udm_grpo import train
-from udm_grpo.compile_check import compile_only, topology
-from udm_grpo.compile_check.compile_only import Report, Search, candidates, describe, largest
+from udm_grpo.compile_check import measure, topology
+from udm_grpo.compile_check.compile_only import describe
+from udm_grpo.compile_check.largest import Search, candidates, largest
+from udm_grpo.compile_check.measure import Report, too_large
 from udm_grpo.compile_check.programs import device_bytes, mesh_of, programs, read_sizes
 from udm_grpo.config import ConfigError, RunConfig
 
@@ -60,7 +62,7 @@ def test_a_small_run_compiles_for_a_tpu_that_is_not_here(config_file, tmp_path, 
     path = tmp_path / "report.json"
     kernel = ("--config.model.attention=splash", "--config.model.dtype=bfloat16", "--config.model.remat=full")
     flags = ("--topology=v5e:2x2", "--programs=rollout,update", "--no-search", f"--report={path}")
-    assert run(config_file, *flags, *kernel) == 0
+    assert run(config_file, *flags, *kernel, "--config.model.compute_weights=sharded") == 0
     said = capsys.readouterr().out
     assert "v5e:2x2: 4 x TPU v5 lite" in said
     assert "rollout, 8 at a time: fits" in said
@@ -76,6 +78,20 @@ def test_a_small_run_compiles_for_a_tpu_that_is_not_here(config_file, tmp_path, 
     assert {"all-reduce", "reduce-scatter"} & set(update["collectives"])
     # No device repeats the work of another: their total work is about what is needed.
     assert rollout["repeated"] < 1.5
+    assert update["repeated"] < 1.5
+
+
+@needs_libtpu
+def test_whole_copies_are_chosen_where_they_fit(config_file, tmp_path, capsys):
+    path = tmp_path / "report.json"
+    flags = ("--topology=v5e:2x2", "--programs=rollout,update", "--no-search", "--config.model.remat=none")
+    assert run(config_file, *flags, f"--report={path}") == 0
+    said = capsys.readouterr().out
+    assert "model.compute_weights=replicated: " in said
+    assert "of 15.75 GiB on each device, by the compiler" in said
+    rollout, update = json.loads(path.read_text())["programs"]
+    assert rollout["collectives"] == {}
+    assert {"all-reduce", "reduce-scatter"} >= set(update["collectives"])
     assert update["repeated"] < 1.5
 
 
@@ -132,14 +148,14 @@ def test_the_largest_micro_batch_is_found_by_few_compilations(per_size, largest_
     sizes, tried = candidates(384, 16), []
     assert sizes == [16, 32, 48, 64, 96, 128, 192, 384]
 
-    def measure(size):
+    def measured(size):
         tried.append(size)
         return mebibytes(report(size, per_size))
 
     def mebibytes(one: Report) -> Report:
         return dataclasses.replace(one, arguments=2**20, temporaries=one.temporaries * 2**20, limit=1000 * 2**20)
 
-    assert largest(measure, mebibytes(report(32, per_size)), sizes) == Search(largest_size, beyond)
+    assert largest(measured, mebibytes(report(32, per_size)), sizes) == Search(largest_size, beyond)
     assert len(tried) <= most_compilations
     assert len(set(tried)) == len(tried)
 
@@ -152,18 +168,16 @@ def test_devices_that_divide_no_batch_are_searched_by_what_they_work_through():
 def test_what_the_compiler_refuses_counts_as_too_large():
     """If a size does not compile, the next smaller one that does is the largest."""
 
-    def measure(size):
+    def measured(size):
         problem = "too large for the compiler" if size > 64 else ""
         return dataclasses.replace(report(size, 1), problem=problem, arguments=0 if problem else 1)
 
-    assert largest(measure, measure(32), candidates(384, 16)) == Search(64, "96: too large for the compiler")
-    assert largest(measure, dataclasses.replace(report(32), limit=None), [16, 32]) == Search(None)
+    assert largest(measured, measured(32), candidates(384, 16)) == Search(64, "96: too large for the compiler")
+    assert largest(measured, dataclasses.replace(report(32), limit=None), [16, 32]) == Search(None)
 
 
 def test_a_search_says_what_is_beyond_its_end(config_file, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(
-        compile_only, "compile_program", lambda program, devices: report(program.micro_batch, limit=199)
-    )
+    monkeypatch.setattr(measure, "compile_program", lambda program, devices: report(program.micro_batch, limit=199))
     path = tmp_path / "report.json"
     assert run(config_file, "--programs=rollout", f"--report={path}") == 0
     said = capsys.readouterr().out
@@ -182,7 +196,7 @@ def test_a_search_says_what_is_beyond_its_end(config_file, monkeypatch, tmp_path
     ],
 )
 def test_the_compilers_error_says_how_much_was_wanted(message, needed):
-    fields = compile_only._too_large(message)
+    fields = too_large(message)
     assert fields.get("temporaries", 0) == int(needed)
     assert message.replace("\n", " ") in fields["problem"]
 
@@ -194,13 +208,13 @@ def test_an_operation_too_large_for_the_chip_is_told_apart_from_a_program_too_la
         "by 116.0K."
     )
     problem = "one operation wants 32.11M of on-chip memory (VMEM), and the compiler has 32.00M"
-    assert compile_only._too_large(message) == {"problem": problem}
+    assert too_large(message) == {"problem": problem}
 
 
 def test_the_status_says_whether_everything_fits(config_file, monkeypatch, capsys):
-    monkeypatch.setattr(compile_only, "compile_program", lambda program, devices: report(8, limit=1000))
+    monkeypatch.setattr(measure, "compile_program", lambda program, devices: report(8, limit=1000))
     assert run(config_file, "--no-search") == 0
-    monkeypatch.setattr(compile_only, "compile_program", lambda program, devices: report(8, limit=179))
+    monkeypatch.setattr(measure, "compile_program", lambda program, devices: report(8, limit=179))
     assert run(config_file, "--no-search") == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
 
@@ -255,7 +269,7 @@ def test_a_compiler_of_another_jax_is_named(config_file, monkeypatch, capsys):
 
 
 def test_an_error_of_the_compiler_is_not_called_a_size():
-    failed = dataclasses.replace(report(8), **compile_only._too_large("INTERNAL: no such field"))
+    failed = dataclasses.replace(report(8), **too_large("INTERNAL: no such field"))
     assert describe(failed, None)[0].startswith("update, 8 at a time: DOES NOT COMPILE")
-    large = dataclasses.replace(report(8), **compile_only._too_large("RESOURCE_EXHAUSTED: Ran out of memory"))
+    large = dataclasses.replace(report(8), **too_large("RESOURCE_EXHAUSTED: Ran out of memory"))
     assert describe(large, None)[0].startswith("update, 8 at a time: DOES NOT FIT")

@@ -32,6 +32,11 @@ def test_products_convolutions_loops_and_branches():
     assert count(loop, (4, 4), loops=False) == 2 * 4**3
     assert count(jax.grad(lambda a: jnp.sum(loop(a))), (4, 4)) == 3 * 9 * 2 * 4**3
 
+    mesh = jax.sharding.AbstractMesh((4,), ("x",))
+    rows = jax.sharding.PartitionSpec("x")
+    spread = jax.shard_map(lambda a: a @ a.T, mesh=mesh, in_specs=rows, out_specs=rows)
+    assert count(spread, (8, 5)) == 4 * (2 * 2 * 2 * 5)
+
     def branch(a):
         return jax.lax.cond(a[0, 0] > 0, lambda: a @ a @ a, lambda: a @ a)
 

@@ -26,7 +26,9 @@ def matrix_flops(jaxpr: Jaxpr, loops: bool = True) -> int:
             total += 2 * math.prod(_shape(equation.outvars[0])) * math.prod(kernel) // features
         else:
             inner = [matrix_flops(part, loops) for part in _inner(params)]
-            total += (max(inner, default=0) if name == "cond" else sum(inner)) * _turns(name, params, loops)
+            devices = params["mesh"].size if name == "shard_map" else 1  # whose body is what one device does
+            once = max(inner, default=0) if name == "cond" else sum(inner)
+            total += once * devices * _turns(name, params, loops)
     return total
 
 

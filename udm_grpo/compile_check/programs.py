@@ -21,6 +21,7 @@ from udm_grpo.model.execution import TransformerConfig
 from udm_grpo.model.vq import codec as vq
 from udm_grpo.model.vq.config import VQConfig
 from udm_grpo.released.contents import CONFIG_FILES, Scheduler
+from udm_grpo.released.weights import ReleasedModel
 from udm_grpo.run import abstract_state, check_sizes, optimizer_of, trained
 from udm_grpo.tensor_files.torch_files import read_json
 
@@ -62,6 +63,13 @@ def read_sizes(path: str, text_length: int = 0) -> Sizes:
     except ValueError as error:
         raise ConfigError(f"{folder}: {error}") from error
     return Sizes(folder, *parts, text_length)
+
+
+def sizes_of(released: ReleasedModel, folder: str) -> Sizes:
+    """Return the sizes of a model that is loaded from a folder."""
+    return Sizes(
+        Path(folder), released.transformer_config, released.vq_config, released.scheduler, released.tokenizer.length
+    )
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def _not_finite(name: str, value: Any) -> Iterator[tuple[str, str]]:
 def _choices(config: RunConfig, problems: list[str]) -> None:
     _choice(problems, "model.dtype", config.model.dtype, ("float32", "bfloat16"))
     _choice(problems, "model.attention", config.model.attention, ("auto", "xla", "cudnn", "splash"))
-    _choice(problems, "model.remat", config.model.remat, ("none", "dots", "full"))
+    _choice(problems, "model.remat", config.model.remat, ("auto", "none", "dots", "full"))
     _choice(problems, "model.compute_weights", config.model.compute_weights, ("auto", "replicated", "sharded"))
     try:
         objective_class(config.grpo.objective)
@@ -68,11 +68,12 @@ def _choices(config: RunConfig, problems: list[str]) -> None:
 def _ranges(config: RunConfig, problems: list[str]) -> None:
     rollout, grpo, optimizer, evaluation = config.rollout, config.grpo, config.optimizer, config.evaluation
     _at_least(problems, 1, iterations=config.iterations, rollout__prompts=rollout.prompts)
-    _at_least(problems, 1, rollout__steps=rollout.steps, rollout__micro_batch=rollout.micro_batch)
+    _at_least(problems, 1, rollout__steps=rollout.steps)
+    _at_least(problems, 0, rollout__micro_batch=rollout.micro_batch, optimizer__micro_batch=optimizer.micro_batch)
     _at_least(problems, 2, rollout__group_size=rollout.group_size)
     _at_least(problems, 1, grpo__trained_steps=grpo.trained_steps, grpo__window_starts=grpo.window_starts)
     _at_least(problems, 1, grpo__updates_per_rollout=grpo.updates_per_rollout, grpo__minibatches=grpo.minibatches)
-    _at_least(problems, 1, optimizer__micro_batch=optimizer.micro_batch, model__logit_rows=config.model.logit_rows)
+    _at_least(problems, 1, model__logit_rows=config.model.logit_rows)
     _at_least(problems, 1, evaluation__prompts=evaluation.prompts, evaluation__final_prompts=evaluation.final_prompts)
     _at_least(problems, 1, evaluation__images_per_prompt=evaluation.images_per_prompt)
     _at_least(problems, 1, evaluation__batch=evaluation.batch, evaluation__picture_prompts=evaluation.picture_prompts)
@@ -131,6 +132,11 @@ def _combinations(config: RunConfig, problems: list[str]) -> None:
         problems.append(
             "model.attention is cudnn, which computes in bfloat16 only, and model.dtype is float32; set "
             "model.dtype=bfloat16 or model.attention=auto."
+        )
+    if config.model.compute_weights == "replicated" and config.mesh.tensor > 1:
+        problems.append(
+            f"model.compute_weights is replicated, but mesh.tensor={config.mesh.tensor} splits each layer; set "
+            "model.compute_weights=auto or mesh.tensor=1."
         )
     images = rollout.prompts * rollout.group_size
     if grpo.minibatches >= 1 and images % grpo.minibatches:
