@@ -45,13 +45,17 @@ in its raw_rl_data/geneval, are prepared by
         --test downloads/evaluation_metadata.jsonl --output data/geneval
 
 Hardware: a TPU slice or NVIDIA GPUs; the published runs used 32 A100-40GB. Both micro-batches of 32 are over all
-devices, and are padded if the number of devices does not divide them. Memory per device of the update, which needs
-most: 8.3 of 15.75 GiB on v5e:4x4, 8.8 of 31.25 on v6e:4x4, 8.9 of 95.74 on v5p:2x2x4, 14.3 of 95.74 on v5p:2x2x2, 12.4
-of 94.75 on tpu7x:2x2x1; by the TPU compiler, with plain attention. The largest micro-batches that fit are in
-configs/compile_table.md. Without --topology, --compile-only compiles for the available devices.
-On NVIDIA GPUs, with cuDNN's attention and by JAX's CUDA compiler (--topology h100:8): 10.7 GiB per device on 8 H100,
-and 31.9 GiB on 7, a number that divides neither the embedding nor the head. One H100 needs 60.9 GiB, more than the 0.75
-of its memory that JAX takes by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
+devices, and are padded if the number of devices does not divide them. At its start a run compiles its programs and
+takes what fits the memory of its devices: compute copies of policy and reference on every device, so that nothing but
+gradients is exchanged, else sharded ones, and as little recomputation as possible; --compile-only says what that is
+for other devices, or without --topology for the available ones. The least that an update needs (sharded copies, whole
+blocks recomputed, plain attention; configs/compile_table.md) is 8.3 of 15.75 GiB on v5e:4x4, 8.8 of 31.25 on
+v6e:4x4, 8.9 of 95.74 on v5p:2x2x4, 14.3 of 95.74 on v5p:2x2x2 and 12.4 of 94.75 on tpu7x:2x2x1. On v5p:2x2x4 a run
+takes 46.2 GiB (whole copies, nothing recomputed, splash), on v5e:4x4 11.9 GiB (sharded copies, all but matrix products
+recomputed).
+On NVIDIA GPUs the least, with cuDNN's attention and by JAX's CUDA compiler (--topology h100:8), is 10.7 GiB per device
+on 8 H100, and 31.9 GiB on 7, a number that divides neither the embedding nor the head. One H100 needs 60.9 GiB, more
+than the 0.75 of its memory that JAX takes by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
 
 Scorer: devices is auto: a process on the last GPU, which the trainer does not use (of 8 GPUs, 7 train), or on the CPU
 of a machine with one GPU or none, such as the host of a TPU; the start of a run prints which. More GPUs, with a process
