@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from udm_grpo.compile_check.fitting import NAMES, PROGRAMS, settings_of, settled, with_settings
+from udm_grpo.compile_check.fitting import NAMES, PROGRAMS, SHARE, settings_of, settled, with_settings
 from udm_grpo.compile_check.measure import Report
 from udm_grpo.config import RunConfig
 
 GIB = 2**30
-LIMIT = 16
+LIMIT = 16 / SHARE
+"""So that 16 GiB are used at most."""
 
 
 class Mesh:
@@ -26,8 +27,8 @@ class Mesh:
 class FakeCompiler:
     """Says what a program needs by a function of its configuration and name, in GiB."""
 
-    def __init__(self, need: Callable[[RunConfig, str], float], mesh: Any = None, limit: int | None = LIMIT):
-        self.need, self.mesh, self.limit = need, mesh or Mesh(), limit and limit * GIB
+    def __init__(self, need: Callable[[RunConfig, str], float], mesh: Any = None, limit: float | None = LIMIT):
+        self.need, self.mesh, self.limit = need, mesh or Mesh(), limit and round(limit * GIB + 1)
         self.devices = [type("Device", (), {"device_kind": "chip"})]
         self.asked: list[tuple[str, list[Any]]] = []
 
@@ -67,7 +68,7 @@ def test_whole_copies_come_first_and_then_little_recomputation(replicated, dots,
     config, notes = settled(config_with(), FakeCompiler(weights_and_remat(replicated, dots, full)))
     assert settings_of(config) == [*expected, 32, 32]
     assert notes[-1].startswith(f"model.compute_weights={expected[0]}, model.remat={expected[1]}: update needs ")
-    assert notes[-1].endswith("of 16.00 GiB on each device, by the compiler")
+    assert notes[-1].endswith("of 16.84 GiB on each device, by the compiler")
     rejected = expected != ["replicated", "none"]
     assert rejected == any("model.remat=none does not fit: update needs" in note for note in notes)
 
@@ -88,7 +89,7 @@ def test_any_program_can_be_the_one_that_does_not_fit():
 
     config, notes = settled(config_with(remat="none"), FakeCompiler(need))
     assert config.model.compute_weights == "sharded"
-    assert "does not fit: decode needs 20.00 of 16.00 GiB" in notes[0]
+    assert "does not fit: decode needs 20.00 of 16.84 GiB" in notes[0]
 
 
 def test_if_nothing_fits_the_smallest_is_taken_and_it_is_said():

@@ -27,10 +27,13 @@ BACKWARD = "__cudnn$fmhaSoftmaxBackward"
 """XLA's name for the gradient of cuDNN's attention."""
 
 
-def test_the_devices_are_described():
-    devices = topology.devices_of("h100:3")
-    assert [device.device_kind for device in devices] == ["NVIDIA H100 80GB HBM3"] * 3
-    assert topology.usable_bytes(devices[0]) == int(0.75 * 84929347584)
+@pytest.mark.parametrize(
+    ("name", "kind", "memory"), [("h100", "NVIDIA H100 80GB HBM3", 84929347584), ("h200", "NVIDIA H200", 150754820096)]
+)
+def test_the_devices_are_described(name, kind, memory):
+    devices = topology.devices_of(f"{name}:3")
+    assert [device.device_kind for device in devices] == [kind] * 3
+    assert topology.usable_bytes(devices[0]) == int(0.75 * memory)
     assert topology.compiler_options(devices[0])["xla_gpu_autotune_level"] == 0
     assert topology.compiler_options(jax.devices()[0]) == {}
 

@@ -3,8 +3,8 @@
     python -m udm_grpo.train --config configs/geneval.py --compile-only --topology v5p:2x2x4
     python -m udm_grpo.train --config configs/shapes.py --compile-only
 
-    --topology NAME         a TPU slice as kind:chips (needs the libtpu wheel) or GPUs as h100:8 (needs JAX's CUDA
-                            plugin); by default the devices at hand
+    --topology NAME         a TPU slice as kind:chips (needs the libtpu wheel) or GPUs as h100:8 or h200:1 (needs
+                            JAX's CUDA plugin); by default the devices at hand
     --programs A,B          some of rollout, decode, reference, update
     --no-search             do not search for the largest micro-batch that fits
     --report FILE           write the numbers as JSON

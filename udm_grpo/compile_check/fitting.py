@@ -4,8 +4,9 @@ Left open are where the compute copies of the weights are (model.compute_weights
 (model.remat), and the sizes of both micro-batches. Settings that are given stay as they are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from udm_grpo import mesh as meshes
@@ -21,6 +22,8 @@ PROGRAMS = ("rollout", "decode", "reference", "update")
 ROLLOUT_PROGRAMS = ("rollout", "decode")
 """Programs that process rollout.micro_batch images at a time; the others process optimizer.micro_batch states."""
 HARDEST_FIRST = ("update", "rollout", "reference", "decode")
+SHARE = 0.95
+"""Part of a device's memory that a choice may fill: what is free is in pieces, and not every array fits between."""
 PARTS = 4
 """Micro-batches of a rollout whose size is left open, at least: the first images are scored while others are drawn."""
 
@@ -58,9 +61,9 @@ def with_settings(config: RunConfig, settings: Sequence[Any]) -> RunConfig:
 def settled(config: RunConfig, compiler: Compiler) -> tuple[RunConfig, list[str]]:
     """Return the configuration without anything left open, and what was chosen, in words.
 
-    Preferred are whole copies, then the least recomputation, then the largest micro-batches. Where the memory of a
-    device is unknown, as on a CPU, that is taken to fit, with micro-batches of MICRO_BATCH. If nothing fits, the choice
-    that needs least is returned, with a warning.
+    Preferred are whole copies, then the least recomputation, then the largest micro-batches, as far as they fit into
+    SHARE of the memory. Where the memory of a device is unknown, as on a CPU, the preferred settings are taken to fit,
+    with micro-batches of MICRO_BATCH. If nothing fits, the choice that needs least is returned, with a warning.
     """
     choices = list(_choices(config, compiler))
     open_sizes = [name for name, size in _micro_batches(config).items() if not size]
@@ -71,19 +74,20 @@ def settled(config: RunConfig, compiler: Compiler) -> tuple[RunConfig, list[str]
         kind = compiler.devices[0].device_kind
         quiet = compiler.mesh.size == 1
         return chosen, [] if quiet else [f"{_described(config, chosen)} (the memory of a {kind} device is not known)"]
+    measure = partial(_with_room, compiler)
     smallest = meshes.batch_shards(compiler.mesh)
     rejected = []
     for choice in choices:
         chosen = _with_sizes(choice, dict.fromkeys(open_sizes, smallest))
-        failing = next((one for one in (compiler(chosen, name) for name in HARDEST_FIRST) if not one.fits), None)
+        failing = next((one for one in (measure(chosen, name) for name in HARDEST_FIRST) if not one.fits), None)
         if failing is None:
             break
         rejected.append(f"{_described(config, choice)} does not fit: {_need(failing)}")
     else:
         return chosen, [*rejected, "warning: nothing fits, by the compiler; use more devices or a smaller model"]
     for name in open_sizes:
-        chosen = _with_sizes(chosen, {name: _largest(chosen, compiler, name)})
-    tight = max((compiler(chosen, name) for name in PROGRAMS), key=lambda report: report.together)
+        chosen = _with_sizes(chosen, {name: _largest(chosen, measure, smallest, name)})
+    tight = max((measure(chosen, name) for name in PROGRAMS), key=lambda report: report.together)
     return chosen, [*rejected, f"{_described(config, chosen)}: {_need(tight)}, by the compiler"]
 
 
@@ -110,18 +114,24 @@ def _with_sizes(config: RunConfig, sizes: dict[str, int]) -> RunConfig:
     return config
 
 
-def _largest(config: RunConfig, compiler: Compiler, name: str) -> int:
+def _with_room(compiler: Compiler, config: RunConfig, name: str) -> Report:
+    """Return the report of a program that may use SHARE of the memory."""
+    report = compiler(config, name)
+    return replace(report, limit=report.limit and int(SHARE * report.limit))
+
+
+def _largest(config: RunConfig, measure: Callable[[RunConfig, str], Report], shards: int, name: str) -> int:
     """Return the largest micro-batch at which all programs that share it fit; the smallest is known to."""
-    total, shards = rows_of(config, name), meshes.batch_shards(compiler.mesh)
+    total = rows_of(config, name)
     sizes = candidates(total, shards)
     if name in ROLLOUT_PROGRAMS:
         sizes = [size for size in sizes if size <= max(total // PARTS, sizes[0])]
     for one in programs_of(name):
 
-        def measure(size: int, one: str = one) -> Report:
-            return compiler(with_micro_batch(config, one, size), one)
+        def of_size(size: int, one: str = one) -> Report:
+            return measure(with_micro_batch(config, one, size), one)
 
-        most = largest(measure, measure(sizes[0]), sizes).size or sizes[0]
+        most = largest(of_size, of_size(sizes[0]), sizes).size or sizes[0]
         sizes = [size for size in sizes if size <= most]
     return sizes[-1]
 
@@ -135,5 +145,5 @@ def _described(config: RunConfig, chosen: RunConfig) -> str:
 def _need(report: Report) -> str:
     if report.problem:
         return f"{report.program}: {report.problem}"
-    limit = (report.limit or 0) / GIB
+    limit = (report.limit or 0) / SHARE / GIB
     return f"{report.program} needs {report.together / GIB:.2f} of {limit:.2f} GiB on each device"

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -29,8 +30,30 @@ Published per chip: v4 32 GB, v5e 16 GB, v5p 95 GB, v6e 32 GB, tpu7x 192 GB (doc
 under this name, and a tpu7x chip appear as two devices with half of it each.
 """
 
-_H100 = """
-gpu_device_info {
+
+@dataclass(frozen=True)
+class Gpu:
+    """What distinguishes GPUs of one architecture."""
+
+    kind: str
+    """Its name, as the driver reports it."""
+    memory: int
+    """Bytes."""
+    bandwidth: int
+    """Bytes of memory that can be read or written in a second."""
+
+
+GPUS = {
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 84_929_347_584, 3_352_320_000_000),
+    "h200": Gpu("NVIDIA H200", 143_771 * 2**20, 4_800_000_000_000),
+}
+"""Name in --topology -> a GPU of the Hopper generation (SXM).
+
+The H100's numbers are XLA's own description of it; the H200's memory is what nvidia-smi reports, its bandwidth that of
+NVIDIA's data sheet.
+"""
+_HOPPER = """
+gpu_device_info {{
   threads_per_block_limit: 1024
   threads_per_warp: 32
   shared_memory_per_block: 49152
@@ -41,22 +64,21 @@ gpu_device_info {
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
+  memory_bandwidth: {bandwidth}
   l2_cache_size: 52428800
   clock_rate_ghz: 1.98
-  device_memory_size: 84929347584
+  device_memory_size: {memory}
   shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
+  cuda_compute_capability {{ major: 9 }}
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
-}
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 }
-runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info {{ major: 9 minor: 12 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{kind}"
 """
-"""What XLA's compiler has to know of a GPU, in its own description of an H100 with 80 GB (SXM)."""
-GPU_BYTES = {"NVIDIA H100 80GB HBM3": 84929347584}
+"""What XLA's compiler has to know of a GPU."""
 GPU_FRACTION = 0.75
 """Fraction of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION is set."""
 _NO_GPU = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
@@ -78,10 +100,10 @@ class TopologyError(UserError, ValueError):
 
 
 def devices_of(topology: str) -> list[Any]:
-    """Return the devices of a slice such as "v5p:2x2x4" or "h100:8", or those at hand for "". Raises TopologyError."""
+    """Return the devices of a slice such as "v5p:2x2x4" or "h200:8", or those at hand for "". Raises TopologyError."""
     if not topology:
         return list(jax.devices())
-    if topology.partition(":")[0] == "h100":
+    if topology.partition(":")[0] in GPUS:
         return _gpus(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise TopologyError(
@@ -119,12 +141,13 @@ def _check_libtpu(topology: str) -> None:
 
 
 def _gpus(topology: str) -> list[Any]:
-    count = re.fullmatch(r"h100:([1-9]\d{0,3})", topology)
-    if not count:
-        raise TopologyError(f"--topology={topology}: give the number of GPUs of one host, as in h100:8.")
+    name, _, count = topology.partition(":")
+    if not re.fullmatch(r"[1-9]\d{0,3}", count):
+        raise TopologyError(f"--topology={topology}: give the number of GPUs of one host, as in {name}:8.")
+    target = _HOPPER.format(**vars(GPUS[name]))
     try:
         # "processes x hosts x GPUs per host" of one partition; the compiler is part of JAX's CUDA plugin.
-        description = topologies.get_topology_desc(platform="cuda", target_config=_H100, topology=f"1x1x{count[1]}")
+        description = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{count}")
     except (JaxRuntimeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise TopologyError(
             f"--topology={topology} needs JAX's CUDA compiler, which runs without a GPU; pip install "
@@ -147,6 +170,6 @@ def usable_bytes(device: Any) -> int | None:
         stats = device.memory_stats()
     except JaxRuntimeError:  # a device that is not present
         fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_FRACTION))
-        size = GPU_BYTES.get(device.device_kind)
+        size = next((gpu.memory for gpu in GPUS.values() if gpu.kind == device.device_kind), None)
         return None if size is None else int(size * fraction)
     return int(stats["bytes_limit"]) if stats and "bytes_limit" in stats else None
