@@ -40,8 +40,10 @@ takes 46.2 GiB (whole copies, nothing recomputed, splash), on v5e:4x4 11.9 GiB (
 recomputed). These are
 of configs/geneval.py, whose programs differ only in the number of images.
 On NVIDIA GPUs the least, with cuDNN's attention and by JAX's CUDA compiler (--topology h100:8), is 10.7 GiB per device
-on 8 H100, and 31.9 GiB on 7, a number that divides neither the embedding nor the head. One H100 needs 60.9 GiB, more
-than the 0.75 of its memory that JAX takes by default: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.92.
+on 8 H100, and 31.9 GiB on 7, a number that divides neither the embedding nor the head; 8 H100 have room for whole
+copies and no recomputation (45.7 GiB). One GPU recomputes nothing with --config.optimizer.micro_batch=0, as many states
+at a time as fit (4 on an H100, 12 on an H200), and with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92, since JAX takes 0.75 of
+its memory by default.
 
 Scorer: devices is auto: a process on the last GPU, which the trainer does not use (of 8 GPUs, 7 train), or on the CPU
 of a machine with one GPU or none; the start of a run prints which. A CPU is slow for 256 images an iteration: with a
