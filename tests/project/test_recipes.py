@@ -52,7 +52,7 @@ def test_every_field_that_a_page_names_is_one(name):
             [
                 "--config",
                 f"configs/{name}.py",
-                f"--config.{field}={'1' if field.endswith(('replicas', 'fraction')) else 'x'}",
+                f"--config.{field}={'1' if field.endswith(('replicas', 'fraction', 'micro_batch')) else 'x'}",
             ]
         )
 
