@@ -65,8 +65,8 @@ class Steps:
     """Batch sizes of the stages: m is `rollout` or `evaluation`, B is `drawn`, S is `trained`."""
     rollout: RolloutStep
     """(compute params, prompt_ids i32[m,L], empty_ids i32[L], image_index i32[m], key) -> Rollout, in T steps."""
-    rollout_in: Callable[[int], RolloutStep]
-    """The same for another T, without guidance or trajectory, for evaluation."""
+    rollout_in: Callable[[int, float], RolloutStep]
+    """The same for another T and guidance scale, without trajectory, for evaluation."""
     decode: Callable[[Params, Array], UInt8[Array, "m hh ww 3"]]
     """(tokenizer params, ids i32[m,N]) -> images."""
     prepare: Callable[[Params, Params, Array, Rollout, Array], Samples]
@@ -178,8 +178,8 @@ def build(
         first: Any = over_batch
         return free_rollout(network, path, plan, Rollout(first, kept, kept))
 
-    def evaluation_step(steps: int) -> RolloutStep:
-        return rollout_step(RolloutPlan(steps, plans.rollout.shift))
+    def evaluation_step(steps: int, guidance_scale: float) -> RolloutStep:
+        return rollout_step(RolloutPlan(steps, plans.rollout.shift, guidance_scale, plans.rollout.guidance_trunc))
 
     def decode(params: Params, ids: Int32[Array, "m n"]) -> UInt8[Array, "m hh ww 3"]:
         grids, platform = ids.reshape(-1, *network.grid), mesh.devices.flat[0].platform

@@ -254,6 +254,9 @@ class EvaluationConfig:
     """Images per prompt."""
     steps: tuple[int, ...] = (25,)
     """T of an evaluation; base and final in summary.json are those of the first."""
+    guidance_scales: tuple[float, ...] = (1.0,)
+    """g of an evaluation, with rollout.guidance_trunc; 1: CFG-free. The first and the last evaluation use all of them,
+    everything else the first."""
     batch: int = 32
     """Images that are rolled out together, over all devices; rounded down to a multiple of the number of devices."""
     picture_every: int = 100

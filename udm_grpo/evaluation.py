@@ -1,7 +1,8 @@
 """Held-out evaluation and sample images, drawn from the same noise each time."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from rewards_bridge.composition import apart
 from udm_grpo import mesh as meshes
 from udm_grpo import shared_rewards
 from udm_grpo.batches import Params
+from udm_grpo.config import EvaluationConfig
+from udm_grpo.files.atomic import replace_file
 from udm_grpo.lifecycle.interruption import StopRequestedError
 from udm_grpo.multihost import hosts
 from udm_grpo.reporting.extremes import Extremes
@@ -37,12 +40,49 @@ class Drawn:
     """Index of the prompt of each image, without padding."""
 
 
-def draw(run: Run, policy: Params, texts: Sequence[str], copies: int, steps: int, first: int = 0) -> Iterator[Drawn]:
-    """Yield `copies` images of every prompt in `steps` steps, prompt-major, without CFG, always from the same noise.
+@dataclass(frozen=True)
+class Sampler:
+    """How the images of an evaluation are drawn."""
+
+    steps: int
+    """T."""
+    guidance_scale: float = 1.0
+    """g; 1: CFG-free."""
+
+    @property
+    def name(self) -> str:
+        """Return its name in by_steps of summary.json and in the names of files: "10", or "10-guidance-3"."""
+        return f"{self.steps}" + (f"-guidance-{self.guidance_scale:g}" if self.guidance_scale > 1 else "")
+
+
+@dataclass(frozen=True)
+class EvaluationFiles:
+    """Files that an evaluation writes; None: it is not written."""
+
+    extremes: Path | None = None
+    """The best and the worst images among those that process 0 scores (PNG)."""
+    scores: Path | None = None
+    """The scores of every prompt (JSON lines)."""
+
+
+def samplers(settings: EvaluationConfig) -> list[Sampler]:
+    """Return the samplers of the first and the last evaluation."""
+    return [Sampler(steps, scale) for scale in settings.guidance_scales for steps in settings.steps]
+
+
+def first_sampler(run: Run) -> Sampler:
+    """Return the sampler of evaluations during training, of pictures, and of base and final in summary.json."""
+    return samplers(run.config.evaluation)[0]
+
+
+def draw(
+    run: Run, policy: Params, texts: Sequence[str], copies: int, sampler: Sampler, first: int = 0
+) -> Iterator[Drawn]:
+    """Yield `copies` images of every prompt, prompt-major, always from the same noise.
 
     first: index of the first image to draw; those before it are skipped.
     """
-    rollout = run.steps.rollout_in(steps)
+    rollout = run.steps.rollout_in(sampler.steps, sampler.guidance_scale)
     batch = run.steps.sizes.evaluation
     of_image = np.repeat(np.arange(len(texts)), copies)
     padded = np.pad(of_image, (0, (first - len(of_image)) % batch), mode="edge")
@@ -55,14 +95,13 @@ def draw(run: Run, policy: Params, texts: Sequence[str], copies: int, steps: int
 
 
 def evaluate(
-    run: Run, policy: Params, count: int, steps: int, step: int, extremes: Path | None = None
+    run: Run, policy: Params, count: int, sampler: Sampler, step: int, files: EvaluationFiles = EvaluationFiles()
 ) -> dict[str, Any]:
     """Return means over `count` held-out prompts (or all, if there are fewer) after `step` iterations, tag-balanced.
 
     {"score": total reward, each raw score by its name, "tags": {tag: the same}, "prompts", "images"}. Raw values whose
     names are in COLUMNS are prefixed with "raw/". A value that some images lack is the mean over the others, and
     "missing" gives the number of images that lack it, by name.
-    extremes: the file for the best and worst images among those that process 0 scores.
 
     Raises StopRequestedError if the run is asked to stop before all images are drawn, and what a scorer raised. Images
     scored by then are saved (see evaluation_parts.py), and the same evaluation continues after them.
@@ -70,14 +109,14 @@ def evaluate(
     texts, metadata, indices = run.heldout.fixed(min(count, len(run.heldout)), run.config.seed)
     copies = run.config.evaluation.images_per_prompt
     total = len(texts) * copies
-    most = run.config.evaluation.extremes if extremes else 0
-    identity = {"steps": steps, "prompts": len(texts), "copies": copies, "extremes": most}
+    most = run.config.evaluation.extremes if files.extremes else 0
+    identity = {"sampler": sampler.name, "prompts": len(texts), "copies": copies, "extremes": most}
     parts = Parts(run, step, identity)
     known = parts.read()
     kept = Extremes(most if hosts.is_primary() else 0, total, known.done, known.best, known.worst)
     tickets: list[shared_rewards.Ticket] = []
     end = known.done
-    drawing = draw(run, policy, texts, copies, steps, end) if end < total else iter(())
+    drawing = draw(run, policy, texts, copies, sampler, end) if end < total else iter(())
     stopped = end < total and hosts.any_process(run.asked.requested)
     while end < total and not stopped:
         drawn = next(drawing)
@@ -92,9 +131,25 @@ def evaluate(
     if stopped:
         raise StopRequestedError
     with run.asked.held():
-        if extremes and hosts.is_primary():
-            kept.write(extremes, run.identity.id)
+        if files.extremes and hosts.is_primary():
+            kept.write(files.extremes, run.identity.id)
+        if files.scores and hosts.is_primary():
+            write_scores(files.scores, run, indices, columns)
     return summarize(columns, [run.heldout.tags[index] for index in indices], copies)
+
+
+def write_scores(file: Path, run: Run, indices: Iterable[int], columns: Mapping[str, np.ndarray]) -> None:
+    """Write a line per prompt: {"run", "prompt", "tag", "scores": {name: [of each image]}}, with the total as "score".
+
+    A value that an image lacks is null.
+    """
+    heldout, copies, lines = run.heldout, run.config.evaluation.images_per_prompt, []
+    for row, index in enumerate(indices):
+        own = {name: values[row * copies : (row + 1) * copies].tolist() for name, values in columns.items()}
+        scores = {name: [None if value != value else value for value in values] for name, values in own.items()}
+        line = {"run": run.identity.id, "prompt": heldout.prompts[index], "tag": heldout.tags[index], "scores": scores}
+        lines.append(json.dumps(line, allow_nan=False) + "\n")
+    replace_file(file, lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
 
 
 def summarize(columns: Mapping[str, np.ndarray], prompt_tags: Sequence[str], copies: int) -> dict[str, Any]:
@@ -154,7 +209,7 @@ class Parts:
                 write_part(self._file(), self._identity(), Part(columns, *kept.so_far()))
 
     def _file(self) -> Path:
-        return part_file(self.run.output, self.step, self.identity["steps"])
+        return part_file(self.run.output, self.step, self.identity["sampler"])
 
     def _identity(self) -> dict[str, Any]:
         return {"fingerprint": self.run.identity.fingerprint, "step": self.step, **self.identity}
@@ -181,8 +236,8 @@ def pictures(run: Run, policy: Params) -> tuple[np.ndarray, list[str]]:
     run.asked.check()
     count = min(run.config.evaluation.picture_prompts, len(run.heldout))
     texts, _, _ = run.heldout.fixed(count, run.config.seed)
-    steps = run.config.evaluation.steps[0]
-    images = np.concatenate([hosts.whole(drawn.images) for drawn in draw(run, policy, texts, 1, steps)])
+    drawing = draw(run, policy, texts, 1, first_sampler(run))
+    images = np.concatenate([hosts.whole(drawn.images) for drawn in drawing])
     return images[:count], list(texts)
 
 
@@ -191,17 +246,23 @@ def extremes_file(run: Run, step: int) -> Path:
     return run.output / "extremes" / f"{step:06d}.png"
 
 
-def evaluate_all(run: Run, policy: Params, step: int) -> dict[str, Any]:
-    """Return the evaluation for the start and the end of a run: for every number of steps in evaluation.steps.
+def evaluate_during(run: Run, policy: Params, step: int) -> dict[str, Any]:
+    """Return the evaluation after `step` iterations, during training: on evaluation.prompts, with the first sampler."""
+    files = EvaluationFiles(extremes_file(run, step))
+    return evaluate(run, policy, run.config.evaluation.prompts, first_sampler(run), step, files)
 
-    The best and the worst images are those for the first number of steps.
+
+def evaluate_all(run: Run, policy: Params, step: int) -> dict[str, Any]:
+    """Return the evaluation for the start and the end of a run, by the names of its samplers.
+
+    The best and the worst images are those of the first sampler; the scores of every prompt are written for each.
     """
-    settings, file = run.config.evaluation, extremes_file(run, step)
-    count, first = settings.final_prompts, settings.steps[0]
-    return {
-        str(steps): evaluate(run, policy, count, steps, step, file if steps == first else None)
-        for steps in settings.steps
-    }
+    results: dict[str, Any] = {}
+    for sampler in samplers(run.config.evaluation):
+        scores = run.output / "heldout_scores" / f"{step:06d}-{sampler.name}.jsonl"
+        files = EvaluationFiles(None if results else extremes_file(run, step), scores)
+        results[sampler.name] = evaluate(run, policy, run.config.evaluation.final_prompts, sampler, step, files)
+    return results
 
 
 def change_in_words(base: dict[str, Any], final: dict[str, Any]) -> str:

@@ -40,7 +40,7 @@ from udm_grpo.config import ConfigError, RunConfig
 from udm_grpo.configuration.command_line import parse, usage
 from udm_grpo.configuration.config_checks import validate
 from udm_grpo.devices import check_devices, device_errors, prepare
-from udm_grpo.evaluation import change_in_words, evaluate, evaluate_all, extremes_file, pictures
+from udm_grpo.evaluation import change_in_words, evaluate_all, evaluate_during, first_sampler, pictures
 from udm_grpo.export import digest_exports, export
 from udm_grpo.grpo.minibatches import split_images
 from udm_grpo.lifecycle import endings
@@ -156,15 +156,15 @@ def evaluate_on_the_way(
     run: Run, reports: Reports, state: TrainState, reference: Params, position: Position
 ) -> Position:
     """Evaluate on held-out prompts, log to evaluations.jsonl, save the best weights if enabled; return the position."""
-    settings, step = run.config.evaluation, position.step
+    step = position.step
     params = judged(state)
     policy = run.steps.compute_copy(params, reference)
-    result = evaluate(run, policy, settings.prompts, settings.steps[0], step, extremes_file(run, step))
+    result = evaluate_during(run, policy, step)
     with run.asked.held():
         if reports.evaluations:
             reports.evaluations.append(step, result)
     means = {name: round(value, 4) for name, value in result.items() if isinstance(value, float)}
-    reports.progress.message(f"held-out after {step} iterations, {settings.steps[0]} steps: {means}")
+    reports.progress.message(f"held-out after {step} iterations, {first_sampler(run).name} steps: {means}")
     if run.config.checkpoint.keep_best and (position.best is None or result["score"] > position.best):
         position = replace(position, best=result["score"])
         save_best(run, step, params, result["score"])
@@ -177,7 +177,7 @@ def evaluate_start(run: Run, reports: Reports, reference: Params, position: Posi
     position = replace(position, base=evaluate_all(run, reference, 0))
     with run.asked.held():
         if reports.evaluations:
-            reports.evaluations.append(0, position.base[str(run.config.evaluation.steps[0])])
+            reports.evaluations.append(0, position.base[first_sampler(run).name])
     return position
 
 
@@ -205,7 +205,7 @@ def finish(run: Run, reports: Reports, state: TrainState, reference: Params, pos
     before, captions = pictures(run, reference)
     after, _ = pictures(run, policy)
     export(run, state, params, reference)
-    first = str(run.config.evaluation.steps[0])
+    first = first_sampler(run).name
     exports = hosts.from_primary(lambda: digest_exports(run.output))
     summary = {
         "run": run.identity.id,

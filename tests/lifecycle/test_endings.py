@@ -17,7 +17,7 @@ from udm_grpo import mesh as meshes
 from udm_grpo.batches import Rollout
 from udm_grpo.config import EvaluationConfig, RunConfig
 from udm_grpo.data.prompts import PromptSet
-from udm_grpo.evaluation import evaluate
+from udm_grpo.evaluation import EvaluationFiles, Sampler, evaluate, write_scores
 from udm_grpo.lifecycle import endings
 from udm_grpo.lifecycle.endings import Standing
 from udm_grpo.lifecycle.identity import Identity
@@ -72,7 +72,7 @@ def a_run(output: Path, batch: int, fail_at: int = -1, stop_at: int = -1) -> Any
         empty_ids=lambda: None,
         steps=SimpleNamespace(
             sizes=SimpleNamespace(evaluation=batch),
-            rollout_in=lambda steps: rollout,
+            rollout_in=lambda steps, guidance_scale: rollout,
             decode=lambda params, clean: jnp.broadcast_to(
                 ((clean * 37) % 101).astype(jnp.uint8)[:, None, None, None], (len(clean), 4, 4, 3)
             ),
@@ -82,7 +82,7 @@ def a_run(output: Path, batch: int, fail_at: int = -1, stop_at: int = -1) -> Any
 
 def result_of(run: Any, name: str = "extremes.png") -> tuple[dict[str, Any], list[Any]]:
     file = run.output / name
-    metrics = evaluate(run, {}, 7, 10, 0, file)
+    metrics = evaluate(run, {}, 7, Sampler(10), 0, EvaluationFiles(file, run.output / "scores.jsonl"))
     return metrics, [(cell.caption, cell.details) for cell in read_grid(file)]
 
 
@@ -118,16 +118,30 @@ def test_an_evaluation_that_is_asked_to_stop_at_once_draws_nothing(tmp_path):
     run = a_run(tmp_path, 3)
     run.asked.requested = True
     with pytest.raises(StopRequestedError):
-        evaluate(run, {}, 7, 10, 0)
+        evaluate(run, {}, 7, Sampler(10), 0)
     assert run.client.images == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_scores_of_every_prompt_are_written(tmp_path):
+    """Their means are those of the evaluation; a value that an image lacks is null."""
+    metrics, _ = result_of(a_run(tmp_path, 3))
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert sorted(line["prompt"] for line in lines) == sorted(PROMPTS.prompts)
+    assert {(line["prompt"], line["tag"]) for line in lines} == set(zip(PROMPTS.prompts, PROMPTS.tags, strict=True))
+    assert all(line["run"] == "this" and len(line["scores"]["raw"]) == 2 for line in lines)
+    scores = [score for line in lines for score in line["scores"]["score"]]
+    assert np.mean(scores) == pytest.approx(metrics["score"])
+    columns = {"score": np.float32([1, 0]), "some": np.float32([np.nan, 2])}
+    write_scores(tmp_path / "few.jsonl", a_run(tmp_path, 3), [1], columns)
+    assert json.loads((tmp_path / "few.jsonl").read_text())["scores"] == {"score": [1, 0], "some": [None, 2]}
 
 
 def test_a_part_is_read_as_it_was_written_and_only_for_the_same_evaluation(tmp_path):
     judged = Judged(3, np.arange(48, dtype=np.uint8).reshape(4, 4, 3), "Ähre", 0.5, {"raw": 1.0}, "why")
     part = Part({"score": np.float32([0.1, 0.2]), "a/b": np.float32([1, 2])}, (judged,), ())
     identity = {"fingerprint": {"a": (1, 2)}, "step": 4}
-    file = part_file(tmp_path, 4, 25)
+    file = part_file(tmp_path, 4, "25")
     assert read_part(file, identity) == Part()
     write_part(file, identity, part)
     back = read_part(file, identity)

@@ -198,10 +198,14 @@ def test_a_scorers_options_count_unless_they_are_places_or_how_it_is_run(tmp_pat
     assert remote["rewards"]["scorers"]["g"]["options"] == {"dtype": "float32"}
 
 
-def test_a_checkpoint_from_before_there_were_objectives_is_one_of_udm_grpo(saved: dict[str, Any]) -> None:
+def test_a_checkpoint_from_before_a_field_was_added_has_its_default(saved: dict[str, Any]) -> None:
     earlier = copy.deepcopy(saved)
     del earlier["grpo"]["objective"]
     assert differences(earlier, saved) == []
+    del earlier["evaluation"]["guidance_scales"]
+    assert differences(earlier, saved) == []
+    now = fingerprint_of(with_field(CONFIG, "evaluation.guidance_scales", (3.0,)))
+    assert differences(earlier, now) == ["evaluation.guidance_scales.0"]
     now = fingerprint_of(with_field(CONFIG, "grpo.objective", "udm_grpo.grpo.loss:UDMGRPO"))
     assert "grpo.objective" in differences(earlier, now)
 

@@ -103,6 +103,10 @@ def _ranges(config: RunConfig, problems: list[str]) -> None:
         problems.append("evaluation.steps is empty; name at least one number of rollout steps.")
     elif min(evaluation.steps) < 1:
         problems.append(f"evaluation.steps is {evaluation.steps}; set it to numbers of at least 1.")
+    if not evaluation.guidance_scales or not all(scale >= 1 for scale in evaluation.guidance_scales):
+        problems.append(
+            f"evaluation.guidance_scales is {evaluation.guidance_scales}; set it to one or more numbers of at least 1."
+        )
 
 
 def _scorers(config: RunConfig, problems: list[str]) -> None:

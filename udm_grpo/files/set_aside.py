@@ -17,7 +17,7 @@ RESULTS = (
 """What a run writes at its end."""
 RUN_FILES = (
     *RESULTS,
-    *("metrics.jsonl", "evaluations.jsonl", "pictures", "extremes", "kept_images", "tensorboard"),
+    *("metrics.jsonl", "evaluations.jsonl", "heldout_scores", "pictures", "extremes", "kept_images", "tensorboard"),
     *("wandb", "wandb_run_id.txt", CHECKPOINTS, "environment.json", "prompt_warnings.json", CONFIG),
 )
 """What a run writes into its folder, in the order in which it is moved."""

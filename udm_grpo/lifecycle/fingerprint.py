@@ -31,7 +31,7 @@ from udm_grpo.multihost import hosts
 from udm_grpo.released.part_files import open_part
 from udm_grpo.released.weights import ReleasedModel, transformer_path
 
-ADDED_FIELDS = {"grpo.objective": "udm_grpo"}
+ADDED_FIELDS: dict[str, Any] = {"grpo.objective": "udm_grpo", "evaluation.guidance_scales": (1.0,)}
 """Fields that checkpoints of earlier versions do not name -> the values they were trained with."""
 VERSION = 2
 """Version of the fingerprint format; those of version 1 had neither a version nor contents."""

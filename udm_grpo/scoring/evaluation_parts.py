@@ -71,9 +71,9 @@ def remove_parts(output: Path) -> None:
     shutil.rmtree(output / FOLDER, ignore_errors=True)
 
 
-def part_file(output: Path, step: int, steps: int) -> Path:
-    """Return the file of the evaluation after `step` iterations with `steps` denoising steps."""
-    return output / FOLDER / f"{step:06d}-{steps}.npz"
+def part_file(output: Path, step: int, sampler: str) -> Path:
+    """Return the file of the evaluation after `step` iterations whose sampler has this name."""
+    return output / FOLDER / f"{step:06d}-{sampler}.npz"
 
 
 def _plain(identity: Mapping[str, Any]) -> Any:
