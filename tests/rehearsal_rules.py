@@ -81,6 +81,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(r"^python -m udm_grpo\.report "),
         Rule(r"^python -m udm_grpo\.(sample|evaluate|convert) "),
         Rule(r"^python -m scripts\.demo ", "--port 0", how="serve"),
+        Rule(r"^python -m scripts\.ablation ", how="elsewhere", test="tests/scripts/test_ablation.py"),
         Rule(r"^python -m scripts\.benchmark ", "--minutes 0.2 --stages sampler"),
         Rule(r"^python -m rewards_bridge serve ", how="serve"),
         Rule(r"^python -m rewards_bridge score ", before=CIRCLE),

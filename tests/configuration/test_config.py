@@ -124,6 +124,8 @@ def test_a_number_that_is_too_small_is_named_with_the_least(name, least):
         ("optimizer.beta1", 1.0),
         ("optimizer.beta2", -0.1),
         ("evaluation.steps", (10, 0)),
+        ("evaluation.guidance_scales", (3.0, 0.5)),
+        ("evaluation.guidance_scales", ()),
         ("optimizer.ema_decay", 1.0),
         ("optimizer.ema_decay", -0.1),
         ("optimizer.max_grad_norm", 0.0),
