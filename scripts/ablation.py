@@ -184,11 +184,11 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     if any(not word.startswith("--config.") or not equals for word, (_, equals, _) in zip(rest, pairs, strict=True)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}; write settings as --config.field=value")
     args.overrides = {name: value for name, _, value in pairs} or None
-    args.validation = args.validation and str(Path(args.validation).absolute())
     try:
         check_flags(args)
     except PlaceError as error:
         parser.error(str(error))
+    args.validation = args.validation and str(Path(args.validation).absolute())
     return args
 
 

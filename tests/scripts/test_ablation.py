@@ -453,11 +453,13 @@ REAL = (
 
 
 def test_real_runs_are_killed_and_resumed(tmp_path: Path):
+    """One setting's sweep is a file already, to save a start."""
     validation = tmp_path / "validation.jsonl"
     prompts = (ROOT / "udm_grpo" / "assets" / "shapes-prompts" / "train.jsonl").read_text().splitlines()[:4]
     validation.write_text("\n".join(prompts) + "\n")
     output = tmp_path / "output"
     words = ["--output", str(output), "--validation", str(validation), *REAL]
+    finished_run(output, Run(f"sweep-{GUIDED}-x1", (), 1), [0.5] * 3, [], ["10-guidance-3"])
     command = [sys.executable, "-m", "scripts.ablation", *words]
     metrics = output / "runs" / run_name(GUIDED, 0) / "metrics.jsonl"
     with (tmp_path / "log").open("w") as log:
