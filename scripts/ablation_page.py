@@ -107,7 +107,10 @@ def _scores(results: Results) -> str:
         for scores, tags in ((trained, False), (trained, True), (free, False), (free, True)):
             row.append(NONE if scores is None else _interval(mean_interval(scores, tags, number)))
         rows.append(row)
-    return SCORES + table((*heads, "strict, without guidance", "mean of the tags, without guidance"), rows)
+    text = SCORES + table((*heads, "strict, without guidance", "mean of the tags, without guidance"), rows)
+    bases = results.bases()
+    start = ", ".join(f"{score:.3f} by the sampler {name}" for name, score in bases.items())
+    return text + (f"\nThe start model, before any training: {start}.\n" if bases else "")
 
 
 def _times(results: Results) -> str:

@@ -139,6 +139,16 @@ class Results:
     unreadable: tuple[str, ...]
     """Runs whose folders cannot be read."""
 
+    def bases(self) -> dict[str, float]:
+        """Return the start model's score, from a finished run, by the names of the samplers that settings draw with."""
+        scores: dict[str, float] = {}
+        for one in self.settings:
+            for summary in [run.folder.summary for run in one.finished() if run.folder.summary]:
+                for sampler in (one.free, one.trained):
+                    if sampler in summary["by_steps"]:
+                        scores.setdefault(sampler, summary["by_steps"][sampler]["base"][SCORE])
+        return scores
+
 
 def read_results(plan: Plan) -> Results:
     """Read all runs of a plan."""

@@ -257,6 +257,7 @@ def test_the_page_shows_what_is_there(done: Plan, tmp_path: Path):
     assert f"| {METHOD} | 0.0002: 0.250; 0.0004: 0.500 | 0.0004 |" in text
     assert f"- {GUIDED}, seed 1: 1 of 4 iterations" in text
     assert f"- {run_name(GUIDED, 1)}: failed with status -9" in text
+    assert "The start model, before any training: 0.500 by the sampler 10, 0.500 by the sampler 10-guidance-3." in text
     links = re.findall(r"\]\(([^)]+)\)", text)
     assert sorted(links) == [f"ablation-{name}.svg" for name in ("entropy", "heldout", "kl", "reward")]
     for link in links:
