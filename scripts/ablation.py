@@ -1,6 +1,6 @@
 """Compare the ablations of UDM-GRPO on the shapes world: a run for each setting and seed, a table and curves.
 
-    python -m scripts.ablation --output outputs/ablation                # everything: about 12 hours on two cores
+    python -m scripts.ablation --output outputs/ablation                # everything: an estimated 12 hours on two cores
     python -m scripts.ablation --output outputs/ablation-small --small  # one seed of the published table, in an hour
     python -m scripts.ablation --output outputs/ablation --report       # the table and curves so far
 
